@@ -1,0 +1,365 @@
+"""Byte spans of tokens, and the overlap of two tokenizations of one text.
+
+A text is tokenized once, whole, by each model's own fast tokenizer. `encode` gives every token the bytes
+of the UTF-8 text that it stands for; `overlap` turns two such lists of spans into a sparse row-stochastic
+matrix (destination token × source token), which is what carries a teacher's cache to a student's positions.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import tokenizers
+import torch
+from jaxtyping import Float, Int64
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor
+
+Mode = Literal["iou", "causal", "position"]
+
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")  # CSR is this module's contract
+
+# GPT-2's alphabet: 256 printable characters, one for each byte (`bytes_to_unicode` in openai/gpt-2, encoder.py).
+_PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTE_CHARACTERS = frozenset(ByteLevel.alphabet())
+_BYTE_OF = {chr(b): b for b in _PRINTABLE} | {
+    chr(0x100 + i): b for i, b in enumerate(b for b in range(0x100) if b not in _PRINTABLE)
+}
+_WHITESPACE = np.array([c for c in range(0x3001) if chr(c).isspace()], dtype=np.uint32)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One tokenization. `spans` are half-open byte ranges; together they cover the text once and in order.
+
+    Tokens that a template adds (BOS, EOS, [CLS] …) have an empty span where they stand.
+    """
+
+    ids: Int64[Tensor, time]
+    spans: Int64[Tensor, "time 2"]
+
+
+# ---------------------------------------------------------------------------------------------- encode
+
+
+def encode(
+    tokenizer: Any,
+    text: str,
+    add_special_tokens: bool = True,
+    lossy: Literal["nearest", "error"] = "nearest",
+) -> Tokens:
+    """Tokenize `text` whole and give every token its byte span.
+
+    `tokenizer` is a fast tokenizer of transformers or a `tokenizers.Tokenizer`. The spans of the tokens that
+    the template did not add cover every byte exactly once and in order. A fast tokenizer reports *character*
+    ranges, which may overlap, leave gaps or hide bytes; three rules make byte spans of them:
+
+    1. Tokens that share a character (byte-level and byte-fallback tokens; one character that a normaliser
+       expands) divide it by the number of bytes that each of them spells. This is exact unless a normaliser
+       changed the character; then the boundary is the proportional one, so a token may come out empty.
+    2. Bytes that no token reports are given away: whitespace, and all that comes after it in the same gap, to
+       the following token; what stands before the first whitespace (combining marks, control characters) to
+       the preceding token. At the start of the text all go to the first token, at its end to the last one.
+    3. A prefix space that the tokenizer invented stands for no byte: a lone `▁` then has an empty span.
+
+    With `lossy="error"` a text that the tokens do not spell byte for byte (lower-cased, accents stripped,
+    whitespace dropped, unknown token) is refused by tokenizer and first byte instead.
+
+    Raises `TypeError` for a tokenizer that is not fast and `ValueError` for a text with lone surrogates and for
+    one that yields no token although it has bytes.
+    """
+    backend = _backend(tokenizer)
+    name = getattr(tokenizer, "name_or_path", "") or f"{type(backend.model).__name__} tokenizer"
+    try:
+        data = np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name}: character {error.start} of the text is a lone surrogate, which has no UTF-8 form; "
+            "remove or replace it before tokenizing"
+        ) from error
+
+    with _whole_text(backend) as (run, finish):
+        raw = run(text)
+        full = finish(raw, add_special_tokens)
+    ids = np.array(full.ids, dtype=np.int64)
+    is_text = np.array(full.special_tokens_mask, dtype=bool) == 0
+    if data.size and not is_text.any():
+        raise ValueError(
+            f"{name} yields no token for a text of {data.size} bytes (from byte 0 on, {text[:10]!r}), so nothing can "
+            "stand for them; leave such texts out or use a tokenizer that keeps them"
+        )
+
+    pieces, piece_of = _spelled(backend, raw)
+    bounds = _boundaries(text, np.array(raw.offsets, dtype=np.int64).reshape(-1, 2), pieces, piece_of)
+    if lossy == "error":
+        _refuse_lossy(name, data, bounds, pieces, piece_of)
+
+    # A template's token stands at the end of the text token before it.
+    ends = bounds[np.cumsum(is_text)]
+    starts = np.where(is_text, np.concatenate([[0], ends[:-1]])[: len(ids)], ends)
+    return Tokens(torch.from_numpy(ids), torch.from_numpy(np.stack([starts, ends], axis=1)))
+
+
+def _backend(tokenizer: Any) -> tokenizers.Tokenizer:
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    if not isinstance(backend, tokenizers.Tokenizer):
+        raise TypeError(
+            f"byte spans need a fast tokenizer (transformers' PreTrainedTokenizerFast or tokenizers.Tokenizer), "
+            f"got {type(tokenizer).__name__}; load or convert it as a fast one"
+        )
+    return backend
+
+
+@contextmanager
+def _whole_text(backend: tokenizers.Tokenizer) -> Iterator[tuple]:
+    """`(run, finish)`: tokenize without truncation, padding and trimmed offsets, then add the template's tokens.
+
+    Trimmed offsets lose where a byte-level token began, so the post-processor is only run afterwards.
+    """
+    truncation, padding, template = backend.truncation, backend.padding, backend.post_processor
+
+    def run(text: str) -> tokenizers.Encoding:
+        backend.post_processor = None
+        return backend.encode(text, add_special_tokens=False)
+
+    def finish(raw: tokenizers.Encoding, add_special_tokens: bool) -> tokenizers.Encoding:
+        backend.post_processor = template
+        return backend.post_process(raw, add_special_tokens=add_special_tokens)
+
+    try:
+        backend.no_truncation()
+        backend.no_padding()
+        yield run, finish
+    finally:
+        backend.post_processor = template
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)
+
+
+def _spelled(backend: tokenizers.Tokenizer, raw: tokenizers.Encoding) -> tuple[list[bytes], np.ndarray]:
+    """The bytes that each distinct token spells, and which of them each token is."""
+    components = b"".join(
+        part.__getstate__() for part in (backend.normalizer, backend.pre_tokenizer, backend.decoder) if part is not None
+    )
+    byte_level = b'"ByteLevel"' in components
+    metaspace = "▁".encode() in components
+    byte_fallback = bool(getattr(backend.model, "byte_fallback", False))
+    prefix = getattr(backend.model, "continuing_subword_prefix", None) or ""
+    added = backend.get_added_tokens_decoder()
+
+    def spell(token: int, string: str) -> bytes:
+        if token in added:
+            return added[token].content.encode()
+        if byte_level and _BYTE_CHARACTERS.issuperset(string):
+            return bytes(_BYTE_OF[c] for c in string)
+        if byte_fallback and len(string) == 6 and string.startswith("<0x"):
+            return bytes([int(string[3:5], 16)])
+        string = string.removeprefix(prefix)
+        return (string.replace("▁", " ") if metaspace else string).encode()
+
+    _, first, piece_of = np.unique(np.array(raw.ids, dtype=np.int64), return_index=True, return_inverse=True)
+    ids, strings = raw.ids, raw.tokens
+    return [spell(ids[i], strings[i]) for i in first], piece_of
+
+
+def _boundaries(text: str, offsets: np.ndarray, pieces: list[bytes], piece_of: np.ndarray) -> np.ndarray:
+    """Byte positions `b` (n + 1) with token i on [b[i], b[i+1]), from character ranges (n, 2) and spelled bytes."""
+    codepoints = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    width = 1 + (codepoints >= 0x80) + (codepoints >= 0x800) + (codepoints >= 0x10000)
+    byte_of = np.concatenate([[0], np.cumsum(width)])  # byte position of every character, and the text's length
+    is_space = np.isin(codepoints, _WHITESPACE)
+    n = len(piece_of)
+    if n == 0:
+        return np.zeros(1, dtype=np.int64)
+
+    # Ranges are monotone in every tokenizer seen; where one were not, order wins over its report.
+    start = np.minimum.accumulate(offsets[::-1, 0])[::-1]
+    stop = np.maximum.accumulate(offsets[:, 1])
+    end, begin = stop[:-1], start[1:]  # of each neighbouring pair
+    shared = end > begin
+
+    # Gap rule: up to the first whitespace the characters belong to the token before.
+    position = np.arange(len(codepoints))
+    next_space = np.append(np.where(is_space, position, len(codepoints)), len(codepoints))
+    next_space = np.minimum.accumulate(next_space[::-1])[::-1]
+    inner = byte_of[np.where(shared, end, np.minimum(next_space[end], np.maximum(begin, end)))]
+    bounds = np.concatenate([[0], inner, [byte_of[-1]]])
+    if not shared.any():
+        return bounds
+
+    # Groups of tokens chained by shared characters, divided by the bytes that their tokens spell.
+    spelled = np.array([len(p) for p in pieces])[piece_of]
+    leads_with_space = np.array([p[:1] == b" " for p in pieces])[piece_of]
+    previous = np.concatenate([[0], end])
+    last = len(codepoints) - 1
+    real_space = is_space[np.minimum(previous, last)] | is_space[np.minimum(start, last)]
+    spelled = spelled - (leads_with_space & ~real_space)  # an invented prefix space spells no byte of the text
+
+    group = np.concatenate([[0], np.cumsum(~shared)])
+    opens = np.flatnonzero(np.concatenate([[True], ~shared]))
+    closes = np.append(opens[1:], n)
+    total = np.concatenate([[0], np.cumsum(spelled)])
+    group_start, group_length = bounds[opens], bounds[closes] - bounds[opens]
+    group_spelled = np.maximum(total[closes] - total[opens], 1)
+    done = total[1:n] - total[opens][group[:-1]]
+    cut = group_start[group[:-1]] + done * group_length[group[:-1]] // group_spelled[group[:-1]]
+    cut = np.clip(cut, byte_of[np.minimum(begin, end)], byte_of[end])
+    bounds[1:n] = np.where(shared, cut, bounds[1:n])
+    return np.maximum.accumulate(bounds)
+
+
+def _refuse_lossy(name: str, data: np.ndarray, bounds: np.ndarray, pieces: list[bytes], piece_of: np.ndarray) -> None:
+    """Raise at the first token that does not spell the bytes of its span."""
+    text = data.tobytes()
+    for i, piece in enumerate(piece_of):
+        start, stop = int(bounds[i]), int(bounds[i + 1])
+        spelled, actual = pieces[piece], text[start:stop]
+        if spelled != actual and not (spelled[:1] == b" " and spelled[1:] == actual):
+            raise ValueError(
+                f"{name} does not keep the text: token {i} spells {spelled!r} for bytes {start} to {stop}, {actual!r}; "
+                'use lossy="nearest" to accept the nearest spans, or a tokenizer without lossy normalisation'
+            )
+
+
+# --------------------------------------------------------------------------------------------- overlap
+
+
+def overlap(
+    src_spans: Int64[Tensor, "src_time 2"],
+    dst_spans: Int64[Tensor, "dst_time 2"],
+    mode: Mode = "iou",
+    match_specials: bool = False,
+) -> Float[Tensor, "dst_time src_time"]:
+    """Weights of source tokens for each destination token: sparse CSR, float32, rows sum to 1 or are empty.
+
+    - `iou`: bytes in common / bytes in the union, each row normalised.
+    - `causal`: the last source token that ends at or before the end of the destination token, so no target
+      has read text that the student has not. The row is empty while no source token has ended.
+    - `position`: token i for token i, whatever they stand for (the deliberately wrong alignment).
+
+    Tokens with an empty span have empty rows and columns. With `match_specials` the k-th empty span at a byte
+    position of one side is matched to the k-th one at the same position of the other (BOS to BOS).
+    Time and entries are linear in the number of tokens. Spans are those of `encode`, both of the same text.
+    """
+    src, dst = _checked(src_spans, "src_spans"), _checked(dst_spans, "dst_spans")
+    src_text, dst_text = np.flatnonzero(src[:, 1] > src[:, 0]), np.flatnonzero(dst[:, 1] > dst[:, 0])
+    (src_start, src_stop), (dst_start, dst_stop) = src[src_text].T, dst[dst_text].T
+
+    if mode == "iou":
+        low = np.searchsorted(src_stop, dst_start, side="right")
+        high = np.searchsorted(src_start, dst_stop, side="left")
+        count = np.maximum(high - low, 0)
+        row = np.repeat(np.arange(len(dst_text)), count)
+        col = np.arange(len(row)) + np.repeat(low - (np.cumsum(count) - count), count)
+        common = np.minimum(src_stop[col], dst_stop[row]) - np.maximum(src_start[col], dst_start[row])
+        union = np.maximum(src_stop[col], dst_stop[row]) - np.minimum(src_start[col], dst_start[row])
+        weight = common / union
+        weight = weight / np.bincount(row, weight, minlength=len(dst_text))[row]
+        row, col = dst_text[row], src_text[col]
+    elif mode == "causal":
+        ended = np.searchsorted(src_stop, dst_stop, side="right")
+        row, col = dst_text[ended > 0], src_text[ended[ended > 0] - 1]
+        weight = np.ones(len(row))
+    elif mode == "position":
+        row = col = np.intersect1d(src_text, dst_text, assume_unique=True)
+        weight = np.ones(len(row))
+    else:
+        raise ValueError(f"overlap mode must be one of iou, causal, position; got {mode!r}")
+
+    if match_specials:
+        special_row, special_col = _matched_specials(src, dst)
+        row, col = np.concatenate([row, special_row]), np.concatenate([col, special_col])
+        weight = np.concatenate([weight, np.ones(len(special_row))])
+        order = np.argsort(row, kind="stable")
+        row, col, weight = row[order], col[order], weight[order]
+    return _csr(row, col, weight, len(dst), len(src))
+
+
+def positional(n_src: int, n_dst: int) -> Float[Tensor, "dst_time src_time"]:
+    """Token i for token i, special or not, as CSR: right only where both tokenizations are the same."""
+    diagonal = np.arange(min(n_src, n_dst))
+    return _csr(diagonal, diagonal, np.ones(len(diagonal)), n_dst, n_src)
+
+
+def gather_form(
+    matrix: Float[Tensor, "dst_time src_time"],
+) -> tuple[Int64[Tensor, "dst_time entry"], Float[Tensor, "dst_time entry"]]:
+    """A CSR matrix as padded rows `(index, weight)`, so that `A @ x == (x[index] * weight[..., None]).sum(1)`.
+
+    `entry` is the length of the longest row; shorter ones are padded with index 0 and weight 0.
+    """
+    if matrix.layout != torch.sparse_csr:
+        raise ValueError(f"gather_form expects a sparse CSR matrix, got layout {matrix.layout}; use `to_sparse_csr()`")
+    start = matrix.crow_indices()
+    count = start.diff()
+    width = int(count.max()) if count.numel() else 0
+    row = torch.repeat_interleave(count)
+    entry = torch.arange(row.numel(), device=row.device) - start[:-1][row]
+    index = torch.zeros(count.numel(), width, dtype=torch.int64, device=row.device)
+    weight = torch.zeros(count.numel(), width, dtype=matrix.dtype, device=row.device)
+    index[row, entry] = matrix.col_indices().to(torch.int64)
+    weight[row, entry] = matrix.values()
+    return index, weight
+
+
+def common_prefix_positions(
+    src_spans: Int64[Tensor, "src_time 2"], dst_spans: Int64[Tensor, "dst_time 2"]
+) -> Int64[Tensor, "pair 2"]:
+    """Pairs (source token, destination token) that end at the same byte: both models have read the same text.
+
+    There the two next-token distributions are about the same continuation (logit distillation). Tokens with an
+    empty span are left out.
+    """
+    src, dst = _checked(src_spans, "src_spans"), _checked(dst_spans, "dst_spans")
+    src_text, dst_text = np.flatnonzero(src[:, 1] > src[:, 0]), np.flatnonzero(dst[:, 1] > dst[:, 0])
+    _, i, j = np.intersect1d(src[src_text, 1], dst[dst_text, 1], assume_unique=True, return_indices=True)
+    return torch.from_numpy(np.stack([src_text[i], dst_text[j]], axis=1).astype(np.int64))
+
+
+def _checked(spans: Tensor, name: str) -> np.ndarray:
+    """Spans as numpy, refused unless they are ordered and disjoint (which the linear algorithms rely on)."""
+    array = spans.detach().cpu().numpy()
+    wrong = np.flatnonzero(array[:, 1] < array[:, 0])
+    if not wrong.size:
+        wrong = np.flatnonzero(array[1:, 0] < array[:-1, 1]) + 1
+    if wrong.size:
+        i = int(wrong[0])
+        raise ValueError(
+            f"{name} must be ordered, disjoint (start, stop) byte ranges as `encode` gives them; token {i} has "
+            f"{tuple(array[i].tolist())}" + (f" after {tuple(array[i - 1].tolist())}" if i else "")
+        )
+    return array
+
+
+def _matched_specials(src: np.ndarray, dst: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(destination, source) indices of the k-th empty spans at each byte position that both sides have."""
+
+    def keyed(spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        empty = np.flatnonzero(spans[:, 1] == spans[:, 0])
+        at = spans[empty, 0]
+        rank = np.arange(len(at)) - np.searchsorted(at, at, side="left")
+        return empty, at * (len(src) + len(dst) + 1) + rank  # one integer for (position, rank)
+
+    src_empty, src_key = keyed(src)
+    dst_empty, dst_key = keyed(dst)
+    _, i, j = np.intersect1d(src_key, dst_key, assume_unique=True, return_indices=True)
+    return dst_empty[j], src_empty[i]
+
+
+def _csr(row: np.ndarray, col: np.ndarray, weight: np.ndarray, n_dst: int, n_src: int) -> Tensor:
+    """CSR from entries sorted by row and then column."""
+    start = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=n_dst))])
+    return torch.sparse_csr_tensor(
+        torch.from_numpy(start.astype(np.int64)),
+        torch.from_numpy(np.asarray(col, dtype=np.int64)),
+        torch.from_numpy(np.asarray(weight, dtype=np.float32)),
+        size=(n_dst, n_src),
+        check_invariants=True,
+    )
