@@ -70,7 +70,8 @@ def encode(
     With `lossy="error"` a text that the tokens do not spell byte for byte (lower-cased, accents stripped,
     whitespace dropped, unknown token) is refused by tokenizer and first byte instead.
 
-    Raises `TypeError` for a tokenizer that is not fast and `ValueError` for a text with lone surrogates and for
+    The backend's truncation, padding and template are set aside during the call and put back, so one tokenizer
+    must not be used by two threads at once (as in transformers). Raises `TypeError` for a tokenizer that is not fast and `ValueError` for a text with lone surrogates and for
     one that yields no token although it has bytes.
     """
     backend = _backend(tokenizer)
@@ -92,6 +93,12 @@ def encode(
         raise ValueError(
             f"{name} yields no token for a text of {data.size} bytes (from byte 0 on, {text[:10]!r}), so nothing can "
             "stand for them; leave such texts out or use a tokenizer that keeps them"
+        )
+
+    if int(is_text.sum()) != len(raw.ids):
+        raise ValueError(
+            f"{name}: its template marks {int(is_text.sum())} of {len(ids)} tokens as text where the text has "
+            f"{len(raw.ids)}; its post-processor drops or disguises tokens, which byte spans cannot follow"
         )
 
     pieces, piece_of = _spelled(backend, raw)
@@ -150,7 +157,10 @@ def _spelled(backend: tokenizers.Tokenizer, raw: tokenizers.Encoding) -> tuple[l
     )
     byte_level = b'"ByteLevel"' in components
     metaspace = "▁".encode() in components
-    byte_fallback = bool(getattr(backend.model, "byte_fallback", False))
+    # BPE says whether it falls back to bytes; Unigram does not tell Python, but needs all 256 of them.
+    byte_fallback = getattr(backend.model, "byte_fallback", None)
+    if byte_fallback is None:
+        byte_fallback = all(backend.token_to_id(f"<0x{b:02X}>") is not None for b in range(256))
     prefix = getattr(backend.model, "continuing_subword_prefix", None) or ""
     added = backend.get_added_tokens_decoder()
 
@@ -195,22 +205,22 @@ def _boundaries(text: str, offsets: np.ndarray, pieces: list[bytes], piece_of: n
         return bounds
 
     # Groups of tokens chained by shared characters, divided by the bytes that their tokens spell.
-    spelled = np.array([len(p) for p in pieces])[piece_of]
-    leads_with_space = np.array([p[:1] == b" " for p in pieces])[piece_of]
-    previous = np.concatenate([[0], end])
-    last = len(codepoints) - 1
-    real_space = is_space[np.minimum(previous, last)] | is_space[np.minimum(start, last)]
-    spelled = spelled - (leads_with_space & ~real_space)  # an invented prefix space spells no byte of the text
-
-    group = np.concatenate([[0], np.cumsum(~shared)])
     opens = np.flatnonzero(np.concatenate([[True], ~shared]))
     closes = np.append(opens[1:], n)
-    total = np.concatenate([[0], np.cumsum(spelled)])
+    group = np.repeat(np.arange(len(opens)), closes - opens)[: n - 1]
     group_start, group_length = bounds[opens], bounds[closes] - bounds[opens]
+    spelled = np.array([len(p) for p in pieces])[piece_of]
+
+    # An invented prefix space, always first in its group, spells no byte of the text.
+    leads_with_space = np.array([p[:1] == b" " for p in pieces])[piece_of[opens]]
+    at_space = np.append(is_space, False)[np.searchsorted(byte_of, group_start)]
+    invented = leads_with_space & (~at_space | (np.add.reduceat(spelled, opens) == group_length + 1))
+    spelled[opens] -= invented
+
+    total = np.concatenate([[0], np.cumsum(spelled)])
     group_spelled = np.maximum(total[closes] - total[opens], 1)
-    done = total[1:n] - total[opens][group[:-1]]
-    cut = group_start[group[:-1]] + done * group_length[group[:-1]] // group_spelled[group[:-1]]
-    cut = np.clip(cut, byte_of[np.minimum(begin, end)], byte_of[end])
+    cut = group_start[group] + (total[1:n] - total[opens][group]) * group_length[group] // group_spelled[group]
+    cut = np.clip(cut, byte_of[begin], byte_of[end])  # nowhere but inside the shared characters
     bounds[1:n] = np.where(shared, cut, bounds[1:n])
     return np.maximum.accumulate(bounds)
 
