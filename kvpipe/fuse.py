@@ -1,0 +1,284 @@
+"""Fusion: one target from the aligned caches of several teachers (spec 3.7).
+
+Every fusion is a module with one interface: `Targets` in, `Fused` out. A kind only says how much it prefers each teacher
+(`Fusion.preference`, in log space); masking of missing teachers, normalisation and the weighted sum are the same for all.
+Targets must share one space before they are fused (spec section 4): sums of unrelated bases interfere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from einops import rearrange, reduce
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+
+@runtime_checkable
+class Caches(Protocol):
+    """Anything with the aligned keys and values of all teachers, ``(teacher, layer, batch, head, time, dim)``."""
+
+    keys: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Aligned caches of all teachers in the student's shape."""
+
+    keys: Float[Tensor, "teacher layer batch head time dim"]
+    values: Float[Tensor, "teacher layer batch head time value_dim"]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """One target, and how much of each teacher is in it.
+
+    `weights` broadcasts against ``(teacher, layer, batch, head, time)`` (an axis that a kind does not use is 1 long) and sums
+    to 1 over teachers, except where no teacher is present: there the weights and the target are 0 and `covered` is False.
+    """
+
+    keys: Float[Tensor, "layer batch head time dim"]
+    values: Float[Tensor, "layer batch head time value_dim"]
+    weights: Float[Tensor, "teacher layers batch heads times"]
+
+    @property
+    def covered(self) -> Bool[Tensor, "batch times"]:
+        """Where some teacher gives a target; multiply the loss mask by it. The last axis is 1 long if time does not matter."""
+        return (self.weights > 0).any(dim=0).any(dim=2).any(dim=0)
+
+
+class Fusion(nn.Module):
+    """The interface. `present` is ``(teacher, batch)``, or ``(teacher, batch, time)`` where alignment left holes."""
+
+    def forward(
+        self,
+        targets: Caches,
+        *,
+        present: Bool[Tensor, "teacher batch"] | Bool[Tensor, "teacher batch time"] | None = None,
+        tasks: Sequence[str] | None = None,
+        queries: Float[Tensor, "layer batch query_head time dim"] | None = None,
+        hidden: Float[Tensor, "layer batch time hidden"] | None = None,
+        teacher_losses: Float[Tensor, "teacher batch"] | None = None,
+    ) -> Fused:
+        """Fuses; a kind that needs `tasks`, `queries`, `hidden` or `teacher_losses` raises `ValueError` without them."""
+        teachers, _, batch = targets.keys.shape[:3]
+        if present is None:
+            present = torch.ones(teachers, batch, dtype=torch.bool, device=targets.keys.device)
+        if present.shape[:2] != (teachers, batch):
+            raise ValueError(
+                f"present is {tuple(present.shape)}; the targets have {teachers} teachers and {batch} examples: "
+                f"expected ({teachers}, {batch}) or ({teachers}, {batch}, time)"
+            )
+        preference = self.preference(
+            targets, tasks=tasks, queries=queries, hidden=hidden, teacher_losses=teacher_losses
+        )
+        if len(preference) != teachers:
+            raise ValueError(
+                f"{type(self).__name__} was built for {len(preference)} teachers; the targets have {teachers}"
+            )
+        mask = _over_cache(present)
+        weights = masked_softmax(preference, mask)
+        return Fused(_mix(targets.keys, weights, mask), _mix(targets.values, weights, mask), weights)
+
+    def preference(self, targets: Caches, **context: Any) -> Float[Tensor, "teacher layers batch heads times"]:
+        """Log-weights up to a constant over teachers; −inf is weight 0."""
+        raise NotImplementedError
+
+
+class MeanFusion(Fusion):
+    """The same weight for every teacher that is present."""
+
+    def preference(self, targets: Caches, **context: Any) -> Tensor:
+        """Zeros."""
+        return targets.keys.new_zeros(len(targets.keys), 1, targets.keys.shape[2], 1, 1, dtype=torch.float32)
+
+
+class FixedFusion(Fusion):
+    """One given weight per teacher."""
+
+    def __init__(self, weights: Sequence[float]):
+        super().__init__()
+        self.register_buffer("log_weights", _log_row(weights, "fixed"))
+
+    def preference(self, targets: Caches, **context: Any) -> Tensor:
+        """The logarithm of the given weights."""
+        batch = targets.keys.shape[2]
+        return rearrange(self.log_weights.expand(batch, -1), "batch teacher -> teacher 1 batch 1 1")
+
+
+class TaskFusion(Fusion):
+    """A row of weights per task, e.g. ``{"math": [0.7, 0.3], "code": [0.3, 0.7], "default": [0.5, 0.5]}``.
+
+    A task without a row takes ``default``; without that row it is an error. With `learnable`, each row trains an offset to
+    its log-weights, begun at 0; a weight of 0 stays 0.
+    """
+
+    def __init__(self, weights: Mapping[str, Sequence[float]], learnable: bool = False):
+        super().__init__()
+        if not weights:
+            raise ValueError("task fusion needs a table of weights, task: [one weight per teacher]")
+        if len({len(row) for row in weights.values()}) > 1:
+            lengths = {task: len(row) for task, row in weights.items()}
+            raise ValueError(f"task fusion needs one weight per teacher in every row; got rows of length {lengths}")
+        self.tasks = {task: number for number, task in enumerate(weights)}
+        self.register_buffer("log_weights", torch.stack([_log_row(row, task) for task, row in weights.items()]))
+        self.offsets = nn.Parameter(torch.zeros_like(self.log_weights)) if learnable else None
+
+    def preference(self, targets: Caches, *, tasks: Sequence[str] | None = None, **context: Any) -> Tensor:
+        """Each example's row of the table."""
+        if tasks is None:
+            raise ValueError("task fusion needs `tasks`, the task's name of every example")
+        if len(tasks) != targets.keys.shape[2]:
+            raise ValueError(f"{len(tasks)} tasks came for {targets.keys.shape[2]} examples")
+        unknown = sorted(set(tasks) - set(self.tasks))
+        if unknown and "default" not in self.tasks:
+            raise ValueError(
+                f"no fusion weights for task {', '.join(unknown)}; known tasks: {', '.join(self.tasks)}. "
+                "Add a row for it, or a row `default`"
+            )
+        table = self.log_weights if self.offsets is None else self.log_weights + self.offsets
+        rows = [self.tasks[task] if task in self.tasks else self.tasks["default"] for task in tasks]
+        return rearrange(table[rows], "batch teacher -> teacher 1 batch 1 1")
+
+
+class AttentionFusion(Fusion):
+    """Per layer, KV head and position: softmax over teachers of ``query · key / sqrt(dim)``.
+
+    The queries of a KV head's group are averaged first, which for the scores is the same as averaging the scores over the
+    group. Queries and keys are both taken before rotation: at one position rotation would cancel.
+    Queries are detached, so that the student cannot move the target towards itself; `detach_queries=False` lets it.
+    """
+
+    def __init__(self, detach_queries: bool = True):
+        super().__init__()
+        self.detach_queries = detach_queries
+
+    def preference(self, targets: Caches, *, queries: Tensor | None = None, **context: Any) -> Tensor:
+        """The scaled scores."""
+        if queries is None:
+            raise ValueError(
+                "attention fusion needs `queries`, the student's queries (layer, batch, query_head, time, dim)"
+            )
+        heads, dim = targets.keys.shape[3], targets.keys.shape[5]
+        if queries.shape[2] % heads:
+            raise ValueError(f"{queries.shape[2]} query heads do not divide into {heads} KV heads")
+        if self.detach_queries:
+            queries = queries.detach()
+        grouped = reduce(
+            queries.float(), "layer batch (head group) time dim -> layer batch head time dim", "mean", head=heads
+        )
+        return torch.stack([(grouped * keys.float()).sum(-1) for keys in targets.keys]) * dim**-0.5
+
+
+class LearnableFusion(Fusion):
+    """Per layer and position: an MLP over the student's hidden state, shared by the layers, one output per teacher.
+
+    LayerNorm → Linear → SiLU → Linear, the last begun at 0, so that training starts from the mean. The hidden state is detached:
+    the router learns from it, it does not bend to the router; `detach_hidden=False` lets it.
+    """
+
+    def __init__(self, n_teachers: int, hidden_size: int, width: int = 64, detach_hidden: bool = True):
+        super().__init__()
+        self.detach_hidden = detach_hidden
+        self.router = nn.Sequential(
+            nn.LayerNorm(hidden_size), nn.Linear(hidden_size, width), nn.SiLU(), nn.Linear(width, n_teachers)
+        )
+        nn.init.zeros_(self.router[-1].weight)
+        nn.init.zeros_(self.router[-1].bias)
+
+    def preference(self, targets: Caches, *, hidden: Tensor | None = None, **context: Any) -> Tensor:
+        """The router's logits."""
+        if hidden is None:
+            raise ValueError(
+                "learnable fusion needs `hidden`, the student's hidden states (layer, batch, time, hidden)"
+            )
+        logits = self.router(hidden.detach() if self.detach_hidden else hidden)
+        return rearrange(logits.float(), "layer batch time teacher -> teacher layer batch 1 time")
+
+
+class SelectFusion(Fusion):
+    """The teacher with the lowest loss on the example, among those present; equal losses share."""
+
+    def preference(self, targets: Caches, *, teacher_losses: Tensor | None = None, **context: Any) -> Tensor:
+        """The negated losses: `forward` picks their maximum over the teachers present."""
+        if teacher_losses is None:
+            raise ValueError(
+                "select fusion needs `teacher_losses`, each teacher's loss on each example (teacher, batch)"
+            )
+        return rearrange(-teacher_losses.detach().float(), "teacher batch -> teacher 1 batch 1 1")
+
+    def forward(
+        self, targets: Caches, *, present: Tensor | None = None, teacher_losses: Tensor | None = None, **context: Any
+    ) -> Fused:
+        """As `Fusion.forward`; the best teacher depends on who is present, so the choice is made after the mask."""
+        negated = self.preference(targets, teacher_losses=teacher_losses)
+        if present is None:
+            present = torch.ones(negated.shape[0], negated.shape[2], dtype=torch.bool, device=negated.device)
+        mask = _over_cache(present)
+        scores = negated.masked_fill(~mask, -torch.inf)
+        chosen = mask & (scores == scores.amax(dim=0, keepdim=True))
+        weights = masked_softmax(torch.zeros_like(scores), chosen)
+        return Fused(_mix(targets.keys, weights, mask), _mix(targets.values, weights, mask), weights)
+
+
+KINDS: dict[str, type[Fusion]] = {
+    "mean": MeanFusion,
+    "fixed": FixedFusion,
+    "task": TaskFusion,
+    "attention": AttentionFusion,
+    "learnable": LearnableFusion,
+    "select": SelectFusion,
+}
+
+
+def build_fusion(kind: str, *, n_teachers: int, hidden_size: int | None = None, **options: Any) -> Fusion:
+    """The fusion named `kind` (a key of `KINDS`) with its options; checks that weights fit the number of teachers."""
+    if kind not in KINDS:
+        raise ValueError(f"unknown fusion kind {kind!r}; known: {', '.join(KINDS)}")
+    if kind == "learnable":
+        if hidden_size is None:
+            raise ValueError("learnable fusion needs hidden_size, the width of the student's hidden state")
+        options |= {"n_teachers": n_teachers, "hidden_size": hidden_size}
+    fusion = KINDS[kind](**options)
+    table = getattr(fusion, "log_weights", None)
+    if table is not None and table.shape[-1] != n_teachers:
+        raise ValueError(f"{kind} fusion got {table.shape[-1]} weights per row for {n_teachers} teachers: one each")
+    return fusion
+
+
+def masked_softmax(
+    logits: Float[Tensor, teacher *rest], mask: Bool[Tensor, teacher *rest2]
+) -> Float[Tensor, teacher *out]:
+    """Softmax over the first axis among the True entries of `mask` (broadcast); all 0 where there are none."""
+    masked = logits.masked_fill(~mask, -torch.inf)
+    top = masked.detach().amax(dim=0, keepdim=True)
+    scaled = (masked - top.masked_fill(top == -torch.inf, 0)).exp()
+    return scaled / scaled.sum(dim=0, keepdim=True).clamp(min=torch.finfo(scaled.dtype).tiny)
+
+
+def _over_cache(present: Tensor) -> Tensor:
+    """``(teacher, batch[, time])`` against ``(teacher, layer, batch, head, time)``."""
+    if present.ndim == 2:
+        return rearrange(present, "teacher batch -> teacher 1 batch 1 1")
+    return rearrange(present, "teacher batch time -> teacher 1 batch 1 time")
+
+
+def _mix(caches: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
+    """Σ over teachers, one at a time: no second tensor of all the caches is made."""
+    total = None
+    for cache, weight, here in zip(caches, weights.to(caches.dtype), mask, strict=True):
+        # What a missing teacher left behind may be anything, NaN too, and NaN · 0 is NaN.
+        cache = cache if bool(here.all()) else cache.masked_fill(~here.unsqueeze(-1), 0)
+        total = cache * weight.unsqueeze(-1) if total is None else torch.addcmul(total, cache, weight.unsqueeze(-1))
+    return total
+
+
+def _log_row(weights: Sequence[float], name: str) -> Tensor:
+    row = torch.tensor([float(weight) for weight in weights], dtype=torch.float64)
+    if not len(row) or (row < 0).any() or not torch.isfinite(row).all() or row.sum() <= 0:
+        raise ValueError(f"fusion weights of {name!r} must be finite, not negative and not all 0; got {list(weights)}")
+    return (row / row.sum()).log().float()

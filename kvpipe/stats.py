@@ -1,0 +1,256 @@
+"""Paired statistics over seeds × items (spec 8).
+
+Everything works on ``differences``, an array ``(seed, item)`` of one metric, arm minus reference, for the same items and
+seeds. Both axes are samples: a new training run and a new test item would both have come out differently, so both are
+resampled (crossed, or "pigeonhole", bootstrap: Owen 2007, doi:10.1214/07-AOAS122).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+Method = Literal["calibrated", "percentile", "basic"]
+RESAMPLE_BLOCK = 1000
+"""Resamples drawn at a time: bounds memory at RESAMPLE_BLOCK · items numbers."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A two-sided confidence interval, the mean difference, and the p-value that inverts the interval."""
+
+    low: float
+    high: float
+    estimate: float
+    p: float
+
+
+def crossed_bootstrap(
+    differences: ArrayLike,
+    n_resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+    method: Method = "calibrated",
+) -> Interval:
+    """Interval and p-value of the mean of `differences` ``(seed, item)``, seeds and items resampled independently.
+
+    `method`:
+
+    - ``percentile``: quantiles of the resampled means, as `scipy.stats.bootstrap`. Far too narrow for few seeds.
+    - ``basic``: the same reflected about the estimate.
+    - ``calibrated`` (default): the percentile interval with its deviations from the estimate stretched so that its
+      variance is the unbiased one of the crossed random-effects model and its tails are Student's with the Satterthwaite
+      degrees of freedom (`variance_of_mean`). With one seed there is nothing to calibrate on: it is the percentile interval,
+      and it covers the items only, not the seeds.
+
+    p is the smallest 1 − confidence at which the interval excludes 0, so p < 0.05 exactly when the 95% interval does;
+    it cannot go below ``2 / (n_resamples + 1)``.
+
+    Raises `ValueError` for NaN or infinite entries, saying how many, and for anything that is not ``(seed, item)``.
+    """
+    differences = np.asarray(differences, dtype=np.float64)
+    if differences.ndim != 2:
+        raise ValueError(f"differences must be (seed, item); got {differences.ndim} axes, shape {differences.shape}")
+    return crossed_bootstrap_many(differences[None], n_resamples, confidence, seed, method)[0]
+
+
+def crossed_bootstrap_many(
+    differences: ArrayLike,
+    n_resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+    method: Method = "calibrated",
+) -> list[Interval]:
+    """`crossed_bootstrap` of many contrasts ``(arm, seed, item)`` on the same resamples, one interval for each arm."""
+    differences = _checked(differences, axes="arm seed item")
+    if not 0 < confidence < 1 or n_resamples < 1:
+        raise ValueError(f"need 0 < confidence < 1 and n_resamples >= 1; got {confidence} and {n_resamples}")
+    estimates = differences.mean(axis=(1, 2))
+    deviations = np.sort(resampled_means(differences, n_resamples, seed) - estimates[:, None], axis=1)
+    return [
+        _interval(estimate, deviation, _stretch(difference, deviation, method), confidence, method)
+        for estimate, deviation, difference in zip(estimates, deviations, differences, strict=True)
+    ]
+
+
+def resampled_means(differences: NDArray[np.float64], n_resamples: int, seed: int = 0) -> NDArray[np.float64]:
+    """Means ``(arm, resample)`` of `differences` ``(arm, seed, item)`` under crossed resampling, the same for all arms.
+
+    A resample is a vector of counts for the seeds and one for the items; its mean is ``cₛᵀ D cᵢ / (seeds · items)``, a
+    matrix product over all arms.
+    """
+    arms, seeds, items = differences.shape
+    seed_rng, item_rng = (np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(2))
+    columns = differences.reshape(arms * seeds, items).T
+    means = np.empty((arms, n_resamples))
+    for start in range(0, n_resamples, RESAMPLE_BLOCK):
+        size = min(RESAMPLE_BLOCK, n_resamples - start)
+        over_items = (_counts(item_rng, size, items) @ columns).reshape(size, arms, seeds)
+        means[:, start : start + size] = np.einsum("ras,rs->ar", over_items, _counts(seed_rng, size, seeds))
+    return means / (seeds * items)
+
+
+def variance_of_mean(differences: ArrayLike) -> tuple[float, float]:
+    """Variance of the mean of ``(seed, item)`` differences when seeds and items are both random, and its degrees of freedom.
+
+    Two-way layout without replication, ``d = μ + seed + item + seed×item``: from the mean squares, the variance is
+    ``(MS_seed + MS_item − MS_rest) / (seeds · items)`` with no component below 0, and the degrees of freedom are
+    Satterthwaite's. With one seed (item) only the item (seed) variance can be estimated.
+    """
+    differences = _checked(differences, axes="seed item")
+    seeds, items = differences.shape
+    if seeds == 1 or items == 1:
+        flat = differences.ravel()
+        return (float(flat.var(ddof=1) / flat.size), float(flat.size - 1)) if flat.size > 1 else (float("nan"), 0.0)
+    mean, rows, columns = differences.mean(), differences.mean(1), differences.mean(0)
+    ms_seed = items * rows.var(ddof=1)
+    ms_item = seeds * columns.var(ddof=1)
+    rest = differences - rows[:, None] - columns + mean
+    df_rest = (seeds - 1) * (items - 1)
+    ms_rest = (rest**2).sum() / df_rest
+    total = max(ms_seed + ms_item - ms_rest, ms_seed, ms_item)
+    spread = ms_seed**2 / (seeds - 1) + ms_item**2 / (items - 1) + ms_rest**2 / df_rest
+    df = total**2 / spread if spread > 0 else float(df_rest)
+    return float(total / (seeds * items)), float(np.clip(df, min(seeds, items) - 1, None))
+
+
+def adjust(p_values: ArrayLike, method: Literal["bonferroni", "holm"]) -> NDArray[np.float64]:
+    """p-values corrected for the size of their family, as statsmodels' `multipletests`.
+
+    NaN (a contrast that could not be computed) stays NaN and is not counted in the family.
+    """
+    p = np.asarray(p_values, dtype=np.float64)
+    adjusted = np.full(p.shape, np.nan)
+    known = ~np.isnan(p)
+    family = p[known]
+    if ((family < 0) | (family > 1)).any():
+        raise ValueError(f"p-values must be between 0 and 1; got {family[(family < 0) | (family > 1)].tolist()}")
+    if method == "bonferroni":
+        adjusted[known] = np.minimum(family * family.size, 1)
+    elif method == "holm":
+        order = np.argsort(family, kind="stable")
+        steps = np.maximum.accumulate(family[order] * np.arange(family.size, 0, -1))
+        result = np.empty_like(family)
+        result[order] = np.minimum(steps, 1)
+        adjusted[known] = result
+    else:
+        raise ValueError(f"method must be 'bonferroni' or 'holm'; got {method!r}")
+    return adjusted
+
+
+def adjusted_interval(
+    differences: ArrayLike,
+    family_size: int,
+    n_resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+    method: Method = "calibrated",
+) -> Interval:
+    """The interval at confidence ``1 − (1 − confidence) / family_size``: all of a family cover together (Bonferroni).
+
+    The p-value in it is not corrected; `adjust` does that.
+    """
+    if family_size < 1:
+        raise ValueError(f"family_size is the number of contrasts, at least 1; got {family_size}")
+    return crossed_bootstrap(differences, n_resamples, 1 - (1 - confidence) / family_size, seed, method)
+
+
+def effect_size(differences: ArrayLike) -> float:
+    """Cohen's d_z of the items: mean over items of the seed-averaged difference, over its standard deviation (ddof 1).
+
+    0 when all differences are 0, ±inf when they are all equal to something else, NaN for a single item.
+    """
+    items = _checked(differences, axes="seed item").mean(axis=0)
+    if items.size < 2:
+        return float("nan")
+    mean, sd = items.mean(), items.std(ddof=1)
+    if sd <= 1e-12 * abs(mean):
+        return 0.0 if mean == 0 else float(np.copysign(np.inf, mean))
+    return float(mean / sd)
+
+
+def minimum_detectable_effect(differences: ArrayLike, alpha: float = 0.05, power: float = 0.8) -> float:
+    """The true mean difference that a design with these seeds, items and variances would find with probability `power`.
+
+    ``(t_{1−α/2} + t_{power}) · standard error``, both from `variance_of_mean`; a two-sided test at `alpha`. In the metric's
+    unit; NaN for a single observation.
+    """
+    variance, df = variance_of_mean(differences)
+    if df <= 0:
+        return float("nan")
+    return float((stats.t.ppf(1 - alpha / 2, df) + stats.t.ppf(power, df)) * np.sqrt(variance))
+
+
+def sign_flip_test(seed_means: ArrayLike) -> float:
+    """Exact two-sided p of the seeds' mean differences under all 2ⁿ sign flips; never below ``2 / 2ⁿ`` (0.25 for 3)."""
+    means = np.asarray(seed_means, dtype=np.float64)
+    if means.ndim != 1 or not 1 <= means.size <= 20:
+        raise ValueError(f"seed_means must be 1 to 20 numbers, one per seed; got shape {means.shape}")
+    if not np.isfinite(means).all():
+        raise ValueError(f"{(~np.isfinite(means)).sum()} of {means.size} seed means are NaN or infinite")
+    flipped = np.abs(np.array(list(product([1.0, -1.0], repeat=means.size))) @ means)
+    return float(np.mean(flipped >= np.abs(means.sum()) * (1 - 1e-12)))
+
+
+def _checked(differences: ArrayLike, axes: str) -> NDArray[np.float64]:
+    array = np.asarray(differences, dtype=np.float64)
+    if array.ndim != len(axes.split()) or 0 in array.shape:
+        raise ValueError(f"differences must be ({axes.replace(' ', ', ')}) and not empty; got shape {array.shape}")
+    bad = int((~np.isfinite(array)).sum())
+    if bad:
+        raise ValueError(
+            f"{bad} of {array.size} differences are NaN or infinite: every item needs a score from every seed of both arms. "
+            "Rerun the missing cells or restrict both arms to the items they share"
+        )
+    return array
+
+
+def _counts(rng: np.random.Generator, n_resamples: int, n: int) -> NDArray[np.float64]:
+    """How often each of `n` units is drawn in each resample ``(resample, unit)``."""
+    draws = rng.integers(n, size=(n_resamples, n)) + n * np.arange(n_resamples)[:, None]
+    return np.bincount(draws.ravel(), minlength=n_resamples * n).reshape(n_resamples, n).astype(np.float64)
+
+
+def _stretch(differences: NDArray[np.float64], deviations: NDArray[np.float64], method: Method):
+    """The factor on the deviations as a function of the tail probability."""
+    if method in ("percentile", "basic") or differences.shape[0] == 1:
+        return lambda tail: 1.0
+    if method != "calibrated":
+        raise ValueError(f"method must be calibrated, percentile or basic; got {method!r}")
+    variance, df = variance_of_mean(differences)
+    spread = deviations.std()
+    ratio = np.sqrt(variance) / spread if spread > 0 else 1.0
+    return lambda tail: ratio * stats.t.ppf(tail, df) / stats.norm.ppf(tail)
+
+
+def _interval(estimate: float, deviations: NDArray[np.float64], stretch, confidence: float, method: Method) -> Interval:
+    def bounds(alpha: float) -> tuple[float, float]:
+        low, high = np.quantile(deviations, [alpha / 2, 1 - alpha / 2])
+        if method == "basic":
+            low, high = -high, -low
+        factor = stretch(alpha / 2)
+        return estimate + factor * low, estimate + factor * high
+
+    low, high = bounds(1 - confidence)
+    floor, ceiling = 2 / (len(deviations) + 1), 0.999
+
+    def excluded(alpha: float) -> bool:
+        low, high = bounds(alpha)
+        return low > 0 or high < 0
+
+    if excluded(floor):
+        p = floor
+    elif not excluded(ceiling):
+        p = 1.0
+    else:
+        outside, inside = ceiling, floor
+        for _ in range(40):
+            middle = np.sqrt(outside * inside)
+            outside, inside = (middle, inside) if excluded(middle) else (outside, middle)
+        p = outside
+    return Interval(float(low), float(high), float(estimate), float(p))
