@@ -1,15 +1,16 @@
 """Fusion: one target from the aligned caches of several teachers (spec 3.7).
 
-Every fusion is a module with one interface: `Targets` in, `Fused` out. A kind only says how much it prefers each teacher
-(`Fusion.preference`, in log space); masking of missing teachers, normalisation and the weighted sum are the same for all.
-Targets must share one space before they are fused (spec section 4): sums of unrelated bases interfere.
+Every fusion is a module with one interface: `Targets` in, `Fused` out. A kind only says how much it prefers each
+teacher (`Fusion.preference`, in log space); masking of missing teachers, normalisation and the weighted sum are the
+same for all. Targets must share one space before they are fused (spec section 4): sums of unrelated bases interfere.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from einops import rearrange, reduce
@@ -37,8 +38,9 @@ class Targets:
 class Fused:
     """One target, and how much of each teacher is in it.
 
-    `weights` broadcasts against ``(teacher, layer, batch, head, time)`` (an axis that a kind does not use is 1 long) and sums
-    to 1 over teachers, except where no teacher is present: there the weights and the target are 0 and `covered` is False.
+    `weights` broadcasts against ``(teacher, layer, batch, head, time)`` (an axis that a kind does not use is 1 long)
+    and sums to 1 over teachers, except where no teacher is present: there the weights and the target are 0 and
+    `covered` is False.
     """
 
     keys: Float[Tensor, "layer batch head time dim"]
@@ -81,12 +83,16 @@ class Fusion(nn.Module):
                 f"{type(self).__name__} was built for {len(preference)} teachers; the targets have {teachers}"
             )
         mask = _over_cache(present)
-        weights = masked_softmax(preference, mask)
+        weights = self.weigh(preference, mask)
         return Fused(_mix(targets.keys, weights, mask), _mix(targets.values, weights, mask), weights)
 
     def preference(self, targets: Caches, **context: Any) -> Float[Tensor, "teacher layers batch heads times"]:
         """Log-weights up to a constant over teachers; −inf is weight 0."""
         raise NotImplementedError
+
+    def weigh(self, preference: Tensor, mask: Tensor) -> Tensor:
+        """Weights over the teachers present: their softmax."""
+        return masked_softmax(preference, mask)
 
 
 class MeanFusion(Fusion):
@@ -113,8 +119,8 @@ class FixedFusion(Fusion):
 class TaskFusion(Fusion):
     """A row of weights per task, e.g. ``{"math": [0.7, 0.3], "code": [0.3, 0.7], "default": [0.5, 0.5]}``.
 
-    A task without a row takes ``default``; without that row it is an error. With `learnable`, each row trains an offset to
-    its log-weights, begun at 0; a weight of 0 stays 0.
+    A task without a row takes ``default``; without that row it is an error. With `learnable`, each row trains an
+    offset to its log-weights, begun at 0; a weight of 0 stays 0.
     """
 
     def __init__(self, weights: Mapping[str, Sequence[float]], learnable: bool = False):
@@ -148,9 +154,9 @@ class TaskFusion(Fusion):
 class AttentionFusion(Fusion):
     """Per layer, KV head and position: softmax over teachers of ``query · key / sqrt(dim)``.
 
-    The queries of a KV head's group are averaged first, which for the scores is the same as averaging the scores over the
-    group. Queries and keys are both taken before rotation: at one position rotation would cancel.
-    Queries are detached, so that the student cannot move the target towards itself; `detach_queries=False` lets it.
+    The queries of a KV head's group are averaged first, which for the scores is the same as averaging the scores over
+    the group. Queries and keys are both taken before rotation: at one position rotation would cancel. Queries are
+    detached, so that the student cannot move the target towards itself; `detach_queries=False` lets it.
     """
 
     def __init__(self, detach_queries: bool = True):
@@ -164,8 +170,11 @@ class AttentionFusion(Fusion):
                 "attention fusion needs `queries`, the student's queries (layer, batch, query_head, time, dim)"
             )
         heads, dim = targets.keys.shape[3], targets.keys.shape[5]
-        if queries.shape[2] % heads:
-            raise ValueError(f"{queries.shape[2]} query heads do not divide into {heads} KV heads")
+        if queries.shape[2] % heads or queries.shape[4] != dim:
+            raise ValueError(
+                f"queries {tuple(queries.shape)} do not fit keys {tuple(targets.keys.shape)}: query heads must be a "
+                f"multiple of {heads} KV heads and dim must be {dim}"
+            )
         if self.detach_queries:
             queries = queries.detach()
         grouped = reduce(
@@ -177,8 +186,8 @@ class AttentionFusion(Fusion):
 class LearnableFusion(Fusion):
     """Per layer and position: an MLP over the student's hidden state, shared by the layers, one output per teacher.
 
-    LayerNorm → Linear → SiLU → Linear, the last begun at 0, so that training starts from the mean. The hidden state is detached:
-    the router learns from it, it does not bend to the router; `detach_hidden=False` lets it.
+    LayerNorm → Linear → SiLU → Linear, the last begun at 0, so that training starts from the mean. The hidden state
+    is detached: the router learns from it, it does not bend to the router; `detach_hidden=False` lets it.
     """
 
     def __init__(self, n_teachers: int, hidden_size: int, width: int = 64, detach_hidden: bool = True):
@@ -204,25 +213,22 @@ class SelectFusion(Fusion):
     """The teacher with the lowest loss on the example, among those present; equal losses share."""
 
     def preference(self, targets: Caches, *, teacher_losses: Tensor | None = None, **context: Any) -> Tensor:
-        """The negated losses: `forward` picks their maximum over the teachers present."""
+        """The negated losses."""
         if teacher_losses is None:
             raise ValueError(
                 "select fusion needs `teacher_losses`, each teacher's loss on each example (teacher, batch)"
             )
+        if teacher_losses.isnan().any():
+            raise ValueError(
+                "select fusion got NaN in `teacher_losses`; say by `present` which teachers an example has"
+            )
         return rearrange(-teacher_losses.detach().float(), "teacher batch -> teacher 1 batch 1 1")
 
-    def forward(
-        self, targets: Caches, *, present: Tensor | None = None, teacher_losses: Tensor | None = None, **context: Any
-    ) -> Fused:
-        """As `Fusion.forward`; the best teacher depends on who is present, so the choice is made after the mask."""
-        negated = self.preference(targets, teacher_losses=teacher_losses)
-        if present is None:
-            present = torch.ones(negated.shape[0], negated.shape[2], dtype=torch.bool, device=negated.device)
-        mask = _over_cache(present)
-        scores = negated.masked_fill(~mask, -torch.inf)
-        chosen = mask & (scores == scores.amax(dim=0, keepdim=True))
-        weights = masked_softmax(torch.zeros_like(scores), chosen)
-        return Fused(_mix(targets.keys, weights, mask), _mix(targets.values, weights, mask), weights)
+    def weigh(self, preference: Tensor, mask: Tensor) -> Tensor:
+        """All weight on the best of the teachers present."""
+        scores = preference.masked_fill(~mask, -torch.inf)
+        best = mask & (scores == scores.amax(dim=0, keepdim=True))
+        return masked_softmax(torch.zeros_like(scores), best)
 
 
 KINDS: dict[str, type[Fusion]] = {
@@ -250,9 +256,80 @@ def build_fusion(kind: str, *, n_teachers: int, hidden_size: int | None = None, 
     return fusion
 
 
+def entropy(
+    weights: Float[Tensor, "teacher layers batch heads times"], present: Bool[Tensor, "teacher batch ..."]
+) -> Tensor:
+    """Entropy of the weights over the teachers present, as a share of its maximum: 0 is one teacher, 1 is the mean.
+
+    Averaged over layers, heads and all positions with at least two teachers (0 if there are none); differentiable.
+    Adding ``−γ · entropy`` to the loss keeps learned weights from collapsing onto one teacher.
+    """
+    counts = _over_cache(present).sum(dim=0).to(weights.dtype)
+    nats = -torch.xlogy(weights, weights.clamp(min=torch.finfo(weights.dtype).tiny)).sum(dim=0)
+    share, several = torch.broadcast_tensors(nats / counts.clamp(min=2).log(), counts >= 2)
+    return share.masked_fill(~several, 0).sum() / several.sum().clamp(min=1)
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """What a router does: `state` is "ok", "collapsed" (one teacher takes it all) or "uniform" (it never chose)."""
+
+    state: Literal["ok", "collapsed", "uniform"]
+    mean_weights: list[float]
+    entropy: float
+    message: str
+
+
+def collapse_report(
+    weights: Float[Tensor, "teacher layers batch heads times"],
+    present: Bool[Tensor, "teacher batch ..."],
+    limit: float = 0.98,
+    tolerance: float = 0.01,
+) -> Collapse:
+    """Judges a router's weights over some batches, and warns.
+
+    Collapsed: where there is a choice (two teachers or more), one teacher's mean weight is above `limit`. Uniform: no
+    weight is further than `tolerance` from the mean fusion's. For a learned router only: a weight table may say
+    either on purpose.
+    """
+    mask = _over_cache(present)
+    counts = mask.sum(dim=0)
+    mask, weights, counts = torch.broadcast_tensors(mask, weights.detach().float(), counts.unsqueeze(0))
+    choice = counts >= 2
+    share = float(entropy(weights, present))
+    means = (weights * choice).flatten(1).sum(1) / choice[0].sum().clamp(min=1)
+    distance = float(((weights - mask / counts.clamp(min=1)) * choice).abs().amax())
+    state: Literal["ok", "collapsed", "uniform"] = "ok"
+    message = f"mean weights {[round(w, 3) for w in means.tolist()]}, entropy {share:.3f} of its maximum"
+    if choice.any() and float(means.amax()) > limit:
+        state = "collapsed"
+        message = f"fusion collapsed onto teacher {int(means.argmax())}: {message}. Raise the entropy term's weight"
+    elif choice.any() and distance < tolerance:
+        state = "uniform"
+        message = f"fusion stayed uniform: {message}. Train it longer or raise its learning rate, or use the mean"
+    if state != "ok":
+        warnings.warn(message, stacklevel=2)
+    return Collapse(state, means.tolist(), share, message)
+
+
+def mean_weights(
+    weights: Float[Tensor, "teacher layers batch heads times"], tasks: Sequence[str], mask: Bool[Tensor, "batch time"]
+) -> dict[str, Float[Tensor, "layers teacher"]]:
+    """Mean weight of each teacher in each layer, per task, over the unmasked positions: what the report draws."""
+    shown = rearrange(mask, "batch time -> 1 1 batch 1 time")
+    wide, shown = torch.broadcast_tensors(weights.detach().float(), shown)
+    result = {}
+    for task in dict.fromkeys(tasks):
+        rows = torch.tensor([number for number, name in enumerate(tasks) if name == task], device=weights.device)
+        here, kept = wide.index_select(2, rows), shown.index_select(2, rows)
+        total = (here * kept).sum(dim=(2, 3, 4)) / kept.sum(dim=(2, 3, 4)).clamp(min=1)
+        result[task] = rearrange(total, "teacher layer -> layer teacher")
+    return result
+
+
 def masked_softmax(
-    logits: Float[Tensor, teacher *rest], mask: Bool[Tensor, teacher *rest2]
-) -> Float[Tensor, teacher *out]:
+    logits: Float[Tensor, "teacher ..."], mask: Bool[Tensor, "teacher ..."]
+) -> Float[Tensor, "teacher ..."]:
     """Softmax over the first axis among the True entries of `mask` (broadcast); all 0 where there are none."""
     masked = logits.masked_fill(~mask, -torch.inf)
     top = masked.detach().amax(dim=0, keepdim=True)

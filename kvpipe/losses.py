@@ -30,10 +30,10 @@ def kv_loss(
 ) -> Float[Tensor, "batch time"]:
     """Squared or smooth-L1 (β = 1) distance of caches, averaged over layer, head and dim.
 
-    `mask` is nonzero where a position counts; what stands in masked positions of either side, NaN too, has no influence on
-    the loss, its gradient or the scale. With ``scale="std"`` each layer's residual is divided by the standard deviation of
-    its target over the unmasked positions, detached, so that no layer dominates. A layer whose target is constant there has
-    no such scale and is left as it is.
+    `mask` is nonzero where a position counts; what stands in masked positions of either side, NaN too, has no
+    influence on the loss, its gradient or the scale. With ``scale="std"`` each layer's residual is divided by the
+    standard deviation of its target over the unmasked positions, detached, so that no layer dominates. A layer whose
+    target is constant there has no such scale and is left as it is.
     """
     return layer_kv_losses(student, target, mask, kind, scale).flatten(0, -3).mean(0)
 
@@ -97,7 +97,8 @@ def masked_mean(
 def token_nll(
     logits: Float[Tensor, "batch time vocab"], labels: Int[Tensor, "batch time"]
 ) -> Float[Tensor, "batch time"]:
-    """−log p of each token in nats, at the token's own position: entry t scores ``labels[:, t]`` by ``logits[:, t-1]``.
+    """−log p of each token in nats, at the token's own position: entry t scores ``labels[:, t]`` by ``logits[:,
+    t-1]``.
 
     The first position, which nothing predicts, and labels of −100 are 0.
     """
@@ -114,9 +115,9 @@ def relation_loss(
 ) -> Float[Tensor, "batch time"]:
     """MiniLMv2 (arXiv:2012.15828, eqs. 3–5): KL(teacher ‖ student) of the self-relations of keys, or of values.
 
-    Heads are concatenated and split anew into `relation_heads`; a relation is the softmax of ``x xᵀ / sqrt(d_r)`` over the
-    unmasked positions up to one's own (the models are causal). Only the time axis must agree, so neither heads nor
-    dimensions need matching. The mean over relation heads, per position.
+    Heads are concatenated and split anew into `relation_heads`; a relation is the softmax of ``x xᵀ / sqrt(d_r)``
+    over the unmasked positions up to one's own (the models are causal). Only the time axis must agree, so neither
+    heads nor dimensions need matching. The mean over relation heads, per position.
     """
     shown = mask != 0
     allowed = (
@@ -153,10 +154,10 @@ def logit_kd_loss(
     """KL(teacher ‖ student) over the teacher's top tokens that the student has too, and one bucket for all the rest.
 
     `top_ids` are *student* ids, −1 where the teacher's token has no student twin; `top_logprobs` are the teacher's
-    log-probabilities at temperature 1. Logits and teacher entries at one position predict the same next token. What is not
-    matched, on either side, is in the rest bucket, so both sides are proper distributions over k + 1 outcomes. Teacher
-    tokens with the same twin add up. The temperature acts on these k + 1 outcomes of both sides, and the loss is multiplied
-    by its square so that gradients keep their size (Hinton et al. 2015).
+    log-probabilities at temperature 1. Logits and teacher entries at one position predict the same next token. What
+    is not matched, on either side, is in the rest bucket, so both sides are proper distributions over k + 1 outcomes.
+    Teacher tokens with the same twin add up. The temperature acts on these k + 1 outcomes of both sides, and the loss
+    is multiplied by its square so that gradients keep their size (Hinton et al. 2015).
     """
     shown = mask != 0
     ids, teacher = _merged_twins(top_ids.long(), top_logprobs.float())
@@ -230,15 +231,10 @@ def check_finite(terms: Mapping[str, Tensor], step: int) -> None:
         bad = ~torch.isfinite(term.detach())
         if not bad.any():
             continue
-        where = ""
-        if term.ndim:
-            where = (
-                f" in layer {', '.join(map(str, bad.flatten(1).any(1).nonzero().flatten().tolist()))}"
-                if term.ndim > 1
-                else (f" in layer {', '.join(map(str, bad.nonzero().flatten().tolist()))}")
-            )
+        layers = bad.reshape(len(bad), -1).any(1).nonzero().flatten().tolist() if term.ndim else []
+        where = f" in layer {', '.join(map(str, layers))}" if layers else ""
         found = "NaN" if torch.isnan(term.detach()).any() else "Inf"
         raise NonFiniteLossError(
-            f"step {step}: loss term {name!r} is {found}{where}; nothing was saved at this step. Lower the learning rate or the "
-            "term's weight, or train in bf16/fp32 if this is fp16"
+            f"step {step}: loss term {name!r} is {found}{where}. Lower the learning rate or the term's weight, or train in "
+            "bf16 or fp32 if this is fp16"
         )

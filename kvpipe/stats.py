@@ -1,8 +1,8 @@
 """Paired statistics over seeds × items (spec 8).
 
-Everything works on ``differences``, an array ``(seed, item)`` of one metric, arm minus reference, for the same items and
-seeds. Both axes are samples: a new training run and a new test item would both have come out differently, so both are
-resampled (crossed, or "pigeonhole", bootstrap: Owen 2007, doi:10.1214/07-AOAS122).
+Everything works on ``differences``, an array ``(seed, item)`` of one metric, arm minus reference, for the same items
+and seeds. Both axes are samples: a new training run and a new test item would both have come out differently, so both
+are resampled (crossed, or "pigeonhole", bootstrap: Owen 2007, doi:10.1214/07-AOAS122).
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def crossed_bootstrap(
     - ``percentile``: quantiles of the resampled means, as `scipy.stats.bootstrap`. Far too narrow for few seeds.
     - ``basic``: the same reflected about the estimate.
     - ``calibrated`` (default): the percentile interval with its deviations from the estimate stretched so that its
-      variance is the unbiased one of the crossed random-effects model and its tails are Student's with the Satterthwaite
-      degrees of freedom (`variance_of_mean`). With one seed there is nothing to calibrate on: it is the percentile interval,
-      and it covers the items only, not the seeds.
+      variance is the unbiased one of the crossed random-effects model and its tails are Student's with the
+      Satterthwaite degrees of freedom (`variance_of_mean`). With one seed there is nothing to calibrate on: it is the
+      percentile interval, and it covers the items only, not the seeds.
 
     p is the smallest 1 − confidence at which the interval excludes 0, so p < 0.05 exactly when the 95% interval does;
     it cannot go below ``2 / (n_resamples + 1)``.
@@ -79,10 +79,11 @@ def crossed_bootstrap_many(
 
 
 def resampled_means(differences: NDArray[np.float64], n_resamples: int, seed: int = 0) -> NDArray[np.float64]:
-    """Means ``(arm, resample)`` of `differences` ``(arm, seed, item)`` under crossed resampling, the same for all arms.
+    """Means ``(arm, resample)`` of `differences` ``(arm, seed, item)`` under crossed resampling, the same for all
+    arms.
 
-    A resample is a vector of counts for the seeds and one for the items; its mean is ``cₛᵀ D cᵢ / (seeds · items)``, a
-    matrix product over all arms.
+    A resample is a vector of counts for the seeds and one for the items; its mean is ``cₛᵀ D cᵢ / (seeds · items)``,
+    a matrix product over all arms.
     """
     arms, seeds, items = differences.shape
     seed_rng, item_rng = (np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(2))
@@ -96,7 +97,8 @@ def resampled_means(differences: NDArray[np.float64], n_resamples: int, seed: in
 
 
 def variance_of_mean(differences: ArrayLike) -> tuple[float, float]:
-    """Variance of the mean of ``(seed, item)`` differences when seeds and items are both random, and its degrees of freedom.
+    """Variance of the mean of ``(seed, item)`` differences when seeds and items are both random, and its degrees of
+    freedom.
 
     Two-way layout without replication, ``d = μ + seed + item + seed×item``: from the mean squares, the variance is
     ``(MS_seed + MS_item − MS_rest) / (seeds · items)`` with no component below 0, and the degrees of freedom are
@@ -161,7 +163,8 @@ def adjusted_interval(
 
 
 def effect_size(differences: ArrayLike) -> float:
-    """Cohen's d_z of the items: mean over items of the seed-averaged difference, over its standard deviation (ddof 1).
+    """Cohen's d_z of the items: mean over items of the seed-averaged difference, over its standard deviation (ddof
+    1).
 
     0 when all differences are 0, ±inf when they are all equal to something else, NaN for a single item.
     """
@@ -175,10 +178,11 @@ def effect_size(differences: ArrayLike) -> float:
 
 
 def minimum_detectable_effect(differences: ArrayLike, alpha: float = 0.05, power: float = 0.8) -> float:
-    """The true mean difference that a design with these seeds, items and variances would find with probability `power`.
+    """The true mean difference that a design with these seeds, items and variances would find with probability
+    `power`.
 
-    ``(t_{1−α/2} + t_{power}) · standard error``, both from `variance_of_mean`; a two-sided test at `alpha`. In the metric's
-    unit; NaN for a single observation.
+    ``(t_{1−α/2} + t_{power}) · standard error``, both from `variance_of_mean`; a two-sided test at `alpha`. In the
+    metric's unit; NaN for a single observation.
     """
     variance, df = variance_of_mean(differences)
     if df <= 0:

@@ -19,11 +19,11 @@ def default_mlp_ratio(n_params: float) -> float:
 class ElasticBottleneck(nn.Module):
     """LayerNorm → Linear(src_dim → hidden) → SiLU → Dropout → Linear(hidden → dst_dim), on the last axis.
 
-    ``hidden = mlp_ratio · src_dim``, rounded, at least 1. Without `mlp_ratio` it is `default_mlp_ratio` of `src_params`, the
-    teacher's number of parameters, and 1.0 when that is not given either.
+    ``hidden = mlp_ratio · src_dim``, rounded, at least 1. Without `mlp_ratio` it is `default_mlp_ratio` of
+    `src_params`, the teacher's number of parameters, and 1.0 when that is not given either.
 
-    Beside the bottleneck lies a linear skip path. It is zero and does not train until `warm_start` loads a fitted linear
-    map into it; a module that was never warm-started is exactly the bottleneck above.
+    Beside the bottleneck lies a linear skip path. It is zero and does not train until `warm_start` loads a fitted
+    linear map into it; a module that was never warm-started is exactly the bottleneck above.
     """
 
     def __init__(
@@ -63,12 +63,13 @@ class ElasticBottleneck(nn.Module):
     def warm_start(
         self, weight: Float[Tensor, "dst_dim src_dim"], bias: Float[Tensor, " dst_dim"] | None = None
     ) -> ElasticBottleneck:
-        """Makes the module equal ``x ↦ weight · x + bias`` exactly: the map goes into the skip path, which trains from here
-        on, and the last Linear of the bottleneck is zeroed. Returns the module itself.
+        """Makes the module equal ``x ↦ weight · x + bias`` exactly: the map goes into the skip path, which trains
+        from here on, and the last Linear of the bottleneck is zeroed. Returns the module itself.
         """
         if weight.shape != self.skip.weight.shape:
             raise ValueError(
-                f"warm start needs a (dst_dim, src_dim) weight {tuple(self.skip.weight.shape)}; got {tuple(weight.shape)}"
+                f"warm start needs a weight (dst_dim, src_dim) {tuple(self.skip.weight.shape)}; "
+                f"got {tuple(weight.shape)}"
             )
         self.skip.weight.copy_(weight)
         self.skip.bias.zero_() if bias is None else self.skip.bias.copy_(bias)

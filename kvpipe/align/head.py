@@ -11,8 +11,8 @@ from torch import Tensor, nn
 def grouped_average(src_heads: int, dst_heads: int) -> Float[Tensor, "dst_heads src_heads"]:
     """Row-stochastic weights by interval overlap: head ``i`` of ``n`` covers ``[i/n, (i+1)/n)``.
 
-    For 12 → 2 the plain mean of six heads each, for 2 → 8 each head repeated four times, for 7 → 3 the head on a border
-    shared in proportion.
+    For 12 → 2 the plain mean of six heads each, for 2 → 8 each head repeated four times, for 7 → 3 the head on a
+    border shared in proportion.
     """
     if src_heads < 1 or dst_heads < 1:
         raise ValueError(f"both models need a KV head; got {src_heads} source and {dst_heads} destination heads")
@@ -23,7 +23,10 @@ def grouped_average(src_heads: int, dst_heads: int) -> Float[Tensor, "dst_heads 
 
 
 class HeadMixer(nn.Module):
-    """A learnable mix of heads, ``(…, src_heads, time, dim) → (…, dst_heads, time, dim)``, begun at the grouped average."""
+    """A learnable mix of heads, ``(…, src_heads, time, dim) → (…, dst_heads, time, dim)``.
+
+    It begins as the grouped average.
+    """
 
     def __init__(self, src_heads: int, dst_heads: int):
         super().__init__()

@@ -1,14 +1,16 @@
 """The layer step: which teacher layers a student layer learns from (spec 3.3).
 
-Linear centred kernel alignment (CKA) compares two sets of features of the same rows (Kornblith et al. 2019, arXiv:1905.00414)::
+Linear centred kernel alignment (CKA) compares two sets of features of the same rows (Kornblith et al. 2019,
+arXiv:1905.00414)::
 
     CKA(X, Y) = HSIC(X, Y) / sqrt(HSIC(X, X) · HSIC(Y, Y))
 
 with ``HSIC(X, Y) = ‖XᵀY‖²`` of column-centred features, or its unbiased estimate (Song et al. 2012, eq. 4), which the
-debiased form uses: wide features of few rows look alike under the biased one. All pairs of layers are computed at once.
+debiased form uses: wide features of few rows look alike under the biased one. All pairs of layers are computed at
+once.
 
-Where CKA has no value it is 0, never NaN: features that are constant over the rows have nothing to compare, and the debiased
-form needs four rows.
+Where CKA has no value it is 0, never NaN: features that are constant over the rows have nothing to compare, and the
+debiased form needs four rows.
 """
 
 from __future__ import annotations
@@ -34,20 +36,21 @@ def cka_matrix(
 ) -> Float64[Tensor, "dst_layer src_layer"]:
     """Linear CKA of every student layer with every teacher layer on the same `n` rows (aligned tokens).
 
-    Works in double precision, through the Gram matrices (cost ~ n²) or the features (cost ~ dst_layer · p · src_layer · q),
-    whichever is cheaper; both give the same numbers.
+    Works in double precision, through the Gram matrices (cost ~ n²) or the features (cost ~ dst_layer · p · src_layer
+    · q), whichever is cheaper; both give the same numbers.
     """
     return _ratio(*_hsic(_centred(dst), _centred(src), debiased))
 
 
 class StreamingCKA:
-    """`cka_matrix` over more rows than fit in memory: minibatch CKA (Nguyen, Raghu and Kornblith 2021, arXiv:2010.15327, eq. 3).
+    """`cka_matrix` over more rows than fit in memory: minibatch CKA (Nguyen, Raghu and Kornblith 2021,
+    arXiv:2010.15327, eq. 3).
 
-    HSIC is estimated on minibatches of `batch_rows` rows and averaged, then the ratio is taken. With the unbiased HSIC
-    the average estimates the same quantity whatever the batch size. Rows are buffered up to a full minibatch, so the result
-    does not depend on how they are split over `update` calls, and memory does not depend on their number.
-    A last, shorter minibatch counts in proportion to its rows; with fewer than 4 rows the unbiased HSIC does not exist and
-    they are left out (`rows_left_out` after `compute`).
+    HSIC is estimated on minibatches of `batch_rows` rows and averaged, then the ratio is taken. With the unbiased
+    HSIC the average estimates the same quantity whatever the batch size. Rows are buffered up to a full minibatch, so
+    the result does not depend on how they are split over `update` calls, and memory does not depend on their number.
+    A last, shorter minibatch counts in proportion to its rows; with fewer than 4 rows the unbiased HSIC does not
+    exist and they are left out (`rows_left_out` after `compute`).
     """
 
     def __init__(self, debiased: bool = True, batch_rows: int = 256):
@@ -110,8 +113,8 @@ def top_k_mix(
     """Weights β of each student layer's `k` most similar teacher layers; every row sums to 1.
 
     Without a temperature: the similarities, clamped at 0, divided by their sum. With one: softmax of similarity /
-    temperature over the k. Debiased CKA can be negative; a row whose top k are all ≤ 0 says nothing about which layer is
-    nearer, and takes them with equal weight, with a warning.
+    temperature over the k. Debiased CKA can be negative; a row whose top k are all ≤ 0 says nothing about which layer
+    is nearer, and takes them with equal weight, with a warning.
     """
     src_layers = similarity.shape[1]
     if not 1 <= k <= src_layers:
@@ -131,8 +134,8 @@ def top_k_mix(
         if empty.any():
             rows = empty.flatten().nonzero().flatten().tolist()
             warnings.warn(
-                f"student layers {rows} have no positive similarity with any teacher layer: their top {k} are mixed with "
-                "equal weights. Use more validation examples or the proportional map",
+                f"student layers {rows} have no positive similarity with any teacher layer: their top {k} are mixed "
+                "with equal weights. Use more validation examples or the proportional map",
                 stacklevel=2,
             )
         beta = torch.where(empty, 1 / k, positive / total.masked_fill(empty, 1))
@@ -153,7 +156,8 @@ def _hsic(
 ) -> tuple[Float64[Tensor, "x_layer y_layer"], Float64[Tensor, " x_layer"], Float64[Tensor, " y_layer"]]:
     """HSIC of all pairs (x, y) and of each layer with itself, up to a common factor, from centred features.
 
-    The unbiased estimate in terms of centred features, with r the squared row norms (Kornblith's feature-space form)::
+    The unbiased estimate in terms of centred features, with r the squared row norms (Kornblith's feature-space
+    form)::
 
         ‖XᵀY‖² − n/(n−2) · r_x·r_y + ‖X‖²‖Y‖² / ((n−1)(n−2))      = n(n−3) · HSIC₁
     """

@@ -24,8 +24,9 @@ Segments = Sequence[Sequence[SupportsIndex]]
 def safe_time_resample(x: Float[Tensor, ...], indices: Int[Tensor, " n"], dim: int = -2) -> Float[Tensor, ...]:
     """`x` at `indices` of axis `dim`, whatever the indices are.
 
-    Indices may have any integer dtype and device; those outside ``[0, T)`` are clamped to the nearest end, so a single
-    position (T = 1) is repeated. With T = 0 there is nothing to take: the result is zeros of the requested length.
+    Indices may have any integer dtype and device; those outside ``[0, T)`` are clamped to the nearest end, so a
+    single position (T = 1) is repeated. With T = 0 there is nothing to take: the result is zeros of the requested
+    length.
     """
     length = x.shape[dim]
     wide = indices.to(device=x.device, dtype=torch.int64)
@@ -43,15 +44,16 @@ def segment_weights(
 ) -> tuple[Int64[Tensor, "n_dst 2"], Float32[Tensor, "n_dst 2"]]:
     """Linear interpolation over normalised position inside each segment, in gather form.
 
-    Position ``j`` of a destination segment of ``m`` tokens stands at ``j / (m - 1)`` of its segment, and reads the source
-    segment of ``n`` tokens at ``j (n - 1) / (m - 1)``: first token to first token, last to last, and exactly the identity
-    for ``m == n``. A destination segment of one token reads the last source token, which has seen the whole segment.
+    Position ``j`` of a destination segment of ``m`` tokens stands at ``j / (m - 1)`` of its segment, and reads the
+    source segment of ``n`` tokens at ``j (n - 1) / (m - 1)``: first token to first token, last to last, and exactly
+    the identity for ``m == n``. A destination segment of one token reads the last source token, which has seen the
+    whole segment.
 
     Rows outside every destination segment, and rows whose source segment is empty, have weight zero: they are masked
     (`weight_mask`). All other rows sum to 1.
 
-    Raises `ValueError` when the two sides differ in number of segments, or when segments run backwards, overlap on the
-    destination side or leave ``[0, n_dst)``.
+    Raises `ValueError` when the two sides differ in number of segments, or when segments run backwards, overlap on
+    the destination side or leave ``[0, n_dst)``.
     """
     src, dst = _checked(src_segments, "source"), _checked(dst_segments, "destination")
     if len(src) != len(dst):
@@ -96,8 +98,8 @@ def segment_resample(
 ) -> Float[Tensor, ...]:
     """`x` with axis `dim` resampled segment to segment (see `segment_weights`).
 
-    The result has `n_dst` positions, by default up to the last destination stop. Positions without a source are zeros;
-    ``weight_mask(segment_weights(src_segments, dst_segments, n_dst)[1])`` says which.
+    The result has `n_dst` positions, by default up to the last destination stop. Positions without a source are
+    zeros; ``weight_mask(segment_weights(src_segments, dst_segments, n_dst)[1])`` says which.
     """
     length = x.shape[dim]
     for number, (start, stop) in enumerate(_checked(src_segments, "source")):
@@ -117,8 +119,9 @@ def gather_time(
 ) -> Float[Tensor, "*lead n_dst dim"]:
     """``out[…, j, :] = Σ_m weight[j, m] · x[…, index[j, m], :]``.
 
-    `index` and `weight` are ``(n_dst, m)``, the same for everything, or ``(batch, n_dst, m)`` with x
-    ``(layer, batch, head, time, dim)`` or ``(batch, head, time, dim)``. Differentiable in `x` and in `weight`. Rows of zero weight are zeros.
+    `index` and `weight` are ``(n_dst, m)``, the same for everything, or ``(batch, n_dst, m)`` with x ``(layer, batch,
+    head, time, dim)`` or ``(batch, head, time, dim)``. Differentiable in `x` and in `weight`. Rows of zero weight are
+    zeros.
     """
     *lead, length, dim = x.shape
     n_dst, m = index.shape[-2:]
@@ -128,8 +131,8 @@ def gather_time(
     if index.ndim == 3:
         if x.ndim < 4 or x.shape[-4] != len(index):
             raise ValueError(
-                f"index is batched {tuple(index.shape)} (batch, n_dst, m), so x must be (…, batch, head, time, dim) with "
-                f"batch {len(index)}; got {tuple(x.shape)}"
+                f"index is batched {tuple(index.shape)} (batch, n_dst, m), so x must be (…, batch, head, time, dim) "
+                f"with batch {len(index)}; got {tuple(x.shape)}"
             )
         index, weight = rearrange(index, "b n m -> b 1 n m"), rearrange(weight, "b n m -> b 1 n m")
     # One fused gather-and-sum over the rows of the flattened cache: no (…, n_dst, m, dim) tensor is ever made.
