@@ -49,7 +49,7 @@ class Fused:
 
     @property
     def covered(self) -> Bool[Tensor, "batch times"]:
-        """Where some teacher gives a target; multiply the loss mask by it. The last axis is 1 long if time does not matter."""
+        """Where some teacher gives a target: for the loss mask. The last axis is 1 long if time does not matter."""
         return (self.weights > 0).any(dim=0).any(dim=2).any(dim=0)
 
 
@@ -66,7 +66,7 @@ class Fusion(nn.Module):
         hidden: Float[Tensor, "layer batch time hidden"] | None = None,
         teacher_losses: Float[Tensor, "teacher batch"] | None = None,
     ) -> Fused:
-        """Fuses; a kind that needs `tasks`, `queries`, `hidden` or `teacher_losses` raises `ValueError` without them."""
+        """Fuses; a kind raises `ValueError` without what it needs of `tasks`, `queries`, `hidden`, `teacher_losses`."""
         teachers, _, batch = targets.keys.shape[:3]
         if present is None:
             present = torch.ones(teachers, batch, dtype=torch.bool, device=targets.keys.device)
@@ -106,6 +106,8 @@ class MeanFusion(Fusion):
 class FixedFusion(Fusion):
     """One given weight per teacher."""
 
+    log_weights: Tensor
+
     def __init__(self, weights: Sequence[float]):
         super().__init__()
         self.register_buffer("log_weights", _log_row(weights, "fixed"))
@@ -122,6 +124,8 @@ class TaskFusion(Fusion):
     A task without a row takes ``default``; without that row it is an error. With `learnable`, each row trains an
     offset to its log-weights, begun at 0; a weight of 0 stays 0.
     """
+
+    log_weights: Tensor
 
     def __init__(self, weights: Mapping[str, Sequence[float]], learnable: bool = False):
         super().__init__()
@@ -193,11 +197,10 @@ class LearnableFusion(Fusion):
     def __init__(self, n_teachers: int, hidden_size: int, width: int = 64, detach_hidden: bool = True):
         super().__init__()
         self.detach_hidden = detach_hidden
-        self.router = nn.Sequential(
-            nn.LayerNorm(hidden_size), nn.Linear(hidden_size, width), nn.SiLU(), nn.Linear(width, n_teachers)
-        )
-        nn.init.zeros_(self.router[-1].weight)
-        nn.init.zeros_(self.router[-1].bias)
+        last = nn.Linear(width, n_teachers)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.router = nn.Sequential(nn.LayerNorm(hidden_size), nn.Linear(hidden_size, width), nn.SiLU(), last)
 
     def preference(self, targets: Caches, *, hidden: Tensor | None = None, **context: Any) -> Tensor:
         """The router's logits."""
@@ -346,11 +349,11 @@ def _over_cache(present: Tensor) -> Tensor:
 
 def _mix(caches: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
     """Σ over teachers, one at a time: no second tensor of all the caches is made."""
-    total = None
+    total = caches.new_zeros(())
     for cache, weight, here in zip(caches, weights.to(caches.dtype), mask, strict=True):
         # What a missing teacher left behind may be anything, NaN too, and NaN · 0 is NaN.
-        cache = cache if bool(here.all()) else cache.masked_fill(~here.unsqueeze(-1), 0)
-        total = cache * weight.unsqueeze(-1) if total is None else torch.addcmul(total, cache, weight.unsqueeze(-1))
+        shown = cache if bool(here.all()) else cache.masked_fill(~here.unsqueeze(-1), 0)
+        total = torch.addcmul(total, shown, weight.unsqueeze(-1))
     return total
 
 

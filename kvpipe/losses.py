@@ -83,7 +83,7 @@ def target_std(
 def masked_mean(
     values: Float[Tensor, "batch time"], mask: Shaped[Tensor, "batch time"], per: Literal["token", "example"] = "token"
 ) -> Float[Tensor, ""]:
-    """The mean over unmasked tokens, or of each example's own mean (examples without a token left out); 0 without any."""
+    """The mean over unmasked tokens, or over examples of each one's mean (those without a token left out); else 0."""
     shown = mask != 0
     kept = values.masked_fill(~shown, 0)
     if per == "token":
@@ -235,6 +235,6 @@ def check_finite(terms: Mapping[str, Tensor], step: int) -> None:
         where = f" in layer {', '.join(map(str, layers))}" if layers else ""
         found = "NaN" if torch.isnan(term.detach()).any() else "Inf"
         raise NonFiniteLossError(
-            f"step {step}: loss term {name!r} is {found}{where}. Lower the learning rate or the term's weight, or train in "
-            "bf16 or fp32 if this is fp16"
+            f"step {step}: loss term {name!r} is {found}{where}. Lower the learning rate or the "
+            "term's weight, or train in bf16 or fp32 if this is fp16"
         )

@@ -208,8 +208,8 @@ def _checked(differences: ArrayLike, axes: str) -> NDArray[np.float64]:
     bad = int((~np.isfinite(array)).sum())
     if bad:
         raise ValueError(
-            f"{bad} of {array.size} differences are NaN or infinite: every item needs a score from every seed of both arms. "
-            "Rerun the missing cells or restrict both arms to the items they share"
+            f"{bad} of {array.size} differences are NaN or infinite: every item needs a score from every seed of both "
+            "arms. Rerun the missing cells or restrict both arms to the items they share"
         )
     return array
 
