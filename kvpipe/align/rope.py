@@ -12,13 +12,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Literal
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
-from torch import Tensor
-from transformers import PretrainedConfig
+from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 Layout = Literal["half", "interleaved"]
@@ -30,8 +31,18 @@ _LAYOUTS: dict[str, Layout] = {
     "gptj": "interleaved",
     "codegen": "interleaved",
 }
-# Families that rotate only their sliding-window layers (where a window is set); full-attention layers have no position.
-_ROTATES_ONLY_SLIDING = {"cohere2", "cohere2_moe", "exaone4", "exaone4_5_text", "exaone_moe", "kolibri1"}
+# Families that rotate only their sliding-window layers (full-attention layers have no position) -> whether they
+# rotate every layer when the config sets no window.
+_ROTATES_ONLY_SLIDING = {
+    "afmoe": False,
+    "cohere2": False,
+    "cohere2_moe": False,
+    "flint": False,
+    "exaone4": True,
+    "exaone4_5_text": True,
+    "exaone_moe": True,
+    "kolibri1": True,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +50,8 @@ class Rope:
     """The rotary embedding of one layer. `inv_freq` is None for a layer without one (then keys pass through).
 
     `scaling` multiplies cos and sin (YaRN, LongRoPE), `direction` is -1 for the one family that turns the other
-    way, and `long_inv_freq` gives the frequencies that replace `inv_freq` once a call holds more than `context`
-    positions (dynamic NTK, LongRoPE).
+    way. `long_context` is a length and, for calls that hold more positions than that, the inverse frequencies by the
+    length of the call (dynamic NTK, LongRoPE).
     """
 
     rope_type: str
@@ -48,12 +59,14 @@ class Rope:
     scaling: float = 1.0
     layout: Layout = "half"
     direction: int = 1
-    context: int | None = None
-    long_inv_freq: Callable[[Tensor], Tensor] | None = None
+    long_context: tuple[int, Callable[[Tensor], Tensor]] | None = None
 
     @classmethod
-    def from_config(cls, hf_config: PretrainedConfig, layer: int = 0) -> Rope:
+    def from_config(cls, hf_config: PretrainedConfig, layer: int = 0, rotary: nn.Module | None = None) -> Rope:
         """The rotary embedding of `layer` of a Hugging Face model config.
+
+        With `rotary`, the rotary module of a running model, the frequencies are the ones it held in its last forward
+        (they may be rounded by a cast of the whole model, or enlarged by an earlier, longer call under dynamic NTK).
 
         Raises ValueError, naming the model type, for latent attention (MLA), whose keys are not rotated as a whole,
         and for rotary embeddings that cannot be read.
@@ -71,7 +84,7 @@ class Rope:
             dim = config.rotary_dim or config.n_embd // config.n_head
             inv_freq = 1.0 / (10000 ** (torch.arange(0, dim, 2, dtype=torch.int64) / dim))
             return cls("default", inv_freq, layout="interleaved")
-        family = _modeling_module(config)
+        family = modeling_module(config)
         rotary_class = _rotary_class(config, family)
         if rotary_class is None:
             return cls("none")
@@ -79,21 +92,29 @@ class Rope:
         parameters, layer_type = config.rope_parameters, None
         if config.nested_rope_parameter_keys(parameters):
             layer_type = config.layer_types[layer]
-            parameters = parameters[layer_type]
-            if parameters is None:
+            parameters = parameters.get(layer_type)
+            if parameters is None:  # a layer without attention, or one without positions
                 return cls("none")
-        module = rotary_class(config)
+        module = rotary_class(config) if rotary is None else rotary
         prefix = "" if layer_type is None else f"{layer_type}_"
         inv_freq = getattr(module, f"{prefix}inv_freq").detach().float().clone()
         scaling = float(getattr(module, f"{prefix}attention_scaling", getattr(module, "attention_scaling", 1.0)))
         layout, direction = _pairing(config, family)
         rope_type = parameters.get("rope_type", "default")
-        context, long_inv_freq = _long_context(config, rope_type, parameters, layer_type)
-        return cls(rope_type, inv_freq, scaling, layout, direction, context, long_inv_freq)
+        long_context = _long_context(config, rope_type, parameters, layer_type) if rotary is None else None
+        return cls(rope_type, inv_freq, scaling, layout, direction, long_context)
 
     @classmethod
-    def of_layers(cls, hf_config: PretrainedConfig) -> list[Rope]:
-        """One Rope per layer of the model; layers of one kind share one object."""
+    def of_model(cls, model: nn.Module, hf_config: PretrainedConfig) -> list[Rope]:
+        """One Rope per layer, with the frequencies that the model's own rotary module held in its last forward."""
+        config = hf_config.get_text_config(decoder=True)
+        rotary_class = _rotary_class(config, modeling_module(config))
+        rotary = next((m for m in model.modules() if rotary_class and isinstance(m, rotary_class)), None)
+        return cls.of_layers(config, rotary)
+
+    @classmethod
+    def of_layers(cls, hf_config: PretrainedConfig, rotary: nn.Module | None = None) -> list[Rope]:
+        """One Rope per layer of the model; layers of one kind share one object. `rotary` as in `from_config`."""
         config = hf_config.get_text_config(decoder=True)
         shared: dict[tuple[bool, str], Rope] = {}
         ropes = []
@@ -101,7 +122,7 @@ class Rope:
             types = getattr(config, "layer_types", None)
             kind = (_layer_rotates(config, layer), types[layer] if types else "")
             if kind not in shared:
-                shared[kind] = cls.from_config(config, layer)
+                shared[kind] = cls.from_config(config, layer, rotary)
             ropes.append(shared[kind])
         return ropes
 
@@ -121,10 +142,11 @@ class Rope:
         """Inverse frequencies, radians per position, in force for a call that holds these positions."""
         assert self.inv_freq is not None
         inv_freq = self.inv_freq.to(positions.device)
-        if self.long_inv_freq is None or positions.numel() == 0:
+        if self.long_context is None or positions.numel() == 0:
             return inv_freq
         length = positions.max() + 1
-        return self.long_inv_freq(length).to(positions.device) if length > self.context else inv_freq
+        context, long_inv_freq = self.long_context
+        return long_inv_freq(length).to(positions.device) if length > context else inv_freq
 
     def _turn(self, k: Tensor, positions: Tensor, sign: int, scale: float) -> Tensor:
         if self.inv_freq is None:
@@ -153,13 +175,20 @@ def _layer_rotates(config: PretrainedConfig, layer: int) -> bool:
     flags = getattr(config, "no_rope_layers", None)  # despite the name, 1 marks a layer *with* rotary embedding
     if flags:
         return bool(flags[layer])
-    if config.model_type in _ROTATES_ONLY_SLIDING and getattr(config, "sliding_window", None) is not None:
+    if config.model_type in _ROTATES_ONLY_SLIDING:
+        if getattr(config, "sliding_window", None) is None:
+            return _ROTATES_ONLY_SLIDING[config.model_type]
+        dense_prefix = getattr(config, "prefix_dense_sliding_window_pattern", None) == 1  # Cohere 2 MoE
+        if dense_prefix and config.mlp_layer_types[layer] == "dense":
+            return True
         return config.layer_types[layer] == "sliding_attention"
     return True
 
 
-def _modeling_module(config: PretrainedConfig):
-    """The modeling file that belongs to the config's own file."""
+def modeling_module(config: PretrainedConfig) -> ModuleType:
+    """The modeling file of the config's family: the one of its causal language model, else its own."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return importlib.import_module(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__module__)
     name = type(config).__module__.replace("configuration_", "modeling_")
     try:
         return importlib.import_module(name)
@@ -169,7 +198,7 @@ def _modeling_module(config: PretrainedConfig):
         ) from error
 
 
-def _rotary_class(config: PretrainedConfig, family) -> type | None:
+def _rotary_class(config: PretrainedConfig, family: ModuleType) -> type | None:
     """The family's text rotary module, or None for a family without one."""
     names = [n for n in vars(family) if n.endswith("RotaryEmbedding") and "Vision" not in n and "Audio" not in n]
     if len(names) > 1:
@@ -177,7 +206,7 @@ def _rotary_class(config: PretrainedConfig, family) -> type | None:
     return getattr(family, names[0]) if names else None
 
 
-def _pairing(config: PretrainedConfig, family) -> tuple[Layout, int]:
+def _pairing(config: PretrainedConfig, family: ModuleType) -> tuple[Layout, int]:
     """Which components form a pair, and the direction of the turn, read from the family's `rotate_half`.
 
     `rotate_half` maps a pair (first, second) to (-second, first); one family has the sign the other way round.
@@ -199,7 +228,7 @@ def _pairing(config: PretrainedConfig, family) -> tuple[Layout, int]:
 
 def _long_context(
     config: PretrainedConfig, rope_type: str, parameters: dict, layer_type: str | None
-) -> tuple[int | None, Callable[[Tensor], Tensor] | None]:
+) -> tuple[int, Callable[[Tensor], Tensor]] | None:
     """The number of positions beyond which the type changes its frequencies, and the frequencies it then takes."""
     kwargs = {} if layer_type is None else {"layer_type": layer_type}
     if rope_type == "longrope":
@@ -211,7 +240,7 @@ def _long_context(
         return config.max_position_embeddings, lambda length: compute(config, length.device, seq_len=length, **kwargs)[
             0
         ]
-    return None, None
+    return None
 
 
 def rebase(
