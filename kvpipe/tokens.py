@@ -71,8 +71,10 @@ def encode(
     whitespace dropped, unknown token) is refused by tokenizer and first byte instead.
 
     The backend's truncation, padding and template are set aside during the call and put back, so one tokenizer
-    must not be used by two threads at once (as in transformers). Raises `TypeError` for a tokenizer that is not fast and `ValueError` for a text with lone surrogates and for
-    one that yields no token although it has bytes.
+    must not be used by two threads at once (as in transformers).
+
+    Raises `TypeError` for a tokenizer that is not fast and `ValueError` for a text with lone surrogates, for one
+    that yields no token although it has bytes, and for a post-processor that drops tokens.
     """
     backend = _backend(tokenizer)
     name = getattr(tokenizer, "name_or_path", "") or f"{type(backend.model).__name__} tokenizer"
@@ -161,17 +163,18 @@ def _spelled(backend: tokenizers.Tokenizer, raw: tokenizers.Encoding) -> tuple[l
     byte_fallback = getattr(backend.model, "byte_fallback", None)
     if byte_fallback is None:
         byte_fallback = all(backend.token_to_id(f"<0x{b:02X}>") is not None for b in range(256))
-    prefix = getattr(backend.model, "continuing_subword_prefix", None) or ""
+    prefix = getattr(backend.model, "continuing_subword_prefix", None) or ""  # WordPiece's ##
+    suffix = getattr(backend.model, "end_of_word_suffix", None) or ""  # CLIP's </w>
     added = backend.get_added_tokens_decoder()
 
     def spell(token: int, string: str) -> bytes:
         if token in added:
             return added[token].content.encode()
+        string = string.removeprefix(prefix).removesuffix(suffix)
         if byte_level and _BYTE_CHARACTERS.issuperset(string):
             return bytes(_BYTE_OF[c] for c in string)
         if byte_fallback and len(string) == 6 and string.startswith("<0x"):
             return bytes([int(string[3:5], 16)])
-        string = string.removeprefix(prefix)
         return (string.replace("▁", " ") if metaspace else string).encode()
 
     _, first, piece_of = np.unique(np.array(raw.ids, dtype=np.int64), return_index=True, return_inverse=True)
@@ -208,12 +211,13 @@ def _boundaries(text: str, offsets: np.ndarray, pieces: list[bytes], piece_of: n
     opens = np.flatnonzero(np.concatenate([[True], ~shared]))
     closes = np.append(opens[1:], n)
     group = np.repeat(np.arange(len(opens)), closes - opens)[: n - 1]
-    group_start, group_length = bounds[opens], bounds[closes] - bounds[opens]
+    group_start = byte_of[start[opens]]  # what the tokens report; bytes of a gap before it are spelled by none
+    group_length = byte_of[stop[closes - 1]] - group_start
     spelled = np.array([len(p) for p in pieces])[piece_of]
 
     # An invented prefix space, always first in its group, spells no byte of the text.
     leads_with_space = np.array([p[:1] == b" " for p in pieces])[piece_of[opens]]
-    at_space = np.append(is_space, False)[np.searchsorted(byte_of, group_start)]
+    at_space = np.append(is_space, False)[start[opens]]
     invented = leads_with_space & (~at_space | (np.add.reduceat(spelled, opens) == group_length + 1))
     spelled[opens] -= invented
 
