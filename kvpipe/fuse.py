@@ -108,7 +108,7 @@ class FixedFusion(Fusion):
 
     log_weights: Tensor
 
-    def __init__(self, weights: Sequence[float]):
+    def __init__(self, weights: Sequence[float | int]):
         super().__init__()
         self.register_buffer("log_weights", _log_row(weights, "fixed"))
 
@@ -127,7 +127,7 @@ class TaskFusion(Fusion):
 
     log_weights: Tensor
 
-    def __init__(self, weights: Mapping[str, Sequence[float]], learnable: bool = False):
+    def __init__(self, weights: Mapping[str, Sequence[float | int]], learnable: bool = False):
         super().__init__()
         if not weights:
             raise ValueError("task fusion needs a table of weights, task: [one weight per teacher]")
@@ -286,8 +286,8 @@ class Collapse:
 def collapse_report(
     weights: Float[Tensor, "teacher layers batch heads times"],
     present: Bool[Tensor, "teacher batch ..."],
-    limit: float = 0.98,
-    tolerance: float = 0.01,
+    limit: float | int = 0.98,
+    tolerance: float | int = 0.01,
 ) -> Collapse:
     """Judges a router's weights over some batches, and warns.
 
@@ -357,7 +357,7 @@ def _mix(caches: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
     return total
 
 
-def _log_row(weights: Sequence[float], name: str) -> Tensor:
+def _log_row(weights: Sequence[float | int], name: str) -> Tensor:
     row = torch.tensor([float(weight) for weight in weights], dtype=torch.float64)
     if not len(row) or (row < 0).any() or not torch.isfinite(row).all() or row.sum() <= 0:
         raise ValueError(f"fusion weights of {name!r} must be finite, not negative and not all 0; got {list(weights)}")

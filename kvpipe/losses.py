@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 from einops import rearrange, reduce
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Integer, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -35,7 +35,7 @@ def kv_loss(
     standard deviation of its target over the unmasked positions, detached, so that no layer dominates. A layer whose
     target is constant there has no such scale and is left as it is.
     """
-    return layer_kv_losses(student, target, mask, kind, scale).flatten(0, -3).mean(0)
+    return layer_kv_losses(student, target, mask, kind, scale).reshape(-1, *mask.shape).mean(0)
 
 
 def layer_kv_losses(
@@ -50,7 +50,8 @@ def layer_kv_losses(
     # Masked before anything else: 0 · NaN is NaN, in the backward pass too.
     residual = (student.float() - target.float()).masked_fill(hidden, 0)
     if scale == "std":
-        residual = residual / target_std(target, mask)[..., None, None, None, None]
+        std = target_std(target, mask)
+        residual = residual / torch.where(std > 0, std, 1.0)[..., None, None, None, None]
     elif scale is not None:
         raise ValueError(f"scale must be None or 'std'; got {scale!r}")
     if kind == "mse":
@@ -66,7 +67,7 @@ def layer_kv_losses(
 def target_std(
     target: Float[Tensor, "*layer batch head time dim"], mask: Shaped[Tensor, "batch time"]
 ) -> Float[Tensor, "*layer"]:
-    """Standard deviation of each layer's target over the unmasked positions, heads and dims; 1 where it is constant.
+    """Standard deviation of each layer's target over the unmasked positions, heads and dims; 0 where it is constant.
 
     A falling value during training means that a trainable projector collapses.
     """
@@ -77,7 +78,7 @@ def target_std(
     mean = wide.masked_fill(~shown, 0).sum(axes) / count
     centred = (wide - mean[..., None, None, None, None]).masked_fill(~shown, 0)
     std = (centred.square().sum(axes) / count).sqrt()
-    return torch.where(std <= 1e-6 * mean.abs() + torch.finfo(torch.float32).tiny, 1.0, std)
+    return torch.where(std <= 1e-6 * mean.abs(), 0.0, std)  # what rounding leaves of a constant
 
 
 def masked_mean(
@@ -95,7 +96,7 @@ def masked_mean(
 
 
 def token_nll(
-    logits: Float[Tensor, "batch time vocab"], labels: Int[Tensor, "batch time"]
+    logits: Float[Tensor, "batch time vocab"], labels: Integer[Tensor, "batch time"]
 ) -> Float[Tensor, "batch time"]:
     """−log p of each token in nats, at the token's own position: entry t scores ``labels[:, t]`` by ``logits[:,
     t-1]``.
@@ -146,10 +147,10 @@ def relation_loss(
 
 def logit_kd_loss(
     student_logits: Float[Tensor, "batch time vocab"],
-    top_ids: Int[Tensor, "batch time k"],
+    top_ids: Integer[Tensor, "batch time k"],
     top_logprobs: Float[Tensor, "batch time k"],
     mask: Shaped[Tensor, "batch time"],
-    temperature: float = 1.0,
+    temperature: float | int = 1.0,
 ) -> Float[Tensor, "batch time"]:
     """KL(teacher ‖ student) over the teacher's top tokens that the student has too, and one bucket for all the rest.
 
@@ -176,8 +177,8 @@ def logit_kd_loss(
 
 
 def _merged_twins(
-    ids: Int[Tensor, "batch time k"], log_probs: Float[Tensor, "batch time k"]
-) -> tuple[Int[Tensor, "batch time k"], Float[Tensor, "batch time k"]]:
+    ids: Integer[Tensor, "batch time k"], log_probs: Float[Tensor, "batch time k"]
+) -> tuple[Integer[Tensor, "batch time k"], Float[Tensor, "batch time k"]]:
     """Entries with the same id added into the first of them; the later ones become −1."""
     same = (ids[..., :, None] == ids[..., None, :]) & (ids >= 0)[..., None, :]
     total = log_probs[..., None, :].masked_fill(~same, -torch.inf).logsumexp(-1)
@@ -192,11 +193,11 @@ class Schedule:
     `warmup` and `until` are shares of all steps: the weight reaches `value` after `warmup` and `final` at `until`.
     """
 
-    value: float = 1.0
+    value: float | int = 1.0
     kind: Literal["constant", "linear", "cosine"] = "constant"
-    warmup: float = 0.0
-    final: float = 0.0
-    until: float = 1.0
+    warmup: float | int = 0.0
+    final: float | int = 0.0
+    until: float | int = 1.0
 
     def __post_init__(self) -> None:
         if self.kind not in ("constant", "linear", "cosine"):
@@ -210,7 +211,7 @@ class Schedule:
         if share < self.warmup:
             return self.value * share / self.warmup
         if self.kind == "constant":
-            return self.value
+            return float(self.value)
         progress = min(1.0, (share - self.warmup) / (self.until - self.warmup))
         fall = progress if self.kind == "linear" else (1 - cos(pi * progress)) / 2
         return self.value + (self.final - self.value) * fall

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
-def default_mlp_ratio(n_params: float) -> float:
+def default_mlp_ratio(n_params: float | int) -> float:
     """Hidden width over input width by the teacher's number of parameters: < 7e9 0.5, < 30e9 1.0, from 30e9 2.0."""
     if n_params <= 0:
         raise ValueError(f"n_params is the teacher's number of parameters (7e9 for 7B); got {n_params}")
@@ -30,9 +30,9 @@ class ElasticBottleneck(nn.Module):
         self,
         src_dim: int,
         dst_dim: int,
-        mlp_ratio: float | None = None,
-        src_params: float | None = None,
-        dropout: float = 0.0,
+        mlp_ratio: float | int | None = None,
+        src_params: float | int | None = None,
+        dropout: float | int = 0.0,
     ):
         super().__init__()
         if mlp_ratio is None:

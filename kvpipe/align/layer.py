@@ -108,7 +108,7 @@ def proportional_map(src_layers: int, dst_layers: int) -> list[int]:
 
 
 def top_k_mix(
-    similarity: Float[Tensor, "dst_layer src_layer"], k: int, temperature: float | None = None
+    similarity: Float[Tensor, "dst_layer src_layer"], k: int, temperature: float | int | None = None
 ) -> Float[Tensor, "dst_layer src_layer"]:
     """Weights β of each student layer's `k` most similar teacher layers; every row sums to 1.
 

@@ -13,7 +13,7 @@ from typing import SupportsIndex
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Float32, Int, Int64
+from jaxtyping import Bool, Float, Float32, Int64, Integer
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
@@ -21,7 +21,7 @@ Segments = Sequence[Sequence[SupportsIndex]]
 """``[(start, stop), …]``, token positions, half open, in order and without overlap; a segment may be empty."""
 
 
-def safe_time_resample(x: Float[Tensor, ...], indices: Int[Tensor, " n"], dim: int = -2) -> Float[Tensor, ...]:
+def safe_time_resample(x: Float[Tensor, ...], indices: Integer[Tensor, " n"], dim: int = -2) -> Float[Tensor, ...]:
     """`x` at `indices` of axis `dim`, whatever the indices are.
 
     Indices may have any integer dtype and device; those outside ``[0, T)`` are clamped to the nearest end, so a
@@ -115,7 +115,9 @@ def segment_resample(
 
 
 def gather_time(
-    x: Float[Tensor, "*lead time dim"], index: Int[Tensor, "*batch n_dst m"], weight: Float[Tensor, "*batch n_dst m"]
+    x: Float[Tensor, "*lead time dim"],
+    index: Integer[Tensor, "*batch n_dst m"],
+    weight: Float[Tensor, "*batch n_dst m"],
 ) -> Float[Tensor, "*lead n_dst dim"]:
     """``out[…, j, :] = Σ_m weight[j, m] · x[…, index[j, m], :]``.
 
