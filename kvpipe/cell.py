@@ -1,0 +1,291 @@
+"""Put one cell together from finished artefacts: student, batches' encodings, teachers, projectors, distiller."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kvpipe.capture import kv_geometry
+from kvpipe.config import Arm, Config, ScratchModel
+from kvpipe.dag import Dag, Paths
+from kvpipe.distill import Distiller, KVDistiller, LogitDistiller, RelationDistiller, TopLogits
+from kvpipe.encoding import Encoding, encode_records
+from kvpipe.fuse import build_fusion
+from kvpipe.layermap import LayerPlan, layer_plan
+from kvpipe.models import build_model, has_weights, load_config, load_model, load_tokenizer, manifest_hash
+from kvpipe.project import Geometry, Projector, build_projector
+from kvpipe.records import Record, read_records
+from kvpipe.store import Store, StoreKey, forward_rows
+from kvpipe.teacher import AlignedTeacher, LiveRows, RowSource, StoredRows
+from kvpipe.timemap import build_time_map, derangement
+from kvpipe.tokens import common_prefix_positions
+
+
+@dataclass
+class Workspace:
+    """Finished artefacts of one configuration, loaded when asked for and kept."""
+
+    config: Config
+    paths: Paths
+
+    def __post_init__(self) -> None:
+        self.dag = Dag(self.config)
+        self._encodings: dict[tuple, Encoding] = {}
+
+    # ------------------------------------------------------------ student and data
+    @cached_property
+    def student_tokenizer(self):
+        """The student's tokenizer."""
+        return load_tokenizer(self.paths.model(self.config.student))
+
+    def records(self, split: str) -> list[Record]:
+        """Records of a split."""
+        return read_records(self.paths.data(split))
+
+    def student_encoding(self, split: str) -> Encoding:
+        """The split under the student's tokenizer, each example with an end-of-text token."""
+        return self._encoding(self.config.student, split, "student", end=True)
+
+    def teacher_encoding(self, teacher: str, split: str, reading: str) -> Encoding:
+        """The split under a teacher's tokenizer."""
+        return self._encoding(teacher, split, reading, end=False)
+
+    def _encoding(self, model: str, split: str, reading, end: bool) -> Encoding:
+        key = (model, split, reading)
+        if key not in self._encodings:
+            student = model == self.config.student
+            self._encodings[key] = encode_records(
+                self.records(split),
+                self.student_tokenizer if student else load_tokenizer(self.paths.model(model)),
+                self.config.data.template,
+                reading,
+                end=end,
+                max_length=self.config.train.max_length if student else None,
+            )
+        return self._encodings[key]
+
+    def student(self, seed: int):
+        """The student before training: drawn by the seed, or its pretrained weights."""
+        folder = self.paths.model(self.config.student)
+        source = self.config.models[self.config.student]
+        if isinstance(source, ScratchModel):
+            return build_model(source.architecture, self.student_tokenizer, seed)
+        return load_model(folder)
+
+    # ------------------------------------------------------------ teachers
+    def geometry(self, teacher: str) -> Geometry:
+        """Heads and dimensions of teacher and student."""
+        _, src_heads, src_dim = kv_geometry(load_config(self.paths.model(teacher)))
+        dst_layers, dst_heads, dst_dim = kv_geometry(load_config(self.paths.model(self.config.student)))
+        return Geometry(src_heads, src_dim, dst_heads, dst_dim, dst_layers)
+
+    def parameters(self, teacher: str) -> int:
+        """Parameters of a teacher, counted from the headers of its safetensors files."""
+        total = 0
+        for path in self.paths.model(teacher).glob("*.safetensors"):
+            with safe_open(path, framework="pt") as handle:
+                for name in handle.keys():  # noqa: SIM118
+                    total += int(np.prod(handle.get_slice(name).get_shape()))
+        return total
+
+    def plan(self, arm: Arm, teacher: str) -> LayerPlan:
+        """Layers of a teacher for an arm, counted in the teacher's own layers."""
+        src_layers = kv_geometry(load_config(self.paths.model(teacher))).layers
+        dst_layers = self.geometry(teacher).dst_layers
+        return layer_plan(arm.layer, src_layers, dst_layers, self.paths.layer_map(teacher))
+
+    def wanted_layers(self, teacher: str) -> tuple[int, ...]:
+        """Layers that a store of this teacher keeps."""
+        src_layers = kv_geometry(load_config(self.paths.model(teacher))).layers
+        if self.config.store.layers == "all":
+            return tuple(range(src_layers))
+        wanted: set[int] = set()
+        for arm in self.dag.arms.values():
+            if teacher in arm.teachers:
+                # relations compare the last layers, whatever the plan
+                wanted |= {src_layers - 1} if arm.loss.kind == "relation" else set(self.plan(arm, teacher).src_layers)
+        return tuple(sorted(wanted))
+
+    def store_key(self, teacher: str, reading: str) -> StoreKey:
+        """What a store's content depends on."""
+        data = self.paths.data("train").read_bytes() + self.config.data.template.model_dump_json().encode()
+        return StoreKey(
+            model=manifest_hash(self.paths.model(teacher)),
+            data=sha256(data).hexdigest(),
+            layers=self.wanted_layers(teacher),
+            reading=reading,
+            dtype=self.config.store.dtype,
+            top_logits=self.config.store.top_logits,
+            shards=self.config.store.shard_examples,
+        )
+
+    def store(self, teacher: str, reading: str) -> Store:
+        """A finished store; one built from something else is refused."""
+        store = Store(self.paths.store(teacher, reading))
+        expected = self.store_key(teacher, reading).as_dict()
+        differing = [k for k, v in expected.items() if store.index["key"].get(k) != v]
+        if differing:
+            raise ValueError(f"{store.folder} was built with another {', '.join(differing)}; build it again")
+        return store
+
+    def _rows(self, arm: Arm, teacher: str, src: Encoding) -> RowSource:
+        if self.config.store.mode == "stored":
+            return StoredRows(self.store(teacher, arm.time.text), src.offsets)
+        folder = self.paths.model(teacher)
+        return LiveRows(load_model(folder), src, self.wanted_layers(teacher), load_tokenizer(folder).pad_token_id)
+
+    def aligned_teacher(self, arm: Arm, teacher: str, seed: int = 0) -> AlignedTeacher:
+        """A teacher's cache of the training split on the student's positions."""
+        src = self.teacher_encoding(teacher, "train", arm.time.text)
+        dst = self.student_encoding("train")
+        source = None
+        if arm.content == "shuffled":
+            source = derangement([record.task for record in self.records("train")], seed)
+        time = build_time_map(arm.time, src, dst, source)
+        return AlignedTeacher(teacher, self._rows(arm, teacher, src), src.offsets, dst.offsets, time)
+
+    # ------------------------------------------------------------ projectors
+    def new_projectors(self, arm: Arm, layers: list[tuple[int, ...]]) -> list[Projector]:
+        """Unfitted projectors of an arm, one per teacher, for rows that hold `layers` of each."""
+        return [
+            build_projector(
+                arm.projector,
+                self.geometry(teacher),
+                self.plan(arm, teacher).within(stored),
+                self.parameters(teacher),
+            )
+            for teacher, stored in zip(arm.teachers, layers, strict=True)
+        ]
+
+    def projectors(self, arm: Arm, layers: list[tuple[int, ...]]) -> list[Projector]:
+        """Fitted projectors of an arm."""
+        path = self.paths.projector(self.dag.fit_id(arm))
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: run `kvpipe fit` first")
+        tensors = load_file(path)
+        projectors = self.new_projectors(arm, layers)
+        for teacher, projector in zip(arm.teachers, projectors, strict=True):
+            prefix = f"{teacher}/"
+            projector.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        return projectors
+
+    # ------------------------------------------------------------ distiller
+    def distiller(self, arm: Arm, seed: int) -> Distiller | None:
+        """What the arm adds to cross-entropy; None for control."""
+        if arm.loss.kind == "none":
+            return None
+        tasks = np.array([record.task for record in self.records("train")])
+        if arm.loss.kind == "logit_kd":
+            return LogitDistiller(arm, [self.top_logits(arm, teacher) for teacher in arm.teachers], tasks)
+        teachers = [self.aligned_teacher(arm, teacher, seed) for teacher in arm.teachers]
+        if arm.loss.kind == "relation":
+            return RelationDistiller(arm, teachers[0])
+        options = {"weights": arm.fuse.weights, "learnable": arm.fuse.offsets} if arm.fuse.kind == "task" else {}
+        if arm.fuse.kind == "fixed":
+            options = {"weights": arm.fuse.weights["default"]}
+        hidden_size = load_config(self.paths.model(self.config.student)).hidden_size
+        return KVDistiller(
+            arm,
+            teachers,
+            self.projectors(arm, [teacher.layers for teacher in teachers]),
+            build_fusion(arm.fuse.kind, n_teachers=len(teachers), hidden_size=hidden_size, **options),
+            tasks,
+            self.teacher_losses(arm),
+        )
+
+    def teacher_losses(self, arm: Arm) -> Tensor:
+        """Nats per example of each teacher, (teacher, example): what `select` fusion compares."""
+        out = []
+        for teacher in arm.teachers:
+            if self.config.store.mode != "stored":
+                if arm.fuse.kind == "select":
+                    raise ValueError("fuse.kind: select needs store.mode: stored, which keeps the teachers' losses")
+                out.append(torch.zeros(len(self.student_encoding("train"))))
+                continue
+            nll = self.store(teacher, arm.time.text).rows("nll")
+            lengths = torch.from_numpy(self.teacher_encoding(teacher, "train", arm.time.text).lengths)
+            out.append(torch.stack([part.sum() for part in nll.split(lengths.tolist())]))
+        return torch.stack(out)
+
+    def top_logits(self, arm: Arm, teacher: str) -> TopLogits:
+        """A teacher's next-token candidates on the student's rows, in student ids."""
+        src, dst = self.teacher_encoding(teacher, "train", "student"), self.student_encoding("train")
+        pairs = common_prefix_positions(*(_separated(e) for e in (src, dst)))
+        if self.config.store.mode == "stored":
+            store = self.store(teacher, "student")
+            ids, logprobs = store.rows("top_ids"), store.rows("top_logprobs")
+        else:
+            folder, top = self.paths.model(teacher), self.config.store.top_logits
+            key = StoreKey("live", "live", (), "student", "live", top, 0)
+            pad = load_tokenizer(folder).pad_token_id
+            found = forward_rows(load_model(folder), src, np.arange(len(src)), key, self.config.store.batch_size, pad)
+            assert found.top_ids is not None and found.top_logprobs is not None
+            ids, logprobs = found.top_ids, found.top_logprobs
+        twins = torch.from_numpy(token_twins(load_tokenizer(self.paths.model(teacher)), self.student_tokenizer))
+        rows = len(dst.ids)
+        out = TopLogits(
+            torch.full((rows, ids.shape[1]), -1),
+            torch.zeros(rows, ids.shape[1]),
+            torch.zeros(rows, dtype=torch.bool),
+            dst.offsets,
+        )
+        out.ids[pairs[:, 1]] = twins[ids[pairs[:, 0]].long()]
+        out.logprobs[pairs[:, 1]] = logprobs[pairs[:, 0]].float()
+        out.mask[pairs[:, 1]] = True
+        return out
+
+
+def _separated(encoding: Encoding) -> Tensor:
+    """Spans with a byte range of its own for every example, so that all are aligned in one call."""
+    ends = encoding.byte_segments[:, -1, 1] + 1
+    base = np.repeat(np.cumsum(ends) - ends, encoding.lengths)
+    return torch.from_numpy(encoding.spans + base[:, None])
+
+
+def token_twins(src_tokenizer, dst_tokenizer) -> np.ndarray:
+    """For every source token id the destination id that stands for the same text, or −1.
+
+    End-of-text tokens are twins; tokens that decode to nothing or to a broken character have none.
+    """
+    by_text: dict[str, int] = {}
+    for index in range(len(dst_tokenizer)):
+        text = _text_of(dst_tokenizer, index)
+        if text:
+            by_text.setdefault(text, index)
+    out = np.full(len(src_tokenizer), -1, dtype=np.int64)
+    for index in range(len(src_tokenizer)):
+        text = _text_of(src_tokenizer, index)
+        out[index] = by_text.get(text, -1) if text else -1
+    if src_tokenizer.eos_token_id is not None and dst_tokenizer.eos_token_id is not None:
+        out[src_tokenizer.eos_token_id] = dst_tokenizer.eos_token_id
+    return out
+
+
+def _text_of(tokenizer, index: int) -> str | None:
+    if index in tokenizer.all_special_ids:
+        return None
+    # a token in front keeps the space that a lone ▁ token would lose
+    text = tokenizer.decode([index], clean_up_tokenization_spaces=False)
+    return None if not text or "�" in text else text
+
+
+def save_projectors(path: Path, teachers: list[str], projectors: list[Projector], document: dict) -> None:
+    """Write all projectors of a fit to one file, with the explained variance in its metadata and beside it as JSON."""
+    tensors = {
+        f"{teacher}/{name}": tensor.detach().contiguous()
+        for teacher, projector in zip(teachers, projectors, strict=True)
+        for name, tensor in projector.state_dict().items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(document, sort_keys=True)
+    save_file(tensors, path, metadata={"fit": text})
+    path.with_suffix(".json").write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,228 @@
+"""Which artefacts a configuration implies, where they are, and which part of the configuration each depends on.
+
+The Snakefile asks here and nowhere else, so that a change of a setting reruns what depends on it and nothing more.
+No torch: this is imported while Snakemake parses.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from kvpipe.config import Arm, Config, RandomModel
+
+
+def digest(value: Any, length: int = 8) -> str:
+    """Short hash of a JSON value."""
+    return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:length]
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Every artefact under one results folder."""
+
+    root: Path
+
+    def model(self, name: str) -> Path:
+        """Model folder."""
+        return self.root / "models" / name
+
+    def data(self, split: str) -> Path:
+        """Records of a split."""
+        return self.root / "data" / f"{split}.parquet"
+
+    def store(self, teacher: str, reading: str) -> Path:
+        """Teacher KV store of one reading."""
+        return self.root / "teacher_kv" / teacher / reading
+
+    def shard(self, teacher: str, reading: str, shard: int) -> Path:
+        """One shard of a store."""
+        return self.store(teacher, reading) / f"shard-{shard:05d}.safetensors"
+
+    def layer_map(self, teacher: str) -> Path:
+        """Similarity of layers."""
+        return self.root / "layer_map" / f"{teacher}.json"
+
+    def projector(self, fit_id: str) -> Path:
+        """Fitted projectors."""
+        return self.root / "projector" / f"{fit_id}.safetensors"
+
+    def cell(self, arm: str, seed: int) -> Path:
+        """Folder of a trained cell."""
+        return self.root / "train" / arm / f"seed{seed}"
+
+    def checkpoints(self, arm: str, seed: int) -> Path:
+        """Checkpoints of a cell: outside the declared outputs, which Snakemake deletes when a job fails."""
+        return self.root / "checkpoints" / arm / f"seed{seed}"
+
+    def items(self, arm: str, seed: int) -> Path:
+        """Per-item scores of a cell."""
+        return self.root / "evaluate" / arm / f"seed{seed}.parquet"
+
+    def teacher_quality(self, teacher: str) -> Path:
+        """Per-item scores of a teacher."""
+        return self.root / "teacher_quality" / f"{teacher}.parquet"
+
+    def arm_table(self, arm: str) -> Path:
+        """An arm over its seeds."""
+        return self.root / "arms" / f"{arm}.csv"
+
+    @property
+    def stats(self) -> Path:
+        """Statistics that are the same in every run."""
+        return self.root / "stats"
+
+    @property
+    def cost(self) -> Path:
+        """Measured time and memory, which are not."""
+        return self.root / "cost"
+
+
+class Dag:
+    """The artefacts of one configuration."""
+
+    def __init__(self, config: Config):
+        self.config = config
+
+    @cached_property
+    def arms(self) -> dict[str, Arm]:
+        """Every arm, resolved."""
+        return {name: self.config.arm(name) for name in self.config.arms}
+
+    @property
+    def cells(self) -> list[tuple[str, int]]:
+        """Every (arm, seed)."""
+        return [(arm, seed) for arm in self.arms for seed in self.config.seeds]
+
+    @cached_property
+    def teachers(self) -> list[str]:
+        """Models that some arm learns from, in order of first use."""
+        return list(dict.fromkeys(t for arm in self.arms.values() for t in arm.teachers))
+
+    def arm(self, name: str) -> Arm:
+        """A resolved arm.
+
+        Raises:
+            KeyError: no such arm; lists the known ones.
+        """
+        if name not in self.arms:
+            raise KeyError(f"no arm {name!r}; the configuration has {', '.join(self.arms)}")
+        return self.arms[name]
+
+    # ------------------------------------------------------------ what an arm needs
+    def uses_store(self, arm: Arm) -> bool:
+        """Whether cells of the arm read a store (else they read nothing, or run the teacher live)."""
+        return bool(arm.teachers) and self.config.store.mode == "stored"
+
+    def needs_fit(self, arm: Arm) -> bool:
+        """Whether the arm has projectors."""
+        return arm.loss.kind == "kv"
+
+    def fit_spec(self, arm: Arm) -> dict[str, Any]:
+        """All that decides the arm's fitted projectors; arms that agree in it share them."""
+        return {
+            "teachers": arm.teachers,
+            "time": arm.time.model_dump(),
+            "layer": arm.layer.model_dump(),
+            "projector": arm.projector.model_dump(include={"kind", "mlp_ratio", "dropout"}),
+            "fit": arm.fit.model_dump(),
+        }
+
+    def fit_id(self, arm: Arm) -> str:
+        """File name of the arm's projectors: teachers, kind, method and a hash of the rest."""
+        spec = self.fit_spec(arm)
+        return f"{'+'.join(arm.teachers)}.{arm.projector.kind}-{arm.fit.method}.{digest(spec)}"
+
+    @cached_property
+    def fits(self) -> dict[str, Arm]:
+        """Every distinct fit and an arm that has it."""
+        return {self.fit_id(arm): arm for arm in reversed(self.arms.values()) if self.needs_fit(arm)}
+
+    def fit_arm(self, fit_id: str) -> Arm:
+        """An arm with this fit."""
+        if fit_id not in self.fits:
+            raise KeyError(f"no arm fits {fit_id!r}; the configuration fits {', '.join(self.fits)}")
+        return self.fits[fit_id]
+
+    def model_source(self, name: str) -> dict[str, Any]:
+        """The configuration of a model; a random one includes the model it copies."""
+        model = self.config.models[name]
+        out = model.model_dump()
+        if out.get("source") == "local":
+            out.pop("recipe", None)
+        if isinstance(model, RandomModel):
+            out["like_model"] = self.model_source(model.like)
+        return out
+
+    # ------------------------------------------------------------ what each step depends on
+    def depends(self, step: str, **wildcards: Any) -> str:
+        """The part of the configuration that a step depends on, as JSON: a Snakemake param.
+
+        Inputs of a step (models, data, …) are its file dependencies and are not repeated here.
+        """
+        return json.dumps(getattr(self, f"_depends_{step}")(**wildcards), sort_keys=True)
+
+    def _depends_models(self, name: str) -> dict:
+        source = self.model_source(name)
+        return {"source": source, "data": self._depends_data()} if source["source"] == "pretrain" else {"source": source}
+
+    def _depends_data(self) -> dict:
+        return self.config.data.model_dump(exclude={"ngram", "template"})
+
+    def _depends_teacher_kv(self, teacher: str) -> dict:
+        store = self.config.store.model_dump(exclude={"budget_gb", "batch_size", "mode"})
+        return {
+            "store": store,
+            "template": self.config.data.template.model_dump(),
+            # the layers follow from the arms' layer settings and the layer map (an input)
+            "layers": sorted({a.layer.model_dump_json() for a in self.arms.values() if teacher in a.teachers})
+            if self.config.store.layers == "needed"
+            else "all",
+        }
+
+    def _depends_layer_map(self) -> dict:
+        return {
+            "layer_map": self.config.layer_map.model_dump(),
+            "template": self.config.data.template.model_dump(),
+            "train": self.config.train.model_dump(include={"batch_size", "learning_rate"}),
+        }
+
+    def _depends_fit(self, fit_id: str) -> dict:
+        return {**self.fit_spec(self.fit_arm(fit_id)), "template": self.config.data.template.model_dump()}
+
+    def _depends_train(self, arm: str) -> dict:
+        train = self.config.train.model_dump(exclude={"device", "threads", "log_every", "checkpoint_every"})
+        resolved = self.arm(arm)
+        return {
+            "arm": resolved.model_dump(exclude={"role", "label"}),
+            "train": train,
+            "template": self.config.data.template.model_dump(),
+            "store_mode": self.config.store.mode if resolved.teachers else None,
+        }
+
+    def _depends_evaluate(self) -> dict:
+        return {
+            "evaluate": self.config.evaluate.model_dump(exclude={"batch_size"}),
+            "template": self.config.data.template.model_dump(),
+        }
+
+    def _depends_stats(self) -> dict:
+        return {
+            "stats": self.config.stats.model_dump(),
+            "roles": {name: arm.role for name, arm in self.arms.items()},
+            "seeds": self.config.seeds,
+        }
+
+    def _depends_audit(self) -> dict:
+        return {"audit": self.config.audit.model_dump(), "ngram": self.config.data.ngram, "seeds": self.config.seeds}
+
+    def _depends_report(self) -> dict:
+        return {
+            "title": self.config.title,
+            "arms": {name: arm.model_dump() for name, arm in self.arms.items()},
+            "seeds": self.config.seeds,
+        }

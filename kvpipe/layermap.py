@@ -1,0 +1,100 @@
+"""Which teacher layers each student layer learns from: measured (CKA) or by depth, as one plan."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from kvpipe.align.layer import proportional_map, top_k_mix
+from kvpipe.config import LayerConfig
+
+KINDS = ("keys", "values")
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """For keys and for values: the teacher layers of every student layer and their weights β (rows sum to 1).
+
+    `index` counts in the teacher's own layers. `concat` sets layers side by side, scaled by √β, so that their squared
+    norms are shared out as β; otherwise they are added with weights β.
+    """
+
+    index: Int64[Tensor, "kind dst_layer k"]
+    beta: Float[Tensor, "kind dst_layer k"]
+    concat: bool
+
+    @property
+    def k(self) -> int:
+        """Teacher layers per student layer."""
+        return self.index.shape[-1]
+
+    @property
+    def src_layers(self) -> list[int]:
+        """All teacher layers that are used, sorted."""
+        return sorted(set(self.index[self.beta > 0].tolist()))
+
+    def within(self, stored: tuple[int, ...]) -> LayerPlan:
+        """The same plan counting in the layers that a store keeps.
+
+        Raises:
+            ValueError: a layer is not stored.
+        """
+        missing = sorted(set(self.src_layers) - set(stored))
+        if missing:
+            raise ValueError(f"teacher layers {missing} are not in the store (has {list(stored)}); build it again")
+        lookup = {layer: i for i, layer in enumerate(stored)}
+        # a layer of weight 0 may be absent: any stored one stands in for it
+        index = torch.tensor([lookup.get(i, 0) for i in self.index.flatten().tolist()]).reshape(self.index.shape)
+        return LayerPlan(index, self.beta, self.concat)
+
+
+def layer_plan(config: LayerConfig, src_layers: int, dst_layers: int, layer_map: Path | None) -> LayerPlan:
+    """The plan of an arm for one teacher.
+
+    Raises:
+        FileNotFoundError: `cka` and the layer map has not been made.
+        ValueError: an explicit list does not fit the models.
+    """
+    if config.kind == "cka":
+        if layer_map is None or not layer_map.is_file():
+            raise FileNotFoundError(f"layer map {layer_map} is missing: run `kvpipe layer-map` first")
+        similarity = json.loads(layer_map.read_text(encoding="utf-8"))["similarity"]
+        weights = torch.stack(
+            [top_k_mix(torch.tensor(similarity[kind]), config.k, config.temperature) for kind in KINDS]
+        )
+        beta, index = weights.topk(min(config.k, src_layers), dim=-1)
+        return LayerPlan(index, beta, config.combine == "concat")
+    chosen = proportional_map(src_layers, dst_layers) if config.kind == "proportional" else list(config.layers or [])
+    if len(chosen) != dst_layers or not all(0 <= layer < src_layers for layer in chosen):
+        raise ValueError(
+            f"layer.layers {chosen}: expected {dst_layers} numbers between 0 and {src_layers - 1}, "
+            "one teacher layer per student layer"
+        )
+    index = torch.tensor(chosen)[None, :, None].expand(2, -1, 1)
+    return LayerPlan(index, torch.ones(2, dst_layers, 1), False)
+
+
+def write_layer_map(
+    path: Path, teacher: str, similarity: dict[str, Float[Tensor, "dst_layer src_layer"]], rows: int
+) -> None:
+    """Save the similarity, and the layers and β that an arm with the default settings takes (each arm applies its own)."""
+    dst_layers, src_layers = similarity["keys"].shape
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document = {
+        "teacher": teacher,
+        "src_layers": src_layers,
+        "dst_layers": dst_layers,
+        "rows": rows,
+        "similarity": {kind: matrix.tolist() for kind, matrix in similarity.items()},
+    }
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    plan = layer_plan(LayerConfig(kind="cka"), src_layers, dst_layers, path)
+    document["top_k"] = {
+        kind: {"layers": plan.index[i].tolist(), "beta": plan.beta[i].tolist()} for i, kind in enumerate(KINDS)
+    }
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,221 @@
+"""Models step: every source becomes a Hugging Face folder with a manifest; loading and saving such folders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import models as tokenizer_models
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from kvpipe.config import TokenizerRecipe
+
+# bars of "loading weights" say nothing in a log file; problems are raised, not logged
+transformers_logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()
+
+END, PAD, BEGIN, UNKNOWN = "<|endoftext|>", "<|pad|>", "<s>", "<unk>"
+MANIFEST = "MANIFEST.json"
+HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
+COPY_LIMIT = 1 << 30
+"""Local folders below this many bytes are copied; larger ones are linked."""
+
+
+# ---------------------------------------------------------------- tokenizers
+def train_tokenizer(recipe: TokenizerRecipe, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Train a tokenizer of one of the three families on texts; deterministic."""
+    return {"byte_bpe": _byte_bpe, "unigram": _unigram, "metaspace_bpe": _metaspace_bpe}[recipe.kind](recipe, texts)
+
+
+def _byte_bpe(recipe: TokenizerRecipe, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(tokenizer_models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = [pre_tokenizers.Digits(individual_digits=True)] if recipe.split_digits else []
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=recipe.vocab_size,
+        special_tokens=[END, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
+
+
+def _sentencepiece_like(tokenizer: Tokenizer, recipe: TokenizerRecipe) -> PreTrainedTokenizerFast:
+    """▁ for spaces, newlines as pieces of their own, bytes as <0xNN>, <s> in front: the Llama-2 family's habits."""
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(" ", "▁")])
+    pieces = [pre_tokenizers.Split(Regex("\n"), "isolated")]
+    if recipe.split_digits:
+        pieces.append(pre_tokenizers.Digits(individual_digits=True))
+    pieces.append(pre_tokenizers.Split("▁", "merged_with_next"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(pieces)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    begin = tokenizer.token_to_id(BEGIN)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BEGIN} $A", pair=f"{BEGIN} $A {BEGIN} $B", special_tokens=[(BEGIN, begin)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BEGIN, eos_token=END, pad_token=PAD, unk_token=UNKNOWN
+    )
+
+
+_SPECIALS = [UNKNOWN, BEGIN, END, PAD]
+_BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+def _marked(texts: Iterable[str], split_digits: bool) -> Iterable[str]:
+    return (text.replace(" ", "▁") for text in texts)
+
+
+def _unigram(recipe: TokenizerRecipe, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    room = recipe.vocab_size - len(_SPECIALS) - len(_BYTES)
+    if room < 1:
+        raise ValueError(f"tokenizer.vocab_size {recipe.vocab_size}: unigram with byte fallback needs more than 260")
+    learner = Tokenizer(tokenizer_models.Unigram())
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex("\n"), "removed"),
+            pre_tokenizers.Digits(individual_digits=recipe.split_digits),
+            pre_tokenizers.Split("▁", "merged_with_next"),
+        ]
+    )
+    trainer = trainers.UnigramTrainer(vocab_size=room, show_progress=False, unk_token=UNKNOWN, special_tokens=[UNKNOWN])
+    learner.train_from_iterator(_marked(texts, recipe.split_digits), trainer)
+    pieces = [(p, s) for p, s in json.loads(learner.to_str())["model"]["vocab"] if p != UNKNOWN]
+    # byte pieces and specials carry no score of their own: they are reached by fallback or by name only
+    vocab = [(token, 0.0) for token in [*_SPECIALS, *_BYTES]] + pieces[:room]
+    tokenizer = Tokenizer(tokenizer_models.Unigram(vocab, unk_id=0, byte_fallback=True))
+    tokenizer.add_special_tokens(_SPECIALS)
+    return _sentencepiece_like(tokenizer, recipe)
+
+
+def _metaspace_bpe(recipe: TokenizerRecipe, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(tokenizer_models.BPE(unk_token=UNKNOWN, byte_fallback=True, fuse_unk=True))
+    trainer = trainers.BpeTrainer(
+        vocab_size=recipe.vocab_size, special_tokens=[*_SPECIALS, *_BYTES], show_progress=False
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex("\n"), "removed"),
+            pre_tokenizers.Digits(individual_digits=recipe.split_digits),
+            pre_tokenizers.Split("▁", "merged_with_next"),
+        ]
+    )
+    tokenizer.train_from_iterator(_marked(texts, recipe.split_digits), trainer)
+    return _sentencepiece_like(tokenizer, recipe)
+
+
+# ---------------------------------------------------------------- folders
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder; it must be a fast one, since spans come from it."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not tokenizer.is_fast:
+        raise ValueError(f"{folder}: only a slow tokenizer is there; kvpipe needs tokenizer.json for byte spans")
+    return tokenizer
+
+
+def load_config(folder: Path) -> Any:
+    """The transformers config of a model folder."""
+    return AutoConfig.from_pretrained(folder)
+
+
+def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
+    """The model of a folder in evaluation mode. Weights come from safetensors only."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    return model.to(device).eval()
+
+
+def build_model(architecture: dict[str, Any], tokenizer: Any, seed: int) -> PreTrainedModel:
+    """A model with random weights; vocabulary and special ids follow the tokenizer.
+
+    Args:
+        architecture: fields of a transformers config class, `model_type` among them.
+        tokenizer: decides `vocab_size`, `eos_token_id` and `pad_token_id`.
+        seed: seed of the weights.
+    """
+    values = dict(architecture)
+    if "model_type" not in values:
+        raise ValueError(f"architecture: model_type is missing (has {sorted(values)})")
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    config.vocab_size = len(tokenizer)
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = (
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+    )
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def has_weights(folder: Path) -> bool:
+    """False for a from-scratch student's folder, which holds a config and a tokenizer only."""
+    return any(folder.glob("*.safetensors"))
+
+
+def write_manifest(folder: Path, source: dict[str, Any]) -> None:
+    """`MANIFEST.json`: sha256 of every file and where they came from. The DAG's edge: it changes when a file does."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != MANIFEST:
+            with path.open("rb") as handle:
+                files[path.relative_to(folder).as_posix()] = _digest(handle)
+    text = json.dumps({"source": source, "files": files}, indent=2, sort_keys=True)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def _digest(handle) -> str:
+    digest = sha256()
+    while block := handle.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def manifest_hash(folder: Path) -> str:
+    """Hash of the manifest: identifies the model's content."""
+    return sha256((folder / MANIFEST).read_bytes()).hexdigest()
+
+
+def fetch_local(path: Path, out: Path) -> dict[str, Any]:
+    """Copy (or, above `COPY_LIMIT`, link) a model folder; returns the manifest's `source`."""
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"models: {path} is not a model folder: it has no config.json")
+    files = [p for p in sorted(path.iterdir()) if p.is_file() and p.name != MANIFEST]
+    link = sum(p.stat().st_size for p in files) > COPY_LIMIT
+    for file in files:
+        target = out / file.name
+        target.unlink(missing_ok=True)
+        if link:
+            target.symlink_to(file.resolve())
+        else:
+            shutil.copyfile(file, target)
+    return {"source": "local", "path": path.as_posix()}
+
+
+def fetch_hub(repo: str, revision: str, out: Path) -> dict[str, Any]:
+    """Download a repository's safetensors, config and tokenizer files at one resolved commit."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    commit = HfApi().model_info(repo, revision=revision).sha
+    snapshot_download(repo, revision=commit, local_dir=out, allow_patterns=HUB_PATTERNS)
+    shutil.rmtree(out / ".cache", ignore_errors=True)
+    return {"source": "hub", "repo": repo, "revision": revision, "commit": commit}
+
+
+def randomise(folder: Path, out: Path, seed: int) -> dict[str, Any]:
+    """A model with the config and tokenizer of `folder` and random weights."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(load_config(folder), dtype=torch.float32)
+    model.save_pretrained(out)
+    load_tokenizer(folder).save_pretrained(out)
+    return {"source": "random", "like": folder.name, "like_manifest": manifest_hash(folder), "seed": seed}

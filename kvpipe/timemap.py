@@ -1,0 +1,149 @@
+"""Which teacher tokens make up each student token, for a whole split at once.
+
+The flat form of `kvpipe.encoding` lets one call of `overlap` or `segment_weights` serve all examples: byte spans are
+shifted so that every example (or every segment) has a byte range of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float32, Int64
+from torch import Tensor
+
+from kvpipe.align.time import segment_weights, weight_mask
+from kvpipe.config import TimeConfig
+from kvpipe.encoding import Encoding
+from kvpipe.tokens import gather_form, overlap
+
+
+@dataclass(frozen=True)
+class TimeMap:
+    """Gather form over flat rows: student row i = Σ_m weight[i, m] · teacher row index[i, m].
+
+    `source[e]` is the example whose teacher rows example `e` reads (itself, but for the shuffled null).
+    """
+
+    index: Int64[Tensor, "dst_row entry"]
+    weight: Float32[Tensor, "dst_row entry"]
+    source: Int64[np.ndarray, "example"]
+
+    @property
+    def mask(self) -> Bool[Tensor, "dst_row"]:
+        """True where a student token has a target."""
+        return weight_mask(self.weight)
+
+
+def build_time_map(config: TimeConfig, src: Encoding, dst: Encoding, source: np.ndarray | None = None) -> TimeMap:
+    """Align all examples of a split.
+
+    Args:
+        config: `overlap` and `position` need both sides to have read the same text.
+        src: the teacher's tokens.
+        dst: the student's tokens.
+        source: for every student example the teacher example it reads; itself by default. Examples that read another
+            one share no text with it, so all their segments are resampled.
+
+    Under `segment`, a segment whose text is the same on both sides is aligned by its bytes, which is exact; only
+    segments that differ are resampled by linear interpolation over normalised position.
+    """
+    identity = np.arange(len(dst))
+    source = identity if source is None else source
+    own = source == identity
+    if config.kind == "position":
+        index, weight = _by_position(src, dst)
+    elif config.kind == "overlap" and own.all():
+        groups = np.stack([np.zeros(len(dst), np.int64), dst.byte_segments[:, -1, 1]], axis=1)[:, None]
+        same_text = np.ones((len(dst), 1), dtype=bool)
+        index, weight = _by_bytes(config, src, dst, groups, groups, same_text)
+    else:
+        same_text = (src.segment_hashes[source] == dst.segment_hashes) & own[:, None]
+        index, weight = _by_bytes(config, src, dst, src.byte_segments, dst.byte_segments, same_text)
+        resampled = _by_segment(src, dst, source, ~same_text)
+        index, weight = _merge((index, weight), resampled)
+    index, weight = _within_example(index, weight, src, dst, source)
+    return TimeMap(index, weight, source)
+
+
+def derangement(tasks: list[str], seed: int) -> Int64[np.ndarray, "example"]:
+    """For every example another one of the same task, by a seeded cyclic shift of a shuffle.
+
+    Raises:
+        ValueError: a task has a single example.
+    """
+    rng = np.random.default_rng(seed)
+    out = np.empty(len(tasks), dtype=np.int64)
+    names = np.array(tasks)
+    for task in sorted(set(tasks)):
+        members = rng.permutation(np.flatnonzero(names == task))
+        if len(members) < 2:
+            raise ValueError(f"content: shuffled needs at least two training examples of task {task!r}")
+        out[members] = np.roll(members, 1)
+    return out
+
+
+def _by_position(src: Encoding, dst: Encoding) -> tuple[Tensor, Tensor]:
+    example = np.repeat(np.arange(len(dst)), dst.lengths)
+    local = np.arange(len(dst.ids)) - dst.offsets[example]
+    has_text = dst.spans[:, 1] > dst.spans[:, 0]
+    inside = (local < src.lengths[example]) & has_text
+    index = np.where(inside, src.offsets[example] + local, 0)
+    return torch.from_numpy(index[:, None]), torch.from_numpy(inside[:, None].astype(np.float32))
+
+
+def _by_bytes(
+    config: TimeConfig, src: Encoding, dst: Encoding, src_groups: np.ndarray, dst_groups: np.ndarray, keep: np.ndarray
+) -> tuple[Tensor, Tensor]:
+    """Overlap inside byte groups (whole texts or segments) that are equal on both sides; others stay empty."""
+    lengths = dst_groups[..., 1] - dst_groups[..., 0] + 1
+    base = (np.cumsum(lengths) - lengths.ravel()).reshape(lengths.shape)
+    src_spans = _shifted(src, src_groups, base, keep)
+    dst_spans = _shifted(dst, dst_groups, base, keep)
+    return gather_form(overlap(src_spans, dst_spans, mode=config.mode))
+
+
+def _shifted(encoding: Encoding, groups: np.ndarray, base: np.ndarray, keep: np.ndarray) -> Tensor:
+    """Spans moved to their group's byte range; tokens of groups that are left out become empty."""
+    example = np.repeat(np.arange(len(encoding)), encoding.lengths)
+    spans = encoding.spans
+    # a token belongs to the group in which it ends
+    stops = groups[example, :, 1]
+    group = np.minimum((spans[:, 1:] > stops).sum(1), groups.shape[1] - 1)
+    start, stop = groups[example, group, 0], groups[example, group, 1]
+    shifted = np.clip(spans, start[:, None], stop[:, None]) - start[:, None] + base[example, group][:, None]
+    dropped = ~keep[example, group]
+    shifted[dropped, 1] = shifted[dropped, 0]
+    return torch.from_numpy(shifted)
+
+
+def _by_segment(src: Encoding, dst: Encoding, source: np.ndarray, resample: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Linear interpolation for the marked segments (example, segment)."""
+    examples, segments = np.nonzero(resample)
+    src_ranges = src.segments[source[examples], segments] + src.offsets[source[examples], None]
+    dst_ranges = dst.segments[examples, segments] + dst.offsets[examples, None]
+    return segment_weights(src_ranges, dst_ranges, len(dst.ids))
+
+
+def _merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Rows of two disjoint gather forms in one."""
+    width = max(first[0].shape[1], second[0].shape[1])
+    padded = [[torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in pair] for pair in (first, second)]
+    rows = weight_mask(second[1])[:, None]
+    return (
+        torch.where(rows, padded[1][0], padded[0][0]),
+        torch.where(rows, padded[1][1], padded[0][1]),
+    )
+
+
+def _within_example(
+    index: Tensor, weight: Tensor, src: Encoding, dst: Encoding, source: np.ndarray
+) -> tuple[Tensor, Tensor]:
+    """Drop entries that reach into another example: the last token that ended before a text began is not its own."""
+    example = np.repeat(source, dst.lengths)
+    low, high = (torch.from_numpy(src.offsets[example + edge])[:, None] for edge in (0, 1))
+    weight = weight * ((index >= low) & (index < high))
+    total = weight.sum(1, keepdim=True)
+    weight = torch.where(total > 0, weight / total.clamp(min=1e-12), weight)
+    return torch.where(weight > 0, index, low.expand_as(index)), weight

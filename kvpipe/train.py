@@ -1,0 +1,356 @@
+"""Train one cell: an arm under a seed. Accelerate for devices, precision and processes; deterministic; resumable."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from kvpipe import checkpoint
+from kvpipe.batches import Batch, collate, schedule
+from kvpipe.capture import Recorder
+from kvpipe.cell import Workspace
+from kvpipe.config import TrainConfig
+from kvpipe.dag import digest
+from kvpipe.distill import Distiller, Step
+from kvpipe.likelihood import score, scoring_batches
+from kvpipe.losses import check_finite, masked_mean, token_nll
+from kvpipe.provenance import describe
+
+EXIT_INTERRUPTED = 75
+"""Exit status after a signal: a checkpoint was saved and the same command goes on from it."""
+
+
+class Interrupted(SystemExit):
+    """The run was asked to stop and has saved its state."""
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Share of the peak rate at a step: linear warm-up, then cosine to zero."""
+    warmup = max(1, round(config.warmup * config.steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + float(np.cos(np.pi * (step - warmup) / max(1, config.steps - warmup))))
+
+
+def train(work: Workspace, arm_name: str, seed: int, out: Path, checkpoints: Path, log=print) -> None:
+    """Train a cell and write `model/`, `history.jsonl` and `cost.json` into `out`.
+
+    Args:
+        work: the experiment; its artefacts must be there.
+        arm_name: the arm.
+        seed: decides initialisation and data order, the same for every arm.
+        out: the cell's folder.
+        checkpoints: folder of checkpoints; emptied when the cell is done.
+        log: where plain lines go.
+
+    Raises:
+        Interrupted: after SIGTERM, SIGUSR1 or SIGINT, once a checkpoint is saved.
+        NonFiniteLossError: a loss term is NaN or Inf; nothing of that step is saved.
+    """
+    run = _Run(work, arm_name, seed, checkpoints, log)
+    with _signals() as stop:
+        run.loop(stop)
+    run.write(out)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Signals only leave their number; the loop acts at a step's end."""
+    received: list[int] = []
+    handled = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = {s: signal.signal(s, lambda number, frame: received.append(number)) for s in handled}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class Counters:
+    """What a cell has cost so far."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    padded_tokens: int = 0
+    restarts: int = 0
+
+
+class _Run:
+    def __init__(self, work: Workspace, arm_name: str, seed: int, checkpoints: Path, log):
+        # accelerate takes over a second to import, which the functions above do not need
+        from accelerate import Accelerator
+
+        self.work, self.arm_name, self.seed, self.checkpoints, self.log = work, arm_name, seed, checkpoints, log
+        self.config = work.config.train
+        self.arm = work.dag.arm(arm_name)
+        self.drawn = seed + self.arm.seed_offset
+        torch.set_num_threads(self.config.threads)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        precision = "no" if self.config.precision == "fp32" else self.config.precision
+        self.accelerator = Accelerator(mixed_precision=precision, cpu=self.config.device == "cpu")
+        self.device = self.accelerator.device
+        self.encoding = work.student_encoding("train")
+        self.pad_id = work.student_tokenizer.pad_token_id
+        self.validation = work.student_encoding("validation")
+        self.validation_batches = scoring_batches(self.validation, self.pad_id, work.config.evaluate.batch_size)
+        self.batches = schedule(
+            self.encoding.lengths,
+            self.config.batch_size,
+            self.config.steps,
+            self.drawn,
+            self.config.batching == "length",
+        )
+        self.model = self._student()
+        torch.manual_seed(self.drawn)
+        distiller = work.distiller(self.arm, self.drawn)
+        self.distiller: Distiller | None = distiller.to(self.device) if distiller is not None else None
+        self.optimizer = self._optimizer()
+        self.counters = Counters()
+        self.history: list[dict[str, Any]] = []
+
+    # ------------------------------------------------------------ parts
+    def _student(self):
+        model = self.work.student(self.drawn).train()
+        if self.config.lora is not None:
+            from peft import LoraConfig, get_peft_model
+
+            lora = self.config.lora
+            model = get_peft_model(
+                model,
+                LoraConfig(
+                    r=lora.rank,
+                    lora_alpha=lora.alpha,
+                    lora_dropout=lora.dropout,
+                    target_modules=lora.target_modules,
+                    task_type="CAUSAL_LM",
+                ),
+            )
+        if self.config.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.enable_input_require_grads()
+        return model
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        decay, plain = [], []
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                (decay if parameter.ndim > 1 else plain).append(parameter)
+        groups = [
+            {"params": decay, "weight_decay": self.config.weight_decay, "peak": self.config.learning_rate},
+            {"params": plain, "weight_decay": 0.0, "peak": self.config.learning_rate},
+        ]
+        if self.distiller is not None:
+            extra = [p for p in self.distiller.parameters() if p.requires_grad]
+            slow = self.arm.projector.mode == "slow"
+            peak = self.arm.projector.learning_rate if slow else self.config.learning_rate
+            if extra:
+                groups.append({"params": extra, "weight_decay": 0.0, "peak": peak})
+        return torch.optim.AdamW(groups, lr=self.config.learning_rate, betas=(0.9, 0.99), fused=True)
+
+    def _spec(self) -> dict[str, Any]:
+        """What must agree when a checkpoint is continued."""
+        return {
+            "arm": self.arm_name,
+            "seed": self.seed,
+            "depends": json.loads(self.work.dag.depends("train", arm=self.arm_name)),
+            "data": digest(self.encoding.ids.tolist(), 16),
+            "processes": self.accelerator.num_processes,
+        }
+
+    # ------------------------------------------------------------ the loop
+    def loop(self, stop: list[int]) -> None:
+        """Train from the newest checkpoint, or from the start, to the last step."""
+        modules = nn.ModuleDict({"student": self.model})
+        if self.distiller is not None:
+            modules["distiller"] = self.distiller
+        self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        resumed = checkpoint.resume(self.checkpoints, modules, self.optimizer, self._spec())
+        step = 0
+        if resumed is not None:
+            step, self.history = resumed.step, resumed.history
+            self.counters = Counters(**resumed.counters)
+            self.counters.restarts += 1
+            self.log(f"continuing after step {step} of {self.config.steps}")
+        else:
+            self._evaluate(0)
+        student = self.accelerator.unwrap_model(self.model)
+        # an arm that adds nothing is not recorded: control pays for nothing it does not use
+        recorder = Recorder(student) if self.distiller is not None else None
+        with recorder or nullcontext():
+            while step < self.config.steps:
+                begun = time.perf_counter()
+                line = self._step(step, recorder)
+                step += 1
+                self.counters.seconds += time.perf_counter() - begun
+                if step % self.config.log_every == 0 or step == self.config.steps:
+                    self.history.append(line)
+                if step % self.config.eval_every == 0 or step == self.config.steps:
+                    self._evaluate(step)
+                last = step == self.config.steps
+                if stop or (step % self.config.checkpoint_every == 0 and not last):
+                    if self.accelerator.is_main_process:
+                        checkpoint.save(
+                            self.checkpoints,
+                            step,
+                            modules,
+                            self.optimizer,
+                            self.history,
+                            vars(self.counters),
+                            self._spec(),
+                        )
+                    if stop and not last:
+                        self.log(f"stopped by signal {stop[0]} after step {step}; run the same command to go on")
+                        raise Interrupted(EXIT_INTERRUPTED)
+
+    def _step(self, step: int, recorder: Recorder | None) -> dict[str, Any]:
+        rate = learning_rate(self.config, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * rate
+        examples = self.batches[step]
+        parts = self.accelerator.num_processes * self.config.accumulate
+        share = np.array_split(examples, parts)[self.accelerator.process_index :: self.accelerator.num_processes]
+        whole = float(self.encoding.lengths[examples].sum())
+        logged = step + 1 == self.config.steps or (step + 1) % self.config.log_every == 0
+        values: dict[str, float] = {}
+        watched: dict[str, float] = {}
+        for number, micro in enumerate(share):
+            batch = collate(self.encoding, micro, self.pad_id).to(self.device)
+            # every micro-batch weighs by its tokens, and processes average their gradients
+            weight = float(self.encoding.lengths[micro].sum()) / whole * self.accelerator.num_processes
+            last = number == len(share) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                cross_entropy, added = self._forward(batch, recorder, step)
+                terms = {"ce": cross_entropy} | {name: term.value for name, term in added.terms.items()}
+                check_finite(terms, step)
+                if logged and last:
+                    watched = self._gradient_norms(cross_entropy, added) | added.watch()
+                loss = cross_entropy + sum(
+                    (term.value * term.weight for term in added.terms.values()), torch.zeros((), device=self.device)
+                )
+                self.accelerator.backward(loss * weight)
+            for name, value in terms.items():
+                values[name] = values.get(name, 0.0) + value.item() * weight / self.accelerator.num_processes
+            self.counters.padded_tokens += batch.input_ids.numel() * self.accelerator.num_processes
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.counters.tokens += int(whole)
+        weights = {f"lambda_{name}": term.weight for name, term in added.terms.items()}
+        return {
+            "step": step + 1,
+            "tokens": self.counters.tokens,
+            "learning_rate": rate * self.config.learning_rate,
+            "grad_norm": float(norm),
+            **values,
+            **weights,
+            **watched,
+        }
+
+    def _forward(self, batch: Batch, recorder: Recorder | None, step: int) -> tuple[torch.Tensor, Step]:
+        needs_hidden = self.distiller is not None and self.distiller.needs_hidden
+        output = self.model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            use_cache=False,
+            output_hidden_states=needs_hidden,
+        )
+        counted = batch.labels != -100
+        counted[:, 0] = False
+        cross_entropy = masked_mean(token_nll(output.logits, batch.labels), counted)
+        if self.distiller is None or recorder is None:
+            return cross_entropy, Step({}, dict)
+        # the input of every layer, which its keys and values are made from
+        hidden = torch.stack(output.hidden_states[:-1]) if needs_hidden else None
+        return cross_entropy, self.distiller(batch, output.logits, hidden, recorder, (step, self.config.steps))
+
+    def _gradient_norms(self, cross_entropy: torch.Tensor, added: Step) -> dict[str, float]:
+        """Norm of each weighted term's gradient on the student, relative to that of the cross-entropy."""
+        if not added.terms or self.accelerator.num_processes > 1:
+            return {}
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+
+        def norm(value: torch.Tensor) -> float:
+            grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+            return float(sum(g.float().square().sum() for g in grads if g is not None)) ** 0.5
+
+        base = norm(cross_entropy)
+        return {f"grad_ratio_{n}": norm(t.value * t.weight) / max(base, 1e-12) for n, t in added.terms.items()}
+
+    def _evaluate(self, step: int) -> None:
+        scores = score(self.accelerator.unwrap_model(self.model), self.validation, self.validation_batches)
+        line = {"step": step, "tokens": self.counters.tokens, "validation_loss": scores.mean_nll()}
+        self.history.append(line)
+        self.log(f"step {step}/{self.config.steps}  validation loss {line['validation_loss']:.4f}")
+
+    # ------------------------------------------------------------ results
+    def write(self, out: Path) -> None:
+        """Write the cell's artefacts (main process only)."""
+        if not self.accelerator.is_main_process:
+            return
+        out.mkdir(parents=True, exist_ok=True)
+        model = self.accelerator.unwrap_model(self.model)
+        if self.config.lora is not None:
+            model = model.merge_and_unload()
+        folder = out / "model"
+        model.eval().save_pretrained(folder)
+        self.work.student_tokenizer.save_pretrained(folder)
+        provenance = describe(
+            arm=self.arm_name,
+            seed=self.seed,
+            config_hash=digest(self.work.config.model_dump(), 16),
+            device=str(self.device),
+        )
+        (folder / "README.md").write_text(model_card(self.work, self.arm_name, self.seed, provenance), encoding="utf-8")
+        lines = "".join(json.dumps(line) + "\n" for line in self.history)
+        (out / "history.jsonl").write_text(lines, encoding="utf-8")
+        cost = {
+            "train_seconds": self.counters.seconds,
+            "peak_memory_bytes": peak_memory(self.device),
+            "steps": self.config.steps,
+            "tokens": self.counters.tokens,
+            "padding_share": 1 - self.counters.tokens / max(1, self.counters.padded_tokens),
+            "restarts": self.counters.restarts,
+            "processes": self.accelerator.num_processes,
+            "provenance": provenance,
+        }
+        (out / "cost.json").write_text(json.dumps(cost, indent=2) + "\n", encoding="utf-8")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the accelerator's peak allocation, or the process's peak resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def model_card(work: Workspace, arm_name: str, seed: int, provenance: dict[str, Any]) -> str:
+    """The student's README.md."""
+    arm = work.dag.arm(arm_name)
+    teachers = ", ".join(arm.teachers) or "none"
+    tasks = ", ".join(source.task for source in work.config.data.sources)
+    return (
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
+        f"# {arm_name}, seed {seed}\n\n"
+        f"A student trained by kvpipe under the arm `{arm_name}` ({arm.label or arm.role}).\n\n"
+        f"- Teachers: {teachers}\n- Tasks: {tasks}\n- Steps: {work.config.train.steps}\n"
+        f"- Configuration: {provenance['config_hash']}\n- Code: {provenance['git_commit']}\n\n"
+        "It loads with `AutoModelForCausalLM.from_pretrained` and needs nothing of kvpipe.\n"
+    )
+
+
