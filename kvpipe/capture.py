@@ -23,7 +23,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import AttentionInterface
 
@@ -272,7 +272,7 @@ def _recording_interface(self: AttentionInterface, attn_implementation: str, def
 
 @torch.no_grad()
 def capture(
-    model: PreTrainedModel,
+    model: nn.Module,
     input_ids: Int[Tensor, "batch time"],
     attention_mask: Int[Tensor, "batch time"] | None = None,
 ) -> KV:
@@ -284,7 +284,8 @@ def capture(
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     positions = positions_from_mask(attention_mask)
-    decoder = model.get_decoder()  # no logits: over a large vocabulary they are the largest tensor
+    language_model: Any = getattr(model, "module", model)  # inside DDP
+    decoder = language_model.get_decoder()  # no logits: over a large vocabulary they are the largest tensor
     accepted = inspect.signature(decoder.forward).parameters
     options = {"position_ids": positions, "use_cache": False}
     with Recorder(decoder) as recorder:

@@ -153,7 +153,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mistral": Architecture("MistralConfig", {"sliding_window": 4}),
     "qwen2": Architecture("Qwen2Config", _NO_HEAD_DIM, geometry=(LAYERS, KV_HEADS, 10)),
     "qwen3": Architecture("Qwen3Config", **_NORMED),
-    "gemma2": Architecture("Gemma2Config", {"sliding_window": 4, "layer_types": SLIDING}, attention=("eager", "sdpa")),
+    "gemma2": Architecture("Gemma2Config", {"sliding_window": 4, "layer_types": SLIDING}, attention=("eager",)),
     "gemma3": Architecture(
         "Gemma3TextConfig",
         {"sliding_window": 4, "layer_types": SLIDING, "rope_parameters": _PER_TYPE},

@@ -201,7 +201,7 @@ def test_models_without_rotary_embedding_pass_through(config):
 
 @pytest.mark.parametrize("window, rotated", [(4, [True, False, True]), (None, [True, True, True])])
 def test_exaone4_full_attention_layers_have_no_position(window, rotated):
-    types = ["sliding_attention", "full_attention", "sliding_attention"] if window else None
+    types = ["sliding_attention", "full_attention", "sliding_attention"] if window else ["full_attention"] * 3
     config = transformers.Exaone4Config(
         hidden_size=72, num_attention_heads=6, num_key_value_heads=HEAD, num_hidden_layers=3,
         sliding_window=window, layer_types=types,
