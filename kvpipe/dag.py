@@ -118,6 +118,15 @@ class Dag:
         """Whether cells of the arm read a store (else they read nothing, or run the teacher live)."""
         return bool(arm.teachers) and self.config.store.mode == "stored"
 
+    def store_needs_layer_map(self, teacher: str) -> bool:
+        """Whether the layers that a store keeps follow from measured similarity."""
+        measured = any(teacher in arm.teachers and arm.layer.kind == "cka" for arm in self.arms.values())
+        return measured and self.config.store.layers == "needed"
+
+    def needs_layer_map(self, arm: Arm) -> bool:
+        """Whether the arm chooses its teachers' layers by measured similarity."""
+        return bool(arm.teachers) and arm.layer.kind == "cka"
+
     def needs_fit(self, arm: Arm) -> bool:
         """Whether the arm has projectors."""
         return arm.loss.kind == "kv"

@@ -245,7 +245,7 @@ def _interval(estimate: float, deviations: NDArray[np.float64], stretch, confide
 
     def excluded(alpha: float) -> bool:
         low, high = bounds(alpha)
-        return low > 0 or high < 0
+        return bool(low > 0 or high < 0)
 
     if excluded(floor):
         p = floor

@@ -193,7 +193,8 @@ def make_all_before_training(work: Workspace, arm_name: str, log=print) -> None:
             log(f"model {name} …")
             make_model(work, name)
     for teacher in arm.teachers:
-        if arm.layer.kind == "cka" and not paths.layer_map(teacher).is_file():
+        wanted = work.dag.needs_layer_map(arm) or work.dag.store_needs_layer_map(teacher)
+        if wanted and not paths.layer_map(teacher).is_file():
             log(f"layer map of {teacher} …")
             make_layer_map(work, teacher)
     for teacher in arm.teachers if work.dag.uses_store(arm) else []:

@@ -97,7 +97,8 @@ def _by_bytes(
     config: TimeConfig, src: Encoding, dst: Encoding, src_groups: np.ndarray, dst_groups: np.ndarray, keep: np.ndarray
 ) -> tuple[Tensor, Tensor]:
     """Overlap inside byte groups (whole texts or segments) that are equal on both sides; others stay empty."""
-    lengths = dst_groups[..., 1] - dst_groups[..., 0] + 1
+    # room for the longer side, so that spans stay in order also in groups that differ
+    lengths = np.maximum(np.diff(src_groups, axis=-1), np.diff(dst_groups, axis=-1))[..., 0] + 1
     base = (np.cumsum(lengths) - lengths.ravel()).reshape(lengths.shape)
     src_spans = _shifted(src, src_groups, base, keep)
     dst_spans = _shifted(dst, dst_groups, base, keep)
