@@ -22,8 +22,6 @@ from torch import Tensor
 
 Mode = Literal["iou", "causal", "position"]
 
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")  # CSR is this module's contract
-
 # GPT-2's alphabet: 256 printable characters, one for each byte (`bytes_to_unicode` in openai/gpt-2, encoder.py).
 _PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _BYTE_CHARACTERS = frozenset(ByteLevel.alphabet())
@@ -370,10 +368,12 @@ def _matched_specials(src: np.ndarray, dst: np.ndarray) -> tuple[np.ndarray, np.
 def _csr(row: np.ndarray, col: np.ndarray, weight: np.ndarray, n_dst: int, n_src: int) -> Tensor:
     """CSR from entries sorted by row and then column."""
     start = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=n_dst))])
-    return torch.sparse_csr_tensor(
-        torch.from_numpy(start.astype(np.int64)),
-        torch.from_numpy(np.asarray(col, dtype=np.int64)),
-        torch.from_numpy(np.asarray(weight, dtype=np.float32)),
-        size=(n_dst, n_src),
-        check_invariants=True,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")  # CSR is the contract
+        return torch.sparse_csr_tensor(
+            torch.from_numpy(start.astype(np.int64)),
+            torch.from_numpy(np.asarray(col, dtype=np.int64)),
+            torch.from_numpy(np.asarray(weight, dtype=np.float32)),
+            size=(n_dst, n_src),
+            check_invariants=True,
+        )
