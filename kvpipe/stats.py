@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special, stats
 
 Method = Literal["calibrated", "percentile", "basic"]
 RESAMPLE_BLOCK = 1000
-"""Resamples drawn at a time: bounds memory at RESAMPLE_BLOCK · items numbers."""
+"""Resamples drawn at a time: bounds memory at RESAMPLE_BLOCK · (items + arms · seeds) numbers."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,12 @@ def crossed_bootstrap_many(
     differences = _checked(differences, axes="arm seed item")
     if not 0 < confidence < 1 or n_resamples < 1:
         raise ValueError(f"need 0 < confidence < 1 and n_resamples >= 1; got {confidence} and {n_resamples}")
-    estimates = differences.mean(axis=(1, 2))
-    deviations = np.sort(resampled_means(differences, n_resamples, seed) - estimates[:, None], axis=1)
-    return [
-        _interval(estimate, deviation, _stretch(difference, deviation, method), confidence, method)
-        for estimate, deviation, difference in zip(estimates, deviations, differences, strict=True)
-    ]
+    if method not in get_args(Method):
+        raise ValueError(f"method must be one of {', '.join(get_args(Method))}; got {method!r}")
+    bootstrap = _Bootstrap(differences, n_resamples, seed, method)
+    low, high = bootstrap.bounds(np.full(len(differences), 1 - confidence))
+    columns = zip(low, high, bootstrap.estimates, bootstrap.p(), strict=True)
+    return [Interval(*map(float, column)) for column in columns]
 
 
 def resampled_means(differences: NDArray[np.float64], n_resamples: int, seed: int = 0) -> NDArray[np.float64]:
@@ -97,28 +97,15 @@ def resampled_means(differences: NDArray[np.float64], n_resamples: int, seed: in
 
 
 def variance_of_mean(differences: ArrayLike) -> tuple[float, float]:
-    """Variance of the mean of ``(seed, item)`` differences when seeds and items are both random, and its degrees of
-    freedom.
+    """Variance of the mean of ``(seed, item)`` differences when both are random, and its degrees of freedom.
 
     Two-way layout without replication, ``d = μ + seed + item + seed×item``: from the mean squares, the variance is
     ``(MS_seed + MS_item − MS_rest) / (seeds · items)`` with no component below 0, and the degrees of freedom are
-    Satterthwaite's. With one seed (item) only the item (seed) variance can be estimated.
+    Satterthwaite's. With one seed (item) only the item (seed) variance can be estimated; a single difference has none,
+    and gives (NaN, 0).
     """
-    differences = _checked(differences, axes="seed item")
-    seeds, items = differences.shape
-    if seeds == 1 or items == 1:
-        flat = differences.ravel()
-        return (float(flat.var(ddof=1) / flat.size), float(flat.size - 1)) if flat.size > 1 else (float("nan"), 0.0)
-    mean, rows, columns = differences.mean(), differences.mean(1), differences.mean(0)
-    ms_seed = items * rows.var(ddof=1)
-    ms_item = seeds * columns.var(ddof=1)
-    rest = differences - rows[:, None] - columns + mean
-    df_rest = (seeds - 1) * (items - 1)
-    ms_rest = (rest**2).sum() / df_rest
-    total = max(ms_seed + ms_item - ms_rest, ms_seed, ms_item)
-    spread = ms_seed**2 / (seeds - 1) + ms_item**2 / (items - 1) + ms_rest**2 / df_rest
-    df = total**2 / spread if spread > 0 else float(df_rest)
-    return float(total / (seeds * items)), float(np.clip(df, min(seeds, items) - 1, None))
+    variance, df = _variances(_checked(differences, axes="seed item")[None])
+    return float(variance[0]), float(df[0])
 
 
 def adjust(p_values: ArrayLike, method: Literal["bonferroni", "holm"]) -> NDArray[np.float64]:
@@ -220,41 +207,69 @@ def _counts(rng: np.random.Generator, n_resamples: int, n: int) -> NDArray[np.fl
     return np.bincount(draws.ravel(), minlength=n_resamples * n).reshape(n_resamples, n).astype(np.float64)
 
 
-def _stretch(differences: NDArray[np.float64], deviations: NDArray[np.float64], method: Method):
-    """The factor on the deviations as a function of the tail probability."""
-    if method in ("percentile", "basic") or differences.shape[0] == 1:
-        return lambda tail: 1.0
-    if method != "calibrated":
-        raise ValueError(f"method must be calibrated, percentile or basic; got {method!r}")
-    variance, df = variance_of_mean(differences)
-    spread = deviations.std()
-    ratio = np.sqrt(variance) / spread if spread > 0 else 1.0
-    return lambda tail: ratio * stats.t.ppf(tail, df) / stats.norm.ppf(tail)
+def _variances(differences: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """`variance_of_mean` of every arm of ``(arm, seed, item)``."""
+    arms, seeds, items = differences.shape
+    if seeds == 1 or items == 1:
+        n = seeds * items
+        if n == 1:
+            return np.full(arms, np.nan), np.zeros(arms)
+        return differences.reshape(arms, n).var(axis=1, ddof=1) / n, np.full(arms, n - 1.0)
+    mean = differences.mean(axis=(1, 2), keepdims=True)
+    rows, columns = differences.mean(axis=2, keepdims=True), differences.mean(axis=1, keepdims=True)
+    df_seed, df_item, df_rest = seeds - 1, items - 1, (seeds - 1) * (items - 1)
+    ms_seed = items * ((rows - mean) ** 2).sum(axis=(1, 2)) / df_seed
+    ms_item = seeds * ((columns - mean) ** 2).sum(axis=(1, 2)) / df_item
+    ms_rest = ((differences - rows - columns + mean) ** 2).sum(axis=(1, 2)) / df_rest
+    total = np.maximum(ms_seed + ms_item - ms_rest, np.maximum(ms_seed, ms_item))
+    spread = ms_seed**2 / df_seed + ms_item**2 / df_item + ms_rest**2 / df_rest
+    df = np.divide(total**2, spread, out=np.full(arms, float(df_rest)), where=spread > 0)
+    return total / (seeds * items), np.maximum(df, min(df_seed, df_item))
 
 
-def _interval(estimate: float, deviations: NDArray[np.float64], stretch, confidence: float, method: Method) -> Interval:
-    def bounds(alpha: float) -> tuple[float, float]:
-        low, high = np.quantile(deviations, [alpha / 2, 1 - alpha / 2])
-        if method == "basic":
+class _Bootstrap:
+    """Resampled deviations of all arms ``(arm, seed, item)``, their interval at any level, and the p that inverts it."""
+
+    def __init__(self, differences: NDArray[np.float64], n_resamples: int, seed: int, method: Method):
+        self.estimates = differences.mean(axis=(1, 2))
+        self.deviations = np.sort(resampled_means(differences, n_resamples, seed) - self.estimates[:, None], axis=1)
+        self.basic = method == "basic"
+        self.df: NDArray[np.float64] | None = None
+        if method == "calibrated" and differences.shape[1] > 1:
+            variances, self.df = _variances(differences)
+            spread = self.deviations.std(axis=1)
+            self.ratio = np.divide(np.sqrt(variances), spread, out=np.ones_like(spread), where=spread > 0)
+
+    def bounds(self, alpha: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Low and high of every arm at confidence 1 − `alpha`, one alpha for each arm."""
+        low, high = self._quantiles(alpha / 2), self._quantiles(1 - alpha / 2)
+        if self.basic:
             low, high = -high, -low
-        factor = stretch(alpha / 2)
-        return estimate + factor * low, estimate + factor * high
+        stretch = (
+            1.0 if self.df is None else self.ratio * special.stdtrit(self.df, alpha / 2) / special.ndtri(alpha / 2)
+        )
+        return self.estimates + stretch * low, self.estimates + stretch * high
 
-    low, high = bounds(1 - confidence)
-    floor, ceiling = 2 / (len(deviations) + 1), 0.999
-
-    def excluded(alpha: float) -> bool:
-        low, high = bounds(alpha)
-        return bool(low > 0 or high < 0)
-
-    if excluded(floor):
-        p = floor
-    elif not excluded(ceiling):
-        p = 1.0
-    else:
-        outside, inside = ceiling, floor
+    def p(self) -> NDArray[np.float64]:
+        """The smallest alpha at which each interval excludes 0, by bisection: wider levels include more."""
+        floor, ceiling = 2 / (self.deviations.shape[1] + 1), 0.999
+        inside, outside = np.full(len(self.estimates), floor), np.full(len(self.estimates), ceiling)
+        always, ever = self._exclude(inside), self._exclude(outside)
         for _ in range(40):
-            middle = np.sqrt(outside * inside)
-            outside, inside = (middle, inside) if excluded(middle) else (outside, middle)
-        p = outside
-    return Interval(float(low), float(high), float(estimate), float(p))
+            middle = np.sqrt(inside * outside)
+            excluded = self._exclude(middle)
+            inside, outside = np.where(excluded, inside, middle), np.where(excluded, middle, outside)
+        return np.where(always, floor, np.where(ever, outside, 1.0))
+
+    def _exclude(self, alpha: NDArray[np.float64]) -> NDArray[np.bool_]:
+        low, high = self.bounds(alpha)
+        return (low > 0) | (high < 0)
+
+    def _quantiles(self, share: NDArray[np.float64]) -> NDArray[np.float64]:
+        """One quantile of each arm's sorted deviations, linear between order statistics as in numpy."""
+        position = share * (self.deviations.shape[1] - 1)
+        below = np.floor(position).astype(int)
+        above = np.minimum(below + 1, self.deviations.shape[1] - 1)
+        arms = np.arange(len(self.estimates))
+        start, stop = self.deviations[arms, below], self.deviations[arms, above]
+        return start + (position - below) * (stop - start)

@@ -61,7 +61,9 @@ def test_one_item_percentile_resamples_the_seeds_as_scipy(rng):
 def test_basic_mirrors_percentile_about_the_estimate(rng):
     d = rng.exponential(size=(1, 40))
     plain, basic = (crossed_bootstrap(d, method=method) for method in ("percentile", "basic"))
-    assert basic.low == pytest.approx(2 * d.mean() - plain.high) and basic.high == pytest.approx(2 * d.mean() - plain.low)
+    assert basic.low == pytest.approx(2 * d.mean() - plain.high) and basic.high == pytest.approx(
+        2 * d.mean() - plain.low
+    )
 
 
 def test_resampled_means_have_the_exact_distribution():
@@ -217,7 +219,9 @@ def test_sign_flip_is_exact(rng):
         sign_flip_test([np.nan, 1.0])
 
 
-@pytest.mark.parametrize("seeds,items,seed_sd", [(1, 50, 0.0), (3, 50, 0.1), (3, 300, 0.1), (5, 50, 0.3), (10, 300, 0.1)])
+@pytest.mark.parametrize(
+    "seeds,items,seed_sd", [(1, 50, 0.0), (3, 50, 0.1), (3, 300, 0.1), (5, 50, 0.3), (10, 300, 0.1)]
+)
 def test_coverage_is_near_nominal(rng, seeds, items, seed_sd):
     rate = coverage(simulate(rng, 800, seeds, items, seed_sd), 500, "calibrated")
     assert 0.925 <= rate <= 0.975 + 0.005  # 93–97% and two Monte Carlo standard errors

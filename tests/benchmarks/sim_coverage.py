@@ -2,9 +2,9 @@
 
     python tests/benchmarks/sim_coverage.py [--datasets 2000] [--resamples 1000]
 
-Differences follow the crossed random-effects model ``d[s, i] = μ + seed[s] + item[i] + rest[s, i]`` with item sd 0.5 and rest
-sd 1 (the unit), several seed sds, normal or skewed items. The seed sd is what matters: 0.05 is a student whose runs differ
-little, 0.3 one where the seed is worth a third of an item.
+Differences follow the crossed random-effects model ``d[s, i] = μ + seed[s] + item[i] + rest[s, i]`` with item sd 0.5 and
+rest sd 1 (the unit), several seed sds, normal or skewed items. The seed sd is what matters: 0.05 is a student whose runs
+differ little, 0.3 one where the seed is worth a third of an item.
 """
 
 from __future__ import annotations
@@ -44,14 +44,23 @@ def covers(interval: Interval) -> bool:
 
 def coverage(datasets: NDArray[np.float64], n_resamples: int, method: str, confidence: float = 0.95) -> float:
     """Share of the datasets whose interval covers 0."""
-    return float(np.mean([covers(i) for i in crossed_bootstrap_many(datasets, n_resamples, confidence, 0, method)]))
+    parts = np.array_split(datasets, -(-len(datasets) // 250))  # each part with resamples of its own
+    return float(
+        np.mean(
+            [
+                covers(interval)
+                for number, part in enumerate(parts)
+                for interval in crossed_bootstrap_many(part, n_resamples, confidence, number, method)
+            ]
+        )
+    )
 
 
-def family_wise_error(families: NDArray[np.float64], n_resamples: int) -> dict[str, float]:
+def family_wise_error(families: NDArray[np.float64], n_resamples: int, seed: int = 0) -> dict[str, float]:
     """Share of the null families with any rejection at 0.05, uncorrected and under both corrections."""
     count, arms = families.shape[:2]
     flat = families.reshape(count * arms, *families.shape[2:])
-    p = np.array([i.p for i in crossed_bootstrap_many(flat, n_resamples)]).reshape(count, arms)
+    p = np.array([i.p for i in crossed_bootstrap_many(flat, n_resamples, seed=seed)]).reshape(count, arms)
     rates = {"uncorrected": float((p < 0.05).any(1).mean())}
     for method in ("bonferroni", "holm"):
         rates[method] = float(np.mean([(adjust(row, method) < 0.05).any() for row in p]))
@@ -76,7 +85,9 @@ def main() -> None:
                     data = simulate(rng, arguments.datasets, seeds, items, seed_sd, skewed)
                     rates = [coverage(data, arguments.resamples, m) for m in ("calibrated", "percentile", "basic")]
                     cells = " | ".join(f"{rate:.3f}" for rate in rates)
-                    print(f"| {seeds} | {items} | {seed_sd} | {'skewed' if skewed else 'normal'} | {cells} |", flush=True)
+                    print(
+                        f"| {seeds} | {items} | {seed_sd} | {'skewed' if skewed else 'normal'} | {cells} |", flush=True
+                    )
     families = arguments.datasets
     print(f"\nFamily-wise error under the null at 0.05, 12 arms against one control, {families} families\n")
     print("| seeds | items | seed sd | uncorrected | Bonferroni | Holm |")
@@ -85,11 +96,14 @@ def main() -> None:
         for items in (50, 300):
             for seed_sd in (0.0, 0.1, 0.3):
                 parts = [
-                    family_wise_error(family(rng, part, 12, seeds, items, seed_sd), arguments.resamples)
-                    for part in [200] * (families // 200)
+                    family_wise_error(family(rng, 50, 12, seeds, items, seed_sd), arguments.resamples, number)
+                    for number in range(families // 50)
                 ]
                 means = [np.mean([part[name] for part in parts]) for name in ("uncorrected", "bonferroni", "holm")]
-                print(f"| {seeds} | {items} | {seed_sd} | " + " | ".join(f"{mean:.3f}" for mean in means) + " |", flush=True)
+                print(
+                    f"| {seeds} | {items} | {seed_sd} | " + " | ".join(f"{mean:.3f}" for mean in means) + " |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":
