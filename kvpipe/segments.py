@@ -74,7 +74,7 @@ class Markers:
     """Closes the reasoning (last occurrence, the marker included). Absent after a start: all that follows is
     reasoning (a generation that was cut off)."""
     answer_start: str | None = None
-    """Opens the answer (last occurrence, the marker included)."""
+    """Opens the answer (last occurrence after the closed reasoning; what stands between is reasoning too)."""
     unmarked: Literal["error", "reasoning", "answer"] = "error"
     """What text after the prompt is when none of the markers above occurs in it."""
 
@@ -88,8 +88,8 @@ GSM8K = Markers(answer_start="####")
 def split_reasoning(text: str, markers: Markers) -> Segmented:
     """Part raw text at its markers; the three parts joined are the text again, byte for byte.
 
-    Raises `ValueError` naming the marker when `prompt_stop` is absent, when none of the other markers occurs and
-    `unmarked` is "error", or when the answer's marker stands before the end of the reasoning.
+    Raises `ValueError` naming the marker when `prompt_stop` is absent, or when none of the other markers occurs and
+    `unmarked` is "error".
     """
     begin = 0
     if markers.prompt_stop is not None:
@@ -102,24 +102,14 @@ def split_reasoning(text: str, markers: Markers) -> Segmented:
     if opened >= 0 and markers.prompt_stop is None:
         begin = opened
     closed = -1 if markers.reasoning_stop is None else text.rfind(markers.reasoning_stop, max(begin, opened))
-    answer = -1 if markers.answer_start is None else text.rfind(markers.answer_start, begin)
+    stop = closed + len(markers.reasoning_stop or "") if closed >= 0 else begin
+    answer = -1 if markers.answer_start is None else text.rfind(markers.answer_start, stop)
 
-    if closed >= 0:
-        assert markers.reasoning_stop is not None
-        stop = closed + len(markers.reasoning_stop)
-        if 0 <= answer < stop and markers.answer_start is not None and closed < answer:
-            raise ValueError(
-                f"markers {markers.reasoning_stop!r} and {markers.answer_start!r} overlap in {_shown(text)}"
-            )
-        if answer >= stop:
-            stop = answer
-    elif answer >= 0:
+    if answer >= 0:
         stop = answer
-    elif opened >= 0 or markers.unmarked == "reasoning":
+    elif closed < 0 and (opened >= 0 or markers.unmarked == "reasoning"):
         stop = len(text)
-    elif markers.unmarked == "answer" or begin == len(text):
-        stop = begin
-    else:
+    elif closed < 0 and markers.unmarked == "error" and begin < len(text):
         wanted = [m for m in (markers.reasoning_start, markers.reasoning_stop, markers.answer_start) if m]
         raise ValueError(
             f"none of the markers {wanted} is in the text {_shown(text[begin:])}; set Markers(unmarked=…) to "
