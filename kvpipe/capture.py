@@ -168,8 +168,7 @@ class Recorder:
         if self._grad and not torch.is_grad_enabled():
             raise RuntimeError(
                 f"{self._name} layer {layer} ran without gradient inside a forward with gradient: reentrant gradient "
-                "checkpointing cuts recorded keys and values from the graph. Use "
-                "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
+                "checkpointing cuts recorded keys and values from the graph. Enable it with use_reentrant=False"
             )
         if layer in self._record:
             raise RuntimeError(f"{self._name} layer {layer} attended twice in one forward: its keys are not one tensor")

@@ -125,6 +125,19 @@ def _gpt2(qkv: Tensor) -> KeysValues:
     return k, v
 
 
+def _mpt(qkv: Tensor) -> KeysValues:
+    _, k, v = qkv.chunk(3, dim=-1)
+    return _split(k, 10), _split(v, 10)
+
+
+def _codegen(qkv: Tensor) -> KeysValues:
+    """Made for four tensor-parallel ranks: each holds query, value, key of its two heads."""
+    _, v, k = rearrange(
+        qkv, "batch time (rank three head dim) -> three batch (rank head) time dim", rank=4, three=3, dim=8
+    )
+    return k, v
+
+
 def _gpt_bigcode(qkv: Tensor) -> KeysValues:
     _, k, v = qkv.split([60, 10, 10], dim=-1)
     return _split(k, 10), _split(v, 10)
@@ -176,6 +189,20 @@ ARCHITECTURES: dict[str, Architecture] = {
         hooked=("k_norm", "v_norm"),
         read=lambda k, v: tuple(rearrange(x, "batch time head dim -> batch head time dim") for x in (k, v)),
     ),
+    "gemma4": Architecture(
+        "Gemma4TextConfig",
+        {
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "global_head_dim": HEAD_DIM,
+            "num_global_key_value_heads": KV_HEADS,
+            "num_kv_shared_layers": 0,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCAB,
+        },
+        hooked=("k_norm", "v_norm"),
+        read=lambda k, v: tuple(rearrange(x, "batch time head dim -> batch head time dim") for x in (k, v)),
+    ),
     "phi3": Architecture("Phi3Config", {"partial_rotary_factor": 0.5}, hooked=("qkv_proj",), read=_phi3),
     "phi": Architecture("PhiConfig", {**_NO_HEAD_DIM, "partial_rotary_factor": 0.4}, geometry=(LAYERS, KV_HEADS, 10)),
     "olmo2": Architecture("Olmo2Config", _NO_HEAD_DIM, hooked=("k_norm", "v_proj"), geometry=(LAYERS, KV_HEADS, 10)),
@@ -195,6 +222,22 @@ ARCHITECTURES: dict[str, Architecture] = {
         geometry=(LAYERS, 1, 10),
     ),
     "gptj": Architecture("GPTJConfig", {**_GPT2, "rotary_dim": 4}, read=_multi_head, geometry=_MHA10, **_OWN_ATTENTION),
+    "codegen": Architecture(
+        "CodeGenConfig",
+        {**_GPT2, "n_embd": 64, "n_head": 8, "rotary_dim": 4},
+        hooked=("qkv_proj",),
+        read=_codegen,
+        geometry=(LAYERS, 8, 8),
+        **_OWN_ATTENTION,
+    ),
+    "mpt": Architecture(
+        "MptConfig",
+        {**_MULTI_HEAD, "d_model": 60, "n_heads": HEADS, "n_layers": LAYERS, "max_seq_len": 64},
+        hooked=("Wqkv",),
+        read=_mpt,
+        geometry=_MHA10,
+        **_OWN_ATTENTION,
+    ),
     "bloom": Architecture(
         "BloomConfig",
         {**_MULTI_HEAD, "n_layer": LAYERS, "n_head": HEADS, "num_attention_heads": None, "num_hidden_layers": None},

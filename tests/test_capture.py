@@ -168,7 +168,8 @@ def test_gradient_under_checkpointing(name):
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        assert model.is_activation_checkpointing == checkpointing
         torch.manual_seed(5)  # the same dropout
         with Recorder(model) as recorder:  # entered during backward too: recomputation must not be recorded
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
@@ -180,14 +181,14 @@ def test_gradient_under_checkpointing(name):
 
 def test_reentrant_checkpointing_is_refused():
     model = ARCHITECTURES["llama"].build().train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
     with Recorder(model), pytest.raises(RuntimeError, match=r"LlamaForCausalLM.*layer 0.*use_reentrant"):
         model(input_ids=batch()[0])
 
 
 def test_checkpointing_is_refused_where_only_the_cache_is_seen():
     model = ARCHITECTURES["bloom"].build().train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     with Recorder(model) as recorder:
         model(input_ids=batch()[0])
     with pytest.raises(RuntimeError, match=r"Bloom.*layers \[0, 1, 2\].*gradient checkpointing"):
@@ -252,7 +253,7 @@ def test_queries_equal_projection_hooks(name, normed):
 def test_hidden_states_are_what_enters_each_layer(name, checkpointing):
     model = ARCHITECTURES[name].build().train(checkpointing)
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     decoder, entering = model.get_decoder(), []
     for layer in decoder.h if name == "bloom" else decoder.layers:
         layer.register_forward_pre_hook(lambda _m, args: entering.append(args[0]))

@@ -154,15 +154,19 @@ class Rope:
         rotary = 2 * len(self.inv_freq)
         if rotary > k.shape[-1]:
             raise ValueError(f"keys have {k.shape[-1]} dimensions, but the rotary embedding turns {rotary} of them")
+        if positions.shape not in ((k.shape[2],), (1, k.shape[2]), (k.shape[0], k.shape[2])):
+            raise ValueError(
+                f"positions {tuple(positions.shape)} do not fit keys {tuple(k.shape)} (batch, head, time, dim)"
+            )
         # float32 angles and products, whatever the dtype of the keys, as transformers computes its tables
         angles = positions[..., None].float() * self.frequencies(positions)
         angles = rearrange(angles, "... time pair -> ... 1 time pair")
         cos, sin = angles.cos() * scale, angles.sin() * (scale * sign * self.direction)
         split = "... (two pair) -> two ... pair" if self.layout == "half" else "... (pair two) -> two ... pair"
         first, second = rearrange(k[..., :rotary].float(), split, two=2)
-        turned = torch.stack((first * cos - second * sin, second * cos + first * sin))
-        left, right = split.split(" -> ")
-        turned = rearrange(turned, f"{right} -> {left}").to(k.dtype)
+        pair = (first * cos - second * sin, second * cos + first * sin)
+        turned = torch.cat(pair, dim=-1) if self.layout == "half" else torch.stack(pair, dim=-1).flatten(-2)
+        turned = turned.to(k.dtype)
         return turned if rotary == k.shape[-1] else torch.cat((turned, k[..., rotary:]), dim=-1)
 
 

@@ -275,3 +275,6 @@ def test_errors_name_what_is_wrong():
         Rope.from_config(config, layer=3)
     with pytest.raises(ValueError, match=r"10 dimensions.*turns 12"):
         Rope.from_config(config).rotate(keys(SHORT, 10), torch.arange(SHORT))
+    for wrong in (torch.arange(1), torch.arange(SHORT).expand(3, -1)):
+        with pytest.raises(ValueError, match="do not fit keys"):  # below the shape annotations of `rotate`
+            Rope.from_config(config)._turn(keys(SHORT), wrong, 1, 1.0)
