@@ -9,11 +9,14 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 Name = Annotated[str, Field(pattern=NAME)]
@@ -29,13 +32,26 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, values: Any) -> Any:
+        # pydantic's own message for an unknown key does not say which keys there are: only the section knows
+        unknown = [key for key in values if key not in cls.model_fields] if isinstance(values, dict) else []
+        if unknown:
+            raise PydanticCustomError(
+                "unknown_keys", "unknown keys", {"keys": unknown, "valid": list(cls.model_fields)}
+            )
+        return values
+
 
 # ---------------------------------------------------------------- data
 class EmbeddedData(Section):
     """Examples made by `kvpipe.corpus`, deterministic by seed, disjoint between splits by content."""
 
     kind: Literal["embedded"] = "embedded"
+    """Records made by kvpipe."""
     task: Literal["math", "code"]
+    """`math`: word problems of several steps; `code`: traces of small programs. Also the task's name in every table."""
     train: PositiveInt = 1000
     """Training examples."""
     validation: PositiveInt = 100
@@ -50,6 +66,7 @@ class FileData(Section):
     """Records from local JSONL or Parquet files, columns mapped to prompt, reasoning, answer."""
 
     kind: Literal["files"] = "files"
+    """Records read from files."""
     task: Name
     """Task name written to every record; fusion weights and metrics are kept per task."""
     train: str
@@ -76,10 +93,12 @@ class Template(Section):
 
 
 class DataConfig(Section):
+    """Records and how they become text."""
+
     sources: list[Annotated[EmbeddedData | FileData, Field(discriminator="kind")]] = Field(min_length=1)
     """Where the records come from, one entry per task."""
     template: Template = Template()
-    """Record → text."""
+    """How one record becomes text; the same for every arm."""
     seed: int = 0
     """Seed of the embedded corpora."""
     ngram: PositiveInt = 13
@@ -91,7 +110,8 @@ class TokenizerRecipe(Section):
     """A tokenizer trained on the recipe's own corpus."""
 
     kind: Literal["byte_bpe", "unigram", "metaspace_bpe"] = "byte_bpe"
-    """`byte_bpe`: ByteLevel BPE (GPT-2, Qwen, Llama-3); `unigram` and `metaspace_bpe`: SentencePiece style with byte fallback."""
+    """`byte_bpe`: ByteLevel BPE (GPT-2, Qwen, Llama-3); `unigram` and `metaspace_bpe`: SentencePiece style with byte
+    fallback."""
     vocab_size: Annotated[int, Field(ge=260)] = 384
     """Size of the vocabulary, special tokens included."""
     split_digits: bool = True
@@ -125,6 +145,7 @@ class LocalModel(Section):
     """A Hugging Face folder on disk."""
 
     source: Literal["local"] = "local"
+    """Read from disk."""
     path: str
     """Folder with config.json, safetensors and tokenizer files."""
     recipe: Recipe | None = None
@@ -137,6 +158,7 @@ class PretrainModel(Section):
     """A model trained inside the DAG by its recipe."""
 
     source: Literal["pretrain"] = "pretrain"
+    """Trained by its recipe, inside the DAG."""
     recipe: Recipe
     """Architecture, tokenizer and training."""
     path: str | None = None
@@ -147,6 +169,7 @@ class HubModel(Section):
     """A repository on the Hugging Face hub."""
 
     source: Literal["hub"] = "hub"
+    """Downloaded."""
     repo: str
     """`owner/name`."""
     revision: str = "main"
@@ -159,6 +182,7 @@ class ScratchModel(Section):
     """A model with random weights, drawn anew by every seed (the student of the embedded experiment)."""
 
     source: Literal["scratch"] = "scratch"
+    """Random weights, drawn anew by every seed."""
     architecture: dict[str, Any]
     """Fields of the transformers config class, `model_type` among them."""
     tokenizer: TokenizerRecipe = TokenizerRecipe()
@@ -169,6 +193,7 @@ class RandomModel(Section):
     """The architecture and tokenizer of another model with random weights (a null teacher)."""
 
     source: Literal["random"] = "random"
+    """Random weights in another model's architecture."""
     like: Name
     """Name of the model to copy."""
     seed: int = 0
@@ -180,9 +205,11 @@ Model = Annotated[LocalModel | PretrainModel | HubModel | ScratchModel | RandomM
 
 # ---------------------------------------------------------------- arms
 class TimeConfig(Section):
+    """Which teacher tokens make up a student token."""
+
     kind: Literal["overlap", "segment", "position"] = "overlap"
-    """`overlap`: byte-span overlap of the two tokenizations; `segment`: prompt, reasoning and answer matched one to one;
-    `position`: token i to token i (harmful, kept as a null)."""
+    """`overlap`: byte-span overlap of the two tokenizations; `segment`: prompt, reasoning and answer matched one to
+    one; `position`: token i to token i (harmful, kept as a null)."""
     mode: Literal["iou", "causal"] = "causal"
     """Weights of the byte-span overlap. `causal` uses nothing the student has not read yet."""
     text: Literal["student", "own"] = "student"
@@ -196,6 +223,8 @@ class TimeConfig(Section):
 
 
 class LayerConfig(Section):
+    """Which teacher layers make up a student layer."""
+
     kind: Literal["proportional", "cka", "list"] = "proportional"
     """`proportional` depth; `cka`: the k most similar teacher layers; `list`: explicit."""
     k: PositiveInt = 2
@@ -209,6 +238,8 @@ class LayerConfig(Section):
 
 
 class ProjectorConfig(Section):
+    """The map from a teacher's heads and dimension to the student's."""
+
     kind: Literal["linear", "heads", "elastic"] = "linear"
     """`linear`: one map over the flattened heads; `heads`: head dimension, then head mixing; `elastic`: bottleneck."""
     mlp_ratio: PositiveFloat | None = None
@@ -222,6 +253,8 @@ class ProjectorConfig(Section):
 
 
 class FitConfig(Section):
+    """How projectors are fitted before training."""
+
     method: Literal["pca", "joint_pca", "procrustes", "ridge", "reconstruct", "random", "grouped"] = "pca"
     """How projectors are fitted before training; `reconstruct` trains the elastic encoder from the linear fit;
     `grouped` is the unfitted grouped average."""
@@ -238,10 +271,13 @@ class FitConfig(Section):
 
 
 class FuseConfig(Section):
+    """How several teachers become one target."""
+
     kind: Literal["mean", "fixed", "attention", "task", "learnable", "select"] = "mean"
     """How the projected teachers become one target."""
     weights: dict[str, list[float]] = Field(default_factory=dict)
-    """Weight of each teacher per task under `task` (row `default` serves unknown tasks); row `default` under `fixed`."""
+    """Weight of each teacher per task under `task` (row `default` serves unknown tasks); row `default` under
+    `fixed`."""
     offsets: bool = False
     """Learn an offset to the table under `task`."""
     entropy: Annotated[float, Field(ge=0)] = 0.0
@@ -249,6 +285,8 @@ class FuseConfig(Section):
 
 
 class ScheduleConfig(Section):
+    """The course of λ over training."""
+
     kind: Literal["constant", "linear", "cosine"] = "constant"
     """Course of λ after the warm-up."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -260,6 +298,8 @@ class ScheduleConfig(Section):
 
 
 class LossConfig(Section):
+    """What is added to cross-entropy."""
+
     kind: Literal["none", "kv", "logit_kd", "relation"] = "none"
     """`none`: cross-entropy alone; `kv`: key and value matching; the other two are baselines."""
     lambda_k: Annotated[float, Field(ge=0)] = 1.0
@@ -298,11 +338,17 @@ class Arm(Section):
     seed_offset: int = 0
     """Added to the seed (the false-positive check runs control again under other seeds)."""
     time: TimeConfig = TimeConfig()
+    """Which teacher tokens make up a student token."""
     layer: LayerConfig = LayerConfig()
+    """Which teacher layers make up a student layer."""
     projector: ProjectorConfig = ProjectorConfig()
+    """The map from a teacher's heads and dimension to the student's."""
     fit: FitConfig = FitConfig()
+    """How the projectors are fitted before training."""
     fuse: FuseConfig = FuseConfig()
+    """How several teachers become one target."""
     loss: LossConfig = LossConfig()
+    """What is added to cross-entropy."""
 
     @model_validator(mode="after")
     def _coherent(self):
@@ -328,15 +374,19 @@ class ArmEntry(Section):
     base: Name | None = None
     """Arm to start from; none starts from the defaults of `Arm`."""
     role: Literal["control", "experiment", "null", "baseline", "ablation"] | None = None
-    """Role in the report; an arm with a base is an `ablation` unless it says otherwise."""
+    """Role in the report, `ablation` if it is not said; not handed down by a base. Write `"null"` in quotes: the bare
+    word is YAML for nothing."""
     label: str | None = None
     """One line for the report."""
     set: dict[str, Any] = Field(default_factory=dict)
-    """Dotted key of `Arm` → value."""
+    """Dotted key → value, applied in order over the base. `loss.lambda_k: 0` changes one setting;
+    `loss: {kind: kv}` replaces the section, its other settings go back to their defaults."""
 
 
 # ---------------------------------------------------------------- steps
 class StoreConfig(Section):
+    """The stored caches of the teachers."""
+
     dtype: Literal["bf16", "fp16", "int8"] = "bf16"
     """Storage type; int8 keeps one scale per token and head."""
     mode: Literal["stored", "live"] = "stored"
@@ -344,7 +394,8 @@ class StoreConfig(Section):
     shard_examples: PositiveInt = 2000
     """Examples per shard; shards are built by separate jobs and can be resumed."""
     layers: Literal["needed", "all"] = "needed"
-    """Keep only the teacher layers that some arm uses (a change of an arm's layers may then rebuild the store), or all."""
+    """Keep only the teacher layers that some arm uses (a change of an arm's layers may then rebuild the store), or
+    all."""
     budget_gb: PositiveFloat = 10.0
     """The build stops before it starts when the estimate exceeds this many GB per teacher."""
     batch_size: PositiveInt = 64
@@ -354,6 +405,8 @@ class StoreConfig(Section):
 
 
 class LayerMapConfig(Section):
+    """How the similarity of layers (CKA) is measured."""
+
     examples: PositiveInt = 100
     """Validation examples."""
     warmup_steps: Annotated[int, Field(ge=0)] = 150
@@ -361,13 +414,21 @@ class LayerMapConfig(Section):
 
 
 class LoraConfig(Section):
+    """Low-rank adapters (peft)."""
+
     rank: PositiveInt = 16
+    """Rank of an adapter."""
     alpha: PositiveInt = 32
+    """An adapter's output is scaled by alpha / rank."""
     dropout: Fraction = 0.0
+    """Dropout before an adapter."""
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    """Names of the modules that get an adapter."""
 
 
 class TrainConfig(Section):
+    """Training of a cell, the same for every arm."""
+
     steps: PositiveInt = 400
     """Optimizer steps, the same for every arm."""
     batch_size: PositiveInt = 32
@@ -379,7 +440,9 @@ class TrainConfig(Section):
     warmup: Fraction = 0.05
     """Share of the steps over which the learning rate rises."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Weight decay of AdamW."""
     max_grad_norm: PositiveFloat = 1.0
+    """Gradients are clipped to this norm."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Mixed precision of the student."""
     gradient_checkpointing: bool = False
@@ -403,8 +466,12 @@ class TrainConfig(Section):
 
 
 class EvaluateConfig(Section):
+    """Generation and scoring, the same for every arm."""
+
     batch_size: PositiveInt = 100
+    """Examples generated side by side."""
     max_new_tokens: PositiveInt = 80
+    """Generation of an example ends after this many tokens at the latest."""
     stop: list[str] = Field(default_factory=list)
     """Generation of an example ends after any of these strings (and at the end-of-text token)."""
     answer_pattern: str = r"####\s*(.+)"
@@ -414,15 +481,21 @@ class EvaluateConfig(Section):
 
 
 class StatsConfig(Section):
+    """Intervals and tests."""
+
     resamples: PositiveInt = 1000
     """Bootstrap resamples of seeds × items."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    """Confidence of the intervals."""
     seed: int = 0
+    """Seed of the bootstrap."""
     power: Annotated[float, Field(gt=0, lt=1)] = 0.8
     """Power at which the minimum detectable effect is stated."""
 
 
 class AuditConfig(Section):
+    """The fairness audit: leakage, equal steps and tokens, same items and seeds."""
+
     allow: list[Literal["leakage", "steps", "tokens", "items", "seeds"]] = Field(default_factory=list)
     """Breaches that are reported but do not fail the run."""
     tolerance: Fraction = 0.01
@@ -443,12 +516,19 @@ class Config(Section):
     arms: dict[Name, ArmEntry]
     """Every arm, by name. `control` must be among them."""
     data: DataConfig
+    """Records and how they become text."""
     store: StoreConfig = StoreConfig()
+    """The stored caches of the teachers."""
     layer_map: LayerMapConfig = LayerMapConfig()
+    """How the similarity of layers (CKA) is measured."""
     train: TrainConfig = TrainConfig()
+    """Training of a cell, the same for every arm."""
     evaluate: EvaluateConfig = EvaluateConfig()
+    """Generation and scoring, the same for every arm."""
     stats: StatsConfig = StatsConfig()
+    """Intervals and tests."""
     audit: AuditConfig = AuditConfig()
+    """The fairness audit."""
 
     @model_validator(mode="after")
     def _names(self):
@@ -467,51 +547,45 @@ class Config(Section):
         tasks = {source.task for source in self.data.sources}
         if len(tasks) != len(self.data.sources):
             raise ValueError("data.sources: a task occurs twice")
-        for name in self.arms:
+        # bases first: the arm that is named is the one that wrote the mistake, not one that inherits it
+        for name in sorted(self.arms, key=lambda name: len(_chain(name, self.arms))):
             arm = self.arm(name)
             for i, teacher in enumerate(arm.teachers):
-                _known(f"arms.{name}.teachers[{i}]", teacher, self.models)
+                _known(f"arms.{name}.set.teachers[{i}]", teacher, self.models)
                 if teacher == self.student:
-                    raise ValueError(f"arms.{name}.teachers[{i}]: the student cannot be its own teacher")
+                    raise ValueError(f"arms.{name}.set.teachers[{i}]: the student cannot be its own teacher")
             if arm.fuse.kind == "task":
                 missing = tasks - set(arm.fuse.weights)
                 if missing and "default" not in arm.fuse.weights:
-                    raise ValueError(f"arms.{name}.fuse.weights: no row for {sorted(missing)} and no row 'default'")
+                    raise ValueError(f"arms.{name}.set.fuse.weights: no row for {sorted(missing)} and no row 'default'")
         return self
 
     def arm(self, name: str) -> Arm:
         """The arm with its bases and `set` applied."""
-        values = _resolve(name, self.arms, ())
+        entry = self.arms[name]
+        # what the report calls an arm is not handed down
+        values: dict[str, Any] = {k: v for k in ("role", "label") if (v := getattr(entry, k)) is not None}
+        for link in _chain(name, self.arms):
+            for dotted, value in copy.deepcopy(self.arms[link].set).items():
+                try:
+                    assign(values, dotted, value)
+                except ConfigError as error:
+                    raise ConfigError(f"arms.{link}.set.{error}") from None
         try:
             return Arm.model_validate(values)
         except ValidationError as error:
-            raise ConfigError(_explain(error, f"arms.{name}.")) from None
+            raise ConfigError(_explain(error, values, ("arms", name, "set"))) from None
 
 
-def _known(path: str, name: str, valid) -> None:
-    if name not in valid:
-        close = difflib.get_close_matches(name, list(valid), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"{path}: unknown name {name!r}{hint} (known: {', '.join(sorted(valid))})")
-
-
-def _resolve(name: str, arms: dict[str, ArmEntry], seen: tuple[str, ...]) -> dict:
-    if name in seen:
-        raise ValueError(f"arms.{seen[0]}.base: circular: {' → '.join((*seen, name))}")
-    entry = arms[name]
-    values: dict[str, Any] = {}
-    if entry.base is not None:
-        _known(f"arms.{name}.base", entry.base, arms)
-        values = copy.deepcopy(_resolve(entry.base, arms, (*seen, name)))
-        values.pop("role", None)
-        values.pop("label", None)
-    for dotted, value in entry.set.items():
-        assign(values, dotted, value)
-    if entry.role is not None:
-        values["role"] = entry.role
-    if entry.label is not None:
-        values["label"] = entry.label
-    return values
+def _chain(name: str, arms: dict[str, ArmEntry]) -> list[str]:
+    """The arm's bases, the first of them first, and the arm itself."""
+    chain = [name]
+    while (base := arms[chain[0]].base) is not None:
+        _known(f"arms.{chain[0]}.base", base, arms)
+        if base in chain:
+            raise ValueError(f"arms.{name}.base: circular: {' ← '.join([base, *chain])}")
+        chain.insert(0, base)
+    return chain
 
 
 def assign(values: dict, dotted: str, value: Any) -> None:
@@ -525,72 +599,73 @@ def assign(values: dict, dotted: str, value: Any) -> None:
     node[last] = value
 
 
-def _fields_at(location: tuple) -> list[str]:
-    """Valid keys of the section at a location of the schema (for the nearest-name hint)."""
-    schema = Config.model_json_schema()
-    arm = Arm.model_json_schema()
-    definitions = {**schema["$defs"], **arm["$defs"], "Arm": arm}
-
-    def step(node: dict, key) -> list[dict]:
-        nodes = [node]
-        out = []
-        while nodes:
-            item = nodes.pop()
-            if "$ref" in item:
-                nodes.append(definitions[item["$ref"].rsplit("/", 1)[1]])
-                continue
-            nodes.extend(item.get("anyOf", []) + item.get("oneOf", []) + item.get("allOf", []))
-            if key in item.get("properties", {}):
-                out.append(item["properties"][key])
-            elif isinstance(key, int) and "items" in item:
-                out.append(item["items"])
-            elif isinstance(item.get("additionalProperties"), dict):
-                out.append(item["additionalProperties"])
-            elif "patternProperties" in item:
-                out.extend(item["patternProperties"].values())
-        return out
-
-    for start in (schema, arm):
-        current = [start]
-        for key in location:
-            following = [n for node in current for n in step(node, key)]
-            # pydantic puts the tag of a union into the location: it is not a key of the document
-            current = following or current
-        names: list[str] = []
-        while current:
-            item = current.pop()
-            if "$ref" in item:
-                current.append(definitions[item["$ref"].rsplit("/", 1)[1]])
-                continue
-            current.extend(item.get("anyOf", []) + item.get("oneOf", []))
-            names.extend(item.get("properties", {}))
-        if names:
-            return names
-    return []
+# ---------------------------------------------------------------- messages
+def _known(path: str, name: str, valid: Iterable[str]) -> None:
+    if name not in valid:
+        raise ValueError(f"{path}: unknown name {name!r}{_hint(name, valid)}")
 
 
-def _explain(error: ValidationError, prefix: str = "") -> str:
-    lines = []
+def _hint(name: Any, valid: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name), valid, n=1)
+    return (f"; did you mean {close[0]!r}?" if close else "") + f" (known: {', '.join(valid)})"
+
+
+def _dotted(location: Iterable[str | int]) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
+
+
+def _explain(error: ValidationError, document: Any, prefix: tuple[str, ...] = ()) -> str:
+    """One line per problem: the key's path as it is written in the document, what is wrong, the nearest valid name."""
+    problems: dict[str, list[str]] = {}
     for item in error.errors():
-        location = tuple(item["loc"])
-        path = prefix + ".".join(str(part) for part in location)
-        if item["type"] == "extra_forbidden":
-            valid = [k for start in (location[:-1],) for k in (_arm_fields(start) if prefix else _fields_at(start))]
-            close = difflib.get_close_matches(str(location[-1]), valid, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            lines.append(f"{path}: unknown key{hint} (known: {', '.join(sorted(set(valid)))})")
-        elif item["type"] == "value_error":
-            lines.append(f"{path}: {item['ctx']['error']}" if path else str(item["ctx"]["error"]))
-        else:
-            lines.append(f"{path}: {item['msg']} (got {item['input']!r})")
-    return "\n".join(lines)
+        location = (*prefix, *_location(item["loc"], document, missing=item["type"] == "missing"))
+        for path, problem in _problems(item, location):
+            problems.setdefault(path, []).append(problem)
+    # a value that fits no member of a union comes with one error per member: one problem all the same
+    return "\n".join(f"{path}: {' or '.join(texts)}" if path else "\n".join(texts) for path, texts in problems.items())
 
 
-def _arm_fields(location: tuple) -> list[str]:
-    model: Any = Arm
-    for key in location:
-        model = model.model_fields[key].annotation
-    return list(model.model_fields)
+def _location(location: tuple, document: Any, missing: bool) -> list[str | int]:
+    """The keys of a pydantic location: it also holds tags of unions, which are nowhere in the document."""
+    keys: list[str | int] = []
+    node = document
+    for position, part in enumerate(location):
+        inside = part in node if isinstance(node, dict) else isinstance(node, list) and isinstance(part, int)
+        if inside:
+            keys.append(part)
+            node = node[part]
+        elif missing and position == len(location) - 1:
+            keys.append(part)
+    return keys
+
+
+def _quoted(text: str) -> list[str]:
+    return re.findall(r"'([^']+)'", text)
+
+
+def _problems(item: Any, location: tuple) -> list[tuple[str, str]]:
+    context = item.get("ctx", {})
+    given = repr(item["input"])
+    given = given if len(given) <= 60 else f"{given[:57]}…"
+    path = _dotted(location)
+    match item["type"]:
+        case "unknown_keys":
+            return [
+                (_dotted((*location, key)), f"unknown key{_hint(key, context['valid'])}") for key in context["keys"]
+            ]
+        case "value_error":
+            return [(path, str(context["error"]))]
+        case "missing":
+            return [(path, "missing, and it has no default")]
+        case "union_tag_not_found":
+            return [(_dotted((*location, *_quoted(context["discriminator"]))), "missing; it says what this entry is")]
+        case "union_tag_invalid":
+            tag, tags = context["tag"], _quoted(context["expected_tags"])
+            return [(_dotted((*location, *_quoted(context["discriminator"]))), f"unknown {tag!r}{_hint(tag, tags)}")]
+        case "literal_error":
+            return [(path, f"unknown {given}{_hint(item['input'], _quoted(context['expected']))}")]
+        case _:
+            return [(path, f"{item['msg'].replace('Input should', 'should')} (got {given})")]
 
 
 def parse(values: dict, overrides: dict[str, Any] | None = None, origin: str = "configuration") -> Config:
@@ -605,9 +680,7 @@ def parse(values: dict, overrides: dict[str, Any] | None = None, origin: str = "
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{origin}: {len(error.errors())} problem(s)\n{_explain(error)}") from None
-    except ConfigError as error:
-        raise ConfigError(f"{origin}:\n{error}") from None
+        raise ConfigError(f"{origin}:\n{_explain(error, values)}") from None
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
