@@ -1,0 +1,67 @@
+"""Write requirements.lock: the exact version of everything that pyproject.toml needs, from the running environment.
+
+Run by `make lock`. Only packages that are reached from the project's requirements and its extras are listed, so a
+package that happens to lie in the environment does not enter the lock.
+"""
+
+import sys
+import tomllib
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+FIRST = "torch"
+"""Its build (CPU or CUDA) depends on where it is installed: it stands first and is installed alone, before the rest."""
+ACCELERATOR = ("nvidia-", "cuda-", "triton", "pytorch-triton")
+"""What a CUDA build of torch brings along by itself; a CPU machine must not install it."""
+
+
+def requirements() -> list[Requirement]:
+    """What the project asks for, its extras included, and what builds it."""
+    document = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    project = document["project"]
+    written = [
+        *project["dependencies"],
+        *(line for extra in project["optional-dependencies"].values() for line in extra),
+        *document["build-system"]["requires"],
+    ]
+    return [Requirement(line) for line in written]
+
+
+def resolve(todo: list[Requirement]) -> dict[str, str]:
+    """Name → version of all that the requirements reach, as installed here."""
+    versions: dict[str, str] = {}
+    seen: set[tuple[str, frozenset[str]]] = set()
+    while todo:
+        requirement = todo.pop()
+        name = canonicalize_name(requirement.name)
+        key = (name, frozenset(requirement.extras))
+        if key in seen or name.startswith(ACCELERATOR):
+            continue
+        seen.add(key)
+        try:
+            found = distribution(name)
+        except PackageNotFoundError:
+            sys.exit(f"{name} is required but not installed here: run `make install` (or pip install -e '.[slurm,dev]')")
+        versions[name] = found.version.partition("+")[0]
+        for line in found.requires or []:
+            needed = Requirement(line)
+            if needed.marker is None or any(needed.marker.evaluate({"extra": e}) for e in {"", *requirement.extras}):
+                todo.append(needed)
+    return versions
+
+
+def main() -> None:
+    """Write the file."""
+    versions = resolve(requirements())
+    order = [FIRST, *sorted(set(versions) - {FIRST})]
+    lines = ["# Exact versions of everything in pyproject.toml with its extras. Written by `make lock`; do not edit."]
+    lines += [f"{name}=={versions[name]}" for name in order]
+    (ROOT / "requirements.lock").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

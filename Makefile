@@ -1,0 +1,75 @@
+# `make report` and `make test` need python3 (3.11 or later) and make, nothing else.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/installed
+CONFIG ?= config/config.yaml
+
+# One thread per process: Snakemake runs as many jobs as there are cores, pytest as many workers.
+export OMP_NUM_THREADS = 1
+export MKL_NUM_THREADS = 1
+export TOKENIZERS_PARALLELISM = false
+# The embedded experiment and the tests download nothing; this makes an attempt an error.
+export HF_HUB_OFFLINE = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install lock report test test-slow test-cluster teachers bench lint format config clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
+
+install: $(STAMP)  ## .venv with the locked packages
+
+# torch first and alone: its build (CPU or CUDA) is the machine's choice, the rest follows the lock.
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "kvpipe needs Python 3.11 or later; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet "$$(grep '^torch==' requirements.lock)"
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements.lock
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+lock: $(STAMP)  ## rewrite requirements.lock from what is installed in .venv
+	$(BIN)/python .ci/lock.py
+
+report: $(STAMP)  ## the embedded experiment, to results/report.html
+	$(BIN)/snakemake results/report.html
+
+# Left out: `slow` takes minutes (make test-slow), `cluster` builds a SLURM cluster as root (make test-cluster),
+# `gpu` needs an accelerator (pytest -m gpu on a machine that has one).
+test: $(STAMP)  ## the quick tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not cluster and not gpu"
+
+test-slow: $(STAMP)  ## the tests that take minutes
+	$(BIN)/python -m pytest -m "slow and not cluster and not gpu"
+
+test-cluster: $(STAMP)  ## the tests on a real one-node SLURM cluster
+	$(BIN)/python -m pytest -m cluster
+
+teachers: $(STAMP)  ## train the embedded teachers again, into config/embedded
+	$(BIN)/python -m kvpipe pretrain --config $(CONFIG)
+
+bench: $(STAMP)  ## measure docs/benchmarks.md again
+	$(BIN)/python tests/benchmarks/run.py
+
+lint: $(STAMP)  ## formatting, lint, types, workflow
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/snakefmt --check workflow
+	$(BIN)/snakemake --lint
+
+format: $(STAMP)  ## what lint would have formatted
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/snakefmt workflow
+
+config: $(STAMP)  ## config/README.md and config/schema.json from kvpipe/config.py
+	$(BIN)/python -m kvpipe.configdocs
+
+clean:  ## results and caches; .venv stays
+	find results -mindepth 1 ! -name .gitkeep -delete
+	rm -rf .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
