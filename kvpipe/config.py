@@ -7,9 +7,7 @@ validated against it by a test, and the Snakefile validates before any job start
 from __future__ import annotations
 
 import copy
-import difflib
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +15,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
+
+from kvpipe.problems import explain, nearest
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 Name = Annotated[str, Field(pattern=NAME)]
@@ -574,7 +574,12 @@ class Config(Section):
         try:
             return Arm.model_validate(values)
         except ValidationError as error:
-            raise ConfigError(_explain(error, values, ("arms", name, "set"))) from None
+            raise ConfigError(explain(error, values, ("arms", name, "set"))) from None
+
+
+def _known(path: str, name: str, valid: Iterable[str]) -> None:
+    if name not in valid:
+        raise ValueError(f"{path}: unknown name {name!r}{nearest(name, valid)}")
 
 
 def _chain(name: str, arms: dict[str, ArmEntry]) -> list[str]:
@@ -599,75 +604,6 @@ def assign(values: dict, dotted: str, value: Any) -> None:
     node[last] = value
 
 
-# ---------------------------------------------------------------- messages
-def _known(path: str, name: str, valid: Iterable[str]) -> None:
-    if name not in valid:
-        raise ValueError(f"{path}: unknown name {name!r}{_hint(name, valid)}")
-
-
-def _hint(name: Any, valid: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(name), valid, n=1)
-    return (f"; did you mean {close[0]!r}?" if close else "") + f" (known: {', '.join(valid)})"
-
-
-def _dotted(location: Iterable[str | int]) -> str:
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
-
-
-def _explain(error: ValidationError, document: Any, prefix: tuple[str, ...] = ()) -> str:
-    """One line per problem: the key's path as it is written in the document, what is wrong, the nearest valid name."""
-    problems: dict[str, list[str]] = {}
-    for item in error.errors():
-        location = (*prefix, *_location(item["loc"], document, missing=item["type"] == "missing"))
-        for path, problem in _problems(item, location):
-            problems.setdefault(path, []).append(problem)
-    # a value that fits no member of a union comes with one error per member: one problem all the same
-    return "\n".join(f"{path}: {' or '.join(texts)}" if path else "\n".join(texts) for path, texts in problems.items())
-
-
-def _location(location: tuple, document: Any, missing: bool) -> list[str | int]:
-    """The keys of a pydantic location: it also holds tags of unions, which are nowhere in the document."""
-    keys: list[str | int] = []
-    node = document
-    for position, part in enumerate(location):
-        inside = part in node if isinstance(node, dict) else isinstance(node, list) and isinstance(part, int)
-        if inside:
-            keys.append(part)
-            node = node[part]
-        elif missing and position == len(location) - 1:
-            keys.append(part)
-    return keys
-
-
-def _quoted(text: str) -> list[str]:
-    return re.findall(r"'([^']+)'", text)
-
-
-def _problems(item: Any, location: tuple) -> list[tuple[str, str]]:
-    context = item.get("ctx", {})
-    given = repr(item["input"])
-    given = given if len(given) <= 60 else f"{given[:57]}…"
-    path = _dotted(location)
-    match item["type"]:
-        case "unknown_keys":
-            return [
-                (_dotted((*location, key)), f"unknown key{_hint(key, context['valid'])}") for key in context["keys"]
-            ]
-        case "value_error":
-            return [(path, str(context["error"]))]
-        case "missing":
-            return [(path, "missing, and it has no default")]
-        case "union_tag_not_found":
-            return [(_dotted((*location, *_quoted(context["discriminator"]))), "missing; it says what this entry is")]
-        case "union_tag_invalid":
-            tag, tags = context["tag"], _quoted(context["expected_tags"])
-            return [(_dotted((*location, *_quoted(context["discriminator"]))), f"unknown {tag!r}{_hint(tag, tags)}")]
-        case "literal_error":
-            return [(path, f"unknown {given}{_hint(item['input'], _quoted(context['expected']))}")]
-        case _:
-            return [(path, f"{item['msg'].replace('Input should', 'should')} (got {given})")]
-
-
 def parse(values: dict, overrides: dict[str, Any] | None = None, origin: str = "configuration") -> Config:
     """Validate nested dictionaries, with dotted overrides applied first.
 
@@ -680,7 +616,7 @@ def parse(values: dict, overrides: dict[str, Any] | None = None, origin: str = "
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{origin}:\n{_explain(error, values)}") from None
+        raise ConfigError(f"{origin}:\n{explain(error, values)}") from None
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
