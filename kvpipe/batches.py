@@ -33,9 +33,7 @@ class Batch:
 
     def to(self, device) -> Batch:
         """The tensors on another device."""
-        return Batch(
-            self.examples, self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device)
-        )
+        return Batch(self.examples, self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
 
 
 def schedule(

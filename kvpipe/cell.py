@@ -21,7 +21,7 @@ from kvpipe.distill import Distiller, KVDistiller, LogitDistiller, RelationDisti
 from kvpipe.encoding import Encoding, encode_records
 from kvpipe.fuse import build_fusion
 from kvpipe.layermap import LayerPlan, layer_plan
-from kvpipe.models import build_model, has_weights, load_config, load_model, load_tokenizer, manifest_hash
+from kvpipe.models import build_model, load_config, load_model, load_tokenizer, manifest_hash
 from kvpipe.project import Geometry, Projector, build_projector
 from kvpipe.records import Record, read_records
 from kvpipe.store import Store, StoreKey, forward_rows

@@ -80,9 +80,7 @@ def save(
     return final
 
 
-def resume(
-    folder: Path, modules: nn.Module, optimizer: torch.optim.Optimizer, spec: dict[str, Any]
-) -> Resumed | None:
+def resume(folder: Path, modules: nn.Module, optimizer: torch.optim.Optimizer, spec: dict[str, Any]) -> Resumed | None:
     """Load the newest sound checkpoint, or return None where there is none.
 
     Raises:
@@ -97,7 +95,9 @@ def resume(
         weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
         missing = modules.load_state_dict(weights, strict=False).missing_keys
         if set(missing) - _tied(modules):
-            raise CheckpointMismatch(f"{path}: tensors {sorted(missing)[:5]} are missing; delete {folder} to start again")
+            raise CheckpointMismatch(
+                f"{path}: tensors {sorted(missing)[:5]} are missing; delete {folder} to start again"
+            )
         loaded = optimizer.state_dict()
         loaded["state"] = {}
         for name, tensor in tensors.items():

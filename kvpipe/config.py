@@ -75,9 +75,7 @@ class FileData(Section):
     """Path of the validation file."""
     test: str
     """Path of the test file."""
-    columns: dict[str, str] = Field(
-        default_factory=lambda: {"prompt": "prompt", "reasoning": "reasoning", "answer": "answer"}
-    )
+    columns: dict[str, str] = Field(default={"prompt": "prompt", "reasoning": "reasoning", "answer": "answer"})
     """Record field → column of the file. `reasoning`, `teacher_reasoning` and `id` are optional."""
 
 
@@ -125,7 +123,7 @@ class Recipe(Section):
     """Fields of the transformers config class, `model_type` among them."""
     tokenizer: TokenizerRecipe = TokenizerRecipe()
     """The model's own tokenizer."""
-    mixture: dict[Name, Fraction] = Field(default_factory=dict)
+    mixture: dict[Name, Fraction] = Field(default={})
     """Task → share of the pretraining examples; empty means all tasks of `data` alike."""
     examples: PositiveInt = 20000
     """Pretraining examples, disjoint from validation and test."""
@@ -275,7 +273,7 @@ class FuseConfig(Section):
 
     kind: Literal["mean", "fixed", "attention", "task", "learnable", "select"] = "mean"
     """How the projected teachers become one target."""
-    weights: dict[str, list[float]] = Field(default_factory=dict)
+    weights: dict[str, list[float]] = Field(default={})
     """Weight of each teacher per task under `task` (row `default` serves unknown tasks); row `default` under
     `fixed`."""
     offsets: bool = False
@@ -331,7 +329,7 @@ class Arm(Section):
     """What the report calls it. Nulls must not beat control."""
     label: str = ""
     """One line for the report."""
-    teachers: list[Name] = Field(default_factory=list)
+    teachers: list[Name] = Field(default=[])
     """Names of models, in the order of the fusion weights."""
     content: Literal["own", "shuffled"] = "own"
     """`shuffled`: every example gets the teacher KV of another one."""
@@ -372,13 +370,13 @@ class ArmEntry(Section):
     """An arm as written: another arm with some settings changed."""
 
     base: Name | None = None
-    """Arm to start from; none starts from the defaults of `Arm`."""
+    """Arm to start from; none starts from the defaults of its settings."""
     role: Literal["control", "experiment", "null", "baseline", "ablation"] | None = None
     """Role in the report, `ablation` if it is not said; not handed down by a base. Write `"null"` in quotes: the bare
     word is YAML for nothing."""
     label: str | None = None
     """One line for the report."""
-    set: dict[str, Any] = Field(default_factory=dict)
+    set: dict[str, Any] = Field(default={})
     """Dotted key → value, applied in order over the base. `loss.lambda_k: 0` changes one setting;
     `loss: {kind: kv}` replaces the section, its other settings go back to their defaults."""
 
@@ -472,11 +470,11 @@ class EvaluateConfig(Section):
     """Examples generated side by side."""
     max_new_tokens: PositiveInt = 80
     """Generation of an example ends after this many tokens at the latest."""
-    stop: list[str] = Field(default_factory=list)
+    stop: list[str] = Field(default=[])
     """Generation of an example ends after any of these strings (and at the end-of-text token)."""
     answer_pattern: str = r"####\s*(.+)"
     """Regular expression whose first group, last match, is the answer."""
-    strip: list[str] = Field(default_factory=lambda: [",", "$", "%"])
+    strip: list[str] = Field(default=[",", "$", "%"])
     """Strings removed from both answers before they are compared."""
 
 
@@ -496,7 +494,7 @@ class StatsConfig(Section):
 class AuditConfig(Section):
     """The fairness audit: leakage, equal steps and tokens, same items and seeds."""
 
-    allow: list[Literal["leakage", "steps", "tokens", "items", "seeds"]] = Field(default_factory=list)
+    allow: list[Literal["leakage", "steps", "tokens", "items", "seeds"]] = Field(default=[])
     """Breaches that are reported but do not fail the run."""
     tolerance: Fraction = 0.01
     """Allowed relative difference in student tokens between arms."""
@@ -507,7 +505,7 @@ class Config(Section):
 
     title: str = "kvpipe experiment"
     """Heading of the report."""
-    seeds: list[int] = Field(default_factory=lambda: [0, 1, 2], min_length=1)
+    seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
     """One cell per arm and seed."""
     student: Name
     """Name of the model that is trained."""

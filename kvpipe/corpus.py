@@ -19,8 +19,8 @@ THINGS = ("cards", "coins", "pens", "nuts", "cups", "eggs")
 GAINS = ("finds", "buys", "gets")
 LOSSES = ("loses", "sells", "eats")
 LETTERS = "abcdefghkmnpqrstuvwxyz"
-HIGHEST = 19
-"""Largest value that occurs in a chain: two digits at most."""
+HIGHEST = 9
+"""Largest value that occurs in a chain: one digit, so that a small student can learn the facts within its steps."""
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,9 @@ class Dag:
 
     def _depends_models(self, name: str) -> dict:
         source = self.model_source(name)
-        return {"source": source, "data": self._depends_data()} if source["source"] == "pretrain" else {"source": source}
+        return (
+            {"source": source, "data": self._depends_data()} if source["source"] == "pretrain" else {"source": source}
+        )
 
     def _depends_data(self) -> dict:
         return self.config.data.model_dump(exclude={"ngram", "template"})

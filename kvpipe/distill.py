@@ -40,7 +40,9 @@ class Distiller(nn.Module):
 
     needs_hidden = False
 
-    def forward(self, batch: Batch, logits: Tensor, hidden: Tensor | None, recorder: Recorder, progress: tuple[int, int]):
+    def forward(
+        self, batch: Batch, logits: Tensor, hidden: Tensor | None, recorder: Recorder, progress: tuple[int, int]
+    ):
         """Loss terms for a batch; `progress` is (step, steps)."""
         raise NotImplementedError
 
@@ -67,7 +69,9 @@ class KVDistiller(Distiller):
             parameter.requires_grad_(not self.frozen)
         self.projectors.train(not self.frozen)
 
-    def forward(self, batch: Batch, logits: Tensor, hidden: Tensor | None, recorder: Recorder, progress: tuple[int, int]):
+    def forward(
+        self, batch: Batch, logits: Tensor, hidden: Tensor | None, recorder: Recorder, progress: tuple[int, int]
+    ):
         """Terms `k` and `v`, and `entropy` where it is weighted."""
         config, device = self.arm.loss, logits.device
         length = batch.input_ids.shape[1]
@@ -131,7 +135,9 @@ class LogitDistiller(Distiller):
         super().__init__()
         self.arm, self.entries, self.tasks = arm, entries, tasks
 
-    def forward(self, batch: Batch, logits: Tensor, hidden: Tensor | None, recorder: Recorder, progress: tuple[int, int]):
+    def forward(
+        self, batch: Batch, logits: Tensor, hidden: Tensor | None, recorder: Recorder, progress: tuple[int, int]
+    ):
         """Term `logit`."""
         table = self.arm.fuse.weights
         total = logits.new_zeros(())
@@ -173,7 +179,9 @@ class RelationDistiller(Distiller):
         super().__init__()
         self.arm, self.teacher = arm, teacher
 
-    def forward(self, batch: Batch, logits: Tensor, hidden: Tensor | None, recorder: Recorder, progress: tuple[int, int]):
+    def forward(
+        self, batch: Batch, logits: Tensor, hidden: Tensor | None, recorder: Recorder, progress: tuple[int, int]
+    ):
         """Terms `kk` and `vv`."""
         aligned = self.teacher.aligned(batch.examples, batch.input_ids.shape[1])
         student = recorder.kv()

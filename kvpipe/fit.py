@@ -130,9 +130,7 @@ def normalised(maps: list[Affine], xs: list[Matrix], whiten: bool) -> list[Affin
     scale = variance.clamp(min=1e-12).rsqrt() if whiten else variance.mean().clamp(min=1e-12).rsqrt()
     if whiten:
         scale = torch.where(variance > 1e-9 * variance.max(), scale, 0.0)
-    return [
-        Affine(m.weight * scale, (m.bias - y.mean(0)) * scale) for m, y in zip(maps, outputs, strict=True)
-    ]
+    return [Affine(m.weight * scale, (m.bias - y.mean(0)) * scale) for m, y in zip(maps, outputs, strict=True)]
 
 
 def explained_variance(z: Float64[Tensor, "row out"], x: Matrix, penalty: float = 1e-6) -> float:

@@ -58,9 +58,7 @@ def _sentencepiece_like(tokenizer: Tokenizer, recipe: TokenizerRecipe) -> PreTra
         pieces.append(pre_tokenizers.Digits(individual_digits=True))
     pieces.append(pre_tokenizers.Split("▁", "merged_with_next"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(pieces)
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     begin = tokenizer.token_to_id(BEGIN)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BEGIN} $A", pair=f"{BEGIN} $A {BEGIN} $B", special_tokens=[(BEGIN, begin)]

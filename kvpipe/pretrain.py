@@ -41,7 +41,12 @@ def pretraining_records(recipe: Recipe, data: DataConfig) -> tuple[list[Record],
     short, own = [], []
     for task, share in shares.items():
         records = generate(
-            task, "train", round(recipe.examples * share), sources[task].difficulty, recipe.seed + 10_000, distinct=False
+            task,
+            "train",
+            round(recipe.examples * share),
+            sources[task].difficulty,
+            recipe.seed + 10_000,
+            distinct=False,
         )
         cut = round(len(records) * recipe.own_text)
         own += records[:cut]

@@ -59,7 +59,10 @@ class LinearProjector(nn.Module):
         flat = rearrange(select(x, self.plan, kind), "layer batch time k head dim -> layer (batch time) (k head dim)")
         out = torch.baddbmm(self.bias[kind][:, None], flat, self.weight[kind])
         return rearrange(
-            out, "layer (batch time) (head dim) -> layer batch head time dim", batch=len(x), head=self.geometry.dst_heads
+            out,
+            "layer (batch time) (head dim) -> layer batch head time dim",
+            batch=len(x),
+            head=self.geometry.dst_heads,
         )
 
     @torch.no_grad()
@@ -97,9 +100,7 @@ class ElasticProjector(nn.Module):
     def _one(self, x: Rows, kind: int) -> Tensor:
         flat = rearrange(select(x, self.plan, kind), "layer batch time k head dim -> layer batch time (k head dim)")
         out = torch.stack([m(f) for m, f in zip(self.maps[kind], flat, strict=True)])  # type: ignore[arg-type]
-        return rearrange(
-            out, "layer batch time (head dim) -> layer batch head time dim", head=self.geometry.dst_heads
-        )
+        return rearrange(out, "layer batch time (head dim) -> layer batch head time dim", head=self.geometry.dst_heads)
 
     @torch.no_grad()
     def set_linear(self, kind: int, layer: int, weight: Float[Tensor, "feature out"], bias: Float[Tensor, "out"]):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from einops import rearrange
 
@@ -15,7 +15,6 @@ from kvpipe.batches import collate, schedule
 from kvpipe.capture import capture, kv_geometry
 from kvpipe.cell import Workspace, save_projectors
 from kvpipe.config import HubModel, LocalModel, PretrainModel, RandomModel, ScratchModel, TimeConfig
-from kvpipe.encoding import Encoding
 from kvpipe.losses import masked_mean, token_nll
 from kvpipe.models import (
     fetch_hub,
@@ -29,7 +28,7 @@ from kvpipe.models import (
 )
 from kvpipe.pretrain import pretrain, student_tokenizer
 from kvpipe.shapes import KV
-from kvpipe.teacher import AlignedTeacher
+from kvpipe.teacher import AlignedTeacher, LiveRows
 from kvpipe.timemap import build_time_map
 
 
@@ -75,12 +74,14 @@ def make_layer_map(work: Workspace, teacher: str) -> None:
     dst = work.student_encoding("validation")
     time = build_time_map(TimeConfig(), src, dst)
     layers = tuple(range(kv_geometry(model.config).layers))
-    live = _live(model, src, layers, pad_id)
+    live = LiveRows(model, src, layers, pad_id)
     aligned = AlignedTeacher(teacher, live, src.offsets, dst.offsets, time)
     examples = _spread(len(dst), config.examples)
     streams = {kind: StreamingCKA() for kind in layermap.KINDS}
     rows = 0
-    for chunk in (examples[i : i + work.config.store.batch_size] for i in range(0, len(examples), work.config.store.batch_size)):
+    for chunk in (
+        examples[i : i + work.config.store.batch_size] for i in range(0, len(examples), work.config.store.batch_size)
+    ):
         batch = collate(dst, chunk, work.student_tokenizer.pad_token_id)
         own = capture(reference, batch.input_ids, batch.attention_mask)
         theirs = aligned.aligned(chunk, batch.input_ids.shape[1])
@@ -103,15 +104,7 @@ def _teacher_rows(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 def _spread(count: int, wanted: int):
     """`wanted` numbers spread over 0 … count − 1, so that every task is among them."""
-    import numpy as np
-
     return np.unique(np.linspace(0, count - 1, min(wanted, count)).astype(np.int64))
-
-
-def _live(model, encoding: Encoding, layers: tuple[int, ...], pad_id: int):
-    from kvpipe.teacher import LiveRows
-
-    return LiveRows(model, encoding, layers, pad_id)
 
 
 def _reference_student(work: Workspace):
@@ -145,10 +138,14 @@ def make_shard(work: Workspace, teacher: str, reading, shard: int) -> None:
     store.build_shard(load_model(folder), encoding, key, config, shard, path, load_tokenizer(folder).pad_token_id)
 
 
+def shards_of(work: Workspace) -> range:
+    """Numbers of the shards of a store."""
+    return range(store.shard_count(len(work.records("train")), work.config.store.shard_examples))
+
+
 def make_store_index(work: Workspace, teacher: str, reading) -> None:
     """The index of a store whose shards are there."""
-    count = store.shard_count(len(work.records("train")), work.config.store.shard_examples)
-    shards = [work.paths.shard(teacher, reading, i) for i in range(count)]
+    shards = [work.paths.shard(teacher, reading, i) for i in shards_of(work)]
     store.write_index(work.paths.store(teacher, reading), work.store_key(teacher, reading), shards)
 
 
@@ -168,7 +165,10 @@ def make_fit(work: Workspace, fit_id: str) -> None:
         batch = collate(dst, examples, work.student_tokenizer.pad_token_id)
         kv = capture(work.student(0), batch.input_ids, batch.attention_mask)
         student = fit.Rows(
-            *(rearrange(x, "layer batch head time dim -> batch time layer head dim")[mask] for x in (kv.keys, kv.values))
+            *(
+                rearrange(x, "layer batch head time dim -> batch time layer head dim")[mask]
+                for x in (kv.keys, kv.values)
+            )
         )
     projectors = work.new_projectors(arm, [teacher.layers for teacher in teachers])
     report = fit.fit(projectors, rows, arm.fit, student)
@@ -200,7 +200,7 @@ def make_all_before_training(work: Workspace, arm_name: str, log=print) -> None:
     for teacher in arm.teachers if work.dag.uses_store(arm) else []:
         if not (paths.store(teacher, arm.time.text) / store.INDEX).is_file():
             log(f"KV of {teacher} …")
-            for shard in range(store.shard_count(len(work.records("train")), work.config.store.shard_examples)):
+            for shard in shards_of(work):
                 make_shard(work, teacher, arm.time.text, shard)
             make_store_index(work, teacher, arm.time.text)
     if work.dag.needs_fit(arm) and not paths.projector(work.dag.fit_id(arm)).is_file():
@@ -211,9 +211,3 @@ def make_all_before_training(work: Workspace, arm_name: str, log=print) -> None:
 def _with_like(work: Workspace, name: str) -> list[str]:
     model = work.config.models[name]
     return [model.like, name] if isinstance(model, RandomModel) else [name]
-
-
-def write_json(path: Path, value) -> None:
-    """Indented JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -111,7 +111,9 @@ def check_budget(config: StoreConfig, teacher: str, need: int, folder: Path) -> 
         )
     free = shutil.disk_usage(folder).free
     if need > free:
-        raise RuntimeError(f"teacher {teacher}: the KV store needs {need / GB:.2f} GB, {folder} has {free / GB:.2f} free")
+        raise RuntimeError(
+            f"teacher {teacher}: the KV store needs {need / GB:.2f} GB, {folder} has {free / GB:.2f} free"
+        )
 
 
 def shard_bounds(examples: int, shard_examples: int, shard: int) -> tuple[int, int]:

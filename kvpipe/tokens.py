@@ -38,7 +38,7 @@ class Tokens:
     Tokens that a template adds (BOS, EOS, [CLS] …) have an empty span where they stand.
     """
 
-    ids: Int64[Tensor, time]
+    ids: Int64[Tensor, "time"]
     spans: Int64[Tensor, "time 2"]
 
 

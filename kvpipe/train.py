@@ -352,5 +352,3 @@ def model_card(work: Workspace, arm_name: str, seed: int, provenance: dict[str, 
         f"- Configuration: {provenance['config_hash']}\n- Code: {provenance['git_commit']}\n\n"
         "It loads with `AutoModelForCausalLM.from_pretrained` and needs nothing of kvpipe.\n"
     )
-
-

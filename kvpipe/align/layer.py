@@ -22,8 +22,11 @@ from einops import rearrange
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-ROW_BLOCK = 512
-"""Rows of the Gram matrices held at a time: bounds memory at layers · ROW_BLOCK · n numbers."""
+ROW_BLOCK = 128
+"""Rows and columns of the Gram matrices held at a time: bounds memory at layers · ROW_BLOCK² numbers."""
+
+SINGLE_ROWS = 128
+"""From this many rows on, matrix products of single-precision features stay in single precision (error below 1e-6)."""
 
 
 def linear_cka(x: Float[Tensor, "n p"], y: Float[Tensor, "n q"], debiased: bool = False) -> Float64[Tensor, ""]:
@@ -36,10 +39,10 @@ def cka_matrix(
 ) -> Float64[Tensor, "dst_layer src_layer"]:
     """Linear CKA of every student layer with every teacher layer on the same `n` rows (aligned tokens).
 
-    Works in double precision, through the Gram matrices (cost ~ n²) or the features (cost ~ dst_layer · p · src_layer
-    · q), whichever is cheaper; both give the same numbers.
+    Through the Gram matrices (cost ~ n²) or the features (cost ~ dst_layer · p · src_layer · q), whichever is cheaper;
+    both give the same numbers. Sums are in double precision, products as in `_centred`.
     """
-    return _ratio(*_hsic(_centred(dst), _centred(src), debiased))
+    return _ratio(*_hsic(dst, src, debiased))
 
 
 class StreamingCKA:
@@ -64,7 +67,7 @@ class StreamingCKA:
 
     def update(self, dst: Float[Tensor, "dst_layer n p"], src: Float[Tensor, "src_layer n q"]) -> None:
         """Takes `n` more aligned rows of every layer of both models."""
-        if self._buffer is not None:
+        if self._buffer is not None and self._buffer[0].shape[1]:
             dst, src = (torch.cat([old, new], dim=1) for old, new in zip(self._buffer, (dst, src), strict=True))
         full = dst.shape[1] - dst.shape[1] % self.batch_rows
         for start in range(0, full, self.batch_rows):
@@ -86,7 +89,7 @@ class StreamingCKA:
     def _with(self, dst: Tensor, src: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The sums of HSIC, weighted by rows, with one minibatch more."""
         rows = dst.shape[1]
-        terms = _hsic(_centred(dst), _centred(src), self.debiased)
+        terms = _hsic(dst, src, self.debiased)
         # The three terms come without their common factor; between minibatches of different size it matters.
         factor = rows * (rows - 3) if self.debiased else (rows - 1) ** 2
         cross, own_dst, own_src = (term * (rows / max(factor, 1)) for term in terms)
@@ -142,34 +145,29 @@ def top_k_mix(
     return torch.zeros_like(similarity).scatter(1, chosen, beta)
 
 
-def _centred(x: Float[Tensor, "layer n p"]) -> Float64[Tensor, "layer n p"]:
-    """Column-centred in double precision; a layer that is constant up to rounding becomes exactly 0."""
-    wide = x.to(torch.float64)
-    centred = wide - wide.mean(dim=1, keepdim=True)
-    size, rest = (t.flatten(1).norm(dim=1) for t in (wide, centred))
-    constant = rest <= 8 * torch.finfo(torch.float64).eps * size
-    return centred.masked_fill(constant[:, None, None], 0)
-
-
 def _hsic(
-    x: Float64[Tensor, "x_layer n p"], y: Float64[Tensor, "y_layer n q"], debiased: bool
-) -> tuple[Float64[Tensor, "x_layer y_layer"], Float64[Tensor, " x_layer"], Float64[Tensor, " y_layer"]]:
-    """HSIC of all pairs (x, y) and of each layer with itself, up to a common factor, from centred features.
+    dst: Float[Tensor, "dst_layer n p"], src: Float[Tensor, "src_layer n q"], debiased: bool
+) -> tuple[Float64[Tensor, "dst_layer src_layer"], Float64[Tensor, " dst_layer"], Float64[Tensor, " src_layer"]]:
+    """HSIC of all pairs and of each layer with itself, up to a common factor.
 
-    The unbiased estimate in terms of centred features, with r the squared row norms (Kornblith's feature-space
-    form)::
+    The unbiased estimate from centred features, with r the squared row norms (Kornblith's feature-space form)::
 
         ‖XᵀY‖² − n/(n−2) · r_x·r_y + ‖X‖²‖Y‖² / ((n−1)(n−2))      = n(n−3) · HSIC₁
     """
-    (x_layers, n, p), (y_layers, _, q) = x.shape, y.shape
+    (dst_layers, n, p), (src_layers, _, q) = dst.shape, src.shape
     if debiased and n < 4:
-        return x.new_zeros(x_layers, y_layers), x.new_zeros(x_layers), x.new_zeros(y_layers)
-    gram = n * n * (x_layers * p + y_layers * q + x_layers * y_layers)
-    features = n * (x_layers * p * y_layers * q + x_layers * p * p + y_layers * q * q)
+        wide = {"dtype": torch.float64, "device": dst.device}
+        return (
+            torch.zeros(dst_layers, src_layers, **wide),
+            torch.zeros(dst_layers, **wide),
+            torch.zeros(src_layers, **wide),
+        )
+    gram = n * n * (dst_layers * p + src_layers * q + dst_layers * src_layers)
+    features = n * (dst_layers * p * src_layers * q + dst_layers * p * p + src_layers * q * q)
+    (x, rows_x), (y, rows_y) = _centred(dst), _centred(src)
     cross, own_x, own_y = (_by_gram if gram < features else _by_features)(x, y)
     if not debiased:
         return cross, own_x, own_y
-    rows_x, rows_y = x.square().sum(-1), y.square().sum(-1)
     size_x, size_y = rows_x.sum(-1), rows_y.sum(-1)
     a, b = n / (n - 2), 1 / ((n - 1) * (n - 2))
     return (
@@ -179,12 +177,31 @@ def _hsic(
     )
 
 
+def _centred(x: Float[Tensor, "layer n p"]) -> tuple[Float[Tensor, "layer n p"], Float64[Tensor, "layer n"]]:
+    """Column-centred features, and the squared norm of every row; a layer constant up to rounding becomes exactly 0.
+
+    In double precision, but from `SINGLE_ROWS` rows on, features that came in single precision or less are worked in
+    single: their rounding averages out over n² products, and they are twice as fast.
+    """
+    single = x.dtype != torch.float64 and x.shape[1] >= SINGLE_ROWS
+    x = x.to(torch.float32 if single else torch.float64)
+    mean = x.mean(dim=1, keepdim=True)
+    centred = x - mean
+    rows = centred.square().sum(-1).double()
+    rest, size = rows.sum(-1), x.shape[1] * mean.double().square().sum((1, 2))
+    constant = rest <= (8 * torch.finfo(x.dtype).eps) ** 2 * size
+    if constant.any():
+        centred[constant], rows[constant] = 0, 0
+    return centred, rows
+
+
 def _by_features(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """‖XᵀY‖² of all pairs, one student layer against all teacher layers at a time."""
-    y_layers = len(y)
-    flat = rearrange(y, "l n q -> n (l q)")
-    cross = [rearrange((one.T @ flat).square(), "p (l q) -> l (p q)", l=y_layers).sum(-1) for one in x]
-    own = [torch.stack([(one.T @ one).square().sum() for one in side]) for side in (x, y)]
+    flat = rearrange(y, "layer n q -> n (layer q)").to(x.dtype)
+    cross = [
+        rearrange((one.T @ flat).double().square(), "p (layer q) -> layer (p q)", layer=len(y)).sum(-1) for one in x
+    ]
+    own = [torch.stack([(one.T @ one).double().square().sum() for one in side]) for side in (x, y)]
     return torch.stack(cross), own[0], own[1]
 
 
@@ -194,17 +211,17 @@ def _by_gram(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Gram matrices are symmetric: only blocks on and right of the diagonal are computed, the latter counted twice.
     """
     n = x.shape[1]
-    cross, own_x, own_y = x.new_zeros(len(x), len(y)), x.new_zeros(len(x)), x.new_zeros(len(y))
+    cross = torch.zeros(len(x), len(y), dtype=torch.float64, device=x.device)
+    own_x, own_y = cross.new_zeros(len(x)), cross.new_zeros(len(y))
     for start in range(0, n, ROW_BLOCK):
         for other in range(start, n, ROW_BLOCK):
             times = 1 if other == start else 2
             kernel_x, kernel_y = (
-                (side[:, start : start + ROW_BLOCK] @ side[:, other : other + ROW_BLOCK].mT).flatten(1)
-                for side in (x, y)
+                (side[:, start : start + ROW_BLOCK] @ side[:, other : other + ROW_BLOCK].mT).flatten(1) for side in (x, y)
             )
             cross += times * (kernel_x @ kernel_y.T)
-            own_x += times * kernel_x.square().sum(-1)
-            own_y += times * kernel_y.square().sum(-1)
+            own_x += times * torch.linalg.vecdot(kernel_x, kernel_x)
+            own_y += times * torch.linalg.vecdot(kernel_y, kernel_y)
     return cross, own_x, own_y
 
 

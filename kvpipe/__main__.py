@@ -1,0 +1,345 @@
+"""The command line: `kvpipe <step>` (or `python -m kvpipe <step>`), one subcommand per step of the DAG."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvpipe.config import Config, ConfigError, load
+from kvpipe.dag import Dag, Paths
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Distil the KV caches of several teacher models into one student, and measure whether it helped.",
+)
+
+ConfigFile = Annotated[Path, typer.Option("--config", help="Configuration file (YAML).")]
+Results = Annotated[Path, typer.Option("--results", help="Folder of all artefacts.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value, over the file; repeatable.")]
+CONFIG = Path("config/config.yaml")
+RESULTS = Path("results")
+# what a user can mend is told without a traceback
+USER_ERRORS = (ConfigError, FileNotFoundError, KeyError, ValueError, RuntimeError, ArithmeticError)
+
+
+def _workspace(config: Path, results: Path, overrides: list[str] | None):
+    # torch and transformers take seconds to import: only steps that compute pay for them
+    from kvpipe.cell import Workspace
+
+    return Workspace(load(config, overrides), Paths(results))
+
+
+def _experiment(config: Path, results: Path, overrides: list[str] | None) -> tuple[Config, Paths]:
+    return load(config, overrides), Paths(results)
+
+
+@app.command()
+def doctor(
+    config: ConfigFile = CONFIG,
+    results: Results = RESULTS,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Write the findings here as JSON.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what would fail before anything starts."""
+    from kvpipe.doctor import examine, write
+
+    findings = examine(*_experiment(config, results, overrides))
+    if out is not None:
+        write(findings, out)
+    for finding in findings:
+        if as_json:
+            typer.echo(json.dumps(vars(finding)))
+        else:
+            fix = f"  → {finding.fix}" if finding.fix else ""
+            typer.echo(f"{finding.status:>10}  {finding.name}: {finding.detail}{fix}")
+    if any(finding.status == "would fail" for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def data(config: ConfigFile = CONFIG, results: Results = RESULTS, overrides: Overrides = None) -> None:
+    """Write the train, validation and test splits."""
+    from kvpipe.data import build
+
+    settings, paths = _experiment(config, results, overrides)
+    build(settings.data, paths.data("train").parent)
+
+
+@app.command()
+def models(
+    name: Annotated[str, typer.Option(help="Name of the model in the configuration.")],
+    config: ConfigFile = CONFIG,
+    results: Results = RESULTS,
+    overrides: Overrides = None,
+) -> None:
+    """Bring one model into its folder, with a manifest."""
+    from kvpipe.steps import make_model
+
+    make_model(_workspace(config, results, overrides), name)
+
+
+@app.command()
+def pretrain(
+    config: ConfigFile = CONFIG,
+    only: Annotated[str | None, typer.Option(help="One model; all with a recipe and a path otherwise.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train the embedded teachers by their recipes and write them to the configured paths (`make teachers`)."""
+    from kvpipe.models import write_manifest
+    from kvpipe.pretrain import pretrain as train_teacher
+
+    settings = load(config, overrides)
+    for name, model in settings.models.items():
+        recipe, path = getattr(model, "recipe", None), getattr(model, "path", None)
+        if recipe is None or path is None or only not in (None, name):
+            continue
+        typer.echo(f"{name} → {path}")
+        out = Path(path)
+        out.mkdir(parents=True, exist_ok=True)
+        write_manifest(out, train_teacher(recipe, settings.data, out, log=typer.echo))
+
+
+@app.command("layer-map")
+def layer_map(
+    teacher: Annotated[str, typer.Option(help="Name of the teacher.")],
+    config: ConfigFile = CONFIG,
+    results: Results = RESULTS,
+    overrides: Overrides = None,
+) -> None:
+    """Measure the similarity (CKA) of the student's and a teacher's layers."""
+    from kvpipe.steps import make_layer_map
+
+    make_layer_map(_workspace(config, results, overrides), teacher)
+
+
+@app.command("teacher-kv")
+def teacher_kv(
+    teacher: Annotated[str, typer.Option(help="Name of the teacher.")],
+    reading: Annotated[
+        str, typer.Option(help="student: the student's text; own: the teacher's longer one.")
+    ] = "student",
+    shard: Annotated[int | None, typer.Option(help="One shard; all of them and the index otherwise.")] = None,
+    index: Annotated[bool, typer.Option("--index", help="Only check the shards and write the index.")] = False,
+    config: ConfigFile = CONFIG,
+    results: Results = RESULTS,
+    overrides: Overrides = None,
+) -> None:
+    """Compute and store a teacher's KV on the training split."""
+    from kvpipe.steps import make_shard, make_store_index, shards_of
+
+    work = _workspace(config, results, overrides)
+    if not index:
+        for number in shards_of(work) if shard is None else [shard]:
+            make_shard(work, teacher, reading, number)
+    if index or shard is None:
+        make_store_index(work, teacher, reading)
+
+
+@app.command()
+def fit(
+    arm: Annotated[str | None, typer.Option(help="The arm whose projectors are fitted.")] = None,
+    fit_id: Annotated[str | None, typer.Option(help="Or the name of the fit, as in results/projector/.")] = None,
+    config: ConfigFile = CONFIG,
+    results: Results = RESULTS,
+    overrides: Overrides = None,
+) -> None:
+    """Fit the projectors of an arm, before training."""
+    from kvpipe.steps import make_fit
+
+    work = _workspace(config, results, overrides)
+    if (arm is None) == (fit_id is None):
+        raise typer.BadParameter("give either --arm or --fit-id")
+    make_fit(work, fit_id if arm is None else work.dag.fit_id(work.dag.arm(arm)))
+
+
+@app.command()
+def train(
+    arm: Annotated[str, typer.Option(help="Name of the arm.")],
+    seed: Annotated[int, typer.Option(help="Seed of the cell.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder of the cell; under the results by default.")] = None,
+    checkpoints: Annotated[Path | None, typer.Option(help="Folder of checkpoints.")] = None,
+    config: ConfigFile = CONFIG,
+    results: Results = RESULTS,
+    overrides: Overrides = None,
+) -> None:
+    """Train one cell; what it needs and is not there yet is made first."""
+    from kvpipe.steps import make_all_before_training
+    from kvpipe.train import train as train_cell
+
+    work = _workspace(config, results, overrides)
+    make_all_before_training(work, arm, log=typer.echo)
+    folder = out or work.paths.cell(arm, seed)
+    kept = checkpoints or (folder.with_name(folder.name + ".checkpoints") if out else work.paths.checkpoints(arm, seed))
+    train_cell(work, arm, seed, folder, kept, log=typer.echo)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Option(help="Model folder.")],
+    out: Annotated[Path, typer.Option(help="Parquet file, one row per item.")],
+    split: Annotated[str, typer.Option(help="Split that is scored.")] = "test",
+    config: ConfigFile = CONFIG,
+    results: Results = RESULTS,
+    overrides: Overrides = None,
+) -> None:
+    """Score a model folder item by item: likelihood and greedy generation."""
+    import torch
+
+    from kvpipe.evaluate import evaluate as run
+    from kvpipe.records import read_records
+
+    settings, paths = _experiment(config, results, overrides)
+    torch.set_num_threads(settings.train.threads)
+    device = settings.train.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    table = run(model, read_records(paths.data(split)), settings.data.template, settings.evaluate, device)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    table.to_parquet(out, index=False)
+
+
+@app.command()
+def untrained(
+    out: Annotated[Path, typer.Option(help="Parquet file, one row per item.")],
+    config: ConfigFile = CONFIG,
+    results: Results = RESULTS,
+    overrides: Overrides = None,
+) -> None:
+    """Score the student before training (first seed): a row of the report's table."""
+    import torch
+
+    from kvpipe.evaluate import evaluate_model
+
+    work = _workspace(config, results, overrides)
+    torch.set_num_threads(work.config.train.threads)
+    table = evaluate_model(
+        work.student(work.config.seeds[0]).eval(),
+        work.student_tokenizer,
+        work.records("test"),
+        work.config.data.template,
+        work.config.evaluate,
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    table.to_parquet(out, index=False)
+
+
+@app.command("arm")
+def arm_table(
+    arm: Annotated[str, typer.Option(help="Name of the arm.")],
+    config: ConfigFile = CONFIG,
+    results: Results = RESULTS,
+    overrides: Overrides = None,
+) -> None:
+    """Put an arm's seeds into one table."""
+    from kvpipe.tables import arm_table as build
+
+    settings, paths = _experiment(config, results, overrides)
+    out = paths.arm_table(arm)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    build(Dag(settings), paths, arm).to_csv(out, index=False)
+
+
+@app.command()
+def audit(config: ConfigFile = CONFIG, results: Results = RESULTS, overrides: Overrides = None) -> None:
+    """Check that arms are compared like with like and that no test item is in train."""
+    from kvpipe.audit import audit as check
+
+    settings, paths = _experiment(config, results, overrides)
+    for found in check(settings, paths, paths.root / "audit.json"):
+        typer.echo(f"{found.status:>8}  {found.name}: {found.detail}")
+
+
+@app.command()
+def stats(
+    config: ConfigFile = CONFIG,
+    results: Results = RESULTS,
+    overrides: Overrides = None,
+    untrained: Annotated[Path | None, typer.Option(help="Scores of the student before training.")] = None,
+) -> None:
+    """Intervals, paired contrasts and corrections from the per-item scores."""
+    from kvpipe.tables import write_stats
+
+    settings, paths = _experiment(config, results, overrides)
+    write_stats(Dag(settings), paths, untrained)
+
+
+@app.command()
+def report(
+    config: ConfigFile = CONFIG,
+    results: Results = RESULTS,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="HTML file.")] = None,
+) -> None:
+    """Render the report."""
+    from kvpipe.report.render import write_report
+
+    work = _workspace(config, results, overrides)
+    write_report(work, out or work.paths.root / "report.html")
+
+
+@app.command()
+def align(
+    src_tokenizer: Annotated[str, typer.Option(help="Folder of the teacher's tokenizer.")],
+    dst_tokenizer: Annotated[str, typer.Option(help="Folder of the student's tokenizer.")],
+    text: Annotated[str, typer.Option(help="Text to align.")],
+    mode: Annotated[str, typer.Option(help="iou, causal or position.")] = "iou",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show how two tokenizers' tokens line up on a text."""
+    import rich
+
+    from kvpipe.models import load_tokenizer
+    from kvpipe.show import show_alignment
+
+    shown = show_alignment(
+        load_tokenizer(Path(src_tokenizer)), load_tokenizer(Path(dst_tokenizer)), text, mode, as_json
+    )
+    if as_json:
+        typer.echo(shown)
+    else:
+        rich.print(shown)
+
+
+@app.command()
+def status(config: ConfigFile = CONFIG, results: Results = RESULTS, overrides: Overrides = None) -> None:
+    """Print the grid of cells: done, running, failed, missing, with time and memory."""
+    import rich
+
+    from kvpipe.status import grid
+
+    settings, paths = _experiment(config, results, overrides)
+    rich.print(grid(Dag(settings), paths))
+
+
+@app.command("config")
+def config_docs(
+    folder: Annotated[Path, typer.Option(help="Where config/README.md and schema.json are written.")] = Path("config"),
+) -> None:
+    """Generate the configuration's documentation and JSON schema."""
+    from kvpipe.configdocs import write
+
+    write(folder)
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend are one message and exit status 1."""
+    try:
+        app(standalone_mode=True)
+    except USER_ERRORS as error:
+        if os.environ.get("KVPIPE_TRACEBACK"):
+            raise
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        typer.secho(f"{type(error).__name__}: {message}", fg="red", err=True)
+        typer.echo("(set KVPIPE_TRACEBACK=1 for the traceback)", err=True)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

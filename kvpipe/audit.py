@@ -1,0 +1,138 @@
+"""Fairness audit: is the comparison between arms one of like with like, and is no test item in train?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from kvpipe.config import Config, LocalModel, PretrainModel
+from kvpipe.dag import Dag, Paths
+from kvpipe.pretrain import pretraining_records
+from kvpipe.records import Record, read_records
+
+
+class AuditFailure(RuntimeError):
+    """A breach that the configuration does not allow."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding."""
+
+    name: str
+    status: str
+    detail: str
+
+
+def audit(config: Config, paths: Paths, out: Path) -> list[Check]:
+    """Run all checks and write them to a JSON file.
+
+    Raises:
+        AuditFailure: a breach not named in `audit.allow`; the file is written all the same.
+    """
+    dag = Dag(config)
+    checks = [*_leakage(config, paths), *_budgets(config, dag, paths), *_items(dag, paths)]
+    allowed = {
+        check: Check(check.name, "allowed", check.detail)
+        for check in checks
+        if check.status == "breach" and check.name in config.audit.allow
+    }
+    checks = [allowed.get(check, check) for check in checks]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"checks": [asdict(c) for c in checks]}, indent=2) + "\n", encoding="utf-8")
+    breaches = [check for check in checks if check.status == "breach"]
+    if breaches:
+        lines = "\n".join(f"  {check.name}: {check.detail}" for check in breaches)
+        raise AuditFailure(
+            f"the comparison between arms is not fair:\n{lines}\n"
+            "mend it, or name the check in audit.allow to report it and go on"
+        )
+    return checks
+
+
+# ---------------------------------------------------------------- leakage
+def ngrams(text: str, n: int) -> Iterator[tuple[str, ...]]:
+    """Word n-grams; a text of fewer words is one gram."""
+    words = text.split()
+    if words:
+        for start in range(max(1, len(words) - n + 1)):
+            yield tuple(words[start : start + n])
+
+
+def leaks(train: list[Record], test: list[Record], n: int) -> list[tuple[str, str]]:
+    """(test id, reason) of test records whose content hash or an n-gram of prompt + answer occurs in train."""
+    hashes = {record.content_hash() for record in train}
+    grams = {gram for record in train for gram in ngrams(_problem(record), n)}
+    found = []
+    for record in test:
+        if record.content_hash() in hashes:
+            found.append((record.id, "same content"))
+        elif any(gram in grams for gram in ngrams(_problem(record), n)):
+            found.append((record.id, f"shared {n}-gram"))
+    return found
+
+
+def _problem(record: Record) -> str:
+    return f"{record.prompt} {record.answer}"
+
+
+def _leakage(config: Config, paths: Paths) -> Iterator[Check]:
+    test = read_records(paths.data("test"))
+    sources = {"the training split": read_records(paths.data("train"))}
+    for name, model in config.models.items():
+        if isinstance(model, LocalModel | PretrainModel) and model.recipe is not None:
+            short, own = pretraining_records(model.recipe, config.data)
+            sources[f"teacher {name}'s training examples"] = short + own
+    for name, records in sources.items():
+        found = leaks(records, test, config.data.ngram)
+        detail = f"{len(test)} test items against {len(records)} of {name}: "
+        if found:
+            shown = ", ".join(f"{i} ({why})" for i, why in found[:3])
+            yield Check("leakage", "breach", f"{detail}{len(found)} occur there, e.g. {shown}")
+        else:
+            yield Check("leakage", "ok", f"{detail}none shares its content or a {config.data.ngram}-gram")
+
+
+# ---------------------------------------------------------------- equal budgets, items, seeds
+def _budgets(config: Config, dag: Dag, paths: Paths) -> Iterator[Check]:
+    costs = {
+        (arm, seed): json.loads((paths.cell(arm, seed) / "cost.json").read_text(encoding="utf-8"))
+        for arm, seed in dag.cells
+        if (paths.cell(arm, seed) / "cost.json").is_file()
+    }
+    steps = {cell: cost["steps"] for cell, cost in costs.items()}
+    same = len(set(steps.values())) <= 1
+    yield Check(
+        "steps",
+        "ok" if same else "breach",
+        f"{sorted(set(steps.values()))} optimizer steps in {len(steps)} cells",
+    )
+    tokens = pd.Series({cell: cost["tokens"] for cell, cost in costs.items()})
+    spread = float((tokens.max() - tokens.min()) / tokens.median()) if len(tokens) else 0.0
+    yield Check(
+        "tokens",
+        "ok" if spread <= config.audit.tolerance else "breach",
+        f"student tokens per cell differ by {spread:.2%} at most (allowed {config.audit.tolerance:.0%})",
+    )
+
+
+def _items(dag: Dag, paths: Paths) -> Iterator[Check]:
+    ids = {}
+    seeds: dict[str, list[int]] = {arm: [] for arm in dag.arms}
+    for arm, seed in dag.cells:
+        if paths.items(arm, seed).is_file():
+            ids[arm, seed] = frozenset(pd.read_parquet(paths.items(arm, seed), columns=["id"]).id)
+            seeds[arm].append(seed)
+    same = len(set(ids.values())) <= 1
+    count = len(next(iter(ids.values()), ()))
+    yield Check("items", "ok" if same else "breach", f"{len(ids)} cells scored on the same {count} items: {same}")
+    uneven = {arm: found for arm, found in seeds.items() if found != dag.config.seeds}
+    yield Check(
+        "seeds",
+        "breach" if uneven else "ok",
+        f"arms without all seeds {dag.config.seeds}: {uneven}" if uneven else f"every arm has seeds {dag.config.seeds}",
+    )

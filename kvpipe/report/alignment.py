@@ -1,0 +1,134 @@
+"""A picture of one text under two tokenizers and of the weights that carry a teacher's cache to the student's tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+
+from kvpipe.models import load_tokenizer
+from kvpipe.records import Record, render
+from kvpipe.report.collect import Results
+from kvpipe.report.svg import MONOSPACE, PAPER, SERIES, SOFT, WIDTH, Picture, inline, styled
+from kvpipe.show import alignment_rows, visible
+from kvpipe.tokens import Mode, encode
+
+BYTES_PER_LINE = 82
+LINES = 2
+
+
+@dataclass(frozen=True)
+class TokenPicture:
+    """The picture and what it shows."""
+
+    teacher: str
+    record: str
+    mode: str
+    picture: Picture
+
+
+def token_alignment(results: Results) -> list[TokenPicture]:
+    """One example of the first task, the student's tokens against each shipped or trained teacher's.
+
+    Models of random weights share their original's tokenizer and are left out. The validation split is used, so that
+    no test item is shown twice.
+    """
+    teachers = [
+        name
+        for name in results.dag.teachers
+        if results.config.models[name].source != "random" and (results.paths.model(name) / "tokenizer.json").is_file()
+    ]
+    record = next(r for r in results.work.records("validation") if r.task == results.tasks[0])
+    mode = _mode(results)
+    student = results.work.student_tokenizer
+    return [
+        TokenPicture(teacher, record.id, mode, _draw(results, record, load_tokenizer(results.paths.model(teacher)), student, teacher, mode))
+        for teacher in teachers
+    ]  # fmt: skip
+
+
+def _mode(results: Results) -> Mode:
+    arms = [arm for arm in results.dag.arms.values() if arm.teachers and arm.time.kind == "overlap"]
+    return arms[0].time.mode if arms else "causal"
+
+
+def _draw(results: Results, record: Record, teacher_tokenizer, student_tokenizer, teacher: str, mode: Mode) -> Picture:
+    text = render(record, results.config.data.template).text
+    rows = alignment_rows(teacher_tokenizer, student_tokenizer, text, mode)
+    spans = encode(teacher_tokenizer, text).spans.tolist()
+    pieces = [(start, stop) for start, stop in spans if stop > start]
+    starts = _line_starts({a for a, _ in pieces} & {r["start"] for r in rows}, len(text.encode()))
+    with styled():
+        figure = Figure(figsize=(WIDTH, 1.12 * len(starts)))
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.set_xlim(-9, BYTES_PER_LINE + 1)
+        axes.set_ylim(-3.35 * len(starts) + 0.35, 0.55)
+        axes.axis("off")
+        data = text.encode()
+        for line, (low, high) in enumerate(starts):
+            top, bottom = -3.35 * line - 0.35, -3.35 * line - 2.2
+            axes.text(-0.8, top, teacher, ha="right", va="center", color=SERIES[1], weight="bold")
+            axes.text(-0.8, bottom, "student", ha="right", va="center", color=SERIES[0], weight="bold")
+            for start, stop in pieces:
+                if low <= start < high:
+                    _token(axes, start - low, stop - low, top, _text(data[start:stop]), SERIES[1])
+            for row in rows:
+                if not (low <= row["start"] < high and row["stop"] > row["start"]):
+                    continue
+                _token(axes, row["start"] - low, row["stop"] - low, bottom, visible(row["text"]), SERIES[0])
+                _links(axes, row, low, high, top - 0.45, bottom + 0.45)
+        return inline(figure, f"Tokens of {teacher} above, tokens of the student below, lines join them ({mode})")
+
+
+def _line_starts(shared: set[int], length: int) -> list[tuple[int, int]]:
+    """Byte ranges of the lines, cut where a token begins on both sides."""
+    lines, low = [], 0
+    while low < length and len(lines) < LINES:
+        ends = [s for s in shared if low < s <= low + BYTES_PER_LINE]
+        high = length if length - low <= BYTES_PER_LINE else max(ends, default=low + BYTES_PER_LINE)
+        lines.append((low, high))
+        low = high
+    return lines
+
+
+def _token(axes: Axes, start: float, stop: float, y: float, text: str, colour: str) -> None:
+    axes.add_patch(
+        FancyBboxPatch(
+            (start + 0.08, y - 0.4), stop - start - 0.16, 0.8, boxstyle="round,pad=0,rounding_size=0.18",
+            facecolor=colour, alpha=0.16, edgecolor="none", mutation_aspect=1,
+        )
+    )  # fmt: skip
+    axes.add_patch(
+        FancyBboxPatch(
+            (start + 0.08, y - 0.4), stop - start - 0.16, 0.8, boxstyle="round,pad=0,rounding_size=0.18",
+            facecolor="none", edgecolor=colour, linewidth=0.8,
+        )
+    )  # fmt: skip
+    axes.text((start + stop) / 2, y, text, ha="center", va="center_baseline", family=MONOSPACE, size=8.5)
+
+
+def _links(axes: Axes, row: dict, low: int, high: int, top: float, bottom: float) -> None:
+    x = (row["start"] + row["stop"]) / 2 - low
+    if not row["sources"]:
+        axes.plot([x], [bottom + 0.12], marker="x", color=SOFT, markersize=4)
+        return
+    for source in row["sources"]:
+        if source["start"] < low or source["start"] >= high:
+            continue
+        other = (source["start"] + source["stop"]) / 2 - low
+        middle = (top + bottom) / 2
+        path = np.array([[x, bottom], [x, middle], [other, middle], [other, top]])
+        t = np.linspace(0, 1, 13)[:, None]
+        curve = (1 - t) ** 3 * path[0] + 3 * (1 - t) ** 2 * t * path[1] + 3 * (1 - t) * t**2 * path[2] + t**3 * path[3]
+        axes.plot(*curve.T, color=SOFT, linewidth=0.4 + 2.0 * source["weight"], alpha=0.8, zorder=0,
+                  solid_capstyle="butt")  # fmt: skip
+
+
+def _text(piece: bytes) -> str:
+    return visible(piece.decode("utf-8", errors="replace"))
+
+
+__all__ = ["PAPER", "TokenPicture", "token_alignment"]

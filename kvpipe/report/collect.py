@@ -1,0 +1,245 @@
+"""Finished artefacts as the report reads them; what is absent is named, never passed over."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from kvpipe.cell import Workspace
+
+ROLES = ("control", "experiment", "ablation", "baseline", "null")
+UNTRAINED = "untrained"
+LOWER_IS_BETTER = {
+    "bits_per_byte": True,
+    "log_perplexity": True,
+    "accuracy": False,
+    "tokens_to_control": True,
+    "train_seconds": True,
+    "peak_memory_bytes": True,
+}
+ARM_COLUMNS = ["arm", "metric", "task", "mean", "low", "high", "n_seeds", "n_items"]
+CONTRAST_COLUMNS = [
+    *("arm", "reference", "metric", "task", "estimate", "low", "high", "low_corrected", "high_corrected"),
+    *("p", "p_bonferroni", "p_holm", "effect_size", "mde", "n_seeds", "n_items"),
+]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95% interval; NaN where it could not be computed."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def known(self) -> bool:
+        """Whether there is a number."""
+        return isfinite(self.mean)
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Arm minus reference, with the plain and the corrected interval."""
+
+    arm: str
+    reference: str
+    metric: str
+    task: str
+    estimate: float
+    low: float
+    high: float
+    low_corrected: float
+    high_corrected: float
+    p: float
+    p_bonferroni: float
+    p_holm: float
+    effect_size: float
+    mde: float
+    n_seeds: int
+    n_items: int
+
+    @property
+    def known(self) -> bool:
+        """Whether there is an estimate with a corrected interval."""
+        return isfinite(self.estimate) and isfinite(self.low_corrected) and isfinite(self.high_corrected)
+
+    @property
+    def verdict(self) -> str:
+        """`better`, `worse` or `undecided` by the corrected interval alone; `missing` without one."""
+        if not self.known:
+            return "missing"
+        if self.low_corrected <= 0 <= self.high_corrected:
+            return "undecided"
+        return "better" if (self.high_corrected < 0) == LOWER_IS_BETTER[self.metric] else "worse"
+
+
+@dataclass(frozen=True)
+class History:
+    """The two kinds of line of a cell's history."""
+
+    steps: pd.DataFrame
+    validation: pd.DataFrame
+
+
+class Results:
+    """The artefacts of one results folder, each read when first asked for.
+
+    The statistics are required; of everything else an absent file gives None (or leaves a cell out), and `absent` says so.
+    """
+
+    def __init__(self, work: Workspace):
+        self.work = work
+        self.config, self.paths, self.dag = work.config, work.paths, work.dag
+
+    # ------------------------------------------------------------ tables
+    @cached_property
+    def arms(self) -> dict[tuple[str, str, str], Estimate]:
+        """(arm, metric, task) → estimate."""
+        table = self._tables("arms.csv", ARM_COLUMNS)
+        return {(r.arm, r.metric, r.task): Estimate(r.mean, r.low, r.high) for r in table.itertuples()}
+
+    @cached_property
+    def contrasts(self) -> dict[tuple[str, str, str, str], Contrast]:
+        """(arm, reference, metric, task) → contrast, in the order of the tables."""
+        table = self._tables("contrasts.csv", CONTRAST_COLUMNS)
+        found = (Contrast(**row) for row in table.to_dict("records"))
+        return {(c.arm, c.reference, c.metric, c.task): c for c in found}
+
+    def _tables(self, name: str, columns: list[str]) -> pd.DataFrame:
+        paths = [self.paths.stats / name, self.paths.cost / name]
+        if not paths[0].is_file():
+            raise FileNotFoundError(f"{paths[0]} is missing: run `kvpipe stats` first")
+        frames = []
+        for path in (p for p in paths if p.is_file()):
+            frame = pd.read_csv(path)
+            lacking = [c for c in columns if c not in frame.columns]
+            if lacking:
+                raise ValueError(f"{path}: column(s) {lacking} missing (has {list(frame.columns)}); make it again")
+            frames.append(frame[columns])
+        return pd.concat([f for f in frames if len(f)] or frames[:1], ignore_index=True)
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        """Tasks in the order of the configuration."""
+        return [source.task for source in self.config.data.sources]
+
+    @cached_property
+    def arm_order(self) -> list[str]:
+        """Arms grouped by role, in the order of the configuration within a role."""
+        return sorted(self.dag.arms, key=lambda name: ROLES.index(self.dag.arms[name].role))
+
+    def role(self, arm: str) -> str:
+        """Role of an arm; the untrained student counts with control."""
+        return "control" if arm == UNTRAINED else self.dag.arms[arm].role
+
+    # ------------------------------------------------------------ cells
+    @cached_property
+    def histories(self) -> dict[str, dict[int, History]]:
+        """arm → seed → history of the cells that have one."""
+        out: dict[str, dict[int, History]] = {}
+        for arm, seed in self.dag.cells:
+            path = self.paths.cell(arm, seed) / "history.jsonl"
+            if path.is_file():
+                lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+                validation = [line for line in lines if "validation_loss" in line]
+                steps = [line for line in lines if "validation_loss" not in line]
+                out.setdefault(arm, {})[seed] = History(pd.DataFrame(steps), pd.DataFrame(validation))
+        return out
+
+    @cached_property
+    def costs(self) -> dict[tuple[str, int], dict[str, Any]]:
+        """cost.json of every trained cell."""
+        found = {cell: read_json(self.paths.cell(*cell) / "cost.json") for cell in self.dag.cells}
+        return {cell: cost for cell, cost in found.items() if cost is not None}
+
+    def items(self, arm: str, seed: int) -> pd.DataFrame | None:
+        """Per-item scores of a cell."""
+        return read_parquet(self.paths.items(arm, seed))
+
+    @cached_property
+    def missing_cells(self) -> list[tuple[str, int]]:
+        """Cells without a trained model or without scores."""
+        return [c for c in self.dag.cells if c not in self.costs or not self.paths.items(*c).is_file()]
+
+    def missing_seeds(self, arm: str) -> list[int]:
+        """Seeds of an arm that have no finished cell."""
+        return [seed for name, seed in self.missing_cells if name == arm]
+
+    # ------------------------------------------------------------ teachers
+    @cached_property
+    def layer_maps(self) -> dict[str, dict[str, Any]]:
+        """Similarity of layers, of the teachers that have one."""
+        return self._documents({t: self.paths.layer_map(t) for t in self.dag.teachers})
+
+    @cached_property
+    def fits(self) -> dict[str, dict[str, Any]]:
+        """Explained variance of the fits that are done."""
+        return self._documents({f: self.paths.projector(f).parent / f"{f}.json" for f in self.dag.fits})
+
+    @cached_property
+    def stores(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """(teacher, reading) → index of the store."""
+        keys = [(teacher, reading) for teacher in self.dag.teachers for reading in ("student", "own")]
+        return self._documents({key: self.paths.store(*key) / "index.json" for key in keys})
+
+    @cached_property
+    def teacher_items(self) -> dict[str, pd.DataFrame]:
+        """Per-item scores of the teachers that were evaluated."""
+        found = {t: read_parquet(self.paths.teacher_quality(t)) for t in self.dag.teachers}
+        return {teacher: frame for teacher, frame in found.items() if frame is not None}
+
+    @cached_property
+    def manifests(self) -> dict[str, dict[str, Any]]:
+        """Manifests of the models that are there."""
+        return self._documents({m: self.paths.model(m) / "MANIFEST.json" for m in self.config.models})
+
+    # ------------------------------------------------------------ checks
+    @cached_property
+    def audit(self) -> dict[str, Any] | None:
+        """Fairness audit."""
+        return read_json(self.paths.root / "audit.json")
+
+    @cached_property
+    def doctor(self) -> dict[str, Any] | None:
+        """Findings about the machine."""
+        return read_json(self.paths.root / "doctor.json")
+
+    @cached_property
+    def absent(self) -> list[str]:
+        """Sentences on what this results folder does not hold."""
+        out = []
+        if self.missing_cells:
+            names = ", ".join(f"{arm}/seed{seed}" for arm, seed in self.missing_cells)
+            out.append(f"{len(self.missing_cells)} of {len(self.dag.cells)} cells are not finished: {names}.")
+        if not (self.paths.cost / "arms.csv").is_file():
+            out.append("The tables of training time and memory (cost/) are absent.")
+        unmeasured = [t for t in self.dag.teachers if t not in self.teacher_items]
+        if unmeasured:
+            out.append(f"Teacher quality was not measured for {', '.join(unmeasured)}.")
+        if self.audit is None:
+            out.append("The fairness audit (audit.json) is absent: nothing below has been checked for leakage.")
+        if self.doctor is None:
+            out.append("The doctor's findings (doctor.json) are absent.")
+        return out
+
+    @staticmethod
+    def _documents(paths: dict[Any, Path]) -> dict[Any, dict[str, Any]]:
+        found = {key: read_json(path) for key, path in paths.items()}
+        return {key: value for key, value in found.items() if value is not None}
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON file, or None where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def read_parquet(path: Path) -> pd.DataFrame | None:
+    """A Parquet file, or None where there is none."""
+    return pd.read_parquet(path) if path.is_file() else None

@@ -1,0 +1,323 @@
+"""The report's charts, each from finished artefacts to one inline SVG."""
+
+from __future__ import annotations
+
+import textwrap
+from math import ceil
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from kvpipe.report.collect import ROLES, Contrast, Results
+from kvpipe.report.svg import DASHES, GRID, INK, PAPER, SERIES, SOFT, STAND_IN, WIDTH, Picture, inline, styled
+from kvpipe.report.wording import listed, number
+
+LINES_PER_PANEL = 4
+
+
+# ---------------------------------------------------------------- contrasts
+def forest(results: Results) -> Picture | None:
+    """Contrasts of bits per byte and accuracy: estimate, 95% interval (thick), corrected interval (thin)."""
+    blocks: list[tuple[str, list[str]]] = []
+    references = list(dict.fromkeys(c.reference for c in results.contrasts.values()))
+    for reference in sorted(references, key=lambda r: (r != "control", r)):
+        arms = [
+            arm
+            for arm in results.arm_order
+            if any((arm, reference, m, "all") in results.contrasts for m in ("bits_per_byte", "accuracy"))
+        ]
+        if arms:
+            blocks.append((reference, arms))
+    rows = sum(len(arms) + 1.4 for _, arms in blocks)
+    if not rows:
+        return None
+    with styled():
+        figure = Figure(figsize=(WIDTH, 0.235 * rows + 0.95))
+        left, right = figure.subplots(1, 2, sharey=True)
+        figure.subplots_adjust(left=0.135, right=0.995, top=1 - 0.32 / figure.get_figheight(), wspace=0.06)
+        figure.subplots_adjust(bottom=0.55 / figure.get_figheight())
+        ticks, labels, y = [], [], 0.0
+        for reference, arms in blocks:
+            left.text(
+                -0.005, y, f"against {reference}", transform=left.get_yaxis_transform(),
+                ha="right", va="center", weight="bold", color=SOFT, size=8,
+            )  # fmt: skip
+            y += 1
+            for arm in arms:
+                for axes, metric, factor in ((left, "bits_per_byte", 1.0), (right, "accuracy", 100.0)):
+                    found = results.contrasts.get((arm, reference, metric, "all"))
+                    _interval(axes, y, found, STAND_IN[results.role(arm)], factor)
+                ticks.append(y)
+                labels.append(arm)
+                y += 1
+            y += 0.4
+        left.set_yticks(ticks, labels)
+        left.set_ylim(y - 0.9, -0.7)
+        for axes, title, unit, better in (
+            (left, "Bits per byte", "difference in bits per byte", "← better"),
+            (right, "Accuracy", "difference in percentage points", "better →"),
+        ):
+            axes.axvline(0, color=SOFT, linewidth=1, zorder=0)
+            axes.set_title(title)
+            axes.set_title(
+                better, loc="right" if better.startswith("b") else "center", weight="normal", color=SOFT, size=8
+            )
+            axes.set_xlabel(unit)
+            axes.grid(axis="x", zorder=-1)
+            axes.tick_params(axis="y", length=0)
+            axes.spines["left"].set_visible(False)
+        used = [role for role in ROLES if any(results.role(a) == role for _, arms in blocks for a in arms)]
+        handles = [Line2D([], [], color=STAND_IN[role], marker="o", linewidth=3, label=role) for role in used]
+        right.legend(handles=handles, loc="lower right", ncols=len(used), bbox_to_anchor=(1, 1.0), columnspacing=1.2)
+        right.set_title("")
+        right.set_title("Accuracy   better →", loc="left")
+        left.set_title("")
+        left.set_title("← better   Bits per byte", loc="left")
+        return inline(figure, "Forest plot of every arm's difference from its reference, with intervals")
+
+
+def _interval(axes: Axes, y: float, contrast: Contrast | None, colour: str, factor: float) -> None:
+    if contrast is None or not contrast.known:
+        axes.text(0, y, " no result", va="center", color=SOFT, size=8)
+        return
+    low, high = factor * contrast.low_corrected, factor * contrast.high_corrected
+    axes.plot([low, high], [y, y], color=colour, linewidth=1.1, solid_capstyle="butt")
+    axes.plot([low, high], [y, y], color=colour, linestyle="", marker="|", markersize=6, markeredgewidth=1.1)
+    axes.plot(
+        [factor * contrast.low, factor * contrast.high], [y, y], color=colour, linewidth=3.2, solid_capstyle="butt"
+    )
+    decided = contrast.verdict != "undecided"
+    axes.plot(
+        [factor * contrast.estimate], [y], color=colour, marker="o", markersize=6.5,
+        markerfacecolor=colour if decided else PAPER, markeredgewidth=1.5,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- learning curves
+def learning_curves(results: Results) -> Picture | None:
+    """Validation loss against training tokens, mean over seeds with the range; control in every panel."""
+    curves = {arm: _curve(results, arm) for arm in results.arm_order if arm in results.histories}
+    control = curves.pop("control", None)
+    panels = _panels(results, list(curves))
+    if not panels:
+        return None
+    columns = min(3, len(panels)) if len(panels) != 4 else 2
+    rows = ceil(len(panels) / columns)
+    with styled():
+        figure = Figure(figsize=(WIDTH, 2.75 * rows + 0.1), layout="constrained")
+        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        for axes, (title, arms) in zip(grid.flat, panels, strict=False):
+            axes.set_title(title)
+            axes.grid(axis="y", zorder=-1)
+            for i, arm in enumerate(arms):
+                _draw_curve(axes, curves[arm], arm, SERIES[i], DASHES[i], 1.6)
+            if control is not None:
+                _draw_curve(axes, control, "control", INK, "-", 2.2)
+                axes.axhline(control["mean"].iloc[-1], color=SOFT, linewidth=0.8, linestyle=(0, (2, 2)), zorder=0)
+            axes.legend(loc="upper right")
+            axes.set_yscale("log")
+        for axes in grid.flat[len(panels) :]:
+            axes.set_visible(False)
+        _limit_losses(grid[0, 0], [*curves.values(), *([control] if control is not None else [])])
+        grid[0, 0].xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1000:,.0f}"))
+        figure.supxlabel("training tokens (thousands)", size=8.5, color=INK)
+        figure.supylabel("validation loss (nats per token, log scale)", size=8.5, color=INK)
+        return inline(figure, "Validation loss against training tokens for every arm")
+
+
+def _curve(results: Results, arm: str) -> pd.DataFrame:
+    """Mean, lowest and highest validation loss over the seeds at each step that all of them have."""
+    frames = [history.validation for history in results.histories[arm].values() if len(history.validation)]
+    joined = (
+        pd.concat(frames)
+        .groupby("step")
+        .agg(
+            tokens=("tokens", "mean"),
+            mean=("validation_loss", "mean"),
+            low=("validation_loss", "min"),
+            high=("validation_loss", "max"),
+            seeds=("validation_loss", "size"),
+        )
+    )
+    return joined[joined["seeds"] == len(frames)]
+
+
+def _panels(results: Results, arms: list[str]) -> list[tuple[str, list[str]]]:
+    names = {"experiment": "Experiments", "ablation": "Ablations", "baseline": "Baselines", "null": "Nulls"}
+    out = []
+    for role, title in names.items():
+        members = [arm for arm in arms if results.role(arm) == role]
+        parts = ceil(len(members) / LINES_PER_PANEL)
+        for i in range(parts):
+            out.append((title if parts == 1 else f"{title} ({i + 1} of {parts})", members[i::parts] if parts < 1 else
+                        members[i * LINES_PER_PANEL : (i + 1) * LINES_PER_PANEL]))  # fmt: skip
+    return out
+
+
+def _draw_curve(axes: Axes, curve: pd.DataFrame, label: str, colour: str, dashes, width: float) -> None:
+    axes.fill_between(curve["tokens"], curve["low"], curve["high"], color=colour, alpha=0.15, linewidth=0)
+    axes.plot(curve["tokens"], curve["mean"], color=colour, linestyle=dashes, linewidth=width, label=label)
+
+
+def _limit_losses(axes: Axes, curves: list[pd.DataFrame]) -> None:
+    """Leave out the first fall from chance, which would flatten all that follows."""
+    late = [c[c["tokens"] >= 0.1 * c["tokens"].max()] for c in curves]
+    low, high = min(c["low"].min() for c in late), max(c["high"].max() for c in late)
+    axes.set_ylim(low / 1.06, high * 1.06)
+    axes.set_xlim(0, max(c["tokens"].max() for c in curves))
+    ticks = _log_ticks(low, high)
+    axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_yticks([], minor=True)
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    candidates = [m * 10.0**e for e in range(-4, 3) for m in (1, 1.5, 2, 3, 4, 5, 7)]
+    inside = [c for c in candidates if low <= c <= high]
+    return inside or [float(f"{low:.2g}"), float(f"{high:.2g}")]
+
+
+# ---------------------------------------------------------------- layers
+def layer_similarity(results: Results) -> Picture | None:
+    """Debiased CKA of every student layer with every teacher layer; squares mark the layers that arms take."""
+    maps = results.layer_maps
+    if not maps:
+        return None
+    widest = max(document["src_layers"] for document in maps.values())
+    cell = float(np.clip(3.4 / widest, 0.13, 0.52))
+    heights = [document["dst_layers"] * cell + 0.95 for document in maps.values()]
+    with styled():
+        figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
+        grid = figure.subplots(len(maps), 2, squeeze=False, height_ratios=heights)
+        image = None
+        for row, (teacher, document) in zip(grid, maps.items(), strict=True):
+            for axes, kind in zip(row, ("keys", "values"), strict=True):
+                matrix = np.array(document["similarity"][kind])
+                image = axes.pcolormesh(matrix, cmap="cividis", vmin=0, vmax=1, edgecolors="none")
+                _mark_layers(results, axes, teacher, kind)
+                if cell > 0.3:
+                    _annotate(axes, matrix)
+                axes.set_title(f"{teacher}: {kind}")
+                axes.set_aspect("equal")
+                axes.invert_yaxis()
+                axes.set_xticks(np.arange(matrix.shape[1]) + 0.5, range(matrix.shape[1]))
+                axes.set_yticks(np.arange(matrix.shape[0]) + 0.5, range(matrix.shape[0]))
+                axes.tick_params(length=0)
+                axes.set_xlabel("teacher layer")
+                axes.set_ylabel("student layer")
+        bar = figure.colorbar(image, ax=grid, shrink=0.6, aspect=25, pad=0.02)
+        bar.set_label("debiased linear CKA")
+        bar.outline.set_visible(False)
+        return inline(figure, "Similarity of student and teacher layers, with the chosen layers marked")
+
+
+def _annotate(axes: Axes, matrix: np.ndarray) -> None:
+    for (i, j), value in np.ndenumerate(matrix):
+        axes.text(j + 0.5, i + 0.5, number(value, 2), ha="center", va="center", size=7.5,
+                  color="#000000" if value > 0.55 else "#ffffff")  # fmt: skip
+
+
+def _mark_layers(results: Results, axes: Axes, teacher: str, kind: str) -> None:
+    """Squares for layers chosen by similarity, a dot in the corner for proportional or listed ones."""
+    chosen: dict[str, set[tuple[int, int]]] = {"square": set(), "dot": set()}
+    for arm in results.dag.arms.values():
+        if teacher not in arm.teachers or arm.loss.kind != "kv":
+            continue
+        plan = results.work.plan(arm, teacher)
+        side = ("keys", "values").index(kind)
+        mark = "square" if arm.layer.kind == "cka" else "dot"
+        for layer, (index, beta) in enumerate(zip(plan.index[side].tolist(), plan.beta[side].tolist(), strict=True)):
+            chosen[mark] |= {(layer, i) for i, b in zip(index, beta, strict=True) if b > 0}
+    for i, j in sorted(chosen["square"]):
+        axes.plot(
+            [j + 0.07, j + 0.93, j + 0.93, j + 0.07, j + 0.07], [i + 0.07, i + 0.07, i + 0.93, i + 0.93, i + 0.07],
+            color="#ff9d2e", linewidth=2, solid_joinstyle="miter",
+        )  # fmt: skip
+    for i, j in sorted(chosen["dot"]):
+        axes.plot([j + 0.82], [i + 0.2], color="#ffffff", marker="o", markersize=4.5,
+                  markeredgecolor="#000000", markeredgewidth=0.8)  # fmt: skip
+
+
+# ---------------------------------------------------------------- fusion
+def fusion_weights(weights: pd.DataFrame) -> Picture | None:
+    """Share of each teacher in the fused target, one bar per arm and task (`tables.fusion_weights`)."""
+    if weights.empty:
+        return None
+    teachers = [c for c in weights.columns if c not in ("arm", "task")]
+    arms = list(dict.fromkeys(weights["arm"]))
+    with styled():
+        figure = Figure(figsize=(WIDTH, 0.24 * len(weights) + 0.2 * len(arms) + 0.75))
+        axes = figure.subplots()
+        figure.subplots_adjust(left=0.2, right=0.98, top=1 - 0.36 / figure.get_figheight())
+        figure.subplots_adjust(bottom=0.42 / figure.get_figheight())
+        y, ticks, labels = 0.0, [], []
+        for arm in arms:
+            for _, row in weights[weights["arm"] == arm].iterrows():
+                start = 0.0
+                for i, teacher in enumerate(teachers):
+                    share = row[teacher]
+                    if not np.isfinite(share):
+                        continue
+                    axes.barh(y, share, left=start, height=0.78, color=SERIES[i % 6], alpha=0.85, edgecolor=PAPER)
+                    if share > 0.06:
+                        axes.text(start + share / 2, y, number(share, 2), ha="center", va="center", color=PAPER, size=8)
+                    start += share
+                ticks.append(y)
+                labels.append(f"{arm} · {row['task']}")
+                y += 1
+            y += 0.45
+        axes.set_yticks(ticks, labels)
+        axes.set_ylim(y - 0.8, -0.6)
+        axes.set_xlim(0, 1)
+        axes.set_xlabel("mean weight of the teacher")
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        handles = [Line2D([], [], color=SERIES[i % 6], linewidth=6, label=t) for i, t in enumerate(teachers)]
+        axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(teachers), borderaxespad=0.2)
+        return inline(figure, "Mean fusion weight of each teacher per arm and task")
+
+
+# ---------------------------------------------------------------- fit
+def explained_variance(results: Results) -> Picture | None:
+    """Share of the teacher's variance that the projected target keeps, per student layer, one panel per fit."""
+    fits = {f: d for f, d in results.fits.items() if any(_finite(v) for v in d["explained_variance"].values())}
+    if not fits:
+        return None
+    columns = min(3, len(fits))
+    rows = ceil(len(fits) / columns)
+    with styled():
+        figure = Figure(figsize=(WIDTH, 1.95 * rows + 0.35), layout="constrained")
+        grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+        teachers = results.dag.teachers
+        for axes, (fit_id, document) in zip(grid.flat, fits.items(), strict=False):
+            users = [name for name, arm in results.dag.arms.items() if _uses(results, arm, fit_id)]
+            axes.set_title(textwrap.fill(", ".join(users), 42), weight="bold", size=8.5)
+            for teacher, kinds in document["explained_variance"].items():
+                for kind, dashes, marker in (("keys", DASHES[1], "o"), ("values", "-", "s")):
+                    values = np.array(kinds[kind], dtype=float)
+                    axes.plot(range(len(values)), values, color=SERIES[teachers.index(teacher) % 6], linestyle=dashes,
+                              marker=marker, markersize=4, label=f"{teacher}, {kind}")  # fmt: skip
+            axes.set_xticks(range(len(values)))
+            axes.set_ylim(min(0.0, axes.get_ylim()[0]), 1.03)
+            axes.grid(axis="y", zorder=-1)
+            axes.legend(loc="lower left", fontsize=7, ncols=2, columnspacing=1)
+        for axes in grid.flat[len(fits) :]:
+            axes.set_visible(False)
+        figure.supxlabel("student layer", size=8.5, color=INK)
+        figure.supylabel("explained variance", size=8.5, color=INK)
+        return inline(figure, f"Explained variance per layer of the fits {listed(list(fits))}")
+
+
+def _uses(results: Results, arm, fit_id: str) -> bool:
+    return results.dag.needs_fit(arm) and results.dag.fit_id(arm) == fit_id
+
+
+def _finite(kinds: dict[str, list[float]]) -> bool:
+    return bool(np.isfinite(np.array([*kinds["keys"], *kinds["values"]], dtype=float)).any())
+
+
+__all__ = ["GRID", "explained_variance", "forest", "fusion_weights", "layer_similarity", "learning_curves"]

@@ -1,0 +1,267 @@
+"""The report's tables: plain rows of text for the template, every missing number with its reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import isfinite, log
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from kvpipe.config import Arm
+from kvpipe.report.collect import LOWER_IS_BETTER, UNTRAINED, Results
+from kvpipe.report.wording import DASH, METRIC_NAMES, VERDICTS, number, p_value, shown, signed
+
+UNITS = {
+    "bits_per_byte": "bits",
+    "log_perplexity": "per token",
+    "accuracy": "%",
+    "tokens_to_control": "thousand tokens",
+    "train_seconds": "s",
+    "peak_memory_bytes": "MB",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One entry: text, interval beneath it, a footnote letter, and whether it is the best of its column."""
+
+    text: str
+    interval: str = ""
+    note: str = ""
+    best: bool = False
+
+
+@dataclass
+class Notes:
+    """Footnotes of a table, lettered in the order of first use."""
+
+    texts: list[str] = field(default_factory=list)
+
+    def letter(self, text: str) -> str:
+        """The letter of a footnote."""
+        if text not in self.texts:
+            self.texts.append(text)
+        return chr(ord("a") + self.texts.index(text))
+
+    def items(self) -> list[tuple[str, str]]:
+        """(letter, text)."""
+        return [(self.letter(text), text) for text in self.texts]
+
+
+# ---------------------------------------------------------------- what was run
+def arm_rows(results: Results) -> list[dict[str, Any]]:
+    """Each arm's components; those that differ from the arm it is based on are marked."""
+    rows = []
+    for name in results.arm_order:
+        arm = results.dag.arms[name]
+        base = results.config.arms[name].base
+        parts, before = components(arm), components(results.dag.arms[base]) if base else {}
+        rows.append(
+            {
+                "name": name,
+                "role": arm.role,
+                "label": arm.label,
+                "base": base or "",
+                "parts": [(text, bool(base) and text != before.get(key)) for key, text in parts.items()],
+                "missing": results.missing_seeds(name),
+            }
+        )
+    return rows
+
+
+def components(arm: Arm) -> dict[str, str]:
+    """An arm's settings in words; a dash where the component plays no part in it."""
+    out = dict.fromkeys(("teachers", "time", "layer", "projector", "fit", "fusion"), DASH) | {"loss": "CE"}
+    if not arm.teachers:
+        return out
+    out["teachers"] = ", ".join(arm.teachers) + (" (shuffled)" if arm.content == "shuffled" else "")
+    if len(arm.teachers) > 1 and arm.loss.kind != "relation":
+        out["fusion"] = arm.fuse.kind + (
+            "".join(f" {t} {'/'.join(f'{w:g}' for w in row)}" for t, row in arm.fuse.weights.items())
+        )
+    if arm.loss.kind == "logit_kd":
+        out["time"] = "same byte end"
+        return out | {"loss": f"CE + {arm.loss.weight:g} logit KD"}
+    mode = f" ({arm.time.mode})" if arm.time.kind != "position" else ""
+    out["time"] = arm.time.kind + mode + (", own text" if arm.time.text == "own" else "")
+    if arm.loss.kind == "relation":
+        return out | {"layer": "last", "loss": f"CE + {arm.loss.weight:g} relation"}
+    layer = arm.layer
+    out["layer"] = f"CKA top-{layer.k}, {layer.combine}" if layer.kind == "cka" else layer.kind
+    out["projector"] = f"{arm.projector.kind}, {arm.projector.mode}"
+    out["fit"] = arm.fit.method
+    terms = [f"{w:g} {kind}" for w, kind in ((arm.loss.lambda_k, "K"), (arm.loss.lambda_v, "V")) if w > 0]
+    return out | {"loss": " + ".join(["CE", *terms])}
+
+
+def sizes(results: Results) -> list[dict[str, Any]]:
+    """Examples of each split per task."""
+    counts = {
+        split: pd.Series([r.task for r in results.work.records(split)]).value_counts()
+        for split in ("train", "validation", "test")
+    }
+    return [
+        {"task": task, **{split: int(count.get(task, 0)) for split, count in counts.items()}} for task in results.tasks
+    ]
+
+
+# ---------------------------------------------------------------- results
+def result_rows(results: Results, metrics: list[str], task: str, notes: Notes) -> list[dict[str, Any]]:
+    """One row per arm with one cell per metric, the untrained student first."""
+    best = {metric: _best(results, metric, task) for metric in metrics}
+    rows = []
+    for arm in [UNTRAINED, *results.arm_order]:
+        cells = [_cell(results, arm, metric, task, notes, arm == best[metric]) for metric in metrics]
+        rows.append({"name": arm, "role": results.role(arm), "cells": cells})
+    return rows
+
+
+def task_rows(results: Results, notes: Notes) -> list[dict[str, Any]]:
+    """One row per arm: bits per byte, perplexity and accuracy of every task."""
+    parts = [
+        result_rows(results, ["bits_per_byte", "log_perplexity", "accuracy"], task, notes) for task in results.tasks
+    ]
+    return [{**rows[0], "cells": [cell for row in rows for cell in row["cells"]]} for rows in zip(*parts, strict=True)]
+
+
+def _best(results: Results, metric: str, task: str) -> str | None:
+    found = {a: results.arms.get((a, metric, task)) for a in results.arm_order}
+    known = {arm: e.mean for arm, e in found.items() if e is not None and e.known}
+    if not known:
+        return None
+    return (min if LOWER_IS_BETTER[metric] else max)(known, key=lambda arm: known[arm])
+
+
+def _cell(results: Results, arm: str, metric: str, task: str, notes: Notes, best: bool) -> Cell:
+    estimate = results.arms.get((arm, metric, task))
+    if estimate is None or not estimate.known:
+        return Cell(DASH, note=notes.letter(_reason(results, arm, metric, estimate is None)))
+    interval = ""
+    if isfinite(estimate.low) and isfinite(estimate.high):
+        interval = f"{shown(metric, estimate.low)} to {shown(metric, estimate.high)}"
+    return Cell(shown(metric, estimate.mean), interval, best=best)
+
+
+def _reason(results: Results, arm: str, metric: str, no_row: bool) -> str:
+    if arm == UNTRAINED and metric in ("tokens_to_control", "train_seconds", "peak_memory_bytes"):
+        return "The untrained student was not trained."
+    missing = [] if arm == UNTRAINED else results.missing_seeds(arm)
+    if missing:
+        return f"{arm}: seed {', '.join(map(str, missing))} not finished."
+    if no_row:
+        return f"The statistics hold no {METRIC_NAMES[metric]} for this arm."
+    if metric == "tokens_to_control":
+        return "At least one seed never reached the final validation loss of control."
+    return f"The statistics hold a missing value of {METRIC_NAMES[metric]} for this arm."
+
+
+# ---------------------------------------------------------------- contrasts
+def contrast_rows(results: Results) -> list[dict[str, Any]]:
+    """Every contrast of the statistics on all tasks together, grouped by metric."""
+    rows = []
+    for metric in METRIC_NAMES:
+        for c in (c for c in results.contrasts.values() if c.metric == metric and c.task == "all"):
+            # perplexity is compared as a ratio: the contrast is of its logarithm
+            factor, digits = {"accuracy": (100, 1), "tokens_to_control": (1e-3, 0), "peak_memory_bytes": (1e-6, 1)}.get(
+                metric, (1, 2 if metric == "train_seconds" else 3)
+            )
+            low, high, low_c, high_c = (
+                signed(factor * x, digits) for x in (c.low, c.high, c.low_corrected, c.high_corrected)
+            )
+            rows.append(
+                {
+                    "metric": metric,
+                    "arm": c.arm,
+                    "reference": c.reference,
+                    "role": results.role(c.arm),
+                    "estimate": signed(factor * c.estimate, digits),
+                    "interval": f"{low} to {high}" if c.known else DASH,
+                    "corrected": f"{low_c} to {high_c}" if c.known else DASH,
+                    "p": p_value(c.p),
+                    "bonferroni": p_value(c.p_bonferroni),
+                    "holm": p_value(c.p_holm),
+                    "effect": signed(c.effect_size, 2),
+                    "mde": number(factor * c.mde, digits),
+                    "verdict": c.verdict,
+                    "verdict_text": VERDICTS[c.verdict],
+                }
+            )
+    return rows
+
+
+# ---------------------------------------------------------------- fusion weights
+def fusion_weights(results: Results) -> pd.DataFrame:
+    """Arm, task, then one column per teacher: its share of the fused target at the end of training.
+
+    Mean over the last quarter of the logged steps and over seeds; positions without a target have no weight, so rows
+    are scaled to sum to 1.
+    """
+    rows = []
+    for arm in (name for name in results.arm_order if len(results.dag.arms[name].teachers) > 1):
+        frames = [
+            h.steps.iloc[len(h.steps) * 3 // 4 :] for h in results.histories.get(arm, {}).values() if len(h.steps)
+        ]
+        for task in results.tasks:
+            found = {t: _mean(frames, f"weight/{task}/{t}") for t in results.dag.arms[arm].teachers}
+            total = sum(found.values())
+            if isfinite(total) and total > 0:
+                rows.append({"arm": arm, "task": task, **{t: w / total for t, w in found.items()}})
+    return pd.DataFrame(rows)
+
+
+def _mean(frames: list[pd.DataFrame], column: str) -> float:
+    values = [frame[column].mean() for frame in frames if column in frame.columns]
+    return float(np.mean(values)) if values else float("nan")
+
+
+# ---------------------------------------------------------------- teachers
+def teacher_rows(results: Results) -> list[dict[str, Any]]:
+    """Quality of each teacher on the test items, per task."""
+    rows = []
+    for teacher in results.dag.teachers:
+        frame = results.teacher_items.get(teacher)
+        for task in results.tasks if frame is not None else []:
+            part = frame[frame["task"] == task]
+            rows.append(
+                {
+                    "teacher": teacher,
+                    "task": task,
+                    "items": len(part),
+                    "bits": number(part["nll"].sum() / part["bytes"].sum() / log(2), 3) if len(part) else DASH,
+                    "perplexity": number(float(np.exp(part["nll"].sum() / part["tokens"].sum())), 2)
+                    if len(part)
+                    else DASH,
+                    "accuracy": number(100 * part["correct"].mean(), 1) if len(part) else DASH,
+                }
+            )
+        if frame is None:
+            rows.append(
+                {
+                    "teacher": teacher,
+                    "task": "not measured",
+                    "items": DASH,
+                    "bits": DASH,
+                    "perplexity": DASH,
+                    "accuracy": DASH,
+                }
+            )
+    return rows
+
+
+def store_rows(results: Results) -> list[dict[str, Any]]:
+    """Size and fidelity of the teacher KV stores."""
+    return [
+        {
+            "teacher": teacher,
+            "reading": {"student": "the student’s text", "own": "its own longer reasoning"}[reading],
+            "dtype": index["key"]["dtype"],
+            "layers": ", ".join(map(str, index["key"]["layers"])),
+            "rows": f"{index['rows']:,}",
+            "per_token": number(index["bytes_per_token"], 0),
+            "total": number(index["rows"] * index["bytes_per_token"] / 1e6, 1),
+            "cosine": number(index["attention_cosine"], 6),
+        }
+        for (teacher, reading), index in results.stores.items()
+    ]

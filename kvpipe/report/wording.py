@@ -1,0 +1,214 @@
+"""Numbers as text, and the report's conclusions as sentences that follow from the tables by fixed rules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import exp, isfinite
+
+from kvpipe.report.collect import Contrast, Results
+
+DASH = "–"
+METRIC_NAMES = {
+    "bits_per_byte": "bits per byte",
+    "log_perplexity": "perplexity",
+    "accuracy": "accuracy",
+    "tokens_to_control": "tokens to control’s final loss",
+    "train_seconds": "training time",
+    "peak_memory_bytes": "peak memory",
+}
+VERDICTS = {"better": "better", "worse": "worse", "undecided": "no difference shown", "missing": "missing"}
+
+
+@dataclass(frozen=True)
+class Statement:
+    """One conclusion; `tone` is good, bad, neutral or missing."""
+
+    tone: str
+    lead: str
+    text: str
+
+
+# ---------------------------------------------------------------- numbers
+def number(value: float, digits: int = 3) -> str:
+    """Fixed digits, a real minus sign, a dash for NaN."""
+    if not isfinite(value):
+        return {float("inf"): "∞", float("-inf"): "−∞"}.get(value, DASH)
+    return f"{value:.{digits}f}".replace("-", "−")
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """`number` with its sign always."""
+    return ("+" if isfinite(value) and value >= 0 else "") + number(value, digits)
+
+
+def p_value(value: float) -> str:
+    """Four digits, `<0.0001` below."""
+    if not isfinite(value):
+        return DASH
+    return "<0.0001" if value < 0.0001 else f"{value:.4f}"
+
+
+def scaled(metric: str, value: float) -> tuple[float, int]:
+    """A metric in the unit that the report shows, and its digits."""
+    match metric:
+        case "log_perplexity":
+            return exp(value), 3
+        case "accuracy":
+            return 100 * value, 1
+        case "train_seconds":
+            return value, 1
+        case "tokens_to_control":
+            return value / 1000, 0
+        case "peak_memory_bytes":
+            return value / 1e6, 0
+        case _:
+            return value, 4 if metric == "bits_per_byte" else 3
+
+
+def shown(metric: str, value: float) -> str:
+    """A metric's value in the report's unit."""
+    return number(*scaled(metric, value))
+
+
+def listed(names: list[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+# ---------------------------------------------------------------- conclusions
+def difference(c: Contrast) -> str:
+    """The estimate with its corrected interval and Holm p, in the metric's unit."""
+    if c.metric == "log_perplexity":
+        ratio, low, high = (number(exp(x), 3) for x in (c.estimate, c.low_corrected, c.high_corrected))
+        change = f"{c.reference}’s × {ratio} (corrected interval × {low} to × {high}"
+    else:
+        unit, factor, digits = {
+            "accuracy": (" points", 100, 1),
+            "bits_per_byte": (" bits per byte", 1, 3),
+        }.get(c.metric, ("", 1, 3))
+        estimate, low, high = (signed(factor * x, digits) for x in (c.estimate, c.low_corrected, c.high_corrected))
+        change = f"{estimate}{unit} (corrected interval {low} to {high}"
+    return f"{change}, Holm p {p_value(c.p_holm)})"
+
+
+def conclusions(results: Results) -> list[Statement]:
+    """What the tables say, most important first. Every word follows from a corrected interval."""
+    return [
+        *_full_against_control(results),
+        *_nulls(results),
+        *_components(results),
+        *_baselines(results),
+        *_speed(results),
+    ]
+
+
+def _full_against_control(results: Results) -> list[Statement]:
+    if "full" not in results.dag.arms:
+        return [
+            Statement("neutral", "There is no arm named full.", "The contrasts below compare each arm with control.")
+        ]
+    contrasts = {m: results.contrasts.get(("full", "control", m, "all")) for m in METRIC_NAMES}
+    main = contrasts["bits_per_byte"]
+    if main is None or not main.known:
+        return [
+            Statement("missing", "full against control: no result.", "The contrast has no estimate in the statistics.")
+        ]
+    means = [results.arms.get((arm, "bits_per_byte", "all")) for arm in ("full", "control")]
+    numbers = " against ".join(number(m.mean, 3) for m in means if m is not None)
+    lead = {
+        "better": "full beats control.",
+        "worse": "full is worse than control.",
+        "undecided": "full is not shown to beat control.",
+    }[main.verdict]
+    text = f"{numbers} bits per byte: {difference(main)}."
+    if main.verdict == "undecided":
+        text += f" The corrected interval includes 0; a true difference of {number(main.mde, 3)} would have been found."
+    out = [Statement({"better": "good", "worse": "bad"}.get(main.verdict, "neutral"), lead, text)]
+    for metric, words in (("log_perplexity", "Perplexity"), ("accuracy", "Accuracy")):
+        c = contrasts[metric]
+        if c is None or not c.known:
+            out.append(Statement("missing", f"{words}: no result.", "The contrast has no estimate in the statistics."))
+            continue
+        tone = {"better": "good", "worse": "bad"}.get(c.verdict, "neutral")
+        word = {"better": "is better", "worse": "is worse", "undecided": "is not shown to differ"}[c.verdict]
+        out.append(Statement(tone, f"{words} {word}.", f"{difference(c)}."))
+    return out
+
+
+def _nulls(results: Results) -> list[Statement]:
+    out = []
+    for name in (n for n in results.arm_order if results.role(n) == "null"):
+        c = results.contrasts.get((name, "control", "bits_per_byte", "all"))
+        if c is None or not c.known:
+            out.append(Statement("missing", f"{name}: no result.", "Whether this null stays null is not known."))
+            continue
+        # control again under other seeds: a difference either way would be a false positive
+        must_be_equal = not results.dag.arms[name].teachers
+        holds = c.verdict == "undecided" or (c.verdict == "worse" and not must_be_equal)
+        what = {"undecided": "does not differ from control", "worse": "is worse than control"}.get(
+            c.verdict, "is better than control"
+        )
+        lead = f"{name} {'stays null' if holds else 'does not stay null'}:"
+        out.append(Statement("good" if holds else "bad", lead, f"it {what}, {difference(c)}."))
+    return out
+
+
+def _components(results: Results) -> list[Statement]:
+    found = [
+        c
+        for c in results.contrasts.values()
+        if c.reference == "exp1" and c.metric == "bits_per_byte" and c.task == "all" and c.arm in results.dag.arms
+    ]
+    if not found:
+        return []
+    parts = []
+    for verdict, words in (
+        ("better", "better than"),
+        ("worse", "worse than"),
+        ("undecided", "not shown to differ from"),
+    ):
+        names = [f"{c.arm} ({signed(c.estimate)})" for c in found if c.verdict == verdict]
+        if names:
+            parts.append(f"{words} exp1: {listed(names)}")
+    missing = [c.arm for c in found if c.verdict == "missing"]
+    if missing:
+        parts.append(f"without result: {listed(missing)}")
+    return [Statement("neutral", "What each component adds to exp1 (bits per byte):", "; ".join(parts) + ".")]
+
+
+def _baselines(results: Results) -> list[Statement]:
+    full = results.arms.get(("full", "bits_per_byte", "all"))
+    names = [n for n in results.arm_order if results.role(n) == "baseline"]
+    if full is None or not full.known or not names:
+        return []
+    parts, tones = [], set()
+    for name in names:
+        direct = results.contrasts.get(("full", name, "bits_per_byte", "all"))
+        other = results.arms.get((name, "bits_per_byte", "all"))
+        if direct is not None and direct.known:
+            parts.append(f"{name}: {VERDICTS[direct.verdict]}, {difference(direct)}")
+            tones.add(direct.verdict)
+        elif other is not None and other.known:
+            parts.append(f"{name} {number(other.mean, 3)}")
+        else:
+            parts.append(f"{name} {DASH}")
+    tone = "good" if tones == {"better"} else "bad" if "worse" in tones else "neutral"
+    note = "" if tones else " (means only: no contrast between full and a baseline was computed)"
+    return [
+        Statement(
+            tone, f"full ({number(full.mean, 3)} bits per byte) against the baselines:", "; ".join(parts) + note + "."
+        )
+    ]
+
+
+def _speed(results: Results) -> list[Statement]:
+    full, control = (results.arms.get((arm, "tokens_to_control", "all")) for arm in ("full", "control"))
+    if full is None or control is None or not control.known:
+        return []
+    if not full.known:
+        return [
+            Statement("neutral", "Convergence:", "full did not reach control’s final validation loss in every seed.")
+        ]
+    share = f"{100 * full.mean / control.mean:.0f}%"
+    text = f"full reaches control’s final validation loss after {full.mean / 1000:,.0f}k training tokens, {share} of control’s own."
+    return [Statement("good" if full.mean < control.mean else "neutral", "Convergence:", text)]

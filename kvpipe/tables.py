@@ -1,0 +1,293 @@
+"""Per-item scores → tables: the arm over its seeds, intervals per arm, paired contrasts with corrections."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from kvpipe.config import StatsConfig
+from kvpipe.dag import Dag, Paths
+from kvpipe.stats import (
+    adjust,
+    adjusted_interval,
+    crossed_bootstrap,
+    effect_size,
+    minimum_detectable_effect,
+)
+
+ALL = "all"
+UNTRAINED = "untrained"
+ITEM_METRICS: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
+    # the mean over items of these is the ratio of sums over a task: nats per byte of text, not the mean of ratios
+    "bits_per_byte": lambda d: d.nll / np.log(2) / d.bytes.mean(),
+    "log_perplexity": lambda d: d.nll / d.tokens.mean(),
+    "accuracy": lambda d: d.correct.astype(float),
+    "bits_per_byte_all_text": lambda d: d.nll_all / np.log(2) / d.bytes_all.mean(),
+    "log_perplexity_all_text": lambda d: d.nll_all / d.tokens_all.mean(),
+}
+CURVE_METRICS = ("tokens_to_control", "validation_area")
+COST_METRICS = ("train_seconds", "peak_memory_bytes")
+WITHIN = ("exp2", "exp3", "exp4", "exp5", "exp6", "full")
+"""Arms that are also compared with exp1, to show what their own component adds."""
+
+
+# ---------------------------------------------------------------- reading
+def read_items(paths: Paths, arm: str, seeds: list[int]) -> pd.DataFrame:
+    """All items of an arm with a column `seed`; only cells that exist."""
+    frames = [
+        pd.read_parquet(paths.items(arm, seed)).assign(seed=seed) for seed in seeds if paths.items(arm, seed).is_file()
+    ]
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame({"seed": []})
+
+
+def read_curve(paths: Paths, arm: str, seed: int) -> pd.DataFrame:
+    """Validation losses of a cell: step, tokens, validation_loss."""
+    path = paths.cell(arm, seed) / "history.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return pd.DataFrame([line for line in lines if "validation_loss" in line])[["step", "tokens", "validation_loss"]]
+
+
+def tokens_to(curve: pd.DataFrame, target: float) -> float:
+    """Training tokens at which a validation curve first reaches a loss, between evaluations by linear interpolation.
+
+    NaN when it never does.
+    """
+    loss, tokens = curve.validation_loss.to_numpy(), curve.tokens.to_numpy(float)
+    below = np.flatnonzero(loss <= target)
+    if not below.size:
+        return float("nan")
+    i = int(below[0])
+    if i == 0:
+        return float(tokens[0])
+    share = (loss[i - 1] - target) / (loss[i - 1] - loss[i])
+    return float(tokens[i - 1] + share * (tokens[i] - tokens[i - 1]))
+
+
+def area_under(curve: pd.DataFrame) -> float:
+    """Mean validation loss over the training tokens (trapezoids): lower is faster."""
+    tokens = curve.tokens.to_numpy(float)
+    return float(np.trapezoid(curve.validation_loss, tokens) / (tokens[-1] - tokens[0]))
+
+
+# ---------------------------------------------------------------- one arm
+def arm_table(dag: Dag, paths: Paths, arm: str) -> pd.DataFrame:
+    """One row per seed and task (and the macro average): the item metrics' means, and the cell's curve and size."""
+    rows = []
+    for seed in dag.config.seeds:
+        items = read_items(paths, arm, [seed])
+        cost = json.loads((paths.cell(arm, seed) / "cost.json").read_text(encoding="utf-8"))
+        curve = read_curve(paths, arm, seed)
+        per_task = {task: {m: f(d).mean() for m, f in ITEM_METRICS.items()} for task, d in items.groupby("task")}
+        macro = {m: float(np.mean([values[m] for values in per_task.values()])) for m in ITEM_METRICS}
+        for task, values in [*sorted(per_task.items()), (ALL, macro)]:
+            rows.append(
+                {
+                    "arm": arm,
+                    "seed": seed,
+                    "task": task,
+                    "n_items": int((items.task == task).sum()) if task != ALL else len(items),
+                    **values,
+                    "final_validation_loss": curve.validation_loss.iloc[-1],
+                    "validation_area": area_under(curve),
+                    "steps": cost["steps"],
+                    "tokens": cost["tokens"],
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+# ---------------------------------------------------------------- score matrices
+class Scores:
+    """Per metric and task, every arm's matrix (seed, item); NaN where a cell is missing."""
+
+    def __init__(self, dag: Dag, paths: Paths):
+        self.seeds = dag.config.seeds
+        self.arms = list(dag.arms)
+        items = {arm: read_items(paths, arm, self.seeds) for arm in self.arms}
+        present = [d for d in items.values() if len(d)]
+        if not present:
+            raise FileNotFoundError(f"no evaluated cell under {paths.root / 'evaluate'}")
+        ids = present[0].drop_duplicates("id").set_index("id").task
+        self.tasks = sorted(ids.unique())
+        self.matrices: dict[tuple[str, str, str], np.ndarray] = {}
+        for arm, data in items.items():
+            for task in self.tasks:
+                order = ids[ids == task].index
+                for metric, function in ITEM_METRICS.items():
+                    self.matrices[arm, metric, task] = self._matrix(data, task, order, function)
+        self._curves(dag, paths)
+
+    def _matrix(self, data: pd.DataFrame, task: str, order: pd.Index, function) -> np.ndarray:
+        rows = []
+        for seed in self.seeds:
+            one = data[(data.seed == seed) & (data.task == task)] if len(data) else data
+            if not len(one):
+                rows.append(np.full(len(order), np.nan))
+                continue
+            values = pd.Series(function(one).to_numpy(float), index=one.id)
+            if not values.index.sort_values().equals(order.sort_values()):
+                raise ValueError(f"task {task}, seed {seed}: its items differ from those of the other cells")
+            rows.append(values[order].to_numpy())
+        return np.array(rows)
+
+    def _curves(self, dag: Dag, paths: Paths) -> None:
+        def curve(arm: str, seed: int) -> pd.DataFrame | None:
+            found = (paths.cell(arm, seed) / "history.jsonl").is_file()
+            return read_curve(paths, arm, seed) if found else None
+
+        control = {seed: curve("control", seed) for seed in self.seeds}
+        for arm in self.arms:
+            reach, area = [], []
+            for seed in self.seeds:
+                own, reference = curve(arm, seed), control[seed]
+                missing = own is None or reference is None
+                reach.append(np.nan if missing else tokens_to(own, reference.validation_loss.iloc[-1]))
+                area.append(np.nan if own is None else area_under(own))
+            self.matrices[arm, "tokens_to_control", ALL] = np.array(reach)[:, None]
+            self.matrices[arm, "validation_area", ALL] = np.array(area)[:, None]
+
+    def parts(self, arm: str, metric: str, task: str) -> list[np.ndarray]:
+        """Matrices whose means are averaged: the task's, or all tasks' for the macro average."""
+        if (arm, metric, task) in self.matrices:
+            return [self.matrices[arm, metric, task]]
+        return [self.matrices[arm, metric, one] for one in self.tasks]
+
+    def matrix(self, arm: str, metric: str, task: str) -> np.ndarray:
+        """One matrix whose mean is the metric: tasks side by side, weighted so that each counts alike."""
+        parts = self.parts(arm, metric, task)
+        total = sum(p.shape[1] for p in parts)
+        return np.concatenate([p * (total / (len(parts) * p.shape[1])) for p in parts], axis=1)
+
+
+def _measures(scores: Scores) -> list[tuple[str, str]]:
+    return [(m, t) for m in ITEM_METRICS for t in (*scores.tasks, ALL)] + [(m, ALL) for m in CURVE_METRICS]
+
+
+# ---------------------------------------------------------------- statistics
+def arms_table(scores: Scores, config: StatsConfig, untrained: pd.DataFrame | None) -> pd.DataFrame:
+    """`arms.csv`: mean and interval of every arm, metric and task over seeds × items."""
+    rows = []
+    for arm in scores.arms:
+        for metric, task in _measures(scores):
+            rows.append(_arm_row(arm, metric, task, scores.matrix(arm, metric, task), config))
+    if untrained is not None:
+        for metric, function in ITEM_METRICS.items():
+            per_task = {t: function(d).to_numpy(float)[None] for t, d in untrained.groupby("task")}
+            for task, matrix in per_task.items():
+                rows.append(_arm_row(UNTRAINED, metric, task, matrix, config))
+            total = sum(m.shape[1] for m in per_task.values())
+            joined = [m * (total / (len(per_task) * m.shape[1])) for m in per_task.values()]
+            rows.append(_arm_row(UNTRAINED, metric, ALL, np.concatenate(joined, axis=1), config))
+    return pd.DataFrame(rows)
+
+
+def _arm_row(arm: str, metric: str, task: str, matrix: np.ndarray, config: StatsConfig) -> dict:
+    kept = matrix[~np.isnan(matrix).any(1)]
+    row = {"arm": arm, "metric": metric, "task": task, "mean": np.nan, "low": np.nan, "high": np.nan}
+    if len(kept):
+        interval = crossed_bootstrap(kept, config.resamples, config.confidence, config.seed)
+        row |= {"mean": interval.estimate, "low": interval.low, "high": interval.high}
+    return row | {
+        "n_seeds": len(kept),
+        "n_items": matrix.shape[1],
+        "missing_seeds": len(matrix) - len(kept),
+    }
+
+
+def contrasts(arms: list[str], roles: dict[str, str]) -> list[tuple[str, str]]:
+    """(arm, reference): every arm against control, and the arms that add to exp1 against it."""
+    pairs = [(arm, "control") for arm in arms if arm != "control"]
+    return pairs + [(arm, "exp1") for arm in WITHIN if arm in arms and "exp1" in arms]
+
+
+def contrasts_table(
+    arms: list[str],
+    roles: dict[str, str],
+    measures: list[tuple[str, str]],
+    matrix: Callable[[str, str, str], np.ndarray],
+    config: StatsConfig,
+) -> pd.DataFrame:
+    """`contrasts.csv`: paired differences with corrections over the family of contrasts of one metric and task."""
+    rows = []
+    for metric, task in measures:
+        family = []
+        for arm, reference in contrasts(arms, roles):
+            difference = matrix(arm, metric, task) - matrix(reference, metric, task)
+            family.append((arm, reference, difference[~np.isnan(difference).any(1)], len(difference)))
+        size = sum(len(kept) > 0 for _, _, kept, _ in family)
+        block = [_contrast_row(*member, metric, task, size, config) for member in family]
+        p = [row["p"] for row in block]
+        for row, bonferroni, holm in zip(block, adjust(p, "bonferroni"), adjust(p, "holm"), strict=True):
+            rows.append(row | {"p_bonferroni": bonferroni, "p_holm": holm, "family_size": size})
+    return pd.DataFrame(rows)[COLUMNS]
+
+
+COLUMNS = [
+    "arm", "reference", "metric", "task", "estimate", "low", "high", "p", "p_bonferroni", "p_holm", "effect_size",
+    "n_seeds", "n_items", "low_corrected", "high_corrected", "mde", "family_size", "missing_seeds",
+]  # fmt: skip
+
+
+def _contrast_row(arm, reference, kept: np.ndarray, seeds: int, metric: str, task: str, size: int, config) -> dict:
+    row = {"arm": arm, "reference": reference, "metric": metric, "task": task}
+    numbers = dict.fromkeys(
+        ("estimate", "low", "high", "p", "low_corrected", "high_corrected", "effect_size", "mde"), np.nan
+    )
+    if len(kept):
+        plain = crossed_bootstrap(kept, config.resamples, config.confidence, config.seed)
+        corrected = adjusted_interval(kept, size, config.resamples, config.confidence, config.seed)
+        numbers = {
+            "estimate": plain.estimate,
+            "low": plain.low,
+            "high": plain.high,
+            "p": plain.p,
+            "low_corrected": corrected.low,
+            "high_corrected": corrected.high,
+            "effect_size": effect_size(kept),
+            "mde": minimum_detectable_effect(kept, (1 - config.confidence) / size, config.power),
+        }
+    n_items = kept.shape[1]
+    return row | numbers | {"n_seeds": len(kept), "n_items": n_items, "missing_seeds": seeds - len(kept)}
+
+
+# ---------------------------------------------------------------- the step
+def write_stats(dag: Dag, paths: Paths, untrained: Path | None) -> None:
+    """`stats/` (the same in every run) and `cost/` (measured time and memory)."""
+    config = dag.config.stats
+    roles = {name: arm.role for name, arm in dag.arms.items()}
+    scores = Scores(dag, paths)
+    base = pd.read_parquet(untrained) if untrained is not None else None
+    paths.stats.mkdir(parents=True, exist_ok=True)
+    arms_table(scores, config, base).to_csv(paths.stats / "arms.csv", index=False)
+    table = contrasts_table(scores.arms, roles, _measures(scores), scores.matrix, config)
+    table.to_csv(paths.stats / "contrasts.csv", index=False)
+
+    costs = _costs(dag, paths)
+    measures = [(metric, ALL) for metric in COST_METRICS]
+    paths.cost.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(
+        [
+            _arm_row(arm, metric, task, costs[arm, metric, task], config)
+            for arm in scores.arms
+            for metric, task in measures
+        ]
+    ).to_csv(paths.cost / "arms.csv", index=False)
+    contrasts_table(scores.arms, roles, measures, lambda *key: costs[key], config).to_csv(
+        paths.cost / "contrasts.csv", index=False
+    )
+
+
+def _costs(dag: Dag, paths: Paths) -> dict[tuple[str, str, str], np.ndarray]:
+    out = {}
+    for arm in dag.arms:
+        found = []
+        for seed in dag.config.seeds:
+            path = paths.cell(arm, seed) / "cost.json"
+            found.append(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
+        for metric in COST_METRICS:
+            out[arm, metric, ALL] = np.array([[cost.get(metric, np.nan)] for cost in found], dtype=float)
+    return out
