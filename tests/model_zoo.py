@@ -138,7 +138,8 @@ def _codegen(qkv: Tensor) -> KeysValues:
     return k, v
 
 
-def _gpt_bigcode(qkv: Tensor) -> KeysValues:
+def _multi_query(qkv: Tensor) -> KeysValues:
+    """GPT BigCode, Falcon 7B: all queries, then the one key and the one value."""
     _, k, v = qkv.split([60, 10, 10], dim=-1)
     return _split(k, 10), _split(v, 10)
 
@@ -218,7 +219,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "GPTBigCodeConfig",
         {**_GPT2, "multi_query": True},
         hooked=("c_attn",),
-        read=_gpt_bigcode,
+        read=_multi_query,
         geometry=(LAYERS, 1, 10),
     ),
     "gptj": Architecture("GPTJConfig", {**_GPT2, "rotary_dim": 4}, read=_multi_head, geometry=_MHA10, **_OWN_ATTENTION),
@@ -252,6 +253,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         hooked=("query_key_value",),
         read=_head_major,
         geometry=_MHA10,
+        through_cache=True,
+    ),
+    "falcon_multi_query": Architecture(
+        "FalconConfig",
+        {**_MULTI_HEAD, "multi_query": True, "new_decoder_architecture": False},
+        hooked=("query_key_value",),
+        read=_multi_query,
+        geometry=(LAYERS, 1, 10),
         through_cache=True,
     ),
     "falcon_rotary": Architecture(

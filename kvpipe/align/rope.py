@@ -28,8 +28,6 @@ Layout = Literal["half", "interleaved"]
 _LAYOUTS: dict[str, Layout] = {
     "gpt_oss": "half",
     "llama4_text": "interleaved",
-    "gptj": "interleaved",
-    "codegen": "interleaved",
 }
 # Families that rotate only their sliding-window layers (full-attention layers have no position) -> whether they
 # rotate every layer when the config sets no window.
