@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -88,14 +89,14 @@ class _Writer:
             self.written[name] = path
             if titled:
                 yield f"### `{path}`" + (f", `{tag}: {section['properties'][tag]['const']}`" if tag else "") + "\n"
-            yield from (" ".join(section["description"].split()) + "\n", *self.table(path, section, tag))
+            yield from (_line(section["description"]) + "\n", *self.table(path, section, tag))
             for key, child in section["properties"].items():
                 yield from self.sections(f"{path}.{key}", child)
 
     def targets(self, path: str, node: dict) -> tuple[str, list[str], str | None]:
         """Path of an entry, the definitions that it may be, and the key that tells them apart."""
         if "$ref" in node:
-            return path, [node["$ref"].rsplit("/", 1)[1]], None
+            return path, [_target(node)], None
         if "items" in node:
             return self.targets(f"{path}[]", node["items"])
         entries = _values(node)
@@ -103,7 +104,7 @@ class _Writer:
             return self.targets(f"{path}.<name>", entries)
         names = [name for part in node.get("anyOf", []) for name in self.targets(path, part)[1]]
         if "oneOf" in node:
-            names = [part["$ref"].rsplit("/", 1)[1] for part in node["oneOf"]]
+            names = [_target(part) for part in node["oneOf"]]
         return path, names, node.get("discriminator", {}).get("propertyName")
 
     def table(self, path: str, section: dict, tag: str | None = None) -> list[str]:
@@ -118,10 +119,12 @@ class _Writer:
 
     def meaning(self, path: str, node: dict) -> str:
         """The key's description (pydantic leaves it out where it is the section's), and where its keys are written."""
-        name = node["$ref"].rsplit("/", 1)[1] if "$ref" in node else None
-        text = " ".join(node.get("description", name and self.definitions[name]["description"]).split())
-        elsewhere = name and self.written.get(name, path) != path
-        return f"{text} Its keys are those of `{self.written[name]}`." if elsewhere else text
+        if "$ref" not in node:
+            return _line(node["description"])
+        name = _target(node)
+        text = _line(node.get("description", self.definitions[name]["description"]))
+        first = self.written.get(name, path)
+        return text if first == path else f"{text} Its keys are those of `{first}`."
 
     def default(self, node: dict) -> str:
         """A section's default is that of its keys."""
@@ -149,6 +152,14 @@ class _Writer:
         return word[node["type"]] + _bounds(node)
 
 
+def _target(node: dict) -> str:
+    return node["$ref"].rsplit("/", 1)[1]
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
 def _values(node: dict) -> dict | None:
     """Schema of the values of a mapping; None if they may be anything (or it is no mapping)."""
     if "patternProperties" in node:
@@ -158,18 +169,7 @@ def _values(node: dict) -> dict | None:
 
 
 def _plural(word: str) -> str:
-    first, space, rest = word.partition(" ")
-    return (
-        {
-            "text": "texts",
-            "integer": "integers",
-            "number": "numbers",
-            "section": "sections",
-            "section,": "sections,",
-        }.get(first, first)
-        + space
-        + rest
-    )
+    return re.sub("^(text|integer|number|section)", r"\1s", word)
 
 
 def _bounds(node: dict) -> str:

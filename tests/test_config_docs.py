@@ -1,0 +1,206 @@
+"""One source of the configuration: what is generated agrees, what is shipped loads, a mistake is one clear error."""
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from kvpipe import configdocs
+from kvpipe.config import Arm, Config, ConfigError, assign, json_schema, load, parse
+
+CONFIG = Path(__file__).parent.parent / "config"
+SHIPPED = [path for path in sorted(CONFIG.glob("*.yaml")) if "arms" in yaml.safe_load(path.read_text("utf-8"))]
+EMBEDDED = yaml.safe_load((CONFIG / "config.yaml").read_text("utf-8"))
+
+
+# ---------------------------------------------------------------- what is generated and shipped
+@pytest.mark.parametrize("name", ["README.md", "schema.json"])
+def test_generated_files_are_committed(name, tmp_path):
+    configdocs.write(tmp_path)
+    assert (CONFIG / name).read_text("utf-8") == (tmp_path / name).read_text("utf-8"), (
+        f"{name} is old: run `make config`"
+    )
+
+
+def test_every_section_and_key_is_described():
+    schema, arm = Config.model_json_schema(), Arm.model_json_schema()
+    sections = {**schema["$defs"], **arm["$defs"], "Config": schema, "Arm": arm}
+    missing = [name for name, section in sections.items() if not section.get("description")]
+    for name, section in sections.items():
+        for key, node in section["properties"].items():
+            target = sections[node["$ref"].rsplit("/", 1)[1]] if "$ref" in node else node
+            if not (node.get("description") or target.get("description")):
+                missing.append(f"{name}.{key}")
+    assert not missing, f"no docstring under these fields of kvpipe/config.py: {missing}"
+
+
+def test_every_key_is_in_the_readme_with_its_default():
+    text = configdocs.readme()
+    rows = {line.split("|")[1].strip(" `"): line for line in text.splitlines() if line.startswith("| `")}
+    flat = {
+        **_flat("", Config(**EMBEDDED).model_dump(exclude={"models", "arms", "data"})),
+        **_flat("", Arm().model_dump()),
+    }
+    assert set(flat) <= set(rows)
+    assert "| `0.003` |" in rows["train.learning_rate"]
+    assert "| `[0, 1, 2]` |" in rows["seeds"]
+    assert "| true or false | `false` |" in rows["train.gradient_checkpointing"]
+    # no default means that it must be given
+    assert "| text |  |" in rows["student"]
+    assert "`random` |  |" in rows["models.<name>.source"]
+
+
+def _flat(path, value):
+    """Dotted key → value of nested sections (free-form mappings are values)."""
+    if not isinstance(value, dict) or path.endswith("weights"):
+        return {path: value}
+    return {k: v for key, part in value.items() for k, v in _flat(f"{path}.{key}".strip("."), part).items()}
+
+
+def test_the_example_in_the_readme_is_true():
+    example = yaml.safe_load(configdocs.ARMS.split("```")[1].removeprefix("yaml"))
+    config = parse({**EMBEDDED, "arms": {**EMBEDDED["arms"], **example["arms"]}})
+    arm, base = config.arm("values-only"), config.arm("exp1")
+    assert (arm.loss.lambda_k, arm.loss.lambda_v) == (0, base.loss.lambda_v)
+    assert (arm.role, base.role) == ("ablation", "experiment")
+
+
+def test_schema_accepts_what_pydantic_accepts():
+    validator = jsonschema.Draft202012Validator(json.loads(json_schema()))
+    validator.validate(EMBEDDED)
+    assert not validator.is_valid({**EMBEDDED, "trian": {}})
+    assert not validator.is_valid({**EMBEDDED, "train": {"steps": "many"}})
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_configs_load(path):
+    config = load(path)
+    for name in config.arms:
+        config.arm(name)
+
+
+def test_config_yaml_is_among_the_shipped():
+    assert CONFIG / "config.yaml" in SHIPPED
+
+
+# ---------------------------------------------------------------- mistakes
+MATH = {"kind": "embedded", "task": "math"}
+MISTAKES = [
+    # dotted overrides of the embedded experiment, the path in the message, the nearest valid name (or what is said)
+    ({"trian.steps": 5}, "trian", "'train'"),
+    ({"train.step": 5}, "train.step", "'steps'"),
+    ({"train.lora": {"rnak": 4}}, "train.lora.rnak", "'rank'"),
+    ({"data.sources": [{**MATH, "trian": 3}]}, "data.sources[0].trian", "'train'"),
+    ({"data.sources": [MATH, {"kind": "embeded", "task": "code"}]}, "data.sources[1].kind", "'embedded'"),
+    ({"data.sources": [{**MATH, "task": "meth"}]}, "data.sources[0].task", "'math'"),
+    ({"data.sources": [{"task": "math"}]}, "data.sources[0].kind", "missing"),
+    ({"models.student.tokenizer.vocab": 300}, "models.student.tokenizer.vocab", "'vocab_size'"),
+    ({"models.math.recipe.architectur": {}}, "models.math.recipe.architectur", "'architecture'"),
+    ({"models.math.source": "locla"}, "models.math.source", "'local'"),
+    ({"models.math-random.like": "mathh"}, "models.math-random.like", "'math'"),
+    ({"student": "studnet"}, "student", "'student'"),
+    ({"arms.exp1.bsae": "control"}, "arms.exp1.bsae", "'base'"),
+    ({"arms.exp5.base": "exp"}, "arms.exp5.base", "'exp6'"),
+    ({"arms.exp1.role": "nul"}, "arms.exp1.role", "'null'"),
+    ({"arms.exp1.set.teachers": ["code", "mth"]}, "arms.exp1.set.teachers[1]", "'math'"),
+    ({"arms.exp1.set.loss.lambda_kk": 1}, "arms.exp1.set.loss.lambda_kk", "'lambda_k'"),
+    ({"arms.exp1.set.los": {}}, "arms.exp1.set.los", "'loss'"),
+    ({"arms.exp6.set.fuse.kind": "tsk"}, "arms.exp6.set.fuse.kind", "'task'"),
+    ({"arms.full.set": {"loss.kind.x": 1}}, "arms.full.set.loss.kind.x", "not a section"),
+    ({"arms.exp1.set.time": {"text": "own"}}, "arms.exp1.set.time", "needs kind: segment"),
+    ({"arms.control.base": "full"}, "arms.control.base", "circular"),
+    ({"train.steps": "many"}, "train.steps", "'many'"),
+    ({"train.steps": -3}, "train.steps", "greater than 0"),
+    ({"train.lora": {"target_modules": 3}}, "train.lora.target_modules", "all-linear"),
+    ({"models.math.recipe.steps": "x"}, "models.math.recipe.steps", "'x'"),
+    ({"seeds": [1, 1]}, "seeds", "twice"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "path", "said"), MISTAKES, ids=[f"{path}={said}" for _, path, said in MISTAKES])
+def test_a_mistake_is_one_line_with_its_path_and_the_nearest_name(overrides, path, said):
+    with pytest.raises(ConfigError) as caught:
+        parse(EMBEDDED, overrides, origin="mine.yaml")
+    first, *problems = str(caught.value).splitlines()
+    assert first == "mine.yaml:"
+    assert len(problems) == 1, problems
+    assert problems[0].startswith(f"{path}: ")
+    assert said in problems[0].split("(known")[0] if said.startswith("'") else said in problems[0]
+
+
+def test_several_mistakes_are_told_together():
+    with pytest.raises(ConfigError) as caught:
+        parse(EMBEDDED, {"train.step": 5, "stats.reasmples": 3, "train.batch": 2, "store.dtype": "int9"})
+    paths = {line.split(":")[0] for line in str(caught.value).splitlines()[1:]}
+    assert paths == {"train.step", "train.batch", "stats.reasmples", "store.dtype"}
+
+
+def test_a_base_answers_for_its_own_mistake():
+    # `derived` comes first in the file and inherits the mistake
+    arms = {"derived": {"base": "wrong"}, "wrong": {"base": "exp1", "set": {"loss.lambda_x": 1}}, **EMBEDDED["arms"]}
+    with pytest.raises(ConfigError, match=r"arms\.wrong\.set\.loss\.lambda_x: unknown key"):
+        parse({**EMBEDDED, "arms": arms})
+
+
+def test_a_missing_key_is_named():
+    values = {key: value for key, value in EMBEDDED.items() if key != "student"}
+    assert _only_line(values) == "student: missing, and it has no default"
+
+
+def _only_line(values):
+    with pytest.raises(ConfigError) as caught:
+        parse(values)
+    (line,) = str(caught.value).splitlines()[1:]
+    return line
+
+
+def test_control_must_be_there():
+    arms = {"alone": {"label": "no control"}}
+    assert "'control' is missing" in _only_line({**EMBEDDED, "arms": arms})
+
+
+# ---------------------------------------------------------------- base and set
+def test_set_changes_one_setting_or_replaces_a_section():
+    arms = {
+        **EMBEDDED["arms"],
+        "one": {"base": "exp1", "set": {"loss.lambda_k": 7}},
+        "whole": {"base": "exp1", "set": {"loss": {"kind": "kv", "lambda_k": 7}}},
+        "order": {"base": "exp1", "set": {"loss": {"kind": "kv"}, "loss.lambda_v": 5}},
+    }
+    config = parse({**EMBEDDED, "arms": arms})
+    base, default = config.arm("exp1").loss, Arm().loss
+    assert base.lambda_v != default.lambda_v
+    assert (config.arm("one").loss.lambda_k, config.arm("one").loss.lambda_v) == (7, base.lambda_v)
+    assert (config.arm("whole").loss.lambda_k, config.arm("whole").loss.lambda_v) == (7, default.lambda_v)
+    assert (config.arm("order").loss.lambda_k, config.arm("order").loss.lambda_v) == (default.lambda_k, 5)
+
+
+def test_resolving_an_arm_changes_nothing():
+    config = parse(EMBEDDED)
+    before = config.model_dump_json()
+    first = {name: config.arm(name) for name in config.arms}
+    assert {name: config.arm(name) for name in reversed(config.arms)} == first
+    assert config.model_dump_json() == before
+    assert parse(config.model_dump()) == config
+
+
+def test_assign_makes_missing_levels_and_refuses_to_enter_a_value():
+    values = {"a": {"b": 1}}
+    assign(values, "a.c.d", 2)
+    assert values == {"a": {"b": 1, "c": {"d": 2}}}
+    with pytest.raises(ConfigError, match=r"a\.b\.c: 'b' holds a value"):
+        assign(values, "a.b.c", 3)
+
+
+def test_files_that_are_no_configuration(tmp_path):
+    path = tmp_path / "x.yaml"
+    for text, said in [("- 1\n", "expected a mapping"), ("a: [1\n", "not valid YAML")]:
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=said) as caught:
+            load(path)
+        assert str(path) in str(caught.value)
+    with pytest.raises(ConfigError, match=r"--set 'train.steps': expected dotted.key=value"):
+        load(CONFIG / "config.yaml", ["train.steps"])
+    assert load(CONFIG / "config.yaml", ["train.steps=7", "seeds=[5]"]).train.steps == 7
