@@ -67,7 +67,7 @@ format: $(STAMP)  ## what lint would have formatted
 	$(BIN)/snakefmt workflow
 
 config: $(STAMP)  ## config/README.md and config/schema.json from kvpipe/config.py
-	$(BIN)/python -m kvpipe.configdocs
+	$(BIN)/python -m kvpipe config
 
 clean:  ## results and caches; .venv stays
 	find results -mindepth 1 ! -name .gitkeep -delete

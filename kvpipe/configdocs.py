@@ -10,7 +10,6 @@ from typing import Any
 
 from kvpipe.config import Arm, Config, json_schema
 
-ROOT = Path(__file__).parent.parent
 INTRODUCTION = """\
 # Configuration
 
@@ -190,7 +189,3 @@ def _yaml(value: Any) -> str:
 
 def _row(*cells: str) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-if __name__ == "__main__":
-    write(ROOT / "config")
