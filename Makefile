@@ -5,6 +5,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed
 CONFIG ?= config/config.yaml
+# The rules call `python`: that of the venv, though nobody has activated it.
+WITHIN := PATH="$(abspath $(BIN)):$$PATH"
 
 # One thread per process: Snakemake runs as many jobs as there are cores, pytest as many workers.
 export OMP_NUM_THREADS = 1
@@ -35,31 +37,31 @@ lock: $(STAMP)  ## rewrite requirements.lock from what is installed in .venv
 	$(BIN)/python .ci/lock.py
 
 report: $(STAMP)  ## the embedded experiment, to results/report.html
-	$(BIN)/snakemake results/report.html
+	$(WITHIN) snakemake results/report.html
 
 # Left out: `slow` takes minutes (make test-slow), `cluster` builds a SLURM cluster as root (make test-cluster),
 # `gpu` needs an accelerator (pytest -m gpu on a machine that has one).
 test: $(STAMP)  ## the quick tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not cluster and not gpu"
+	$(WITHIN) python -m pytest -n 2 --dist loadfile -m "not slow and not cluster and not gpu"
 
 test-slow: $(STAMP)  ## the tests that take minutes
-	$(BIN)/python -m pytest -m "slow and not cluster and not gpu"
+	$(WITHIN) python -m pytest -m "slow and not cluster and not gpu"
 
 test-cluster: $(STAMP)  ## the tests on a real one-node SLURM cluster
-	$(BIN)/python -m pytest -m cluster
+	$(WITHIN) python -m pytest -m cluster
 
 teachers: $(STAMP)  ## train the embedded teachers again, into config/embedded
-	$(BIN)/python -m kvpipe pretrain --config $(CONFIG)
+	$(WITHIN) python -m kvpipe pretrain --config $(CONFIG)
 
 bench: $(STAMP)  ## measure docs/benchmarks.md again
-	$(BIN)/python tests/benchmarks/run.py
+	$(WITHIN) python tests/benchmarks/run.py
 
 lint: $(STAMP)  ## formatting, lint, types, workflow
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/snakefmt --check workflow
-	$(BIN)/snakemake --lint
+	$(WITHIN) snakemake --lint
 
 format: $(STAMP)  ## what lint would have formatted
 	$(BIN)/ruff format .
@@ -67,7 +69,7 @@ format: $(STAMP)  ## what lint would have formatted
 	$(BIN)/snakefmt workflow
 
 config: $(STAMP)  ## config/README.md and config/schema.json from kvpipe/config.py
-	$(BIN)/python -m kvpipe config
+	$(WITHIN) python -m kvpipe config
 
 clean:  ## results and caches; .venv stays
 	find results -mindepth 1 ! -name .gitkeep -delete
