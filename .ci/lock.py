@@ -45,7 +45,9 @@ def resolve(todo: list[Requirement]) -> dict[str, str]:
         try:
             found = distribution(name)
         except PackageNotFoundError:
-            sys.exit(f"{name} is required but not installed here: run `make install` (or pip install -e '.[slurm,dev]')")
+            sys.exit(
+                f"{name} is required but not installed here: run `make install` (or pip install -e '.[slurm,dev]')"
+            )
         versions[name] = found.version.partition("+")[0]
         for line in found.requires or []:
             needed = Requirement(line)
