@@ -80,7 +80,7 @@ def models(
     overrides: Overrides = None,
 ) -> None:
     """Bring one model into its folder, with a manifest."""
-    from kvpipe.steps import make_model
+    from kvpipe.steps.models import make_model
 
     make_model(_workspace(config, results, overrides), name)
 
@@ -114,7 +114,7 @@ def layer_map(
     overrides: Overrides = None,
 ) -> None:
     """Measure the similarity (CKA) of the student's and a teacher's layers."""
-    from kvpipe.steps import make_layer_map
+    from kvpipe.steps.layer_map import make_layer_map
 
     make_layer_map(_workspace(config, results, overrides), teacher)
 
@@ -132,11 +132,11 @@ def teacher_kv(
     overrides: Overrides = None,
 ) -> None:
     """Compute and store a teacher's KV on the training split."""
-    from kvpipe.steps import make_shard, make_store_index, shards_of
+    from kvpipe.steps.teacher_kv import make_shard, make_store_index
 
     work = _workspace(config, results, overrides)
     if not index:
-        for number in shards_of(work) if shard is None else [shard]:
+        for number in range(work.config.store.shards) if shard is None else [shard]:
             make_shard(work, teacher, reading, number)
     if index or shard is None:
         make_store_index(work, teacher, reading)
@@ -145,17 +145,19 @@ def teacher_kv(
 @app.command()
 def fit(
     arm: Annotated[str | None, typer.Option(help="The arm whose projectors are fitted.")] = None,
-    fit_id: Annotated[str | None, typer.Option(help="Or the name of the fit, as in results/projector/.")] = None,
+    fit_id: Annotated[
+        str | None, typer.Option("--fit", help="Or the name of the fit, as in results/projector/.")
+    ] = None,
     config: ConfigFile = CONFIG,
     results: Results = RESULTS,
     overrides: Overrides = None,
 ) -> None:
     """Fit the projectors of an arm, before training."""
-    from kvpipe.steps import make_fit
+    from kvpipe.steps.fit import make_fit
 
     work = _workspace(config, results, overrides)
     if (arm is None) == (fit_id is None):
-        raise typer.BadParameter("give either --arm or --fit-id")
+        raise typer.BadParameter("give either --arm or --fit")
     make_fit(work, fit_id if arm is None else work.dag.fit_id(work.dag.arm(arm)))
 
 
@@ -170,11 +172,11 @@ def train(
     overrides: Overrides = None,
 ) -> None:
     """Train one cell; what it needs and is not there yet is made first."""
-    from kvpipe.steps import make_all_before_training
+    from kvpipe.steps.prepare import prepare
     from kvpipe.train import train as train_cell
 
     work = _workspace(config, results, overrides)
-    make_all_before_training(work, arm, log=typer.echo)
+    prepare(work, arm, log=typer.echo)
     folder = out or work.paths.cell(arm, seed)
     kept = checkpoints or (folder.with_name(folder.name + ".checkpoints") if out else work.paths.checkpoints(arm, seed))
     train_cell(work, arm, seed, folder, kept, log=typer.echo)

@@ -125,7 +125,7 @@ class Workspace:
             reading=reading,
             dtype=self.config.store.dtype,
             top_logits=self.config.store.top_logits,
-            shards=self.config.store.shard_examples,
+            shards=self.config.store.shards,
         )
 
     def store(self, teacher: str, reading: str) -> Store:

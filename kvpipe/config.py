@@ -389,8 +389,8 @@ class StoreConfig(Section):
     """Storage type; int8 keeps one scale per token and head."""
     mode: Literal["stored", "live"] = "stored"
     """`stored`: computed once and read by all cells; `live`: computed again in every training step."""
-    shard_examples: PositiveInt = 2000
-    """Examples per shard; shards are built by separate jobs and can be resumed."""
+    shards: PositiveInt = 1
+    """Parts of a store; several are built by separate jobs, and parts that are finished are kept."""
     layers: Literal["needed", "all"] = "needed"
     """Keep only the teacher layers that some arm uses (a change of an arm's layers may then rebuild the store), or
     all."""

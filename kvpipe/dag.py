@@ -157,6 +157,22 @@ class Dag:
             raise KeyError(f"no arm fits {fit_id!r}; the configuration fits {', '.join(self.fits)}")
         return self.fits[fit_id]
 
+    @property
+    def mapped_teachers(self) -> list[str]:
+        """Teachers some arm of which chooses layers by measured similarity."""
+        return [
+            t for t in self.teachers if any(t in a.teachers and self.needs_layer_map(a) for a in self.arms.values())
+        ]
+
+    def model_needs(self, name: str) -> list[str]:
+        """Models that must be there before this one."""
+        model = self.config.models[name]
+        return [model.like] if isinstance(model, RandomModel) else []
+
+    def model_reads_data(self, name: str) -> bool:
+        """Whether making the model reads the training split (a from-scratch student's tokenizer)."""
+        return self.config.models[name].source == "scratch"
+
     def model_source(self, name: str) -> dict[str, Any]:
         """The configuration of a model; a random one includes the model it copies."""
         model = self.config.models[name]
@@ -175,11 +191,14 @@ class Dag:
         """
         return json.dumps(getattr(self, f"_depends_{step}")(**wildcards), sort_keys=True)
 
-    def _depends_models(self, name: str) -> dict:
-        source = self.model_source(name)
-        return (
-            {"source": source, "data": self._depends_data()} if source["source"] == "pretrain" else {"source": source}
-        )
+    def _depends_models(self, model: str) -> dict:
+        source = self.model_source(model)
+        # a scratch student's tokenizer reads the training split rendered by the template
+        data = {"pretrain": self._depends_data(), "scratch": self.config.data.template.model_dump()}
+        return {"source": source, "data": data.get(source["source"])}
+
+    def _depends_doctor(self) -> dict:
+        return {"models": sorted(self.config.models), "lora": self.config.train.lora is not None}
 
     def _depends_data(self) -> dict:
         return self.config.data.model_dump(exclude={"ngram", "template"})
@@ -202,8 +221,8 @@ class Dag:
             "train": self.config.train.model_dump(include={"batch_size", "learning_rate"}),
         }
 
-    def _depends_fit(self, fit_id: str) -> dict:
-        return {**self.fit_spec(self.fit_arm(fit_id)), "template": self.config.data.template.model_dump()}
+    def _depends_fit(self, fit: str) -> dict:
+        return {**self.fit_spec(self.fit_arm(fit)), "template": self.config.data.template.model_dump()}
 
     def _depends_train(self, arm: str) -> dict:
         train = self.config.train.model_dump(exclude={"device", "threads", "log_every", "checkpoint_every"})
@@ -220,6 +239,12 @@ class Dag:
             "evaluate": self.config.evaluate.model_dump(exclude={"batch_size"}),
             "template": self.config.data.template.model_dump(),
         }
+
+    def _depends_untrained(self) -> dict:
+        return {**self._depends_evaluate(), "seed": self.config.seeds[0]}
+
+    def _depends_arm(self) -> dict:
+        return {"seeds": self.config.seeds}
 
     def _depends_stats(self) -> dict:
         return {

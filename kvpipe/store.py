@@ -116,14 +116,11 @@ def check_budget(config: StoreConfig, teacher: str, need: int, folder: Path) -> 
         )
 
 
-def shard_bounds(examples: int, shard_examples: int, shard: int) -> tuple[int, int]:
-    """First and last-plus-one example of a shard."""
-    return shard * shard_examples, min((shard + 1) * shard_examples, examples)
-
-
-def shard_count(examples: int, shard_examples: int) -> int:
-    """Number of shards of a split."""
-    return -(-examples // shard_examples)
+def shard_bounds(examples: int, shards: int, shard: int) -> tuple[int, int]:
+    """First and last-plus-one example of a shard: near-equal consecutive parts."""
+    if not 0 <= shard < shards:
+        raise ValueError(f"shard {shard} of {shards}: count from 0")
+    return examples * shard // shards, examples * (shard + 1) // shards
 
 
 def build_shard(
@@ -133,7 +130,7 @@ def build_shard(
     if _shard_key(path) == {**key.as_dict(), "shard": shard}:
         print(f"{path}: already there")
         return
-    first, last = shard_bounds(len(encoding), config.shard_examples, shard)
+    first, last = shard_bounds(len(encoding), config.shards, shard)
     found = forward_rows(model, encoding, np.arange(first, last), key, config.batch_size, pad_id)
     tensors = {"nll": found.nll}
     for name, exact in (("keys", found.keys), ("values", found.values)):

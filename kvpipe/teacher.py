@@ -97,3 +97,8 @@ class AlignedTeacher:
             return out.reshape(len(examples), length, *x.shape[1:])
 
         return Aligned(gather(keys), gather(values), (weight > 0).any(-1).reshape(len(examples), length))
+
+
+def spread(count: int, wanted: int) -> Int64[np.ndarray, "example"]:
+    """`wanted` numbers spread evenly over 0 … count − 1, so that every task is among them."""
+    return np.unique(np.linspace(0, count - 1, min(wanted, count)).astype(np.int64))

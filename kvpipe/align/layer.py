@@ -217,7 +217,8 @@ def _by_gram(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         for other in range(start, n, ROW_BLOCK):
             times = 1 if other == start else 2
             kernel_x, kernel_y = (
-                (side[:, start : start + ROW_BLOCK] @ side[:, other : other + ROW_BLOCK].mT).flatten(1) for side in (x, y)
+                (side[:, start : start + ROW_BLOCK] @ side[:, other : other + ROW_BLOCK].mT).flatten(1)
+                for side in (x, y)
             )
             cross += times * (kernel_x @ kernel_y.T)
             own_x += times * torch.linalg.vecdot(kernel_x, kernel_x)

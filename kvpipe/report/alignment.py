@@ -12,7 +12,7 @@ from matplotlib.patches import FancyBboxPatch
 from kvpipe.models import load_tokenizer
 from kvpipe.records import Record, render
 from kvpipe.report.collect import Results
-from kvpipe.report.svg import MONOSPACE, PAPER, SERIES, SOFT, WIDTH, Picture, inline, styled
+from kvpipe.report.svg import MONOSPACE, SERIES, SOFT, WIDTH, Picture, inline, styled
 from kvpipe.show import alignment_rows, visible
 from kvpipe.tokens import Mode, encode
 
@@ -129,6 +129,3 @@ def _links(axes: Axes, row: dict, low: int, high: int, top: float, bottom: float
 
 def _text(piece: bytes) -> str:
     return visible(piece.decode("utf-8", errors="replace"))
-
-
-__all__ = ["PAPER", "TokenPicture", "token_alignment"]

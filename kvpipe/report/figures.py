@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from kvpipe.report.collect import ROLES, Contrast, Results
-from kvpipe.report.svg import DASHES, GRID, INK, PAPER, SERIES, SOFT, STAND_IN, WIDTH, Picture, inline, styled
+from kvpipe.report.svg import DASHES, INK, PAPER, SERIES, SOFT, STAND_IN, WIDTH, Picture, inline, styled
 from kvpipe.report.wording import listed, number
 
 LINES_PER_PANEL = 4
@@ -72,11 +72,9 @@ def forest(results: Results) -> Picture | None:
             axes.spines["left"].set_visible(False)
         used = [role for role in ROLES if any(results.role(a) == role for _, arms in blocks for a in arms)]
         handles = [Line2D([], [], color=STAND_IN[role], marker="o", linewidth=3, label=role) for role in used]
-        right.legend(handles=handles, loc="lower right", ncols=len(used), bbox_to_anchor=(1, 1.0), columnspacing=1.2)
-        right.set_title("")
-        right.set_title("Accuracy   better →", loc="left")
-        left.set_title("")
-        left.set_title("← better   Bits per byte", loc="left")
+        right.legend(
+            handles=handles, loc="lower right", ncols=len(used), bbox_to_anchor=(1.01, 0.985), columnspacing=1.2
+        )
         return inline(figure, "Forest plot of every arm's difference from its reference, with intervals")
 
 
@@ -318,6 +316,3 @@ def _uses(results: Results, arm, fit_id: str) -> bool:
 
 def _finite(kinds: dict[str, list[float]]) -> bool:
     return bool(np.isfinite(np.array([*kinds["keys"], *kinds["values"]], dtype=float)).any())
-
-
-__all__ = ["GRID", "explained_variance", "forest", "fusion_weights", "layer_similarity", "learning_curves"]

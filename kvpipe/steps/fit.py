@@ -1,0 +1,44 @@
+"""Fit step: the projectors of all arms that share a fit."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+
+from kvpipe import fit
+from kvpipe.batches import collate
+from kvpipe.capture import capture
+from kvpipe.cell import Workspace, save_projectors
+from kvpipe.models import has_weights
+from kvpipe.teacher import spread
+
+
+def make_fit(work: Workspace, fit_id: str) -> None:
+    """The projectors of all arms that share a fit."""
+    arm = work.dag.fit_arm(fit_id)
+    # the fit sees the true pairs also for arms that shuffle them in training
+    teachers = [work.aligned_teacher(arm.model_copy(update={"content": "own"}), t) for t in arm.teachers]
+    dst = work.student_encoding("train")
+    examples = spread(len(dst), arm.fit.examples)
+    length = int(dst.lengths[examples].max())
+    aligned = [teacher.aligned(examples, length) for teacher in teachers]
+    mask = torch.stack([a.mask for a in aligned]).all(0)
+    rows = [fit.Rows(a.keys[mask], a.values[mask]) for a in aligned]
+    student = None
+    if arm.fit.method == "ridge" and has_weights(work.paths.model(work.config.student)):
+        batch = collate(dst, examples, work.student_tokenizer.pad_token_id)
+        kv = capture(work.student(0), batch.input_ids, batch.attention_mask)
+        student = fit.Rows(
+            *(
+                rearrange(x, "layer batch head time dim -> batch time layer head dim")[mask]
+                for x in (kv.keys, kv.values)
+            )
+        )
+    projectors = work.new_projectors(arm, [teacher.layers for teacher in teachers])
+    report = fit.fit(projectors, rows, arm.fit, student)
+    document = {
+        "fit": work.dag.fit_spec(arm),
+        "rows": int(mask.sum()),
+        "explained_variance": dict(zip(arm.teachers, report.explained_variance, strict=True)),
+    }
+    save_projectors(work.paths.projector(fit_id), arm.teachers, projectors, document)

@@ -1,0 +1,77 @@
+"""Layer-map step: the similarity of the student's and a teacher's layers."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+
+from kvpipe import layermap
+from kvpipe.align.layer import StreamingCKA
+from kvpipe.batches import collate, schedule
+from kvpipe.capture import capture, kv_geometry
+from kvpipe.cell import Workspace
+from kvpipe.config import TimeConfig
+from kvpipe.losses import masked_mean, token_nll
+from kvpipe.models import has_weights, load_model, load_tokenizer
+from kvpipe.shapes import KV
+from kvpipe.teacher import AlignedTeacher, LiveRows, spread
+from kvpipe.timemap import build_time_map
+
+
+def make_layer_map(work: Workspace, teacher: str) -> None:
+    """CKA of every student layer with every teacher layer on token-aligned rows of validation examples.
+
+    A student from scratch has random layers, which resemble nothing: a copy is first trained for some steps on
+    cross-entropy alone (seed 0, training split), as a stand-in for what its layers become.
+    """
+    config = work.config.layer_map
+    reference = _reference_student(work)
+    folder = work.paths.model(teacher)
+    model, pad_id = load_model(folder), load_tokenizer(folder).pad_token_id
+    src = work.teacher_encoding(teacher, "validation", "student")
+    dst = work.student_encoding("validation")
+    time = build_time_map(TimeConfig(), src, dst)
+    layers = tuple(range(kv_geometry(model.config).layers))
+    live = LiveRows(model, src, layers, pad_id)
+    aligned = AlignedTeacher(teacher, live, src.offsets, dst.offsets, time)
+    examples = spread(len(dst), config.examples)
+    streams = {kind: StreamingCKA() for kind in layermap.KINDS}
+    rows = 0
+    for chunk in (
+        examples[i : i + work.config.store.batch_size] for i in range(0, len(examples), work.config.store.batch_size)
+    ):
+        batch = collate(dst, chunk, work.student_tokenizer.pad_token_id)
+        own = capture(reference, batch.input_ids, batch.attention_mask)
+        theirs = aligned.aligned(chunk, batch.input_ids.shape[1])
+        mask = batch.mask & theirs.mask
+        rows += int(mask.sum())
+        for kind in layermap.KINDS:
+            streams[kind].update(_student_rows(own, kind, mask), _teacher_rows(getattr(theirs, kind), mask))
+    similarity = {kind: stream.compute() for kind, stream in streams.items()}
+    layermap.write_layer_map(work.paths.layer_map(teacher), teacher, similarity, rows)
+
+
+def _student_rows(kv: KV, kind: str, mask: torch.Tensor) -> torch.Tensor:
+    x = rearrange(getattr(kv, kind), "layer batch head time dim -> layer batch time (head dim)")
+    return x[:, mask]
+
+
+def _teacher_rows(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return rearrange(x[mask], "row layer head dim -> layer row (head dim)")
+
+
+def _reference_student(work: Workspace):
+    model = work.student(seed=0)
+    steps = work.config.layer_map.warmup_steps
+    if has_weights(work.paths.model(work.config.student)) or steps == 0:
+        return model
+    encoding = work.student_encoding("train")
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=work.config.train.learning_rate, fused=True)
+    for examples in schedule(encoding.lengths, work.config.train.batch_size, steps, seed=0, by_length=True):
+        batch = collate(encoding, examples, work.student_tokenizer.pad_token_id)
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        masked_mean(token_nll(logits, batch.labels), batch.mask).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return model.eval()

@@ -1,0 +1,28 @@
+"""Teacher-KV step: a teacher's store, part by part."""
+
+from __future__ import annotations
+
+from kvpipe import store
+from kvpipe.capture import kv_geometry
+from kvpipe.cell import Workspace
+from kvpipe.models import load_config, load_model, load_tokenizer
+
+
+def make_shard(work: Workspace, teacher: str, reading, shard: int) -> None:
+    """One shard of a teacher's store."""
+    config = work.config.store
+    folder = work.paths.model(teacher)
+    model_config = load_config(folder)
+    encoding = work.teacher_encoding(teacher, "train", reading)
+    key = work.store_key(teacher, reading)
+    path = work.paths.shard(teacher, reading, shard)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    need = store.estimate_bytes(config, kv_geometry(model_config), len(key.layers), len(encoding.ids), key.top_logits)
+    store.check_budget(config, teacher, need, path.parent)
+    store.build_shard(load_model(folder), encoding, key, config, shard, path, load_tokenizer(folder).pad_token_id)
+
+
+def make_store_index(work: Workspace, teacher: str, reading) -> None:
+    """The index of a store whose shards are there."""
+    shards = [work.paths.shard(teacher, reading, i) for i in range(work.config.store.shards)]
+    store.write_index(work.paths.store(teacher, reading), work.store_key(teacher, reading), shards)

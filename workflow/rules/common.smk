@@ -1,0 +1,144 @@
+import json
+import os
+from pathlib import Path
+
+from kvpipe import config as configuration
+from kvpipe.dag import Dag, Paths, digest
+from kvpipe.provenance import code_hash
+
+# a file given with --configfile takes the place of the embedded experiment, it is not laid over it
+if not workflow.config_settings.configfiles:
+
+    configfile: "config/config.yaml"
+
+
+try:
+    PLAN = Dag(configuration.parse(config, origin=", ".join(map(str, workflow.configfiles)) or "configuration"))
+except configuration.ConfigError as error:
+    raise WorkflowError(str(error))
+
+PATHS = Paths(Path("results"))
+IMAGE = os.environ.get("KVPIPE_IMAGE", "containers/kvpipe.sif")
+SEEDS = PLAN.config.seeds
+
+# Jobs read the configuration from a file named by its content: a change of config.yaml while a run is
+# under way cannot reach jobs that start later.
+CONFIG_FILE = str(PATHS.root / "configs" / f"{digest(config, 16)}.json")
+
+
+def write_config():
+    path = Path(CONFIG_FILE)
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+
+write_config()
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# what every command has in common
+KVPIPE = "python -m kvpipe"
+COMMON = f"--config {CONFIG_FILE} --results {PATHS.root}"
+
+
+wildcard_constraints:
+    arm="|".join(PLAN.arms),
+    seed="|".join(map(str, SEEDS)),
+    model="|".join(PLAN.config.models),
+    teacher="|".join(PLAN.teachers) or "none",
+    reading="student|own",
+    shard=r"\d+",
+
+
+def manifest(name):
+    return str(PATHS.model(name) / "MANIFEST.json")
+
+
+def split_file(name):
+    return str(PATHS.data(name))
+
+
+def store_index(teacher, reading):
+    return str(PATHS.store(teacher, reading) / "index.json")
+
+
+# ---------------------------------------------------------------- params: what a step depends on beside its inputs
+def settings_of(step, *names):
+    """The part of the configuration that a step reads, for the given wildcards."""
+
+    def of(wildcards):
+        return PLAN.depends(step, **{name: wildcards[name] for name in names})
+
+    return of
+
+
+def code_of(step):
+    """Hash of the code behind a step."""
+    return code_hash(f"kvpipe.{step}")
+
+
+# ---------------------------------------------------------------- inputs
+def model_inputs(wildcards):
+    return [manifest(m) for m in PLAN.model_needs(wildcards.model)] + (
+        [split_file("train")] if PLAN.model_reads_data(wildcards.model) else []
+    )
+
+
+def teacher_inputs(teacher, reading):
+    files = [manifest(teacher), manifest(PLAN.config.student), split_file("train")]
+    if PLAN.store_needs_layer_map(teacher):
+        files.append(str(PATHS.layer_map(teacher)))
+    return files
+
+
+def shard_inputs(wildcards):
+    return teacher_inputs(wildcards.teacher, wildcards.reading)
+
+
+def index_inputs(wildcards):
+    """Shards are jobs of their own only when there are several."""
+    files = teacher_inputs(wildcards.teacher, wildcards.reading)
+    shards = PLAN.config.store.shards
+    if shards > 1:
+        files += [str(PATHS.shard(wildcards.teacher, wildcards.reading, i)) for i in range(shards)]
+    return files
+
+
+def arm_inputs(arm):
+    files = [manifest(t) for t in arm.teachers]
+    if PLAN.uses_store(arm):
+        files += [store_index(t, arm.time.text) for t in arm.teachers]
+    if PLAN.needs_layer_map(arm):
+        files += [str(PATHS.layer_map(t)) for t in arm.teachers]
+    return files
+
+
+def fit_inputs(wildcards):
+    return [manifest(PLAN.config.student), split_file("train"), *arm_inputs(PLAN.fit_arm(wildcards.fit))]
+
+
+def train_inputs(wildcards):
+    arm = PLAN.arm(wildcards.arm)
+    files = [manifest(PLAN.config.student), split_file("train"), split_file("validation"), *arm_inputs(arm)]
+    if PLAN.needs_fit(arm):
+        files.append(str(PATHS.projector(PLAN.fit_id(arm))))
+    return files
+
+
+def items_of(arms):
+    return [str(PATHS.items(a, s)) for a in arms for s in SEEDS]
+
+
+def histories_of(arms):
+    return [str(PATHS.cell(a, s) / f) for a in arms for s in SEEDS for f in ("history.jsonl", "cost.json")]
+
+
+def arm_cells(wildcards):
+    return items_of([wildcards.arm]) + histories_of([wildcards.arm])
+
+
+def judged_teachers():
+    """Teachers with weights that mean something."""
+    return [t for t in PLAN.teachers if PLAN.config.models[t].source != "random"]

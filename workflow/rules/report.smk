@@ -1,0 +1,73 @@
+rule audit:
+    input:
+        items_of(PLAN.arms),
+        histories_of(PLAN.arms),
+        split_file("train"),
+        split_file("test"),
+    output:
+        "results/audit.json",
+    params:
+        settings=settings_of("audit"),
+        code=code_of("audit"),
+    log:
+        "results/logs/audit.log",
+    benchmark:
+        "results/benchmarks/audit.tsv"
+    resources:
+        mem_mb=4000,
+        runtime=30,
+    shell:
+        "{KVPIPE} audit {COMMON} > {log} 2>&1"
+
+
+rule stats:
+    input:
+        items_of(PLAN.arms),
+        histories_of(PLAN.arms),
+        untrained="results/evaluate/untrained.parquet",
+    output:
+        "results/stats/arms.csv",
+        "results/stats/contrasts.csv",
+        "results/cost/arms.csv",
+        "results/cost/contrasts.csv",
+    params:
+        settings=settings_of("stats"),
+        code=code_of("tables"),
+    log:
+        "results/logs/stats.log",
+    benchmark:
+        "results/benchmarks/stats.tsv"
+    resources:
+        mem_mb=4000,
+        runtime=30,
+    shell:
+        "{KVPIPE} stats {COMMON} --untrained {input.untrained} > {log} 2>&1"
+
+
+rule report:
+    input:
+        "results/stats/arms.csv",
+        "results/stats/contrasts.csv",
+        "results/cost/arms.csv",
+        "results/audit.json",
+        "results/doctor.json",
+        items_of(PLAN.arms),
+        histories_of(PLAN.arms),
+        expand("results/arms/{arm}.csv", arm=PLAN.arms),
+        expand("results/projector/{fit}.json", fit=PLAN.fits),
+        expand("results/teacher_quality/{teacher}.parquet", teacher=judged_teachers()),
+        expand("results/layer_map/{teacher}.json", teacher=PLAN.mapped_teachers),
+    output:
+        report("results/report.html", caption="../report/report.rst", category="Report"),
+    params:
+        settings=settings_of("report"),
+        code=code_of("report.render"),
+    log:
+        "results/logs/report.log",
+    benchmark:
+        "results/benchmarks/report.tsv"
+    resources:
+        mem_mb=4000,
+        runtime=30,
+    shell:
+        "{KVPIPE} report {COMMON} --out {output} > {log} 2>&1"
