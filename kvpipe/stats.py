@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import special, stats
+from scipy import stats
 
 Method = Literal["calibrated", "percentile", "basic"]
 RESAMPLE_BLOCK = 1000
@@ -43,12 +43,16 @@ def crossed_bootstrap(
 
     - ``percentile``: quantiles of the resampled means, as `scipy.stats.bootstrap`. Far too narrow for few seeds.
     - ``basic``: the same reflected about the estimate.
-    - ``calibrated`` (default): the percentile interval of deviations scaled to the unbiased variance of the crossed
-      random-effects model, and mixed over the χ² of that variance's Satterthwaite degrees of freedom
-      (`variance_of_mean`), as Student's t mixes the normal. With one seed there is nothing to calibrate on: it is the
-      percentile interval, and covers the items only, not the seeds.
+    - ``calibrated`` (default): the resampled deviations, each rescaled to a draw of the variance of the mean under the
+      crossed random-effects model: every mean square of `variance_of_mean` times ``df / χ²(df)``, its fiducial
+      distribution (a generalised confidence interval, Weerahandi 1993). As Student's t does for the normal, it pays for
+      variances known from few seeds. With one seed there is nothing to calibrate on: it is the percentile interval, and
+      covers the items only, not the seeds.
 
-    Coverage of nominal 95% intervals by simulation (`tests/benchmarks/sim_coverage.py`; COVERAGE_SENTENCE).
+    By simulation (tests/benchmarks/sim_coverage.py; items 50 and 300, normal and skewed) the calibrated 95% interval
+    covers 95–97% at 10 seeds whatever the seeds' variance, and at 3 and 5 seeds where that variance counts; where it is
+    negligible beside the items', 3 and 5 seeds cost width (98%). Family-wise error stays below 5%. The percentile
+    interval covers 73–99%. One seed covers 93–95% if seeds do not differ, and as little as 10% if they do.
 
     p is the smallest 1 − confidence at which the interval excludes 0, so p < 0.05 exactly when the 95% interval does;
     it cannot go below ``2 / (n_resamples + 1)``.
@@ -106,8 +110,13 @@ def variance_of_mean(differences: ArrayLike) -> tuple[float, float]:
     Satterthwaite's. With one seed (item) only the item (seed) variance can be estimated; a single difference has none,
     and gives (NaN, 0).
     """
-    variance, df = _variances(_checked(differences, axes="seed item")[None])
-    return float(variance[0]), float(df[0])
+    differences = _checked(differences, axes="seed item")
+    if differences.size == 1:
+        return float("nan"), 0.0
+    squares, df = _mean_squares(differences[None])
+    total, known = _total(squares)[0], df > 0
+    spread = (squares[known, 0] ** 2 / df[known]).sum()
+    return float(total / differences.size), float(max(total**2 / spread if spread > 0 else 0, df[known].min()))
 
 
 def adjust(p_values: ArrayLike, method: Literal["bonferroni", "holm"]) -> NDArray[np.float64]:
@@ -209,52 +218,60 @@ def _counts(rng: np.random.Generator, n_resamples: int, n: int) -> NDArray[np.fl
     return np.bincount(draws.ravel(), minlength=n_resamples * n).reshape(n_resamples, n).astype(np.float64)
 
 
-def _variances(differences: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """`variance_of_mean` of every arm of ``(arm, seed, item)``."""
-    arms, seeds, items = differences.shape
-    if seeds == 1 or items == 1:
-        n = seeds * items
-        if n == 1:
-            return np.full(arms, np.nan), np.zeros(arms)
-        return differences.reshape(arms, n).var(axis=1, ddof=1) / n, np.full(arms, n - 1.0)
+def _mean_squares(differences: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean squares of seeds, items and rest ``(3, arm)`` of ``(arm, seed, item)``, and their degrees of freedom.
+
+    What a single seed or item leaves without degrees of freedom is 0; the other axis is then a plain sample variance.
+    """
+    _, seeds, items = differences.shape
     mean = differences.mean(axis=(1, 2), keepdims=True)
     rows, columns = differences.mean(axis=2, keepdims=True), differences.mean(axis=1, keepdims=True)
-    df_seed, df_item, df_rest = seeds - 1, items - 1, (seeds - 1) * (items - 1)
-    ms_seed = items * ((rows - mean) ** 2).sum(axis=(1, 2)) / df_seed
-    ms_item = seeds * ((columns - mean) ** 2).sum(axis=(1, 2)) / df_item
-    ms_rest = ((differences - rows - columns + mean) ** 2).sum(axis=(1, 2)) / df_rest
-    total = np.maximum(ms_seed + ms_item - ms_rest, np.maximum(ms_seed, ms_item))
-    spread = ms_seed**2 / df_seed + ms_item**2 / df_item + ms_rest**2 / df_rest
-    df = np.divide(total**2, spread, out=np.full(arms, float(df_rest)), where=spread > 0)
-    return total / (seeds * items), np.maximum(df, min(df_seed, df_item))
+    squares = np.stack(
+        [
+            items * ((rows - mean) ** 2).sum(axis=(1, 2)),
+            seeds * ((columns - mean) ** 2).sum(axis=(1, 2)),
+            ((differences - rows - columns + mean) ** 2).sum(axis=(1, 2)),
+        ]
+    )
+    df = np.array([seeds - 1.0, items - 1.0, (seeds - 1.0) * (items - 1.0)])
+    return squares / np.maximum(df, 1)[:, None], df
+
+
+def _total(squares: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Variance of the mean times seeds · items, with no component below 0."""
+    return np.maximum(squares[0] + squares[1] - squares[2], np.maximum(squares[0], squares[1]))
+
+
+def _rescaling(differences: NDArray[np.float64], deviations: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+    """Factors ``(arm, resample)`` from the bootstrap's own spread to draws of the standard error."""
+    squares, df = _mean_squares(differences)
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(2,)))
+    draws = np.stack([d / rng.chisquare(d, deviations.shape[1]) if d else np.zeros(deviations.shape[1]) for d in df])
+    total = _total(squares[:, :, None] * draws[:, None, :])
+    spread = deviations.std(axis=1, keepdims=True)
+    errors = np.sqrt(total / (differences.shape[1] * differences.shape[2]))
+    return np.divide(errors, spread, out=np.ones_like(errors), where=spread > 0)
 
 
 class _Bootstrap:
-    """Resampled deviations of all arms ``(arm, seed, item)``: their interval at any level, and the p that inverts it."""
+    """Resampled deviations of all arms ``(arm, seed, item)``, their interval at any level, and the p that inverts it."""
 
     def __init__(self, differences: NDArray[np.float64], n_resamples: int, seed: int, method: Method):
         self.estimates = differences.mean(axis=(1, 2))
-        self.deviations = np.sort(resampled_means(differences, n_resamples, seed) - self.estimates[:, None], axis=1)
+        deviations = resampled_means(differences, n_resamples, seed) - self.estimates[:, None]
         if method == "basic":
-            self.deviations = -self.deviations[:, ::-1]
-        self.df: NDArray[np.float64] | None = None
+            deviations = -deviations
         if method == "calibrated" and differences.shape[1] > 1:
-            variances, self.df = _variances(differences)
-            spread = self.deviations.std(axis=1)
-            ratio = np.divide(np.sqrt(variances), spread, out=np.ones_like(spread), where=spread > 0)
-            self.deviations *= ratio[:, None]
+            deviations = deviations * _rescaling(differences, deviations, seed)
+        self.deviations = np.sort(deviations, axis=1)
 
     def bounds(self, alpha: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Low and high of every arm at confidence 1 − `alpha`, one alpha for each arm."""
-        quantile = self._order_quantile if self.df is None else self._mixed_quantile
-        return self.estimates + quantile(alpha / 2), self.estimates + quantile(1 - alpha / 2)
+        return self.estimates + self._quantiles(alpha / 2), self.estimates + self._quantiles(1 - alpha / 2)
 
     def p(self) -> NDArray[np.float64]:
-        """The smallest alpha at which each interval excludes 0."""
+        """The smallest alpha at which each interval excludes 0, by bisection: wider levels include more."""
         floor, ceiling = 2 / (self.deviations.shape[1] + 1), 0.999
-        if self.df is not None:
-            above = 1 - self._mixed_share(-self.estimates) + (self.deviations == -self.estimates[:, None]).mean(axis=1)
-            return np.clip(2 * np.minimum(self._mixed_share(-self.estimates), above), floor, 1)
         inside, outside = np.full(len(self.estimates), floor), np.full(len(self.estimates), ceiling)
         always, ever = self._exclude(inside), self._exclude(outside)
         for _ in range(40):
@@ -267,7 +284,7 @@ class _Bootstrap:
         low, high = self.bounds(alpha)
         return (low > 0) | (high < 0)
 
-    def _order_quantile(self, share: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _quantiles(self, share: NDArray[np.float64]) -> NDArray[np.float64]:
         """One quantile of each arm's sorted deviations, linear between order statistics as in numpy."""
         position = share * (self.deviations.shape[1] - 1)
         below = np.floor(position).astype(int)
@@ -275,26 +292,3 @@ class _Bootstrap:
         arms = np.arange(len(self.estimates))
         start, stop = self.deviations[arms, below], self.deviations[arms, above]
         return start + (position - below) * (stop - start)
-
-    def _mixed_share(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
-        """P(deviation · sqrt(df / χ²) ≤ x) of every arm, exact over χ² and averaged over the deviations.
-
-        A normal deviation so divided is Student's t; a lumpy one of few seeds keeps its shape and gets t's tails.
-        """
-        assert self.df is not None
-        safe = np.where(x == 0, 1.0, x)[:, None]
-        beyond = special.chdtr(self.df[:, None], self.df[:, None] * (self.deviations / safe) ** 2)
-        negative = (beyond * (self.deviations < 0)).mean(axis=1)
-        positive = 1 - (beyond * (self.deviations > 0)).mean(axis=1)
-        return np.where(x < 0, negative, np.where(x > 0, positive, (self.deviations <= 0).mean(axis=1)))
-
-    def _mixed_quantile(self, share: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The quantile of the same, by bisection."""
-        assert self.df is not None
-        widest = np.abs(self.deviations[:, [0, -1]]).max(axis=1) * np.abs(special.stdtrit(self.df, share / 4)) + 1e-300
-        low, high = -widest, widest
-        for _ in range(60):
-            middle = (low + high) / 2
-            reached = self._mixed_share(middle) >= share
-            low, high = np.where(reached, low, middle), np.where(reached, middle, high)
-        return (low + high) / 2

@@ -220,11 +220,16 @@ def test_sign_flip_is_exact(rng):
 
 
 @pytest.mark.parametrize(
-    "seeds,items,seed_sd", [(1, 50, 0.0), (3, 50, 0.1), (3, 300, 0.1), (5, 50, 0.3), (10, 300, 0.1)]
+    "seeds,items,seed_sd", [(1, 300, 0.0), (3, 50, 0.5), (3, 300, 0.3), (5, 50, 0.5), (10, 50, 0.0), (10, 300, 0.1)]
 )
 def test_coverage_is_near_nominal(rng, seeds, items, seed_sd):
     rate = coverage(simulate(rng, 800, seeds, items, seed_sd), 500, "calibrated")
-    assert 0.925 <= rate <= 0.975 + 0.005  # 93–97% and two Monte Carlo standard errors
+    assert 0.93 - 0.01 <= rate <= 0.97 + 0.01  # 93–97% and Monte Carlo error
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_few_seeds_that_hardly_differ_cost_width_not_coverage(rng, seeds):
+    assert 0.95 <= coverage(simulate(rng, 800, seeds, 50, 0.0), 500, "calibrated") <= 0.995
 
 
 def test_few_seeds_of_large_variance_need_the_calibration(rng):
@@ -236,7 +241,8 @@ def test_few_seeds_of_large_variance_need_the_calibration(rng):
 
 
 def test_family_wise_error_is_controlled(rng):
-    rates = family_wise_error(family(rng, 300, 8, 3, 50, 0.1), 1000)
+    """Also where the seeds' variance dominates and there are three of them, which is hardest."""
+    rates = family_wise_error(family(rng, 300, 8, 3, 300, 0.3), 1000)
     assert rates["uncorrected"] > 0.10
     assert rates["holm"] <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / 300)
     assert rates["bonferroni"] <= rates["holm"]
