@@ -17,14 +17,14 @@ from torch import Tensor
 from kvpipe.capture import kv_geometry
 from kvpipe.config import Arm, Config, ScratchModel
 from kvpipe.dag import Dag, Paths
-from kvpipe.distill import Distiller, KVDistiller, LogitDistiller, RelationDistiller, TopLogits
+from kvpipe.distill import Distiller, KVDistiller, LogitDistiller, RelationDistiller, TopLogits, build_targets
 from kvpipe.encoding import Encoding, encode_records
 from kvpipe.fuse import build_fusion
 from kvpipe.layermap import LayerPlan, layer_plan
 from kvpipe.models import build_model, load_config, load_model, load_tokenizer, manifest_hash
 from kvpipe.project import Geometry, Projector, build_projector
 from kvpipe.records import Record, read_records
-from kvpipe.store import Store, StoreKey, forward_rows
+from kvpipe.store import GB, Store, StoreKey, forward_rows
 from kvpipe.teacher import AlignedTeacher, LiveRows, RowSource, StoredRows
 from kvpipe.timemap import build_time_map, derangement
 from kvpipe.tokens import common_prefix_positions
@@ -193,10 +193,11 @@ class Workspace:
         if arm.fuse.kind == "fixed":
             options = {"weights": arm.fuse.weights["default"]}
         hidden_size = load_config(self.paths.model(self.config.student)).hidden_size
+        projectors = self.projectors(arm, [teacher.layers for teacher in teachers])
+        frozen, room = arm.projector.mode == "frozen", self.config.train.hold_targets_gb * GB / len(teachers)
         return KVDistiller(
             arm,
-            teachers,
-            self.projectors(arm, [teacher.layers for teacher in teachers]),
+            [build_targets(t, p, frozen, room) for t, p in zip(teachers, projectors, strict=True)],
             build_fusion(arm.fuse.kind, n_teachers=len(teachers), hidden_size=hidden_size, **options),
             tasks,
             self.teacher_losses(arm),

@@ -453,6 +453,8 @@ class TrainConfig(Section):
     """Steps between validation losses (the learning curve)."""
     log_every: PositiveInt = 10
     """Steps between lines of history.jsonl."""
+    hold_targets_gb: Annotated[float, Field(ge=0)] = 1.0
+    """Targets of frozen projectors are computed once and held when they fit into this many GB; else batch by batch."""
     checkpoint_every: PositiveInt = 200
     """Steps between checkpoints."""
     lora: LoraConfig | None = None

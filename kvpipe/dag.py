@@ -225,7 +225,7 @@ class Dag:
         return {**self.fit_spec(self.fit_arm(fit)), "template": self.config.data.template.model_dump()}
 
     def _depends_train(self, arm: str) -> dict:
-        train = self.config.train.model_dump(exclude={"device", "threads", "log_every", "checkpoint_every"})
+        train = self.config.train.model_dump(exclude={"device", "threads", "checkpoint_every", "hold_targets_gb"})
         resolved = self.arm(arm)
         return {
             "arm": resolved.model_dump(exclude={"role", "label"}),

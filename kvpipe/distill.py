@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from einops import rearrange
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from kvpipe.batches import Batch
 from kvpipe.capture import Recorder
 from kvpipe.config import Arm, ScheduleConfig
-from kvpipe.fuse import Fusion, Targets
+from kvpipe.fuse import Fused, Fusion, collapse_report, entropy, mean_weights
+from kvpipe.fuse import Targets as TeacherCaches
 from kvpipe.losses import Schedule, kv_loss, logit_kd_loss, masked_mean, relation_loss, target_std
 from kvpipe.project import Projector
+from kvpipe.shapes import KV
 from kvpipe.teacher import AlignedTeacher
 
 
@@ -47,45 +51,102 @@ class Distiller(nn.Module):
         raise NotImplementedError
 
 
+class Targets(Protocol):
+    """Where one teacher's projected cache comes from, batch by batch."""
+
+    name: str
+
+    def fetch(self, examples: Int64[np.ndarray, "batch"], length: int) -> tuple[KV, Bool[Tensor, "batch time"]]:
+        """The cache in the student's shape, and where it has a target."""
+        ...
+
+
+class ProjectedTargets(nn.Module):
+    """Aligned and projected anew for every batch: the projector may train, and nothing is held in memory."""
+
+    def __init__(self, teacher: AlignedTeacher, projector: Projector):
+        super().__init__()
+        self.name, self.teacher, self.projector = teacher.name, teacher, projector
+
+    def fetch(self, examples: Int64[np.ndarray, "batch"], length: int) -> tuple[KV, Bool[Tensor, "batch time"]]:
+        """One batch."""
+        aligned = self.teacher.aligned(examples, length)
+        device = next(self.projector.parameters()).device
+        return self.projector(aligned.keys.to(device), aligned.values.to(device)), aligned.mask.to(device)
+
+
+class HeldTargets:
+    """The same for a frozen projector, computed once for all training examples: a step only gathers rows."""
+
+    CHUNK = 256
+
+    @torch.no_grad()
+    def __init__(self, targets: ProjectedTargets):
+        self.name = targets.name
+        self.offsets = targets.teacher.dst_offsets
+        lengths = np.diff(self.offsets)
+        rows: list[Tensor] = []
+        masks: list[Tensor] = []
+        for start in range(0, len(lengths), self.CHUNK):
+            examples = np.arange(start, min(start + self.CHUNK, len(lengths)))
+            kv, mask = targets.fetch(examples, int(lengths[examples].max()))
+            both = rearrange([kv.keys, kv.values], "kind layer batch head time dim -> batch time kind layer head dim")
+            inside = torch.arange(both.shape[1])[None] < torch.from_numpy(lengths[examples])[:, None]
+            rows.append(both.cpu()[inside])
+            masks.append(mask.cpu()[inside])
+        # the last row is what padding gathers: zeros, masked
+        self.rows = nn.functional.pad(torch.cat(rows), (0, 0, 0, 0, 0, 0, 0, 0, 0, 1))
+        self.masks = nn.functional.pad(torch.cat(masks), (0, 1))
+
+    @staticmethod
+    def bytes(teacher: AlignedTeacher, projector: Projector) -> int:
+        """Memory of the rows."""
+        g = projector.geometry
+        return int(teacher.dst_offsets[-1]) * 2 * g.dst_layers * g.dst_heads * g.dst_dim * 4
+
+    def fetch(self, examples: Int64[np.ndarray, "batch"], length: int) -> tuple[KV, Bool[Tensor, "batch time"]]:
+        """One batch."""
+        place = np.arange(length)[None] + self.offsets[examples][:, None]
+        inside = place < self.offsets[examples + 1][:, None]
+        index = torch.from_numpy(np.where(inside, place, len(self.rows) - 1))
+        both = rearrange(self.rows[index], "batch time kind layer head dim -> kind layer batch head time dim")
+        return KV(both[0], both[1]), self.masks[index]
+
+
+def build_targets(teacher: AlignedTeacher, projector: Projector, frozen: bool, room: float) -> Targets:
+    """Targets of one teacher, held in memory where the projector is frozen and they fit into `room` bytes."""
+    targets = ProjectedTargets(teacher, projector.requires_grad_(not frozen).train(not frozen))
+    return HeldTargets(targets) if frozen and HeldTargets.bytes(teacher, projector) <= room else targets
+
+
 class KVDistiller(Distiller):
     """Key and value matching against the fused, projected teachers."""
 
     def __init__(
         self,
         arm: Arm,
-        teachers: list[AlignedTeacher],
-        projectors: list[Projector],
+        targets: list[Targets],
         fusion: Fusion,
         tasks: np.ndarray,
         teacher_losses: Float[Tensor, "teacher example"],
     ):
         super().__init__()
-        self.arm, self.teachers, self.tasks, self.teacher_losses = arm, teachers, tasks, teacher_losses
-        self.projectors = nn.ModuleList(projectors)
+        self.arm, self.targets, self.tasks, self.teacher_losses = arm, targets, tasks, teacher_losses
+        self.projecting = nn.ModuleList(t for t in targets if isinstance(t, nn.Module))
         self.fusion = fusion
         self.needs_hidden = arm.fuse.kind == "learnable"
-        self.frozen = arm.projector.mode == "frozen"
-        for parameter in self.projectors.parameters():
-            parameter.requires_grad_(not self.frozen)
-        self.projectors.train(not self.frozen)
 
-    def forward(
-        self, batch: Batch, logits: Tensor, hidden: Tensor | None, recorder: Recorder, progress: tuple[int, int]
-    ):
+    def forward(self, batch: Batch, logits: Tensor, hidden: Tensor | None, recorder: Recorder, progress: tuple[int, int]):
         """Terms `k` and `v`, and `entropy` where it is weighted."""
         config, device = self.arm.loss, logits.device
-        length = batch.input_ids.shape[1]
-        projected, masks = [], []
-        with torch.set_grad_enabled(not self.frozen):
-            for teacher, projector in zip(self.teachers, self.projectors, strict=True):
-                aligned = teacher.aligned(batch.examples, length)
-                projected.append(projector(aligned.keys.to(device), aligned.values.to(device)))
-                masks.append(aligned.mask.to(device))
-            targets = Targets(torch.stack([p.keys for p in projected]), torch.stack([p.values for p in projected]))
+        fetched = [targets.fetch(batch.examples, batch.input_ids.shape[1]) for targets in self.targets]
         student = recorder.kv()
-        present = torch.stack(masks)
+        present = torch.stack([mask for _, mask in fetched]).to(device)
         fused = self.fusion(
-            targets,
+            TeacherCaches(
+                torch.stack([kv.keys for kv, _ in fetched]).to(device),
+                torch.stack([kv.values for kv, _ in fetched]).to(device),
+            ),
             present=present,
             tasks=list(self.tasks[batch.examples]),
             queries=recorder.queries() if self.arm.fuse.kind == "attention" else None,
@@ -94,7 +155,6 @@ class KVDistiller(Distiller):
         )
         mask = batch.mask & present.any(0)
         if config.skip_sink:
-            mask = mask.clone()
             mask[:, : config.skip_sink] = False
         layers = slice(None) if config.layers is None else list(config.layers)
         scale = "std" if config.scale == "std" else None
@@ -107,25 +167,25 @@ class KVDistiller(Distiller):
                 loss = kv_loss(own[layers], target[layers], mask, config.distance, scale)
                 terms[name] = Term(masked_mean(loss, mask), scheduled(weight, config.schedule, progress))
         if self.arm.fuse.entropy > 0:
-            terms["entropy"] = Term(-weight_entropy(fused.weights), self.arm.fuse.entropy)
+            terms["entropy"] = Term(-entropy(fused.weights, present), self.arm.fuse.entropy)
+        return Step(terms, lambda: self._watch(batch, fused, mask, present))
 
-        def watch() -> dict[str, float]:
-            with torch.no_grad():
-                out = {
-                    "target_std_k": target_std(fused.keys, mask).mean().item(),
-                    "target_std_v": target_std(fused.values, mask).mean().item(),
-                    "masked_share": 1 - (mask.sum() / batch.mask.sum()).item(),
-                }
-                names = self.tasks[batch.examples]
-                for task in sorted(set(names)):
-                    members = torch.from_numpy(names == task).to(device)
-                    shape = (*fused.weights.shape[:2], len(names), *fused.weights.shape[3:])
-                    chosen = fused.weights.expand(shape)[:, :, members]
-                    for teacher, weight in zip(self.teachers, chosen.mean((1, 2, 3, 4)), strict=True):
-                        out[f"weight/{task}/{teacher.name}"] = weight.item()
-            return out
-
-        return Step(terms, watch)
+    @torch.no_grad()
+    def _watch(self, batch: Batch, fused: Fused, mask: Tensor, present: Tensor) -> dict[str, float]:
+        out = {
+            # a falling one means that a trainable projector collapses
+            "target_std_k": target_std(fused.keys, mask).mean().item(),
+            "target_std_v": target_std(fused.values, mask).mean().item(),
+            "masked_share": 1 - (mask.sum() / batch.mask.sum()).item(),
+        }
+        if len(self.targets) > 1:
+            names = list(self.tasks[batch.examples])
+            for task, table in sorted(mean_weights(fused.weights, names, mask).items()):
+                for targets, weight in zip(self.targets, table.mean(0), strict=True):
+                    out[f"weight/{task}/{targets.name}"] = weight.item()
+            if self.arm.fuse.kind == "learnable":
+                collapse_report(fused.weights, present)
+        return out
 
 
 class LogitDistiller(Distiller):
@@ -198,10 +258,3 @@ class RelationDistiller(Distiller):
 def scheduled(weight: float, config: ScheduleConfig, progress: tuple[int, int]) -> float:
     """λ at a step; `final` of the config is a share of λ."""
     return Schedule(weight, config.kind, config.warmup, weight * config.final, config.until)(*progress)
-
-
-def weight_entropy(weights: Float[Tensor, "teacher layers batch heads times"]) -> Float[Tensor, ""]:
-    """Mean entropy of the fusion weights in nats, where some teacher is present."""
-    entropy = -(weights * weights.clamp(min=1e-12).log()).sum(0)
-    covered = weights.sum(0) > 0
-    return entropy[covered].mean()

@@ -226,6 +226,8 @@ class _Run:
         share = np.array_split(examples, parts)[self.accelerator.process_index :: self.accelerator.num_processes]
         whole = float(self.encoding.lengths[examples].sum())
         logged = step + 1 == self.config.steps or (step + 1) % self.config.log_every == 0
+        # gradients of single terms cost a backward pass each
+        watched_step = logged and (step + 1) % self.config.eval_every == 0
         values: dict[str, float] = {}
         watched: dict[str, float] = {}
         for number, micro in enumerate(share):
@@ -238,7 +240,9 @@ class _Run:
                 terms = {"ce": cross_entropy} | {name: term.value for name, term in added.terms.items()}
                 check_finite(terms, step)
                 if logged and last:
-                    watched = self._gradient_norms(cross_entropy, added) | added.watch()
+                    watched = added.watch()
+                if watched_step and last:
+                    watched |= self._gradient_norms(cross_entropy, added)
                 loss = cross_entropy + sum(
                     (term.value * term.weight for term in added.terms.values()), torch.zeros((), device=self.device)
                 )

@@ -15,14 +15,8 @@ from kvpipe.cell import Workspace
 
 ROLES = ("control", "experiment", "ablation", "baseline", "null")
 UNTRAINED = "untrained"
-LOWER_IS_BETTER = {
-    "bits_per_byte": True,
-    "log_perplexity": True,
-    "accuracy": False,
-    "tokens_to_control": True,
-    "train_seconds": True,
-    "peak_memory_bytes": True,
-}
+HIGHER_IS_BETTER = {"accuracy"}
+"""All other metrics are losses, sizes or times."""
 ARM_COLUMNS = ["arm", "metric", "task", "mean", "low", "high", "n_seeds", "n_items"]
 CONTRAST_COLUMNS = [
     *("arm", "reference", "metric", "task", "estimate", "low", "high", "low_corrected", "high_corrected"),
@@ -32,11 +26,12 @@ CONTRAST_COLUMNS = [
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its 95% interval; NaN where it could not be computed."""
+    """A mean over `n_seeds` seeds with its 95% interval; NaN where it could not be computed."""
 
     mean: float
     low: float
     high: float
+    n_seeds: int
 
     @property
     def known(self) -> bool:
@@ -77,7 +72,7 @@ class Contrast:
             return "missing"
         if self.low_corrected <= 0 <= self.high_corrected:
             return "undecided"
-        return "better" if (self.high_corrected < 0) == LOWER_IS_BETTER[self.metric] else "worse"
+        return "better" if (self.low_corrected > 0) == (self.metric in HIGHER_IS_BETTER) else "worse"
 
 
 @dataclass(frozen=True)
@@ -103,7 +98,7 @@ class Results:
     def arms(self) -> dict[tuple[str, str, str], Estimate]:
         """(arm, metric, task) → estimate."""
         table = self._tables("arms.csv", ARM_COLUMNS)
-        return {(r.arm, r.metric, r.task): Estimate(r.mean, r.low, r.high) for r in table.itertuples()}
+        return {(r.arm, r.metric, r.task): Estimate(r.mean, r.low, r.high, int(r.n_seeds)) for r in table.itertuples()}
 
     @cached_property
     def contrasts(self) -> dict[tuple[str, str, str, str], Contrast]:

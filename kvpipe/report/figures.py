@@ -185,29 +185,33 @@ def layer_similarity(results: Results) -> Picture | None:
     maps = results.layer_maps
     if not maps:
         return None
+    panels = [(teacher, document, kind) for teacher, document in maps.items() for kind in ("keys", "values")]
     widest = max(document["src_layers"] for document in maps.values())
-    cell = float(np.clip(3.4 / widest, 0.13, 0.52))
-    heights = [document["dst_layers"] * cell + 0.95 for document in maps.values()]
+    columns = 4 if widest <= 6 and len(panels) > 2 else 2
+    cell = float(np.clip((8.4 / columns - 0.3) / widest, 0.13, 0.42))
+    rows = ceil(len(panels) / columns)
     with styled():
-        figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
-        grid = figure.subplots(len(maps), 2, squeeze=False, height_ratios=heights)
-        image = None
-        for row, (teacher, document) in zip(grid, maps.items(), strict=True):
-            for axes, kind in zip(row, ("keys", "values"), strict=True):
-                matrix = np.array(document["similarity"][kind])
-                image = axes.pcolormesh(matrix, cmap="cividis", vmin=0, vmax=1, edgecolors="none")
-                _mark_layers(results, axes, teacher, kind)
-                if cell > 0.3:
-                    _annotate(axes, matrix)
-                axes.set_title(f"{teacher}: {kind}")
-                axes.set_aspect("equal")
-                axes.invert_yaxis()
-                axes.set_xticks(np.arange(matrix.shape[1]) + 0.5, range(matrix.shape[1]))
-                axes.set_yticks(np.arange(matrix.shape[0]) + 0.5, range(matrix.shape[0]))
-                axes.tick_params(length=0)
-                axes.set_xlabel("teacher layer")
-                axes.set_ylabel("student layer")
-        bar = figure.colorbar(image, ax=grid, shrink=0.6, aspect=25, pad=0.02)
+        height = rows * (max(document["dst_layers"] for document in maps.values()) * cell + 0.6) + 0.2
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for axes, (teacher, document, kind) in zip(grid.flat, panels, strict=False):
+            matrix = np.array(document["similarity"][kind])
+            image = axes.pcolormesh(matrix, cmap="cividis", vmin=0, vmax=1, edgecolors="none")
+            _mark_layers(results, axes, teacher, kind, cell)
+            if cell > 0.3:
+                _annotate(axes, matrix)
+            axes.set_title(f"{teacher}: {kind}")
+            axes.set_aspect("equal")
+            axes.invert_yaxis()
+            axes.set_xticks(np.arange(matrix.shape[1]) + 0.5, range(matrix.shape[1]))
+            axes.set_yticks(np.arange(matrix.shape[0]) + 0.5, range(matrix.shape[0]))
+            axes.tick_params(length=0)
+            axes.spines[:].set_visible(False)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_visible(False)
+        figure.supxlabel("teacher layer", size=8.5, color=INK)
+        figure.supylabel("student layer", size=8.5, color=INK)
+        bar = figure.colorbar(image, ax=grid, aspect=30, pad=0.02)
         bar.set_label("debiased linear CKA")
         bar.outline.set_visible(False)
         return inline(figure, "Similarity of student and teacher layers, with the chosen layers marked")
@@ -219,7 +223,7 @@ def _annotate(axes: Axes, matrix: np.ndarray) -> None:
                   color="#000000" if value > 0.55 else "#ffffff")  # fmt: skip
 
 
-def _mark_layers(results: Results, axes: Axes, teacher: str, kind: str) -> None:
+def _mark_layers(results: Results, axes: Axes, teacher: str, kind: str, cell: float) -> None:
     """Squares for layers chosen by similarity, a dot in the corner for proportional or listed ones."""
     chosen: dict[str, set[tuple[int, int]]] = {"square": set(), "dot": set()}
     for arm in results.dag.arms.values():
@@ -230,13 +234,14 @@ def _mark_layers(results: Results, axes: Axes, teacher: str, kind: str) -> None:
         mark = "square" if arm.layer.kind == "cka" else "dot"
         for layer, (index, beta) in enumerate(zip(plan.index[side].tolist(), plan.beta[side].tolist(), strict=True)):
             chosen[mark] |= {(layer, i) for i, b in zip(index, beta, strict=True) if b > 0}
+    # white on black, so that marks stand out on every colour of the map
+    unit = cell / 0.42
     for i, j in sorted(chosen["square"]):
-        axes.plot(
-            [j + 0.07, j + 0.93, j + 0.93, j + 0.07, j + 0.07], [i + 0.07, i + 0.07, i + 0.93, i + 0.93, i + 0.07],
-            color="#ff9d2e", linewidth=2, solid_joinstyle="miter",
-        )  # fmt: skip
+        x, y = [j + 0.08, j + 0.92, j + 0.92, j + 0.08, j + 0.08], [i + 0.08, i + 0.08, i + 0.92, i + 0.92, i + 0.08]
+        for colour, width in (("#000000", 3.4 * unit + 0.6), ("#ffffff", 1.8 * unit)):
+            axes.plot(x, y, color=colour, linewidth=width, solid_joinstyle="miter", solid_capstyle="projecting")
     for i, j in sorted(chosen["dot"]):
-        axes.plot([j + 0.82], [i + 0.2], color="#ffffff", marker="o", markersize=4.5,
+        axes.plot([j + 0.8], [i + 0.22], linestyle="", marker="o", markersize=5 * unit, markerfacecolor="#ffffff",
                   markeredgecolor="#000000", markeredgewidth=0.8)  # fmt: skip
 
 

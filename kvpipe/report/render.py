@@ -45,7 +45,6 @@ def write_report(work: Workspace, out: Path) -> None:
 def content(results: Results) -> dict[str, Any]:
     """Everything the template shows."""
     result_notes, task_notes = tables.Notes(), tables.Notes()
-    metrics = list(wording.METRIC_NAMES)
     weights = tables.fusion_weights(results)
     return {
         "version": __version__,
@@ -60,8 +59,8 @@ def content(results: Results) -> dict[str, Any]:
         "arms": tables.arm_rows(results),
         "sizes": tables.sizes(results),
         "training": training(results),
-        "metrics": [(m, wording.METRIC_NAMES[m], tables.UNITS[m]) for m in metrics],
-        "result_rows": tables.result_rows(results, metrics, "all", result_notes),
+        "metrics": [(wording.METRIC_NAMES[m], unit) for m, unit in tables.RESULT_COLUMNS.items()],
+        "result_rows": tables.result_rows(results, list(tables.RESULT_COLUMNS), "all", result_notes),
         "result_notes": result_notes.items(),
         "tasks": results.tasks,
         "task_rows": tables.task_rows(results, task_notes),

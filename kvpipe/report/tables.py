@@ -10,17 +10,21 @@ import numpy as np
 import pandas as pd
 
 from kvpipe.config import Arm
-from kvpipe.report.collect import LOWER_IS_BETTER, UNTRAINED, Results
+from kvpipe.report.collect import HIGHER_IS_BETTER, UNTRAINED, Results
 from kvpipe.report.wording import DASH, METRIC_NAMES, VERDICTS, number, p_value, shown, signed
 
-UNITS = {
-    "bits_per_byte": "bits",
+RESULT_COLUMNS = {
+    "bits_per_byte": "",
+    "bits_per_byte_all_text": "",
     "log_perplexity": "per token",
     "accuracy": "%",
     "tokens_to_control": "thousand tokens",
+    "validation_area": "nats per token",
     "train_seconds": "s",
     "peak_memory_bytes": "MB",
 }
+"""Metrics of the table per arm and their units."""
+UNTRAINED_METRICS = {"bits_per_byte", "bits_per_byte_all_text", "log_perplexity", "accuracy"}
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,7 @@ def _best(results: Results, metric: str, task: str) -> str | None:
     known = {arm: e.mean for arm, e in found.items() if e is not None and e.known}
     if not known:
         return None
-    return (min if LOWER_IS_BETTER[metric] else max)(known, key=lambda arm: known[arm])
+    return (max if metric in HIGHER_IS_BETTER else min)(known, key=lambda arm: known[arm])
 
 
 def _cell(results: Results, arm: str, metric: str, task: str, notes: Notes, best: bool) -> Cell:
@@ -141,19 +145,23 @@ def _cell(results: Results, arm: str, metric: str, task: str, notes: Notes, best
     interval = ""
     if isfinite(estimate.low) and isfinite(estimate.high):
         interval = f"{shown(metric, estimate.low)} to {shown(metric, estimate.high)}"
-    return Cell(shown(metric, estimate.mean), interval, best=best)
+    note, seeds = "", len(results.config.seeds)
+    if arm != UNTRAINED and estimate.n_seeds < seeds:
+        why = _reason(results, arm, metric, False)
+        note = notes.letter(f"Mean of {estimate.n_seeds} of {seeds} seeds. {why}")
+    return Cell(shown(metric, estimate.mean), interval, note, best)
 
 
 def _reason(results: Results, arm: str, metric: str, no_row: bool) -> str:
-    if arm == UNTRAINED and metric in ("tokens_to_control", "train_seconds", "peak_memory_bytes"):
-        return "The untrained student was not trained."
+    if arm == UNTRAINED and metric not in UNTRAINED_METRICS:
+        return "Not trained."
     missing = [] if arm == UNTRAINED else results.missing_seeds(arm)
     if missing:
         return f"{arm}: seed {', '.join(map(str, missing))} not finished."
     if no_row:
         return f"The statistics hold no {METRIC_NAMES[metric]} for this arm."
     if metric == "tokens_to_control":
-        return "At least one seed never reached the final validation loss of control."
+        return "The others, or all, never reached the final validation loss of control."
     return f"The statistics hold a missing value of {METRIC_NAMES[metric]} for this arm."
 
 
@@ -173,6 +181,7 @@ def contrast_rows(results: Results) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "metric": metric,
+                    "size": f"{c.n_seeds} × {c.n_items}",
                     "arm": c.arm,
                     "reference": c.reference,
                     "role": results.role(c.arm),

@@ -12,11 +12,14 @@ METRIC_NAMES = {
     "bits_per_byte": "bits per byte",
     "log_perplexity": "perplexity",
     "accuracy": "accuracy",
-    "tokens_to_control": "tokens to control’s final loss",
+    "tokens_to_control": "convergence",
+    "validation_area": "validation area",
     "train_seconds": "training time",
     "peak_memory_bytes": "peak memory",
+    "bits_per_byte_all_text": "bits per byte, all text",
+    "log_perplexity_all_text": "perplexity, all text",
 }
-VERDICTS = {"better": "better", "worse": "worse", "undecided": "no difference shown", "missing": "missing"}
+VERDICTS = {"better": "better", "worse": "worse", "undecided": "undecided", "missing": "missing"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def p_value(value: float) -> str:
 def scaled(metric: str, value: float) -> tuple[float, int]:
     """A metric in the unit that the report shows, and its digits."""
     match metric:
-        case "log_perplexity":
+        case "log_perplexity" | "log_perplexity_all_text":
             return exp(value), 3
         case "accuracy":
             return 100 * value, 1
@@ -62,7 +65,7 @@ def scaled(metric: str, value: float) -> tuple[float, int]:
         case "peak_memory_bytes":
             return value / 1e6, 0
         case _:
-            return value, 4 if metric == "bits_per_byte" else 3
+            return value, 3
 
 
 def shown(metric: str, value: float) -> str:
@@ -94,12 +97,22 @@ def difference(c: Contrast) -> str:
 def conclusions(results: Results) -> list[Statement]:
     """What the tables say, most important first. Every word follows from a corrected interval."""
     return [
+        *_fairness(results),
         *_full_against_control(results),
         *_nulls(results),
         *_components(results),
         *_baselines(results),
         *_speed(results),
     ]
+
+
+def _fairness(results: Results) -> list[Statement]:
+    checks = results.audit["checks"] if results.audit else []
+    found = sorted({check["name"] for check in checks if check["status"] != "ok"})
+    if not found:
+        return []
+    text = f"The audit found a breach of {listed(found)}; the details are below. Read every comparison with that in mind."
+    return [Statement("bad", "The comparison is not fair.", text)]
 
 
 def _full_against_control(results: Results) -> list[Statement]:
@@ -148,7 +161,7 @@ def _nulls(results: Results) -> list[Statement]:
         what = {"undecided": "does not differ from control", "worse": "is worse than control"}.get(
             c.verdict, "is better than control"
         )
-        lead = f"{name} {'stays null' if holds else 'does not stay null'}:"
+        lead = f"{name} {'shows no benefit' if holds else 'is not null'}:"
         out.append(Statement("good" if holds else "bad", lead, f"it {what}, {difference(c)}."))
     return out
 
@@ -205,10 +218,11 @@ def _speed(results: Results) -> list[Statement]:
     full, control = (results.arms.get((arm, "tokens_to_control", "all")) for arm in ("full", "control"))
     if full is None or control is None or not control.known:
         return []
-    if not full.known:
-        return [
-            Statement("neutral", "Convergence:", "full did not reach control’s final validation loss in every seed.")
-        ]
+    seeds = len(results.config.seeds)
+    if not full.known or full.n_seeds < seeds:
+        count = f"full reached control’s final validation loss in {full.n_seeds} of {seeds} seeds."
+        return [Statement("neutral", "Convergence:", count)]
     share = f"{100 * full.mean / control.mean:.0f}%"
-    text = f"full reaches control’s final validation loss after {full.mean / 1000:,.0f}k training tokens, {share} of control’s own."
+    tokens = f"{full.mean / 1000:,.0f} thousand training tokens"
+    text = f"full reaches control’s final validation loss after {tokens}, {share} of what control needs."
     return [Statement("good" if full.mean < control.mean else "neutral", "Convergence:", text)]

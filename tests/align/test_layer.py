@@ -69,6 +69,19 @@ def test_all_pairs_equal_the_definition(debiased, n):
     np.testing.assert_allclose(matrix.numpy(), np.array(expected), atol=1e-9)
 
 
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("debiased", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_rows_in_single_precision_equal_the_definition_to_1e6(debiased, dtype):
+    n = layer_module.SINGLE_ROWS + 9
+    common = torch.randn(n, 6)
+    dst, src = (common @ torch.randn(layers, 6, 40) + torch.randn(layers, n, 40) + 100 for layers in (DST, SRC))
+    dst[:, 3] *= 1e3  # a sink token
+    dst, src = dst.to(dtype), src.to(dtype)
+    expected = [[cka_by_definition(d.double(), s.double(), debiased) for s in src] for d in dst]
+    np.testing.assert_allclose(cka_matrix(dst, src, debiased=debiased).numpy(), np.array(expected), atol=1e-6)
+
+
 @pytest.mark.parametrize("debiased", [False, True])
 @pytest.mark.parametrize("n,p", [(4, 3), (5, 40), (50, 7), (12, 12)])
 def test_a_representation_is_like_itself(n, p, debiased):

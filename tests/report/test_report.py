@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
 
-from kvpipe import steps
+from kvpipe import data
 from kvpipe.cell import Workspace
 from kvpipe.config import load
 from kvpipe.dag import Paths
+from kvpipe.report import tables, wording
+from kvpipe.report.collect import Results
+from kvpipe.report.render import write_report
+from kvpipe.steps.models import make_model
+from kvpipe.tables import write_stats
 
 ROOT = Path(__file__).parents[2]
 METRICS = ["bits_per_byte", "log_perplexity", "accuracy", "tokens_to_control"]
@@ -26,14 +34,21 @@ CONTROL = {
     "train_seconds": 30.0,
     "peak_memory_bytes": 1.1e9,
 }
-EFFECT = {"experiment": -0.25, "null": 0.0, "baseline": -0.08, "control": 0.0, "ablation": -0.1}
+HALF = 0.03
+"""Half width of a 95% interval as a share of control's value; the corrected one is 1.6 times as wide."""
+SHIFT = {
+    "exp1": -0.12, "exp2": -0.14, "exp3": -0.1, "exp4": -0.2, "exp5": -0.22, "exp6": -0.17, "full": -0.3,
+    "logit-kd": -0.06, "relation": -0.02, "full-joint": 0.06, "null-shuffled": 0.08, "null-random": 0.01,
+    "null-control": -0.01, "misaligned": 0.2, "control": 0.0, "untrained": 3.0,
+}  # fmt: skip
+"""How an arm's score differs from control's, as a share of it; negative is better."""
 
 
-def workspace(root: Path, overrides: tuple[str, ...] = ()) -> Workspace:
-    sources = "[{kind: embedded, task: math, train: 40, validation: 9, test: 11}, {kind: embedded, task: code, train: 40, validation: 9, test: 11}]"
-    settings = [f"data.sources={sources}", f"models.math.path={ROOT}/config/embedded/math", *overrides]
-    settings.append(f"models.code.path={ROOT}/config/embedded/code")
-    return Workspace(load(ROOT / "config/config.yaml", settings), Paths(root))
+def workspace(root: Path, *overrides: str) -> Workspace:
+    tasks = [f"{{kind: embedded, task: {task}, train: 40, validation: 9, test: 11}}" for task in ("math", "code")]
+    settings = [f"data.sources=[{', '.join(tasks)}]", "stats.resamples=200"]
+    settings += [f"models.{name}.path={ROOT}/config/embedded/{name}" for name in ("math", "code")]
+    return Workspace(load(ROOT / "config/config.yaml", [*settings, *overrides]), Paths(root))
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -41,22 +56,20 @@ def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value))
 
 
-def fake_results(work: Workspace, text: str = "Ann has 3 & buys 4.\n#### 7\n") -> None:
+def fake_results(work: Workspace, text: str = "3 + 4 = 7.\n#### 7\n") -> None:
     """Real data and models; all later artefacts invented, in the formats of the steps that write them."""
     rng = np.random.default_rng(5)
-    if not work.paths.data("train").is_file():
-        steps.make_data(work)
-        for name in ("student", "math", "code"):
-            steps.make_model(work, name)
-    for random, like in (("math-random", "math"), ("code-random", "code")):
-        shutil.copytree(work.paths.model(like), work.paths.model(random), dirs_exist_ok=True)
+    data.build(work.config.data, work.paths.data("train").parent)
+    for name in ("student", "math", "code", "math-random", "code-random"):
+        make_model(work, name)
     fake_stats(work)
     ids = {r.id: r for r in work.records("test")}
+    hardness = rng.uniform(0.5, 1.5, len(ids))
     for arm, seed in work.dag.cells:
         fake_cell(work, arm, seed, rng)
-        fake_items(work.paths.items(arm, seed), ids, rng, text)
+        fake_items(work.paths.items(arm, seed), ids, 1 + SHIFT[arm], hardness, rng, text)
     for teacher in work.dag.teachers:
-        fake_items(work.paths.teacher_quality(teacher), ids, rng, text)
+        fake_items(work.paths.teacher_quality(teacher), ids, 0.4, hardness, rng, text)
         layers = {"math": 4, "code": 5}[teacher.removesuffix("-random")]
         similarity = {kind: rng.uniform(0, 0.9, (3, layers)).tolist() for kind in ("keys", "values")}
         document = {"teacher": teacher, "src_layers": layers, "dst_layers": 3, "rows": 50, "similarity": similarity}
@@ -74,76 +87,319 @@ def fake_results(work: Workspace, text: str = "Ann has 3 & buys 4.\n#### 7\n") -
     write_json(work.paths.root / "doctor.json", {"findings": [finding]})
 
 
-def fake_stats(work: Workspace, effect: dict[str, float] | None = None, nan: tuple[str, str] | None = None) -> None:
-    """`effect`: arm → shift of its score (negative is better); others by role. `nan`: (arm, metric) without value."""
-    shift = {name: EFFECT[arm.role] for name, arm in work.dag.arms.items()} | {"untrained": 3.0} | (effect or {})
-    shift |= {} if "misaligned" in (effect or {}) else {"misaligned": 0.2}
-    tasks = ["all", *(source.task for source in work.config.data.sources)]
+def fake_stats(work: Workspace, nan: tuple[str, str] | None = None, **shift: float) -> None:
+    """The tables as `shift` (arm with _ for -) has it; `nan`: an (arm, metric) without a value."""
+    share = SHIFT | {name.replace("_", "-"): value for name, value in shift.items()}
     for folder, metrics in ((work.paths.stats, METRICS), (work.paths.cost, COST)):
         arms, contrasts = [], []
         for metric in metrics:
-            sign = -1 if metric == "accuracy" else 1
-            for task in tasks if folder == work.paths.stats and metric != "tokens_to_control" else ["all"]:
-                for arm in ["untrained", *work.dag.arms]:
-                    if arm == "untrained" and metric not in METRICS[:3]:
-                        continue
-                    mean = CONTROL[metric] * (1 + sign * shift[arm])
-                    mean = math.nan if (arm, metric) == nan else max(mean, 0.0)
-                    arms.append([arm, metric, task, mean, mean * 0.96, mean * 1.04, 3, 22])
-                pairs = [(a, "control") for a in work.dag.arms if a != "control"]
-                pairs += [(a, "exp1") for a in ("exp2", "exp3", "exp4", "exp5", "exp6", "full")]
+            sign, scale = (-1 if metric == "accuracy" else 1), CONTROL[metric]
+            by_task = metric in METRICS[:3]
+            names = ["untrained", *work.dag.arms] if by_task else list(work.dag.arms)
+            pairs = [(a, "control") for a in work.dag.arms if a != "control"]
+            pairs += [(a, "exp1") for a in ("exp2", "exp3", "exp4", "exp5", "exp6", "full")]
+            for task in ["all", "math", "code"] if by_task else ["all"]:
+                for arm in names:
+                    mean = math.nan if (arm, metric) == nan else max(scale * (1 + sign * share[arm]), 0.0)
+                    arms.append([arm, metric, task, mean, mean * 0.96, mean * 1.04, 0 if mean != mean else 3, 22])
                 for arm, reference in pairs:
-                    d = sign * CONTROL[metric] * (shift[arm] - shift[reference])
-                    d = math.nan if (arm, metric) == nan else d
-                    w = 0.03 * CONTROL[metric]
-                    p = 0.0002 if abs(d) > 1.6 * w else 0.4
-                    row = [arm, reference, metric, task, d, d - w, d + w, d - 1.6 * w, d + 1.6 * w, p]
-                    contrasts.append([*row, min(1, 20 * p), min(1, 14 * p), -1.2, 0.04 * CONTROL[metric], 3, 22])
+                    d = math.nan if (arm, metric) == nan else sign * scale * (share[arm] - share[reference])
+                    half = HALF * scale
+                    p = math.nan if d != d else 0.0002 if abs(d) > 1.6 * half else 0.4
+                    row = [arm, reference, metric, task, d, d - half, d + half, d - 1.6 * half, d + 1.6 * half, p]
+                    contrasts.append([*row, min(1, 20 * p), min(1, 14 * p), d / scale * 4, 0.04 * scale, 3, 22])
         folder.mkdir(parents=True, exist_ok=True)
         columns = ["arm", "metric", "task", "mean", "low", "high", "n_seeds", "n_items"]
         pd.DataFrame(arms, columns=columns).to_csv(folder / "arms.csv", index=False)
-        columns = [
-            "arm",
-            "reference",
-            "metric",
-            "task",
-            "estimate",
-            "low",
-            "high",
-            "low_corrected",
-            "high_corrected",
-            "p",
-        ]
-        columns += ["p_bonferroni", "p_holm", "effect_size", "mde", "n_seeds", "n_items"]
+        columns = ["arm", "reference", "metric", "task", "estimate", "low", "high", "low_corrected", "high_corrected"]
+        columns += ["p", "p_bonferroni", "p_holm", "effect_size", "mde", "n_seeds", "n_items"]
         pd.DataFrame(contrasts, columns=columns).to_csv(folder / "contrasts.csv", index=False)
 
 
-def fake_cell(work: Workspace, arm_name: str, seed: int, rng: np.random.Generator) -> None:
-    arm, folder = work.dag.arms[arm_name], work.paths.cell(arm_name, seed)
+def fake_cell(work: Workspace, name: str, seed: int, rng: np.random.Generator) -> None:
+    arm, folder = work.dag.arms[name], work.paths.cell(name, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    final = 0.9 * (1 + EFFECT[arm.role] * (arm_name != "null-control")) + rng.uniform(0, 0.04)
     lines = []
     for step in range(0, 401, 25):
-        loss = final + 5 * math.exp(-step / 60) + rng.uniform(0, 0.02)
+        loss = (0.9 + 5 * math.exp(-step / 60)) * (1 + SHIFT[name]) + rng.uniform(0, 0.03)
         lines.append({"step": step, "tokens": 1250 * step, "validation_loss": loss})
         if step:
-            weights = rng.dirichlet(np.ones(len(arm.teachers))) * 0.95 if arm.teachers else []
             weight = {
-                f"weight/{t}/{m}": w for t in ("math", "code") for m, w in zip(arm.teachers, weights, strict=True)
+                f"weight/{task}/{teacher}": share * 0.95  # a twentieth of the positions is masked
+                for task, table in (("math", (0.7, 0.3)), ("code", (0.2, 0.8)))
+                for teacher, share in zip(arm.teachers, table if len(arm.teachers) == 2 else (1.0,), strict=False)
             }
             lines.append({"step": step, "tokens": 1250 * step, "ce": loss, "grad_norm": 1.0, **weight})
     (folder / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     provenance = {"git_commit": "abc123", "packages": {"torch": "2.13.0"}, "python": "3.11", "container": None}
-    provenance |= {"arm": arm_name, "seed": seed, "host": "node1", "device": "cpu", "config_hash": "591f1e78"}
+    provenance |= {"arm": name, "seed": seed, "host": "node1", "device": "cpu", "config_hash": "591f1e78"}
     cost = {"train_seconds": 30.5, "peak_memory_bytes": 1.2e9, "steps": 400, "tokens": 502598, "padding_share": 0.004}
     write_json(folder / "cost.json", {**cost, "restarts": 0, "provenance": provenance})
 
 
-def fake_items(path: Path, records: dict, rng: np.random.Generator, text: str) -> None:
+def fake_items(path: Path, records: dict, share: float, hardness: np.ndarray, rng, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [
-        {"id": i, "task": r.task, "nll": rng.uniform(5, 20), "tokens": 30, "bytes": 60, "correct": bool(rng.integers(2)),
-         "prediction": "7", "text": text, "reference": r.answer}
-        for i, r in records.items()
-    ]  # fmt: skip
-    pd.DataFrame(rows).to_parquet(path)
+    nll = 25 * share * hardness * rng.uniform(0.85, 1.15, len(hardness))
+    frame = pd.DataFrame({"id": list(records), "task": [r.task for r in records.values()], "nll": nll})
+    frame = frame.assign(tokens=30, bytes=60, nll_all=nll * 2, tokens_all=70, bytes_all=150, text=text, prediction="7")
+    frame["correct"] = rng.uniform(0, 1, len(nll)) > 0.65 * share * hardness
+    frame["reference"] = [r.answer for r in records.values()]
+    frame.to_parquet(path)
+
+
+# ---------------------------------------------------------------- fixtures
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("results")
+    fake_results(workspace(root))
+    return root
+
+
+@pytest.fixture
+def work(finished, tmp_path) -> Workspace:
+    """A copy that a test may change."""
+    shutil.copytree(finished, tmp_path / "results", symlinks=True)
+    return workspace(tmp_path / "results")
+
+
+def report(work: Workspace) -> str:
+    out = work.paths.root / "report.html"
+    write_report(workspace(work.paths.root), out)
+    return out.read_text(encoding="utf-8")
+
+
+def leads(work: Workspace) -> dict[str, str]:
+    """Lead of every conclusion → its tone."""
+    return {s.lead: s.tone for s in wording.conclusions(Results(workspace(work.paths.root)))}
+
+
+class Page(HTMLParser):
+    """Checks that elements nest, and collects tags, attributes and text."""
+
+    VOID = frozenset({"meta", "br", "link", "img", "hr", "input", "path", "use", "rect"})
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.words = [], [], [], []
+        self.feed(text)
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing, line {self.getpos()}"
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+# ---------------------------------------------------------------- the page
+def test_page_is_whole_small_and_self_contained(work):
+    text = report(work)
+    page = Page(text)
+    assert len(text.encode()) < 3_000_000
+    assert page.tags.count("svg") >= 7
+    for forbidden in ("http:", "https:", "<script", "<link", "@import", "url(http", "/tmp", str(ROOT)):
+        assert forbidden not in text, forbidden
+    links = [value for name, value in page.attributes if name in ("href", "src", "xlink:href")]
+    ids = {value for name, value in page.attributes if name == "id"}
+    assert links
+    assert all(link.startswith("#") and link[1:] in ids for link in links), set(links) - {f"#{i}" for i in ids}
+    assert "incomplete" not in page.text
+    assert "nan" not in re.findall(r"[a-z]+", page.text.lower())
+    assert "None" not in page.text
+    for arm in work.dag.arms:
+        assert page.text.count(arm) > 3, arm
+
+
+def test_page_is_the_same_every_time(work):
+    assert report(work) == report(work)
+
+
+def test_generated_text_is_escaped(tmp_path):
+    work = workspace(tmp_path)
+    fake_results(work, text='<script>alert("x")</script><b>&amp; $x^2$ {{ 7 * 7 }}\x00')
+    text = report(work)
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(" in text
+    assert "&amp;amp; $x^2$ {{ 7 * 7 }}" in text
+    Page(text)
+
+
+def test_hostile_title_and_labels_are_escaped(work):
+    work = workspace(work.paths.root, "title=<img src=x>", 'arms.exp1.label="><i>')
+    out = work.paths.root / "report.html"
+    write_report(work, out)
+    assert "<img" not in out.read_text(encoding="utf-8")
+    assert "<i>" not in out.read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------- conclusions follow the tables
+def test_full_better(work):
+    found = leads(work)
+    assert found["full beats control."] == "good"
+    assert found["null-shuffled shows no benefit:"] == "good"  # worse than control is no benefit
+    assert found["null-control shows no benefit:"] == "good"
+
+
+def test_full_undecided_says_so(work):
+    fake_stats(work, full=-0.04)  # inside the corrected interval (1.6 · 0.03), outside the plain one
+    found = leads(work)
+    assert found["full is not shown to beat control."] == "neutral"
+    assert "full beats control." not in report(work)
+
+
+def test_full_worse_says_so(work):
+    fake_stats(work, full=0.2)
+    assert leads(work)["full is worse than control."] == "bad"
+    assert leads(work)["Accuracy is worse."] == "bad"
+
+
+def test_null_that_helps_is_called_out(work):
+    fake_stats(work, null_shuffled=-0.1)
+    assert leads(work)["null-shuffled is not null:"] == "bad"
+
+
+def test_control_under_other_seeds_must_not_differ_either_way(work):
+    for shift in (-0.1, 0.1):
+        fake_stats(work, null_control=shift)
+        assert leads(work)["null-control is not null:"] == "bad"
+
+
+def test_numbers_are_those_of_the_tables(work):
+    text = Page(report(work)).text
+    assert "0.420 against 0.600 bits per byte: −0.180 bits per byte (corrected interval −0.209 to −0.151, Holm p 0.0028)" in text
+    ratio = [f"{math.exp(-0.27 + d):.3f}" for d in (0, -1.6 * 0.027, 1.6 * 0.027)]
+    assert f"control’s × {ratio[0]} (corrected interval × {ratio[1]} to × {ratio[2]}" in text
+    assert "+10.5 points" in text
+    assert "350 thousand training tokens, 70% of what control needs" in text
+    assert "cannot go below p = 0.25" in text
+
+
+def test_breach_of_fairness_comes_first(work):
+    check = {"name": "tokens", "status": "allowed", "detail": "differ by 9%"}
+    write_json(work.paths.root / "audit.json", {"checks": [check]})
+    assert next(iter(leads(work))) == "The comparison is not fair."
+
+
+# ---------------------------------------------------------------- what is missing is shown
+def test_missing_value_is_a_dash_with_its_reason(work):
+    fake_stats(work, nan=("exp3", "tokens_to_control"))
+    results, notes = Results(workspace(work.paths.root)), tables.Notes()
+    rows = {row["name"]: row["cells"] for row in tables.result_rows(results, ["tokens_to_control"], "all", notes)}
+    assert rows["exp3"][0].text == wording.DASH
+    assert "never reached" in dict(notes.items())[rows["exp3"][0].note]
+    assert rows["exp2"][0].note == ""
+    assert "Not trained." in dict(notes.items())[rows["untrained"][0].note]
+    report(work)
+
+
+def test_missing_contrast_is_not_a_conclusion(work):
+    fake_stats(work, nan=("full", "bits_per_byte"))
+    assert leads(work)["full against control: no result."] == "missing"
+    assert "no result" in report(work)
+
+
+def test_missing_cells_and_checks_are_named(work):
+    shutil.rmtree(work.paths.cell("exp2", 1))
+    work.paths.items("null-random", 2).unlink()
+    work.paths.teacher_quality("code").unlink()
+    for name in ("audit.json", "doctor.json"):
+        (work.paths.root / name).unlink()
+    text = Page(report(work)).text
+    assert "2 of 45 cells are not finished: exp2/seed1, null-random/seed2." in text
+    assert "Teacher quality was not measured for code." in text
+    assert "audit.json) is absent" in text
+    assert "doctor.json) are absent" in text
+
+
+def test_bare_statistics_are_enough(work):
+    for name in ("train", "evaluate", "teacher_quality", "layer_map", "projector", "teacher_kv", "cost"):
+        shutil.rmtree(work.paths.root / name)
+    for name in ("audit.json", "doctor.json"):
+        (work.paths.root / name).unlink()
+    text = Page(report(work)).text
+    assert "45 of 45 cells are not finished" in text
+    assert "full beats control." in text
+    for absence in ("No cell has a history yet", "No fit has been made", "No store was built", "No layer map was made"):
+        assert absence in text
+
+
+def test_missing_statistics_are_an_error(work):
+    (work.paths.stats / "contrasts.csv").unlink()
+    with pytest.raises(FileNotFoundError, match=r"contrasts\.csv is missing: run `kvpipe stats`"):
+        report(work)
+
+
+def test_missing_column_is_an_error(work):
+    path = work.paths.stats / "contrasts.csv"
+    pd.read_csv(path).drop(columns="high_corrected").to_csv(path, index=False)
+    with pytest.raises(ValueError, match="high_corrected"):
+        report(work)
+
+
+# ---------------------------------------------------------------- parts
+def test_fusion_weights_are_shares(work):
+    found = tables.fusion_weights(Results(work)).set_index(["arm", "task"])
+    assert found.loc[("full", "math"), ["math", "code"]].tolist() == pytest.approx([0.7, 0.3])
+    assert found.loc[("full", "code"), ["math", "code"]].tolist() == pytest.approx([0.2, 0.8])
+    assert "exp1" not in found.index.get_level_values("arm")
+
+
+def test_changed_components_are_marked(work):
+    rows = {row["name"]: row["parts"] for row in tables.arm_rows(Results(work))}
+    assert [text for text, changed in rows["exp2"] if changed] == ["elastic, frozen", "reconstruct"]
+    assert [text for text, changed in rows["null-control"] if changed] == []
+    assert [text for text, changed in rows["null-shuffled"] if changed] == ["math, code (shuffled)"]
+
+
+def test_samples_are_the_first_items_whatever_came_out(work):
+    from kvpipe.report.render import SAMPLES_PER_TASK, samples
+
+    shown = [s["record"].id for s in samples(Results(work))]
+    expected = [[r.id for r in work.records("test") if r.task == task][:SAMPLES_PER_TASK] for task in ("math", "code")]
+    assert shown == sum(expected, [])
+
+
+def test_two_commits_are_both_shown(work):
+    path = work.paths.cell("exp1", 0) / "cost.json"
+    cost = json.loads(path.read_text())
+    cost["provenance"]["git_commit"] = "def456"
+    write_json(path, cost)
+    assert "abc123 · def456" in Page(report(work)).text
+
+
+def test_report_of_the_real_statistics(work):
+    """The tables as the statistics step writes them are understood, with a missing cell."""
+    shutil.rmtree(work.paths.cell("exp5", 2))
+    work.paths.items("exp5", 2).unlink()
+    write_stats(work.dag, work.paths, work.paths.items("control", 0))
+    text = Page(report(work)).text
+    assert "full beats control." in text
+    assert "exp5/seed2" in text
+    assert "Mean of 2 of 3 seeds. exp5: seed 2 not finished." in text
+
+
+def test_numbers_as_text():
+    assert wording.number(-0.12345) == "−0.123"
+    assert wording.number(math.nan) == wording.DASH
+    assert wording.number(-math.inf) == "−∞"
+    assert wording.signed(0.5, 1) == "+0.5"
+    assert wording.p_value(0.00001) == "<0.0001"
+    assert wording.shown("log_perplexity", math.log(2)) == "2.000"
+    assert wording.shown("accuracy", 0.256) == "25.6"
+    assert wording.listed(["a", "b", "c"]) == "a, b and c"
