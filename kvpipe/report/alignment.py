@@ -44,10 +44,11 @@ def token_alignment(results: Results) -> list[TokenPicture]:
     record = next(r for r in results.work.records("validation") if r.task == results.tasks[0])
     mode = _mode(results)
     student = results.work.student_tokenizer
-    return [
-        TokenPicture(teacher, record.id, mode, _draw(results, record, load_tokenizer(results.paths.model(teacher)), student, teacher, mode))
-        for teacher in teachers
-    ]  # fmt: skip
+    out = []
+    for teacher in teachers:
+        tokenizer = load_tokenizer(results.paths.model(teacher))
+        out.append(TokenPicture(teacher, record.id, mode, _draw(results, record, tokenizer, student, teacher, mode)))
+    return out
 
 
 def _mode(results: Results) -> Mode:

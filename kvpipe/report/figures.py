@@ -57,15 +57,12 @@ def forest(results: Results) -> Picture | None:
             y += 0.4
         left.set_yticks(ticks, labels)
         left.set_ylim(y - 0.9, -0.7)
-        for axes, title, unit, better in (
-            (left, "Bits per byte", "difference in bits per byte", "← better"),
-            (right, "Accuracy", "difference in percentage points", "better →"),
+        for axes, title, unit in (
+            (left, "Bits per byte (left is better)", "difference in bits per byte"),
+            (right, "Accuracy (right is better)", "difference in percentage points"),
         ):
             axes.axvline(0, color=SOFT, linewidth=1, zorder=0)
             axes.set_title(title)
-            axes.set_title(
-                better, loc="right" if better.startswith("b") else "center", weight="normal", color=SOFT, size=8
-            )
             axes.set_xlabel(unit)
             axes.grid(axis="x", zorder=-1)
             axes.tick_params(axis="y", length=0)
@@ -298,7 +295,7 @@ def explained_variance(results: Results) -> Picture | None:
         teachers = results.dag.teachers
         for axes, (fit_id, document) in zip(grid.flat, fits.items(), strict=False):
             users = [name for name, arm in results.dag.arms.items() if _uses(results, arm, fit_id)]
-            axes.set_title(textwrap.fill(", ".join(users), 42), weight="bold", size=8.5)
+            axes.set_title(textwrap.fill(", ".join(users), 38), weight="bold", size=8.5)
             for teacher, kinds in document["explained_variance"].items():
                 for kind, dashes, marker in (("keys", DASHES[1], "o"), ("values", "-", "s")):
                     values = np.array(kinds[kind], dtype=float)

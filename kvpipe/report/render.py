@@ -68,6 +68,7 @@ def content(results: Results) -> dict[str, Any]:
         "forest": figures.forest(results),
         "contrast_rows": tables.contrast_rows(results),
         "metric_names": wording.METRIC_NAMES,
+        "p_floor": 2 / (results.config.stats.resamples + 1),
         "sign_flip_floor": 2 / 2 ** len(results.config.seeds),
         "curves": figures.learning_curves(results),
         "similarity": figures.layer_similarity(results),

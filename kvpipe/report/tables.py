@@ -147,8 +147,9 @@ def _cell(results: Results, arm: str, metric: str, task: str, notes: Notes, best
         interval = f"{shown(metric, estimate.low)} to {shown(metric, estimate.high)}"
     note, seeds = "", len(results.config.seeds)
     if arm != UNTRAINED and estimate.n_seeds < seeds:
-        why = _reason(results, arm, metric, False)
-        note = notes.letter(f"Mean of {estimate.n_seeds} of {seeds} seeds. {why}")
+        missing = results.missing_seeds(arm)
+        why = f"{arm}: seed {', '.join(map(str, missing))} not finished" if missing else "the others never reached it"
+        note = notes.letter(f"Mean of {estimate.n_seeds} of {seeds} seeds: {why}.")
     return Cell(shown(metric, estimate.mean), interval, note, best)
 
 
@@ -161,7 +162,7 @@ def _reason(results: Results, arm: str, metric: str, no_row: bool) -> str:
     if no_row:
         return f"The statistics hold no {METRIC_NAMES[metric]} for this arm."
     if metric == "tokens_to_control":
-        return "The others, or all, never reached the final validation loss of control."
+        return "No seed reached the final validation loss of control."
     return f"The statistics hold a missing value of {METRIC_NAMES[metric]} for this arm."
 
 

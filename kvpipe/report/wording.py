@@ -111,7 +111,9 @@ def _fairness(results: Results) -> list[Statement]:
     found = sorted({check["name"] for check in checks if check["status"] != "ok"})
     if not found:
         return []
-    text = f"The audit found a breach of {listed(found)}; the details are below. Read every comparison with that in mind."
+    text = (
+        f"The audit found a breach of {listed(found)}; the details are below. Read every comparison with that in mind."
+    )
     return [Statement("bad", "The comparison is not fair.", text)]
 
 
