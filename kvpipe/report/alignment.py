@@ -95,7 +95,7 @@ def _line_starts(shared: set[int], length: int) -> list[tuple[int, int]]:
     return lines
 
 
-def _token(axes: Axes, start: float, stop: float, y: float, text: str, colour: str) -> None:
+def _token(axes: Axes, start: int, stop: int, y: float, text: str, colour: str) -> None:
     axes.add_patch(
         FancyBboxPatch(
             (start + 0.08, y - 0.4), stop - start - 0.16, 0.8, boxstyle="round,pad=0,rounding_size=0.18",

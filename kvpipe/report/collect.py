@@ -175,8 +175,10 @@ class Results:
 
     @cached_property
     def fits(self) -> dict[str, dict[str, Any]]:
-        """Explained variance of the fits that are done."""
-        return self._documents({f: self.paths.projector(f).parent / f"{f}.json" for f in self.dag.fits})
+        """Explained variance of the fits that are done, in the order of the arms that use them."""
+        arms = [self.dag.arms[name] for name in self.arm_order]
+        names = dict.fromkeys(self.dag.fit_id(arm) for arm in arms if self.dag.needs_fit(arm))
+        return self._documents({name: self.paths.projector(name).parent / f"{name}.json" for name in names})
 
     @cached_property
     def stores(self) -> dict[tuple[str, str], dict[str, Any]]:

@@ -36,9 +36,9 @@ def forest(results: Results) -> Picture | None:
     if not rows:
         return None
     with styled():
-        figure = Figure(figsize=(WIDTH, 0.235 * rows + 0.95))
+        figure = Figure(figsize=(WIDTH, 0.235 * rows + 1.2))
         left, right = figure.subplots(1, 2, sharey=True)
-        figure.subplots_adjust(left=0.135, right=0.995, top=1 - 0.32 / figure.get_figheight(), wspace=0.06)
+        figure.subplots_adjust(left=0.135, right=0.995, top=1 - 0.57 / figure.get_figheight(), wspace=0.06)
         figure.subplots_adjust(bottom=0.55 / figure.get_figheight())
         ticks, labels, y = [], [], 0.0
         for reference, arms in blocks:
@@ -69,9 +69,7 @@ def forest(results: Results) -> Picture | None:
             axes.spines["left"].set_visible(False)
         used = [role for role in ROLES if any(results.role(a) == role for _, arms in blocks for a in arms)]
         handles = [Line2D([], [], color=STAND_IN[role], marker="o", linewidth=3, label=role) for role in used]
-        right.legend(
-            handles=handles, loc="lower right", ncols=len(used), bbox_to_anchor=(1.01, 0.985), columnspacing=1.2
-        )
+        figure.legend(handles=handles, loc="upper right", ncols=len(used), columnspacing=1.6, borderaxespad=0)
         return inline(figure, "Forest plot of every arm's difference from its reference, with intervals")
 
 

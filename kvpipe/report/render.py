@@ -10,6 +10,7 @@ from jinja2 import Environment, StrictUndefined
 
 from kvpipe import __version__
 from kvpipe.cell import Workspace
+from kvpipe.records import render
 from kvpipe.report import figures, tables, wording
 from kvpipe.report.alignment import token_alignment
 from kvpipe.report.collect import ROLES, Results
@@ -81,6 +82,7 @@ def content(results: Results) -> dict[str, Any]:
         "samples_seed": results.config.seeds[0],
         "audit": results.audit,
         "doctor": results.doctor,
+        "example_arm": "full" if "full" in results.dag.arms else results.arm_order[-1],
         "provenance": provenance(results),
         "models": model_rows(results),
     }
@@ -124,7 +126,9 @@ def samples(results: Results) -> list[dict[str, Any]]:
                 if record.id in frame.index
             ]
             if answers:
-                out.append({"record": record, "answers": answers})
+                text = render(record, results.config.data.template)
+                reference = (text.reasoning + text.answer).strip("\n")
+                out.append({"record": record, "reference": reference, "answers": answers})
     return out
 
 
