@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -156,9 +156,11 @@ def fit(
     from kvpipe.steps.fit import make_fit
 
     work = _workspace(config, results, overrides)
-    if (arm is None) == (fit_id is None):
+    if arm is not None and fit_id is None:
+        fit_id = work.dag.fit_id(work.dag.arm(arm))
+    elif arm is not None or fit_id is None:
         raise typer.BadParameter("give either --arm or --fit")
-    make_fit(work, fit_id if arm is None else work.dag.fit_id(work.dag.arm(arm)))
+    make_fit(work, fit_id)
 
 
 @app.command()
@@ -291,7 +293,7 @@ def align(
     src_tokenizer: Annotated[str, typer.Option(help="Folder of the teacher's tokenizer.")],
     dst_tokenizer: Annotated[str, typer.Option(help="Folder of the student's tokenizer.")],
     text: Annotated[str, typer.Option(help="Text to align.")],
-    mode: Annotated[str, typer.Option(help="iou, causal or position.")] = "iou",
+    mode: Annotated[Literal["iou", "causal", "position"], typer.Option(help="Weights of the overlap.")] = "iou",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show how two tokenizers' tokens line up on a text."""

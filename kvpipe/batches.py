@@ -53,7 +53,7 @@ def schedule(
     out: list[np.ndarray] = []
     while len(out) < steps:
         order = rng.permutation(len(lengths))
-        epoch = []
+        epoch: list[np.ndarray] = []
         for start in range(0, len(order), batch_size * POOL):
             pool = order[start : start + batch_size * POOL]
             if by_length:

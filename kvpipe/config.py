@@ -360,6 +360,8 @@ class Arm(Section):
             raise ValueError("fit.method: reconstruct and projector.kind: elastic go together")
         if self.projector.mode == "frozen" and self.fit.method == "grouped" and self.loss.kind == "kv":
             raise ValueError("fit.method: grouped is an unfitted start: set projector.mode to slow or joint")
+        if self.fuse.kind == "fixed" and "default" not in self.fuse.weights:
+            raise ValueError("fuse.kind: fixed needs fuse.weights.default, one weight per teacher")
         for task, row in self.fuse.weights.items():
             if len(row) != len(self.teachers):
                 raise ValueError(f"fuse.weights.{task} has {len(row)} weights for {len(self.teachers)} teachers")

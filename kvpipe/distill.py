@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -51,6 +51,7 @@ class Distiller(nn.Module):
         raise NotImplementedError
 
 
+@runtime_checkable
 class Targets(Protocol):
     """Where one teacher's projected cache comes from, batch by batch."""
 
@@ -136,7 +137,9 @@ class KVDistiller(Distiller):
         self.fusion = fusion
         self.needs_hidden = arm.fuse.kind == "learnable"
 
-    def forward(self, batch: Batch, logits: Tensor, hidden: Tensor | None, recorder: Recorder, progress: tuple[int, int]):
+    def forward(
+        self, batch: Batch, logits: Tensor, hidden: Tensor | None, recorder: Recorder, progress: tuple[int, int]
+    ):
         """Terms `k` and `v`, and `entropy` where it is weighted."""
         config, device = self.arm.loss, logits.device
         fetched = [targets.fetch(batch.examples, batch.input_ids.shape[1]) for targets in self.targets]
@@ -157,7 +160,7 @@ class KVDistiller(Distiller):
         if config.skip_sink:
             mask[:, : config.skip_sink] = False
         layers = slice(None) if config.layers is None else list(config.layers)
-        scale = "std" if config.scale == "std" else None
+        scale: Literal["std"] | None = "std" if config.scale == "std" else None
         terms = {}
         for name, weight, own, target in (
             ("k", config.lambda_k, student.keys, fused.keys),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import pairwise
+from typing import SupportsIndex
 
 import numpy as np
 from jaxtyping import Int64
@@ -40,9 +41,9 @@ class Encoding:
         """Tokens per example."""
         return np.diff(self.offsets)
 
-    def rows(self, example: int) -> slice:
+    def rows(self, example: SupportsIndex) -> slice:
         """The rows of one example."""
-        return slice(int(self.offsets[example]), int(self.offsets[example + 1]))
+        return slice(int(self.offsets[example]), int(self.offsets[int(example) + 1]))
 
 
 def encode_records(

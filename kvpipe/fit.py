@@ -179,7 +179,7 @@ def fit(
             else:
                 maps = _linear(xs, out, config, student, number, layer)
                 for projector, affine in zip(projectors, maps, strict=True):
-                    projector.set_linear(number, layer, affine.weight.float(), affine.bias.float())
+                    projector.set_linear(number, layer, affine.weight.float(), affine.bias.float())  # type: ignore[operator]
                 zs = [m(x) for m, x in zip(maps, xs, strict=True)]
                 if config.method == "reconstruct":
                     zs = _reconstruct(projectors, xs, zs, config, number, layer)

@@ -53,7 +53,7 @@ def _byte_bpe(recipe: TokenizerRecipe, texts: Iterable[str]) -> PreTrainedTokeni
 def _sentencepiece_like(tokenizer: Tokenizer, recipe: TokenizerRecipe) -> PreTrainedTokenizerFast:
     """▁ for spaces, newlines as pieces of their own, bytes as <0xNN>, <s> in front: the Llama-2 family's habits."""
     tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(" ", "▁")])
-    pieces = [pre_tokenizers.Split(Regex("\n"), "isolated")]
+    pieces: list[Any] = [pre_tokenizers.Split(Regex("\n"), "isolated")]
     if recipe.split_digits:
         pieces.append(pre_tokenizers.Digits(individual_digits=True))
     pieces.append(pre_tokenizers.Split("▁", "merged_with_next"))
@@ -131,7 +131,7 @@ def load_config(folder: Path) -> Any:
 def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
     """The model of a folder in evaluation mode. Weights come from safetensors only."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-    return model.to(device).eval()
+    return model.to(device).eval()  # type: ignore[arg-type]
 
 
 def build_model(architecture: dict[str, Any], tokenizer: Any, seed: int) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from kvpipe.config import DataConfig, EmbeddedData, Recipe, TokenizerRecipe
 from kvpipe.corpus import generate
 from kvpipe.encoding import encode_records
 from kvpipe.models import build_model, train_tokenizer
-from kvpipe.records import Record, render
+from kvpipe.records import Reading, Record, render
 
 WARMUP = 50
 
@@ -25,7 +25,7 @@ def embedded_sources(data: DataConfig) -> dict[str, EmbeddedData]:
     Raises:
         ValueError: there is none, so there is nothing to pretrain on.
     """
-    sources = {s.task: s for s in data.sources if isinstance(s, EmbeddedData)}
+    sources: dict[str, EmbeddedData] = {s.task: s for s in data.sources if isinstance(s, EmbeddedData)}
     if not sources:
         raise ValueError("source: pretrain needs embedded data to train on; use source: local or hub")
     return sources
@@ -56,7 +56,7 @@ def pretraining_records(recipe: Recipe, data: DataConfig) -> tuple[list[Record],
 
 def tokenizer_texts(records: list[Record], data: DataConfig) -> list[str]:
     """Both readings of records, for training a tokenizer."""
-    readings = ("student", "own")
+    readings: tuple[Reading, ...] = ("student", "own")
     return [
         render(record, data.template, reading).text
         for record in records
@@ -74,10 +74,9 @@ def pretrain(recipe: Recipe, data: DataConfig, out: Path, log=print) -> dict[str
     """Train and save a model folder in bfloat16 (half the bytes); returns the manifest's `source`."""
     short, own = pretraining_records(recipe, data)
     tokenizer = train_tokenizer(recipe.tokenizer, tokenizer_texts(short[:2000] + own[:2000], data))
+    parts: list[tuple[list[Record], Reading]] = [(short, "student"), (own, "own")]
     encodings = [
-        encode_records(records, tokenizer, data.template, reading, end=True)
-        for records, reading in ((short, "student"), (own, "own"))
-        if records
+        encode_records(records, tokenizer, data.template, reading, end=True) for records, reading in parts if records
     ]
     model = build_model(recipe.architecture, tokenizer, recipe.seed).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.01, fused=True)

@@ -91,7 +91,7 @@ class ElasticProjector(nn.Module):
 
     def encoders(self) -> list[ElasticBottleneck]:
         """All bottlenecks, keys first."""
-        return [m for kind in self.maps for m in kind]  # type: ignore[union-attr]
+        return [m for kind in self.maps for m in kind]  # type: ignore[union-attr,attr-defined]
 
     def forward(self, keys: Rows, values: Rows) -> KV:
         """Both projected: (dst_layer, batch, dst_head, time, dst_dim)."""
@@ -99,7 +99,7 @@ class ElasticProjector(nn.Module):
 
     def _one(self, x: Rows, kind: int) -> Tensor:
         flat = rearrange(select(x, self.plan, kind), "layer batch time k head dim -> layer batch time (k head dim)")
-        out = torch.stack([m(f) for m, f in zip(self.maps[kind], flat, strict=True)])  # type: ignore[arg-type]
+        out = torch.stack([m(f) for m, f in zip(self.maps[kind], flat, strict=True)])  # type: ignore[call-overload]
         return rearrange(out, "layer batch time (head dim) -> layer batch head time dim", head=self.geometry.dst_heads)
 
     @torch.no_grad()
@@ -132,7 +132,7 @@ class HeadsProjector(nn.Module):
         narrowed = einsum(
             picked, self.dim_maps[kind], "layer batch time head dim, layer dim out -> layer batch head time out"
         )
-        return torch.stack([m(h) for m, h in zip(self.mixers[kind], narrowed, strict=True)])  # type: ignore[arg-type]
+        return torch.stack([m(h) for m, h in zip(self.mixers[kind], narrowed, strict=True)])  # type: ignore[call-overload]
 
 
 Projector = LinearProjector | ElasticProjector | HeadsProjector

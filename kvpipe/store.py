@@ -214,7 +214,8 @@ def write_index(folder: Path, key: StoreKey, shards: list[Path]) -> None:
     Raises:
         ValueError: a shard was built for another key.
     """
-    entries, fidelity, rows = [], [], 0
+    entries: list[dict[str, Any]] = []
+    fidelity, rows = [], 0
     for number, path in enumerate(shards):
         found = _shard_key(path)
         if found != {**key.as_dict(), "shard": number}:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -144,8 +144,10 @@ class Scores:
             reach, area = [], []
             for seed in self.seeds:
                 own, reference = curve(arm, seed), control[seed]
-                missing = own is None or reference is None
-                reach.append(np.nan if missing else tokens_to(own, reference.validation_loss.iloc[-1]))
+                if own is None or reference is None:
+                    reach.append(np.nan)
+                else:
+                    reach.append(tokens_to(own, reference.validation_loss.iloc[-1]))
                 area.append(np.nan if own is None else area_under(own))
             self.matrices[arm, "tokens_to_control", ALL] = np.array(reach)[:, None]
             self.matrices[arm, "validation_area", ALL] = np.array(area)[:, None]
@@ -198,7 +200,7 @@ def _arm_row(arm: str, metric: str, task: str, matrix: np.ndarray, config: Stats
     }
 
 
-def contrasts(arms: list[str], roles: dict[str, str]) -> list[tuple[str, str]]:
+def contrasts(arms: list[str], roles: Mapping[str, str]) -> list[tuple[str, str]]:
     """(arm, reference): every arm against control, and the arms that add to exp1 against it."""
     pairs = [(arm, "control") for arm in arms if arm != "control"]
     return pairs + [(arm, "exp1") for arm in WITHIN if arm in arms and "exp1" in arms]
@@ -206,7 +208,7 @@ def contrasts(arms: list[str], roles: dict[str, str]) -> list[tuple[str, str]]:
 
 def contrasts_table(
     arms: list[str],
-    roles: dict[str, str],
+    roles: Mapping[str, str],
     measures: list[tuple[str, str]],
     matrix: Callable[[str, str, str], np.ndarray],
     config: StatsConfig,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from kvpipe.timemap import TimeMap
 Cache = Float[Tensor, "row layer head dim"]
 
 
+@runtime_checkable
 class RowSource(Protocol):
     """Where the rows (teacher tokens) of some examples come from."""
 

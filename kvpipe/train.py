@@ -146,7 +146,8 @@ class _Run:
         return model
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        decay, plain = [], []
+        decay: list[torch.Tensor] = []
+        plain: list[torch.Tensor] = []
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 (decay if parameter.ndim > 1 else plain).append(parameter)

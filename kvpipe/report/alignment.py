@@ -86,7 +86,8 @@ def _draw(results: Results, record: Record, teacher_tokenizer, student_tokenizer
 
 def _line_starts(shared: set[int], length: int) -> list[tuple[int, int]]:
     """Byte ranges of the lines, cut where a token begins on both sides."""
-    lines, low = [], 0
+    lines: list[tuple[int, int]] = []
+    low = 0
     while low < length and len(lines) < LINES:
         ends = [s for s in shared if low < s <= low + BYTES_PER_LINE]
         high = length if length - low <= BYTES_PER_LINE else max(ends, default=low + BYTES_PER_LINE)

@@ -9,6 +9,8 @@ import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import StringIO
+from typing import Any
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -25,7 +27,7 @@ SERIES = [STAND_IN[f"series-{i}"] for i in range(1, 7)]
 DASHES = ["-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 1)), (0, (8, 2))]
 MONOSPACE = "DejaVu Sans Mono"
 
-STYLE = {
+STYLE: Any = {
     "svg.hashsalt": "kvpipe",
     "svg.fonttype": "none",
     "font.family": "DejaVu Sans",

@@ -232,7 +232,9 @@ def teacher_rows(results: Results) -> list[dict[str, Any]]:
     rows = []
     for teacher in results.dag.teachers:
         frame = results.teacher_items.get(teacher)
-        for task in results.tasks if frame is not None else []:
+        if frame is None:
+            continue
+        for task in results.tasks:
             part = frame[frame["task"] == task]
             rows.append(
                 {

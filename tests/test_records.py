@@ -1,0 +1,46 @@
+"""Records as text, and Parquet round trips."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from kvpipe.config import Template
+from kvpipe.records import Record, read_records, render, write_records
+
+RECORD = Record("a-1", "math", "Wie viele? ½", "1+1=2.", "2", "Erst 1, dann 1: 1+1=2.")
+
+
+def test_segments_join_to_the_text_and_own_reading_differs_in_reasoning_only():
+    student, own = render(RECORD, Template()), render(RECORD, Template(), "own")
+    assert student.text == "Wie viele? ½\n1+1=2.\n#### 2\n"
+    assert (student.prompt, student.answer) == (own.prompt, own.answer)
+    assert own.reasoning == "Erst 1, dann 1: 1+1=2.\n"
+    assert student.boundaries[-1] == len(student.text.encode())
+
+
+def test_empty_reasoning_leaves_an_empty_segment():
+    text = render(Record("x", "code", "p", "", "a"), Template())
+    assert text.reasoning == "" and text.text == "p\n#### a\n"
+
+
+def test_own_reading_without_teacher_reasoning_names_the_record():
+    with pytest.raises(ValueError, match="'x' has no teacher_reasoning"):
+        render(Record("x", "code", "p", "r", "a"), Template(), "own")
+
+
+def test_parquet_round_trip(tmp_path):
+    records = [RECORD, Record("b", "code", "p", "", "a")]
+    write_records(tmp_path / "sub" / "train.parquet", records)
+    assert read_records(tmp_path / "sub" / "train.parquet") == records
+
+
+def test_missing_column_is_named(tmp_path):
+    pq.write_table(pa.table({"id": ["1"], "prompt": ["p"]}), tmp_path / "bad.parquet")
+    with pytest.raises(ValueError, match=r"bad\.parquet.*answer"):
+        read_records(tmp_path / "bad.parquet")
+
+
+def test_content_hash_ignores_the_id_only():
+    same = Record("other", "math", RECORD.prompt, "different reasoning", "2")
+    assert same.content_hash() == RECORD.content_hash()
+    assert Record("a-1", "math", RECORD.prompt, "", "3").content_hash() != RECORD.content_hash()
