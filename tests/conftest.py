@@ -18,3 +18,11 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """The shared tiny experiment, see tests/tiny.py: use what is under its results folder, do not change it."""
+    from tiny import build
+
+    return build(tmp_path_factory.mktemp("tiny"))

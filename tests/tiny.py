@@ -1,0 +1,162 @@
+"""A tiny experiment, offline and made on the fly: two teachers with random weights, a student from scratch, 28 records.
+
+`build(folder)` gives a `Workspace` with data and models made; `kvpipe.steps.prepare.prepare(work, arm)` makes the rest of
+an arm (layer maps, stores, projectors). All sizes are odd and distinct, so that a swapped axis cannot pass:
+
+=========  ======  =======  ========  ==========================
+model      layers  KV heads head dim  tokenizer
+=========  ======  =======  ========  ==========================
+`alpha`    4       3        8         byte-level BPE
+`beta`     5       2        14        unigram (spaces as ▁, BOS)
+`student`  3       2        6         byte-level BPE, own training
+=========  ======  =======  ========  ==========================
+
+The fixture `tiny` (tests/conftest.py) builds one per test session and shares it: what is made under its results folder
+may be used, not changed. A test that changes artefacts or settings calls `build` on its own `tmp_path`, with dotted
+overrides: `build(tmp_path, {"store.dtype": "int8", "arms.kv.set.fuse": {"kind": "mean"}})`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvpipe import data
+from kvpipe.cell import Workspace
+from kvpipe.config import Config, DataConfig, TokenizerRecipe, parse
+from kvpipe.corpus import generate
+from kvpipe.dag import Paths
+from kvpipe.models import build_model, train_tokenizer
+from kvpipe.pretrain import tokenizer_texts
+from kvpipe.steps.models import make_model
+
+DATA: dict[str, Any] = {
+    "sources": [
+        {"kind": "embedded", "task": "math", "train": 15, "validation": 5, "test": 3, "difficulty": 1},
+        {"kind": "embedded", "task": "code", "train": 13, "validation": 4, "test": 2, "difficulty": 1},
+    ]
+}
+ALPHA: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 36,
+    "intermediate_size": 20,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+}
+BETA: dict[str, Any] = {
+    "model_type": "qwen3",
+    "hidden_size": 44,
+    "intermediate_size": 28,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 14,
+    "max_position_embeddings": 512,
+}
+STUDENT: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "max_position_embeddings": 512,
+}
+TOKENIZERS = {
+    "alpha": TokenizerRecipe(kind="byte_bpe", vocab_size=330, split_digits=False),
+    "beta": TokenizerRecipe(kind="unigram", vocab_size=340),
+    "student": TokenizerRecipe(kind="byte_bpe", vocab_size=300),
+}
+ARMS: dict[str, Any] = {
+    "control": {"role": "control"},
+    # one teacher and the plainest setting of everything
+    "one": {"base": "control", "role": "experiment", "set": {"teachers": ["alpha"], "loss.kind": "kv"}},
+    # two teachers in one space
+    "two": {"base": "one", "set": {"teachers": ["alpha", "beta"], "fit.method": "joint_pca"}},
+    "own": {"base": "two", "set": {"time": {"kind": "segment", "text": "own"}}},
+    "attention": {"base": "two", "set": {"fuse.kind": "attention"}},
+    "task": {"base": "two", "set": {"fuse": {"kind": "task", "weights": {"math": [0.7, 0.3], "code": [0.3, 0.7]}}}},
+    "select": {"base": "two", "set": {"fuse.kind": "select"}},
+    "elastic": {"base": "two", "set": {"projector.kind": "elastic", "fit": {"method": "reconstruct", "steps": 5}}},
+    "cka": {"base": "two", "set": {"layer": {"kind": "cka", "k": 2}}},
+    "joint": {
+        "base": "two",
+        "set": {"projector": {"kind": "heads", "mode": "joint"}, "fit.method": "grouped", "layer.combine": "mix"},
+    },
+    "shuffled": {"base": "two", "role": "null", "set": {"content": "shuffled"}},
+    "position": {"base": "one", "role": "null", "set": {"time.kind": "position"}},
+    "logit": {
+        "base": "control",
+        "role": "baseline",
+        "set": {
+            "teachers": ["alpha", "beta"],
+            "loss.kind": "logit_kd",
+            "fuse": {"kind": "task", "weights": {"default": [0.6, 0.4]}},
+        },
+    },
+    "relation": {"base": "one", "role": "baseline", "set": {"loss": {"kind": "relation", "relation_heads": 2}}},
+}
+
+
+def values(folder: Path) -> dict[str, Any]:
+    """The configuration as written, with teachers below `folder`."""
+    return {
+        "title": "tiny",
+        "seeds": [0, 1],
+        "student": "student",
+        "data": DATA,
+        "models": {
+            "alpha": {"source": "local", "path": str(folder / "teachers" / "alpha")},
+            "beta": {"source": "local", "path": str(folder / "teachers" / "beta")},
+            "student": {
+                "source": "scratch",
+                "architecture": STUDENT,
+                "tokenizer": TOKENIZERS["student"].model_dump(),
+            },
+        },
+        "arms": ARMS,
+        "store": {"layers": "all", "batch_size": 7, "top_logits": 5},
+        "layer_map": {"examples": 5, "warmup_steps": 2},
+        "train": {"steps": 6, "batch_size": 4, "eval_every": 3, "log_every": 2, "checkpoint_every": 4},
+        "evaluate": {"batch_size": 3, "max_new_tokens": 5},
+        "stats": {"resamples": 50},
+    }
+
+
+def config(folder: Path, overrides: dict[str, Any] | None = None) -> Config:
+    """The configuration, validated; `overrides` are dotted keys."""
+    return parse(values(folder), overrides)
+
+
+def save_teacher(folder: Path, name: str, architecture: dict[str, Any], seed: int) -> None:
+    """A folder with random weights and a tokenizer that is trained on the records.
+
+    Weights are larger than at initialisation, so that attention and logits are far from uniform.
+    """
+    split = DataConfig.model_validate(DATA)
+    records = [record for task in ("math", "code") for record in generate(task, "train", 20, 1, split.seed)]
+    tokenizer = train_tokenizer(TOKENIZERS[name], tokenizer_texts(records, split))
+    model = build_model(architecture, tokenizer, seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(5)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def build(folder: Path, overrides: dict[str, Any] | None = None) -> Workspace:
+    """A workspace under `folder` with data and models made (about two seconds), nothing else."""
+    for seed, (name, architecture) in enumerate((("alpha", ALPHA), ("beta", BETA))):
+        save_teacher(folder / "teachers" / name, name, architecture, seed)
+    work = Workspace(config(folder, overrides), Paths(folder / "results"))
+    data.build(work.config.data, work.paths.data("train").parent)
+    for name in ("alpha", "beta", "student"):
+        make_model(work, name)
+    return work
