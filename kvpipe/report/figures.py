@@ -198,8 +198,9 @@ def layer_similarity(results: Results) -> Picture | None:
             axes.set_title(f"{teacher}: {kind}")
             axes.set_aspect("equal")
             axes.invert_yaxis()
-            axes.set_xticks(np.arange(matrix.shape[1]) + 0.5, range(matrix.shape[1]))
-            axes.set_yticks(np.arange(matrix.shape[0]) + 0.5, range(matrix.shape[0]))
+            every = 1 if cell > 0.22 else 2  # room for two digits
+            axes.set_xticks(np.arange(0, matrix.shape[1], every) + 0.5, range(0, matrix.shape[1], every))
+            axes.set_yticks(np.arange(0, matrix.shape[0], every) + 0.5, range(0, matrix.shape[0], every))
             axes.tick_params(length=0)
             axes.spines[:].set_visible(False)
         for axes in grid.flat[len(panels) :]:

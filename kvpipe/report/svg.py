@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import StringIO
 from typing import Any
-from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure

@@ -229,36 +229,24 @@ def _mean(frames: list[pd.DataFrame], column: str) -> float:
 # ---------------------------------------------------------------- teachers
 def teacher_rows(results: Results) -> list[dict[str, Any]]:
     """Quality of each teacher on the test items, per task."""
+    columns = ("items", "bits", "perplexity", "accuracy")
     rows = []
     for teacher in results.dag.teachers:
         frame = results.teacher_items.get(teacher)
         if frame is None:
+            rows.append({"teacher": teacher, "task": "not measured", **dict.fromkeys(columns, DASH)})
             continue
         for task in results.tasks:
             part = frame[frame["task"] == task]
-            rows.append(
-                {
-                    "teacher": teacher,
-                    "task": task,
-                    "items": len(part),
-                    "bits": number(part["nll"].sum() / part["bytes"].sum() / log(2), 3) if len(part) else DASH,
-                    "perplexity": number(float(np.exp(part["nll"].sum() / part["tokens"].sum())), 2)
-                    if len(part)
-                    else DASH,
-                    "accuracy": number(100 * part["correct"].mean(), 1) if len(part) else DASH,
+            cells = dict.fromkeys(columns, DASH)
+            if len(part):
+                cells = {
+                    "items": str(len(part)),
+                    "bits": number(part["nll"].sum() / part["bytes"].sum() / log(2), 3),
+                    "perplexity": number(float(np.exp(part["nll"].sum() / part["tokens"].sum())), 2),
+                    "accuracy": number(100 * float(part["correct"].mean()), 1),
                 }
-            )
-        if frame is None:
-            rows.append(
-                {
-                    "teacher": teacher,
-                    "task": "not measured",
-                    "items": DASH,
-                    "bits": DASH,
-                    "perplexity": DASH,
-                    "accuracy": DASH,
-                }
-            )
+            rows.append({"teacher": teacher, "task": task, **cells})
     return rows
 
 

@@ -218,7 +218,9 @@ def test_page_is_whole_small_and_self_contained(work):
     links = [value for name, value in page.attributes if name in ("href", "src", "xlink:href")]
     ids = {value for name, value in page.attributes if name == "id"}
     assert links
-    outside = [link for link in links if not link.startswith("data:image/png;base64,") and link.removeprefix("#") not in ids]
+    outside = [
+        link for link in links if not link.startswith("data:image/png;base64,") and link.removeprefix("#") not in ids
+    ]
     assert not outside
     assert "incomplete" not in page.text
     assert "nan" not in re.findall(r"[a-z]+", page.text.lower())
@@ -327,6 +329,7 @@ def test_missing_cells_and_checks_are_named(work):
     text = Page(report(work)).text
     assert "2 of 45 cells are not finished: exp2/seed1, null-random/seed2." in text
     assert "Teacher quality was not measured for code." in text
+    assert "code not measured – – – –" in text
     assert "audit.json) is absent" in text
     assert "doctor.json) are absent" in text
 
