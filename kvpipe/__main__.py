@@ -19,8 +19,8 @@ app = typer.Typer(
     help="Distil the KV caches of several teacher models into one student, and measure whether it helped.",
 )
 
-ConfigFile = Annotated[Path, typer.Option("--config", help="Configuration file (YAML).")]
-Results = Annotated[Path, typer.Option("--results", help="Folder of all artefacts.")]
+ConfigFile = Annotated[Path, typer.Option("--config", envvar="KVPIPE_CONFIG", help="Configuration file (YAML).")]
+Results = Annotated[Path, typer.Option("--results", envvar="KVPIPE_RESULTS", help="Folder of all artefacts.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value, over the file; repeatable.")]
 CONFIG = Path("config/config.yaml")
 RESULTS = Path("results")
@@ -92,10 +92,13 @@ def pretrain(
     overrides: Overrides = None,
 ) -> None:
     """Train the embedded teachers by their recipes and write them to the configured paths (`make teachers`)."""
+    import torch
+
     from kvpipe.models import write_manifest
     from kvpipe.pretrain import pretrain as train_teacher
 
     settings = load(config, overrides)
+    torch.set_num_threads(settings.train.threads)  # sums depend on it
     for name, model in settings.models.items():
         recipe, path = getattr(model, "recipe", None), getattr(model, "path", None)
         if recipe is None or path is None or only not in (None, name):

@@ -61,30 +61,35 @@ def segment_weights(
             f"segments are matched one to one: {len(src)} source segments came with {len(dst)} destination segments; "
             "give an empty segment (start == stop) where one side has none"
         )
+    (src_start, src_stop), (start, stop) = (
+        torch.tensor(side, dtype=torch.int64).reshape(-1, 2).T for side in (src, dst)
+    )
+    n, m = src_stop - src_start, stop - start
+    filled = m.nonzero().flatten()
+    ends = torch.cat([stop.new_zeros(1), stop[filled]])  # before each segment that has tokens, and after the last
+    wrong = ((start[filled] < ends[:-1]) | (ends[1:] > n_dst)).nonzero().flatten()
+    if len(wrong):
+        number = int(filled[wrong[0]])
+        raise ValueError(
+            f"destination segment {number} is {dst[number]}: segments must be in order, without overlap and "
+            f"inside 0..{n_dst} (the one before ends at {int(ends[wrong[0]])})"
+        )
+    # One row per destination token whose segment has source tokens: its segment, and its place j in it.
+    segment = filled[n[filled] > 0]
+    first = m[segment].cumsum(0) - m[segment]
+    place = torch.arange(int(m[segment].sum())) - first.repeat_interleave(m[segment])
+    segment = segment.repeat_interleave(m[segment])
+    last = n[segment] - 1
+    # Integer arithmetic: equal segmentations give exact positions, hence the exact identity.
+    numerator = torch.where(m[segment] > 1, place * last, last)
+    steps = (m[segment] - 1).clamp(min=1)
+    low = numerator // steps
+    share = (numerator % steps).to(torch.float64) / steps
+    row = start[segment] + place
     index = torch.zeros(n_dst, 2, dtype=torch.int64)
     weight = torch.zeros(n_dst, 2, dtype=torch.float32)
-    end = 0
-    for number, ((src_start, src_stop), (start, stop)) in enumerate(zip(src, dst, strict=True)):
-        n, m = src_stop - src_start, stop - start
-        if m == 0:
-            continue
-        if start < end or stop > n_dst:
-            raise ValueError(
-                f"destination segment {number} is ({start}, {stop}): segments must be in order, without overlap and "
-                f"inside 0..{n_dst} (the one before ends at {end})"
-            )
-        end = stop
-        if n == 0:
-            continue
-        # Integer arithmetic: equal segmentations give exact positions, hence the exact identity.
-        numerator = torch.arange(m) * (n - 1) if m > 1 else torch.tensor([n - 1])
-        steps = max(m - 1, 1)
-        low = numerator // steps
-        share = (numerator % steps).to(torch.float64) / steps
-        index[start:stop, 0] = src_start + low
-        index[start:stop, 1] = src_start + (low + 1).clamp(max=n - 1)
-        weight[start:stop, 0] = 1 - share
-        weight[start:stop, 1] = share
+    index[row] = src_start[segment, None] + torch.stack([low, torch.minimum(low + 1, last)], dim=1)
+    weight[row] = torch.stack([1 - share, share], dim=1).float()
     return index, weight
 
 

@@ -21,8 +21,8 @@ PATHS = Paths(Path("results"))
 IMAGE = os.environ.get("KVPIPE_IMAGE", "containers/kvpipe.sif")
 SEEDS = PLAN.config.seeds
 
-# Jobs read the configuration from a file named by its content: a change of config.yaml while a run is
-# under way cannot reach jobs that start later.
+# Jobs read the configuration from a file named by its content (KVPIPE_CONFIG): a change of config.yaml while a run
+# is under way cannot reach jobs that start later. It is no param: only the settings a step reads make it run again.
 CONFIG_FILE = str(PATHS.root / "configs" / f"{digest(config, 16)}.json")
 
 
@@ -36,11 +36,8 @@ def write_config():
 
 
 write_config()
+os.environ.update(KVPIPE_CONFIG=CONFIG_FILE, KVPIPE_RESULTS=str(PATHS.root))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-# what every command has in common
-KVPIPE = "python -m kvpipe"
-COMMON = f"--config {CONFIG_FILE} --results {PATHS.root}"
 
 
 wildcard_constraints:

@@ -6,9 +6,6 @@ rule data:
         "results/data/train.parquet",
         "results/data/validation.parquet",
         "results/data/test.parquet",
-    params:
-        settings=settings_of("data"),
-        code=code_of("data"),
     log:
         "results/logs/data.log",
     benchmark:
@@ -16,5 +13,8 @@ rule data:
     resources:
         mem_mb=4000,
         runtime=30,
+    params:
+        settings=settings_of("data"),
+        code=code_of("data"),
     shell:
-        "{KVPIPE} data {COMMON} > {log} 2>&1"
+        "python -m kvpipe data > {log} 2>&1"

@@ -1,9 +1,6 @@
 rule doctor:
     output:
         "results/doctor.json",
-    params:
-        settings=settings_of("doctor"),
-        code=code_of("doctor"),
     log:
         "results/logs/doctor.log",
     benchmark:
@@ -11,5 +8,8 @@ rule doctor:
     resources:
         mem_mb=1000,
         runtime=5,
+    params:
+        settings=settings_of("doctor"),
+        code=code_of("doctor"),
     shell:
-        "{KVPIPE} doctor {COMMON} --out {output} > {log} 2>&1"
+        "python -m kvpipe doctor --out {output} > {log} 2>&1"

@@ -1,22 +1,22 @@
 rule evaluate:
     input:
-        "results/train/{arm}/seed{seed}/model",
-        split_file("test"),
+        model="results/train/{arm}/seed{seed}/model",
+        data=split_file("test"),
     output:
         "results/evaluate/{arm}/seed{seed}.parquet",
-    params:
-        settings=settings_of("evaluate"),
-        code=code_of("evaluate"),
-    threads: PLAN.config.train.threads
     log:
         "results/logs/evaluate/{arm}/seed{seed}.log",
     benchmark:
         "results/benchmarks/evaluate/{arm}/seed{seed}.tsv"
+    threads: PLAN.config.train.threads
     resources:
         mem_mb=8000,
         runtime=120,
+    params:
+        settings=settings_of("evaluate"),
+        code=code_of("evaluate"),
     shell:
-        "{KVPIPE} evaluate {COMMON} --model {input[0]} --out {output} > {log} 2>&1"
+        "python -m kvpipe evaluate --model {input.model} --out {output} > {log} 2>&1"
 
 
 rule teacher_quality:
@@ -25,9 +25,6 @@ rule teacher_quality:
         split_file("test"),
     output:
         "results/teacher_quality/{teacher}.parquet",
-    params:
-        settings=settings_of("evaluate"),
-        code=code_of("evaluate"),
     log:
         "results/logs/teacher_quality/{teacher}.log",
     benchmark:
@@ -35,8 +32,11 @@ rule teacher_quality:
     resources:
         mem_mb=16000,
         runtime=240,
+    params:
+        settings=settings_of("evaluate"),
+        code=code_of("evaluate"),
     shell:
-        "{KVPIPE} evaluate {COMMON} --model results/models/{wildcards.teacher} --out {output} > {log} 2>&1"
+        "python -m kvpipe evaluate --model results/models/{wildcards.teacher} --out {output} > {log} 2>&1"
 
 
 rule untrained:
@@ -45,9 +45,6 @@ rule untrained:
         split_file("test"),
     output:
         "results/evaluate/untrained.parquet",
-    params:
-        settings=settings_of("untrained"),
-        code=code_of("evaluate"),
     log:
         "results/logs/evaluate/untrained.log",
     benchmark:
@@ -55,8 +52,11 @@ rule untrained:
     resources:
         mem_mb=8000,
         runtime=120,
+    params:
+        settings=settings_of("untrained"),
+        code=code_of("evaluate"),
     shell:
-        "{KVPIPE} untrained {COMMON} --out {output} > {log} 2>&1"
+        "python -m kvpipe untrained --out {output} > {log} 2>&1"
 
 
 rule arm:
@@ -64,9 +64,6 @@ rule arm:
         arm_cells,
     output:
         "results/arms/{arm}.csv",
-    params:
-        settings=settings_of("arm"),
-        code=code_of("tables"),
     log:
         "results/logs/arms/{arm}.log",
     benchmark:
@@ -74,5 +71,8 @@ rule arm:
     resources:
         mem_mb=2000,
         runtime=10,
+    params:
+        settings=settings_of("arm"),
+        code=code_of("tables"),
     shell:
-        "{KVPIPE} arm {COMMON} --arm {wildcards.arm} > {log} 2>&1"
+        "python -m kvpipe arm --arm {wildcards.arm} > {log} 2>&1"

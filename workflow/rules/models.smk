@@ -4,9 +4,6 @@ rule model:
         doctor=ancient("results/doctor.json"),
     output:
         "results/models/{model}/MANIFEST.json",
-    params:
-        settings=settings_of("models", "model"),
-        code=code_of("steps.models"),
     log:
         "results/logs/models/{model}.log",
     benchmark:
@@ -14,5 +11,8 @@ rule model:
     resources:
         mem_mb=8000,
         runtime=120,
+    params:
+        settings=settings_of("models", "model"),
+        code=code_of("steps.models"),
     shell:
-        "{KVPIPE} models {COMMON} --name {wildcards.model} > {log} 2>&1"
+        "python -m kvpipe models --name {wildcards.model} > {log} 2>&1"

@@ -6,9 +6,6 @@ rule audit:
         split_file("test"),
     output:
         "results/audit.json",
-    params:
-        settings=settings_of("audit"),
-        code=code_of("audit"),
     log:
         "results/logs/audit.log",
     benchmark:
@@ -16,8 +13,11 @@ rule audit:
     resources:
         mem_mb=4000,
         runtime=30,
+    params:
+        settings=settings_of("audit"),
+        code=code_of("audit"),
     shell:
-        "{KVPIPE} audit {COMMON} > {log} 2>&1"
+        "python -m kvpipe audit > {log} 2>&1"
 
 
 rule stats:
@@ -30,9 +30,6 @@ rule stats:
         "results/stats/contrasts.csv",
         "results/cost/arms.csv",
         "results/cost/contrasts.csv",
-    params:
-        settings=settings_of("stats"),
-        code=code_of("tables"),
     log:
         "results/logs/stats.log",
     benchmark:
@@ -40,8 +37,11 @@ rule stats:
     resources:
         mem_mb=4000,
         runtime=30,
+    params:
+        settings=settings_of("stats"),
+        code=code_of("tables"),
     shell:
-        "{KVPIPE} stats {COMMON} --untrained {input.untrained} > {log} 2>&1"
+        "python -m kvpipe stats --untrained {input.untrained} > {log} 2>&1"
 
 
 rule report:
@@ -59,9 +59,6 @@ rule report:
         expand("results/layer_map/{teacher}.json", teacher=PLAN.mapped_teachers),
     output:
         report("results/report.html", caption="../report/report.rst", category="Report"),
-    params:
-        settings=settings_of("report"),
-        code=code_of("report.render"),
     log:
         "results/logs/report.log",
     benchmark:
@@ -69,5 +66,8 @@ rule report:
     resources:
         mem_mb=4000,
         runtime=30,
+    params:
+        settings=settings_of("report"),
+        code=code_of("report.render"),
     shell:
-        "{KVPIPE} report {COMMON} --out {output} > {log} 2>&1"
+        "python -m kvpipe report --out {output} > {log} 2>&1"

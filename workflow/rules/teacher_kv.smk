@@ -6,9 +6,6 @@ rule layer_map:
         split_file("validation"),
     output:
         "results/layer_map/{teacher}.json",
-    params:
-        settings=settings_of("layer_map"),
-        code=code_of("steps.layer_map"),
     log:
         "results/logs/layer_map/{teacher}.log",
     benchmark:
@@ -16,8 +13,11 @@ rule layer_map:
     resources:
         mem_mb=16000,
         runtime=60,
+    params:
+        settings=settings_of("layer_map"),
+        code=code_of("steps.layer_map"),
     shell:
-        "{KVPIPE} layer-map {COMMON} --teacher {wildcards.teacher} > {log} 2>&1"
+        "python -m kvpipe layer-map --teacher {wildcards.teacher} > {log} 2>&1"
 
 
 rule teacher_kv_shard:
@@ -25,9 +25,6 @@ rule teacher_kv_shard:
         shard_inputs,
     output:
         "results/teacher_kv/{teacher}/{reading}/shard-{shard}.safetensors",
-    params:
-        settings=settings_of("teacher_kv", "teacher"),
-        code=code_of("steps.teacher_kv"),
     log:
         "results/logs/teacher_kv/{teacher}-{reading}-{shard}.log",
     benchmark:
@@ -35,8 +32,11 @@ rule teacher_kv_shard:
     resources:
         mem_mb=16000,
         runtime=240,
+    params:
+        settings=settings_of("teacher_kv", "teacher"),
+        code=code_of("steps.teacher_kv"),
     shell:
-        "{KVPIPE} teacher-kv {COMMON} --teacher {wildcards.teacher} --reading {wildcards.reading}"
+        "python -m kvpipe teacher-kv --teacher {wildcards.teacher} --reading {wildcards.reading}"
         " --shard {wildcards.shard} > {log} 2>&1"
 
 
@@ -45,9 +45,6 @@ rule teacher_kv:
         index_inputs,
     output:
         "results/teacher_kv/{teacher}/{reading}/index.json",
-    params:
-        settings=settings_of("teacher_kv", "teacher"),
-        code=code_of("steps.teacher_kv"),
     log:
         "results/logs/teacher_kv/{teacher}-{reading}.log",
     benchmark:
@@ -55,8 +52,11 @@ rule teacher_kv:
     resources:
         mem_mb=16000,
         runtime=240,
+    params:
+        settings=settings_of("teacher_kv", "teacher"),
+        code=code_of("steps.teacher_kv"),
     shell:
-        "{KVPIPE} teacher-kv {COMMON} --teacher {wildcards.teacher} --reading {wildcards.reading} > {log} 2>&1"
+        "python -m kvpipe teacher-kv --teacher {wildcards.teacher} --reading {wildcards.reading} > {log} 2>&1"
 
 
 rule fit:
@@ -65,9 +65,6 @@ rule fit:
     output:
         "results/projector/{fit}.safetensors",
         "results/projector/{fit}.json",
-    params:
-        settings=settings_of("fit", "fit"),
-        code=code_of("steps.fit"),
     log:
         "results/logs/fit/{fit}.log",
     benchmark:
@@ -75,5 +72,8 @@ rule fit:
     resources:
         mem_mb=16000,
         runtime=60,
+    params:
+        settings=settings_of("fit", "fit"),
+        code=code_of("steps.fit"),
     shell:
-        "{KVPIPE} fit {COMMON} --fit {wildcards.fit} > {log} 2>&1"
+        "python -m kvpipe fit --fit {wildcards.fit} > {log} 2>&1"

@@ -5,20 +5,20 @@ rule train:
         model=directory("results/train/{arm}/seed{seed}/model"),
         history="results/train/{arm}/seed{seed}/history.jsonl",
         cost="results/train/{arm}/seed{seed}/cost.json",
+    log:
+        "results/logs/train/{arm}/seed{seed}.log",
+    benchmark:
+        "results/benchmarks/train/{arm}/seed{seed}.tsv"
+    threads: PLAN.config.train.threads
+    resources:
+        mem_mb=16000,
+        runtime=720,
     params:
         settings=settings_of("train", "arm"),
         code=code_of("train"),
         # not outputs: Snakemake deletes those of a job that failed, and a run goes on from its checkpoint
         cell=subpath(output.history, parent=True),
         checkpoints="results/checkpoints/{arm}/seed{seed}",
-    threads: PLAN.config.train.threads
-    log:
-        "results/logs/train/{arm}/seed{seed}.log",
-    benchmark:
-        "results/benchmarks/train/{arm}/seed{seed}.tsv"
-    resources:
-        mem_mb=16000,
-        runtime=720,
     shell:
-        "{KVPIPE} train {COMMON} --arm {wildcards.arm} --seed {wildcards.seed}"
+        "python -m kvpipe train --arm {wildcards.arm} --seed {wildcards.seed}"
         " --out {params.cell} --checkpoints {params.checkpoints} > {log} 2>&1"
