@@ -36,11 +36,7 @@ def token_alignment(results: Results) -> list[TokenPicture]:
     Models of random weights share their original's tokenizer and are left out. The validation split is used, so that
     no test item is shown twice.
     """
-    teachers = [
-        name
-        for name in results.dag.teachers
-        if results.config.models[name].source != "random" and (results.paths.model(name) / "tokenizer.json").is_file()
-    ]
+    teachers = [t for t in results.judged_teachers if (results.paths.model(t) / "tokenizer.json").is_file()]
     record = next(r for r in results.work.records("validation") if r.task == results.tasks[0])
     mode = _mode(results)
     student = results.work.student_tokenizer

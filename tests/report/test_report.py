@@ -68,8 +68,9 @@ def fake_results(work: Workspace, text: str = "3 + 4 = 7.\n#### 7\n") -> None:
     for arm, seed in work.dag.cells:
         fake_cell(work, arm, seed, rng)
         fake_items(work.paths.items(arm, seed), ids, 1 + SHIFT[arm], hardness, rng, text)
-    for teacher in work.dag.teachers:
+    for teacher in ("math", "code"):
         fake_items(work.paths.teacher_quality(teacher), ids, 0.4, hardness, rng, text)
+    for teacher in work.dag.teachers:
         layers = {"math": 4, "code": 5}[teacher.removesuffix("-random")]
         similarity = {kind: rng.uniform(0, 0.9, (3, layers)).tolist() for kind in ("keys", "values")}
         document = {"teacher": teacher, "src_layers": layers, "dst_layers": 3, "rows": 50, "similarity": similarity}
@@ -294,6 +295,23 @@ def test_numbers_are_those_of_the_tables(work):
     assert "+10.5 points" in text
     assert "350 thousand training tokens, 70% of what control needs" in text
     assert "cannot go below p = 0.25" in text
+
+
+def test_baselines_are_compared_directly_where_the_tables_do(work):
+    lead = "full (0.420 bits per byte) against the baselines:"
+    assert leads(work)[lead] == "neutral"
+    path = work.paths.stats / "contrasts.csv"
+    table = pd.read_csv(path)
+    for sign, tone in ((1, "good"), (-1, "bad")):
+        row = table[(table.arm == "full") & (table.reference == "control") & (table.task == "all")].copy()
+        row["reference"] = "logit-kd"
+        columns = ["estimate", "low", "high", "low_corrected", "high_corrected"]
+        row[columns] *= sign
+        if sign < 0:
+            row[["low_corrected", "high_corrected"]] = row[["high_corrected", "low_corrected"]].to_numpy()
+        pd.concat([table, row]).to_csv(path, index=False)
+        assert leads(work)[lead] == tone
+    assert "against logit-kd" in report(work)
 
 
 def test_breach_of_fairness_comes_first(work):
