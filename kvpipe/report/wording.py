@@ -83,7 +83,8 @@ def difference(c: Contrast) -> str:
     """The estimate with its corrected interval and Holm p, in the metric's unit."""
     if c.metric == "log_perplexity":
         ratio, low, high = (number(exp(x), 3) for x in (c.estimate, c.low_corrected, c.high_corrected))
-        change = f"{c.reference}’s × {ratio} (corrected interval × {low} to × {high}"
+        percent = f"{abs(100 * (exp(c.estimate) - 1)):.1f}% {'lower' if c.estimate < 0 else 'higher'}"
+        change = f"{ratio} × {c.reference}’s, {percent} (corrected interval {low} × to {high} ×"
     else:
         unit, factor, digits = {
             "accuracy": (" points", 100, 1),
@@ -128,14 +129,12 @@ def _full_against_control(results: Results) -> list[Statement]:
         return [
             Statement("missing", "full against control: no result.", "The contrast has no estimate in the statistics.")
         ]
-    means = [results.arms.get((arm, "bits_per_byte", "all")) for arm in ("full", "control")]
-    numbers = " against ".join(number(m.mean, 3) for m in means if m is not None)
     lead = {
         "better": "full beats control.",
         "worse": "full is worse than control.",
         "undecided": "full is not shown to beat control.",
     }[main.verdict]
-    text = f"{numbers} bits per byte: {difference(main)}."
+    text = f"{_both(results, 'bits_per_byte')} bits per byte: {difference(main)}."
     if main.verdict == "undecided":
         text += f" The corrected interval includes 0; a true difference of {number(main.mde, 3)} would have been found."
     out = [Statement({"better": "good", "worse": "bad"}.get(main.verdict, "neutral"), lead, text)]
@@ -146,8 +145,13 @@ def _full_against_control(results: Results) -> list[Statement]:
             continue
         tone = {"better": "good", "worse": "bad"}.get(c.verdict, "neutral")
         word = {"better": "is better", "worse": "is worse", "undecided": "is not shown to differ"}[c.verdict]
-        out.append(Statement(tone, f"{words} {word}.", f"{difference(c)}."))
+        out.append(Statement(tone, f"{words} {word}.", f"{_both(results, metric)}: {difference(c)}."))
     return out
+
+
+def _both(results: Results, metric: str) -> str:
+    means = [results.arms[arm, metric, "all"].mean for arm in ("full", "control")]
+    return " against ".join(shown(metric, mean) + ("%" if metric == "accuracy" else "") for mean in means)
 
 
 def _nulls(results: Results) -> list[Statement]:
@@ -160,7 +164,7 @@ def _nulls(results: Results) -> list[Statement]:
         # control again under other seeds: a difference either way would be a false positive
         must_be_equal = not results.dag.arms[name].teachers
         holds = c.verdict == "undecided" or (c.verdict == "worse" and not must_be_equal)
-        what = {"undecided": "does not differ from control", "worse": "is worse than control"}.get(
+        what = {"undecided": "is not shown to differ from control", "worse": "is worse than control"}.get(
             c.verdict, "is better than control"
         )
         lead = f"{name} {'shows no benefit' if holds else 'is not null'}:"

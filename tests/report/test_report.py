@@ -291,8 +291,11 @@ def test_numbers_are_those_of_the_tables(work):
         in text
     )
     ratio = [f"{math.exp(-0.27 + d):.3f}" for d in (0, -1.6 * 0.027, 1.6 * 0.027)]
-    assert f"control’s × {ratio[0]} (corrected interval × {ratio[1]} to × {ratio[2]}" in text
-    assert "+10.5 points" in text
+    assert (
+        f"1.878 against 2.460: {ratio[0]} × control’s, 23.7% lower (corrected interval {ratio[1]} × to {ratio[2]} ×"
+        in text
+    )
+    assert "45.5% against 35.0%: +10.5 points" in text
     assert "350 thousand training tokens, 70% of what control needs" in text
     assert "cannot go below p = 0.25" in text
 
