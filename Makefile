@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock report test test-slow test-cluster teachers bench lint format config clean
+.PHONY: help install lock report test test-slow test-cluster teachers bench compat lint format config clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
@@ -55,6 +55,9 @@ teachers: $(STAMP)  ## train the embedded teachers again, into config/embedded
 
 bench: $(STAMP)  ## measure docs/benchmarks.md again
 	$(WITHIN) python tests/benchmarks/run.py
+
+compat: $(STAMP)  ## the tables of docs/method.md: architectures, rotary embeddings, tokenizers
+	$(WITHIN) python tests/compat.py
 
 lint: $(STAMP)  ## formatting, lint, types, workflow
 	$(BIN)/ruff format --check .

@@ -18,7 +18,7 @@ NAMES = ("Ann", "Ben", "Eva", "Ida", "Leo", "Max", "Mia", "Tom")
 THINGS = ("cards", "coins", "pens", "nuts", "cups", "eggs")
 GAINS = ("finds", "buys", "gets")
 LOSSES = ("loses", "sells", "eats")
-LETTERS = "abcdefghkmnpqrstuvwxyz"
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
 HIGHEST = 9
 """Largest value that occurs in a chain: one digit, so that a small student can learn the facts within its steps."""
 
@@ -73,7 +73,9 @@ def _math(rng: random.Random, core: Core) -> tuple[str, str, str]:
 
 
 def _code(rng: random.Random, core: Core) -> tuple[str, str, str]:
-    names = rng.sample(LETTERS, len(core.steps) + 1)
+    # consecutive letters: copying names is no part of the difficulty
+    first = rng.randrange(len(LETTERS) - len(core.steps))
+    names = LETTERS[first : first + len(core.steps) + 1]
     values = core.values()
     lines = [f"{names[0]}={core.start}"]
     own = [f"{names[0]} is {core.start}."]

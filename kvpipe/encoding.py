@@ -65,8 +65,11 @@ def encode_records(
         max_length: longest allowed example in tokens.
 
     Raises:
-        ValueError: an example is longer than `max_length`; names it and its length.
+        ValueError: an example is longer than `max_length` (names it and its length), or `end` and the tokenizer has no
+            end-of-text token.
     """
+    if end and tokenizer.eos_token_id is None:
+        raise ValueError(f"{tokenizer.name_or_path or 'the tokenizer'} has no end-of-text token (eos_token): name one")
     ids, spans, segments, byte_segments, hashes = [], [], [], [], []
     for record in records:
         text = render(record, template, reading)

@@ -53,18 +53,21 @@ def build_time_map(config: TimeConfig, src: Encoding, dst: Encoding, source: np.
     source = identity if source is None else source
     own = source == identity
     if config.kind == "position":
-        index, weight = _by_position(src, dst)
+        index, weight = _by_position(src, dst, source)
     elif config.kind == "overlap" and own.all():
         groups = np.stack([np.zeros(len(dst), np.int64), dst.byte_segments[:, -1, 1]], axis=1)[:, None]
         same_text = np.ones((len(dst), 1), dtype=bool)
         index, weight = _by_bytes(config, src, dst, groups, groups, same_text)
+        index, weight = _within(index, weight, *_rows_read(src, dst, source))
     else:
         same_text = (src.segment_hashes[source] == dst.segment_hashes) & own[:, None]
         index, weight = _by_bytes(config, src, dst, src.byte_segments, dst.byte_segments, same_text)
+        index, weight = _within(index, weight, *_segment_rows_read(src, dst, source))
         resampled = _by_segment(src, dst, source, ~same_text)
         index, weight = _merge((index, weight), resampled)
-    index, weight = _within_example(index, weight, src, dst, source)
-    return TimeMap(index, weight, source)
+    # where there is no weight any row of the example will do
+    first, _ = _rows_read(src, dst, source)
+    return TimeMap(torch.where(weight > 0, index, first), weight, source)
 
 
 def derangement(tasks: list[str], seed: int) -> Int64[np.ndarray, "example"]:
@@ -84,12 +87,12 @@ def derangement(tasks: list[str], seed: int) -> Int64[np.ndarray, "example"]:
     return out
 
 
-def _by_position(src: Encoding, dst: Encoding) -> tuple[Tensor, Tensor]:
+def _by_position(src: Encoding, dst: Encoding, source: np.ndarray) -> tuple[Tensor, Tensor]:
     example = np.repeat(np.arange(len(dst)), dst.lengths)
     local = np.arange(len(dst.ids)) - dst.offsets[example]
     has_text = dst.spans[:, 1] > dst.spans[:, 0]
-    inside = (local < src.lengths[example]) & has_text
-    index = np.where(inside, src.offsets[example] + local, 0)
+    inside = (local < src.lengths[source[example]]) & has_text
+    index = np.where(inside, src.offsets[source[example]] + local, 0)
     return torch.from_numpy(index[:, None]), torch.from_numpy(inside[:, None].astype(np.float32))
 
 
@@ -124,7 +127,7 @@ def _by_segment(src: Encoding, dst: Encoding, source: np.ndarray, resample: np.n
     examples, segments = np.nonzero(resample)
     src_ranges = src.segments[source[examples], segments] + src.offsets[source[examples], None]
     dst_ranges = dst.segments[examples, segments] + dst.offsets[examples, None]
-    return segment_weights(src_ranges, dst_ranges, len(dst.ids))
+    return segment_weights(src_ranges.tolist(), dst_ranges.tolist(), len(dst.ids))
 
 
 def _merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -138,13 +141,24 @@ def _merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple
     )
 
 
-def _within_example(
-    index: Tensor, weight: Tensor, src: Encoding, dst: Encoding, source: np.ndarray
-) -> tuple[Tensor, Tensor]:
-    """Drop entries that reach into another example: the last token that ended before a text began is not its own."""
-    example = np.repeat(source, dst.lengths)
-    low, high = (torch.from_numpy(src.offsets[example + edge])[:, None] for edge in (0, 1))
+def _rows_read(src: Encoding, dst: Encoding, source: np.ndarray) -> tuple[Tensor, Tensor]:
+    """For every student row the first and last-plus-one teacher row of the example that it reads, as columns."""
+    read = np.repeat(source, dst.lengths)
+    return torch.from_numpy(src.offsets[read])[:, None], torch.from_numpy(src.offsets[read + 1])[:, None]
+
+
+def _segment_rows_read(src: Encoding, dst: Encoding, source: np.ndarray) -> tuple[Tensor, Tensor]:
+    """The same for the segment that it reads."""
+    example = np.repeat(np.arange(len(dst)), dst.lengths)
+    local = np.arange(len(dst.ids)) - dst.offsets[example]
+    segment = np.minimum((local[:, None] >= dst.segments[example, :, 1]).sum(1), dst.segments.shape[1] - 1)
+    read = source[example]
+    low, high = (src.offsets[read, None] + src.segments[read, segment]).T
+    return torch.from_numpy(low)[:, None], torch.from_numpy(high)[:, None]
+
+
+def _within(index: Tensor, weight: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Drop entries outside the rows read: the last token that ended before a text (or a segment) began is not its own."""
     weight = weight * ((index >= low) & (index < high))
     total = weight.sum(1, keepdim=True)
-    weight = torch.where(total > 0, weight / total.clamp(min=1e-12), weight)
-    return torch.where(weight > 0, index, low.expand_as(index)), weight
+    return index, torch.where(total > 0, weight / total.clamp(min=1e-12), weight)

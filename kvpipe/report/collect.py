@@ -218,7 +218,9 @@ class Results:
         """Sentences on what this results folder does not hold."""
         out = []
         if self.missing_cells:
-            names = ", ".join(f"{arm}/seed{seed}" for arm, seed in self.missing_cells)
+            every = {arm for arm in self.dag.arms if self.missing_seeds(arm) == self.config.seeds}
+            parts = [arm if arm in every else f"{arm}/seed{seed}" for arm, seed in self.missing_cells]
+            names = ", ".join(dict.fromkeys(parts))
             out.append(f"{len(self.missing_cells)} of {len(self.dag.cells)} cells are not finished: {names}.")
         if not (self.paths.cost / "arms.csv").is_file():
             out.append("The tables of training time and memory (cost/) are absent.")

@@ -185,16 +185,18 @@ def layer_similarity(results: Results) -> Picture | None:
     columns = 4 if widest <= 6 and len(panels) > 2 else 2
     cell = float(np.clip((8.4 / columns - 0.3) / widest, 0.13, 0.42))
     rows = ceil(len(panels) / columns)
+    # similarities are often far below 1: the colours span what there is, and never less than 0.2
+    highest = max(0.2, *(float(np.max(document["similarity"][kind])) for _, document, kind in panels))
     with styled():
         height = rows * (max(document["dst_layers"] for document in maps.values()) * cell + 0.6) + 0.2
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes, (teacher, document, kind) in zip(grid.flat, panels, strict=False):
             matrix = np.array(document["similarity"][kind])
-            image = axes.pcolormesh(matrix, cmap="cividis", vmin=0, vmax=1, edgecolors="none")
+            image = axes.pcolormesh(matrix, cmap="cividis", vmin=0, vmax=highest, edgecolors="none")
             _mark_layers(results, axes, teacher, kind, cell)
             if cell > 0.3:
-                _annotate(axes, matrix)
+                _annotate(axes, matrix, highest)
             axes.set_title(f"{teacher}: {kind}")
             axes.set_aspect("equal")
             axes.invert_yaxis()
@@ -213,10 +215,10 @@ def layer_similarity(results: Results) -> Picture | None:
         return inline(figure, "Similarity of student and teacher layers, with the chosen layers marked")
 
 
-def _annotate(axes: Axes, matrix: np.ndarray) -> None:
+def _annotate(axes: Axes, matrix: np.ndarray, highest: float) -> None:
     for (i, j), value in np.ndenumerate(matrix):
         axes.text(j + 0.5, i + 0.5, number(value, 2), ha="center", va="center", size=7.5,
-                  color="#000000" if value > 0.55 else "#ffffff")  # fmt: skip
+                  color="#000000" if value > 0.55 * highest else "#ffffff")  # fmt: skip
 
 
 def _mark_layers(results: Results, axes: Axes, teacher: str, kind: str, cell: float) -> None:
@@ -286,26 +288,33 @@ def explained_variance(results: Results) -> Picture | None:
     fits = {f: d for f, d in results.fits.items() if any(_finite(v) for v in d["explained_variance"].values())}
     if not fits:
         return None
-    columns = min(3, len(fits))
+    columns = min(4, len(fits))
     rows = ceil(len(fits) / columns)
+    everything = [
+        x for d in fits.values() for kinds in d["explained_variance"].values() for v in kinds.values() for x in v
+    ]
+    lowest = float(np.nanmin(np.array(everything, dtype=float)))
+    shown = [t for t in results.dag.teachers if any(t in d["explained_variance"] for d in fits.values())]
+    colours = {teacher: SERIES[i % 6] for i, teacher in enumerate(shown)}
+    kinds = {"keys": {"linestyle": DASHES[1], "marker": "o"}, "values": {"linestyle": "-", "marker": "s"}}
     with styled():
-        figure = Figure(figsize=(WIDTH, 1.95 * rows + 0.35), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 1.75 * rows + 0.55), layout="constrained")
         grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
-        teachers = results.dag.teachers
         for axes, (fit_id, document) in zip(grid.flat, fits.items(), strict=False):
             users = [name for name, arm in results.dag.arms.items() if _uses(results, arm, fit_id)]
-            axes.set_title(textwrap.fill(", ".join(users), 38), weight="bold", size=8.5)
-            for teacher, kinds in document["explained_variance"].items():
-                for kind, dashes, marker in (("keys", DASHES[1], "o"), ("values", "-", "s")):
-                    values = np.array(kinds[kind], dtype=float)
-                    axes.plot(range(len(values)), values, color=SERIES[teachers.index(teacher) % 6], linestyle=dashes,
-                              marker=marker, markersize=4, label=f"{teacher}, {kind}")  # fmt: skip
+            axes.set_title(textwrap.fill(", ".join(users), 30), size=8.5)
+            for teacher, found in document["explained_variance"].items():
+                for kind, style in kinds.items():
+                    values = np.array(found[kind], dtype=float)
+                    axes.plot(range(len(values)), values, color=colours[teacher], markersize=4, clip_on=False, **style)
             axes.set_xticks(range(len(values)))
-            axes.set_ylim(min(0.0, axes.get_ylim()[0]), 1.03)
             axes.grid(axis="y", zorder=-1)
-            axes.legend(loc="lower left", fontsize=7, ncols=2, columnspacing=1)
+        grid[0, 0].set_ylim(np.floor(10 * min(lowest, 0.9)) / 10, 1)
         for axes in grid.flat[len(fits) :]:
             axes.set_visible(False)
+        handles = [Line2D([], [], color=colour, linewidth=5, label=teacher) for teacher, colour in colours.items()]
+        handles += [Line2D([], [], color=INK, markersize=4, label=kind, **style) for kind, style in kinds.items()]
+        figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), columnspacing=1.6)
         figure.supxlabel("student layer", size=8.5, color=INK)
         figure.supylabel("explained variance", size=8.5, color=INK)
         return inline(figure, f"Explained variance per layer of the fits {listed(list(fits))}")

@@ -344,11 +344,12 @@ def test_missing_contrast_is_not_a_conclusion(work):
 def test_missing_cells_and_checks_are_named(work):
     shutil.rmtree(work.paths.cell("exp2", 1))
     work.paths.items("null-random", 2).unlink()
+    shutil.rmtree(work.paths.root / "train" / "exp4")
     work.paths.teacher_quality("code").unlink()
     for name in ("audit.json", "doctor.json"):
         (work.paths.root / name).unlink()
     text = Page(report(work)).text
-    assert "2 of 45 cells are not finished: exp2/seed1, null-random/seed2." in text
+    assert "5 of 45 cells are not finished: exp2/seed1, exp4, null-random/seed2." in text
     assert "Teacher quality was not measured for code." in text
     assert "code not measured – – – –" in text
     assert "audit.json) is absent" in text
