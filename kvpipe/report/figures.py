@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from math import ceil
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -296,7 +297,10 @@ def explained_variance(results: Results) -> Picture | None:
     lowest = float(np.nanmin(np.array(everything, dtype=float)))
     shown = [t for t in results.dag.teachers if any(t in d["explained_variance"] for d in fits.values())]
     colours = {teacher: SERIES[i % 6] for i, teacher in enumerate(shown)}
-    kinds = {"keys": {"linestyle": DASHES[1], "marker": "o"}, "values": {"linestyle": "-", "marker": "s"}}
+    kinds: dict[str, dict[str, Any]] = {
+        "keys": {"linestyle": DASHES[1], "marker": "o"},
+        "values": {"linestyle": "-", "marker": "s"},
+    }
     with styled():
         figure = Figure(figsize=(WIDTH, 1.75 * rows + 0.55), layout="constrained")
         grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
