@@ -22,6 +22,8 @@ from kvpipe.layermap import KINDS
 from kvpipe.project import ElasticProjector, HeadsProjector, Projector, select
 
 Matrix = Float64[Tensor, "row feature"]
+Matrices = list[Float64[Tensor, "row _"]]
+"""One per teacher: the same rows, each with its own number of features."""
 
 
 class Affine(NamedTuple):
@@ -86,11 +88,11 @@ def random_orthogonal(x: Matrix, out: int, seed: int) -> Affine:
     return Affine(weight, -x.mean(0) @ weight)
 
 
-def _pca(xs: list[Matrix], out: int, config: FitConfig) -> list[Affine]:
+def _pca(xs: Matrices, out: int, config: FitConfig) -> list[Affine]:
     return [principal_components(x, out) for x in xs]
 
 
-def _joint_pca(xs: list[Matrix], out: int, config: FitConfig) -> list[Affine]:
+def _joint_pca(xs: Matrices, out: int, config: FitConfig) -> list[Affine]:
     """Shared scores are the components of the teachers side by side (each of unit total variance); every teacher's map is
     the ridge regression of the scores on its own features, so that each alone predicts the one shared space."""
     if len(xs) == 1:
@@ -100,7 +102,7 @@ def _joint_pca(xs: list[Matrix], out: int, config: FitConfig) -> list[Affine]:
     return [ridge(x, scores, config.ridge) for x in xs]
 
 
-def _procrustes(xs: list[Matrix], out: int, config: FitConfig) -> list[Affine]:
+def _procrustes(xs: Matrices, out: int, config: FitConfig) -> list[Affine]:
     first, *others = _pca(xs, out, config)
     target = first(xs[0])
     maps = [first]
@@ -110,11 +112,11 @@ def _procrustes(xs: list[Matrix], out: int, config: FitConfig) -> list[Affine]:
     return maps
 
 
-def _random(xs: list[Matrix], out: int, config: FitConfig) -> list[Affine]:
+def _random(xs: Matrices, out: int, config: FitConfig) -> list[Affine]:
     return [random_orthogonal(x, out, config.seed + i) for i, x in enumerate(xs)]
 
 
-LINEAR: dict[str, Callable[[list[Matrix], int, FitConfig], list[Affine]]] = {
+LINEAR: dict[str, Callable[[Matrices, int, FitConfig], list[Affine]]] = {
     "pca": _pca,
     "joint_pca": _joint_pca,
     "procrustes": _procrustes,
@@ -123,7 +125,7 @@ LINEAR: dict[str, Callable[[list[Matrix], int, FitConfig], list[Affine]]] = {
 }
 
 
-def normalised(maps: list[Affine], xs: list[Matrix], whiten: bool) -> list[Affine]:
+def normalised(maps: list[Affine], xs: Matrices, whiten: bool) -> list[Affine]:
     """Centre and scale the maps' outputs by one common factor to unit mean variance, or each component to unit variance."""
     outputs = [m(x) for m, x in zip(maps, xs, strict=True)]
     variance = torch.stack([y.var(0, unbiased=False) for y in outputs]).mean(0)
@@ -209,8 +211,8 @@ def r_batch(rows: Rows) -> tuple[Tensor, Tensor]:
 
 
 def _reconstruct(
-    projectors: list[Projector], xs: list[Matrix], zs: list[Matrix], config: FitConfig, kind: int, layer: int
-) -> list[Matrix]:
+    projectors: list[Projector], xs: Matrices, zs: Matrices, config: FitConfig, kind: int, layer: int
+) -> Matrices:
     """Train the encoders from their linear start, each with a linear decoder that must give its teacher's KV back.
 
     A second term keeps each encoder's output near the linear start's shared space, in which the teachers agree.
