@@ -223,8 +223,9 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * rate
         examples = self.batches[step]
-        parts = self.accelerator.num_processes * self.config.accumulate
-        share = np.array_split(examples, parts)[self.accelerator.process_index :: self.accelerator.num_processes]
+        processes = self.accelerator.num_processes
+        parts = processes * self.config.accumulate
+        share = np.array_split(examples, parts)[self.accelerator.process_index :: processes]
         whole = float(self.encoding.lengths[examples].sum())
         logged = step + 1 == self.config.steps or (step + 1) % self.config.log_every == 0
         # gradients of single terms cost a backward pass each
@@ -233,25 +234,29 @@ class _Run:
         watched: dict[str, float] = {}
         for number, micro in enumerate(share):
             batch = collate(self.encoding, micro, self.pad_id).to(self.device)
-            # every micro-batch weighs by its tokens, and processes average their gradients
-            weight = float(self.encoding.lengths[micro].sum()) / whole * self.accelerator.num_processes
+            # every micro-batch weighs by its tokens, and processes average their gradients; the first token of an
+            # example has no cross-entropy
+            tokens = float(self.encoding.lengths[micro].sum())
+            weight = tokens / whole * processes
+            predicted = (tokens - len(micro)) / (whole - len(examples)) * processes
             last = number == len(share) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 cross_entropy, added = self._forward(batch, recorder, step)
                 terms = {"ce": cross_entropy} | {name: term.value for name, term in added.terms.items()}
-                check_finite(terms, step)
+                check_finite(terms, step + 1)
                 if logged and last:
                     watched = added.watch()
                 if watched_step and last:
                     watched |= self._gradient_norms(cross_entropy, added)
-                loss = cross_entropy + sum(
-                    (term.value * term.weight for term in added.terms.values()), torch.zeros((), device=self.device)
-                )
-                self.accelerator.backward(loss * weight)
+                distilled = [term.value * term.weight * weight for term in added.terms.values()]
+                self.accelerator.backward(sum(distilled, cross_entropy * predicted))
             for name, value in terms.items():
-                values[name] = values.get(name, 0.0) + value.item() * weight / self.accelerator.num_processes
-            self.counters.padded_tokens += batch.input_ids.numel() * self.accelerator.num_processes
+                part = (predicted if name == "ce" else weight) / processes
+                values[name] = values.get(name, 0.0) + value.item() * part
+            self.counters.padded_tokens += batch.input_ids.numel() * processes
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        if self.config.precision != "fp16":  # whose loss scaling skips such steps itself
+            check_finite({"gradient": norm}, step + 1)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.counters.tokens += int(whole)
