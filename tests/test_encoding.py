@@ -1,5 +1,7 @@
 """Flat encodings: every row belongs to one example and every byte of its text to one row."""
 
+import copy
+
 import numpy as np
 import pytest
 import tokenizer_zoo
@@ -18,7 +20,7 @@ RECORDS = [
 
 @pytest.fixture(scope="module", params=["gpt2", "llama2", "deepseek"])
 def tokenizer(request):
-    tokenizer = tokenizer_zoo.build(request.param)
+    tokenizer = copy.deepcopy(tokenizer_zoo.build(request.param))  # the zoo keeps what it built
     tokenizer.add_special_tokens({"eos_token": "</s>"})
     return tokenizer
 
