@@ -210,6 +210,9 @@ class TimeConfig(Section):
     one; `position`: token i to token i (harmful, kept as a null)."""
     mode: Literal["iou", "causal"] = "causal"
     """Weights of the byte-span overlap. `causal` uses nothing the student has not read yet."""
+    differing: Literal["interpolate", "anchored"] = "anchored"
+    """Segments whose texts differ (`segment`): `interpolate` linearly over normalised position, or hold the words that
+    both texts share and interpolate between them."""
     text: Literal["student", "own"] = "student"
     """What the teacher reads: the student's text, or its own longer worked reasoning (needs `segment`)."""
 

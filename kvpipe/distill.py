@@ -86,18 +86,18 @@ class HeldTargets:
         self.name = targets.name
         self.offsets = targets.teacher.dst_offsets
         lengths = np.diff(self.offsets)
-        rows: list[Tensor] = []
-        masks: list[Tensor] = []
+        geometry = targets.projector.geometry
+        # the last row is what padding gathers: zeros, masked
+        count = int(self.offsets[-1])
+        self.rows = torch.zeros(count + 1, 2, geometry.dst_layers, geometry.dst_heads, geometry.dst_dim)
+        self.masks = torch.zeros(count + 1, dtype=torch.bool)
         for start in range(0, len(lengths), self.CHUNK):
             examples = np.arange(start, min(start + self.CHUNK, len(lengths)))
             kv, mask = targets.fetch(examples, int(lengths[examples].max()))
             both = rearrange([kv.keys, kv.values], "kind layer batch head time dim -> batch time kind layer head dim")
             inside = torch.arange(both.shape[1])[None] < torch.from_numpy(lengths[examples])[:, None]
-            rows.append(both.cpu()[inside])
-            masks.append(mask.cpu()[inside])
-        # the last row is what padding gathers: zeros, masked
-        self.rows = nn.functional.pad(torch.cat(rows), (0, 0, 0, 0, 0, 0, 0, 0, 0, 1))
-        self.masks = nn.functional.pad(torch.cat(masks), (0, 1))
+            rows = slice(int(self.offsets[start]), int(self.offsets[examples[-1] + 1]))
+            self.rows[rows], self.masks[rows] = both.cpu()[inside], mask.cpu()[inside]
 
     @staticmethod
     def bytes(teacher: AlignedTeacher, projector: Projector) -> int:

@@ -12,7 +12,7 @@ from jaxtyping import Int64
 
 from kvpipe.config import Template
 from kvpipe.records import Reading, Record, render
-from kvpipe.segments import token_segments
+from kvpipe.segments import Segmented, token_segments
 from kvpipe.tokens import encode
 
 SEGMENTS = 3
@@ -32,6 +32,7 @@ class Encoding:
     segments: Int64[np.ndarray, "example 3 2"]
     byte_segments: Int64[np.ndarray, "example 3 2"]
     segment_hashes: Int64[np.ndarray, "example 3"]
+    texts: tuple[Segmented, ...] = ()
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -70,7 +71,7 @@ def encode_records(
     """
     if end and tokenizer.eos_token_id is None:
         raise ValueError(f"{tokenizer.name_or_path or 'the tokenizer'} has no end-of-text token (eos_token): name one")
-    ids, spans, segments, byte_segments, hashes = [], [], [], [], []
+    ids, spans, segments, byte_segments, hashes, texts = [], [], [], [], [], []
     for record in records:
         text = render(record, template, reading)
         tokens = encode(tokenizer, text.text)
@@ -88,6 +89,7 @@ def encode_records(
         spans.append(span)
         segments.append(ranges)
         byte_segments.append(list(pairwise(text.boundaries)))
+        texts.append(text)
         hashes.append([hash_bytes(segment.encode()) for segment in text])
     lengths = np.array([len(x) for x in ids], dtype=np.int64)
     return Encoding(
@@ -97,6 +99,7 @@ def encode_records(
         segments=np.array(segments, dtype=np.int64).reshape(len(records), SEGMENTS, 2),
         byte_segments=np.array(byte_segments, dtype=np.int64).reshape(len(records), SEGMENTS, 2),
         segment_hashes=np.array(hashes, dtype=np.int64).reshape(len(records), SEGMENTS),
+        texts=tuple(texts),
     )
 
 

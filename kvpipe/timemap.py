@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
+from kvpipe.align.anchor import anchors, warp
 from kvpipe.align.time import segment_weights, weight_mask
 from kvpipe.config import TimeConfig
 from kvpipe.encoding import Encoding
@@ -47,7 +48,7 @@ def build_time_map(config: TimeConfig, src: Encoding, dst: Encoding, source: np.
             one share no text with it, so all their segments are resampled.
 
     Under `segment`, a segment whose text is the same on both sides is aligned by its bytes, which is exact; only
-    segments that differ are resampled by linear interpolation over normalised position.
+    segments that differ are resampled, by linear interpolation over normalised position or between anchors.
     """
     identity = np.arange(len(dst))
     source = identity if source is None else source
@@ -63,7 +64,8 @@ def build_time_map(config: TimeConfig, src: Encoding, dst: Encoding, source: np.
         same_text = (src.segment_hashes[source] == dst.segment_hashes) & own[:, None]
         index, weight = _by_bytes(config, src, dst, src.byte_segments, dst.byte_segments, same_text)
         index, weight = _within(index, weight, *_segment_rows_read(src, dst, source))
-        resampled = _by_segment(src, dst, source, ~same_text)
+        anchored = config.differing == "anchored" and own.all()
+        resampled = (_by_anchors if anchored else _by_segment)(src, dst, source, ~same_text)
         index, weight = _merge((index, weight), resampled)
     # where there is no weight any row of the example will do
     first, _ = _rows_read(src, dst, source)
@@ -128,6 +130,25 @@ def _by_segment(src: Encoding, dst: Encoding, source: np.ndarray, resample: np.n
     src_ranges = src.segments[source[examples], segments] + src.offsets[source[examples], None]
     dst_ranges = dst.segments[examples, segments] + dst.offsets[examples, None]
     return segment_weights(src_ranges.tolist(), dst_ranges.tolist(), len(dst.ids))
+
+
+def _by_anchors(src: Encoding, dst: Encoding, source: np.ndarray, resample: np.ndarray) -> tuple[Tensor, Tensor]:
+    """For each token of the marked segments, the last teacher token that ends by the anchored position of its own end."""
+    index = np.zeros((len(dst.ids), 1), dtype=np.int64)
+    weight = np.zeros((len(dst.ids), 1), dtype=np.float32)
+    for example, segment in zip(*np.nonzero(resample), strict=True):
+        ends, rows = [], []
+        for side, number in ((src, source[example]), (dst, example)):
+            start, stop = side.segments[number, segment] + side.offsets[number]
+            ends.append(side.spans[start:stop, 1] - side.byte_segments[number, segment, 0])
+            rows.append((start, stop))
+        pairs = anchors(src.texts[source[example]][segment], dst.texts[example][segment])
+        # a little slack for the rounding of the interpolation
+        last = np.searchsorted(ends[0], warp(ends[1], pairs) + 1e-6, side="right") - 1
+        (first, _), (start, stop) = rows
+        index[start:stop, 0] = first + np.maximum(last, 0)
+        weight[start:stop, 0] = last >= 0
+    return torch.from_numpy(index), torch.from_numpy(weight)
 
 
 def _merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
