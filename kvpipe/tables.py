@@ -192,7 +192,11 @@ def _arm_row(arm: str, metric: str, task: str, matrix: np.ndarray, config: Stats
     row = {"arm": arm, "metric": metric, "task": task, "mean": np.nan, "low": np.nan, "high": np.nan}
     if len(kept):
         interval = crossed_bootstrap(kept, config.resamples, config.confidence, config.seed)
-        row |= {"mean": interval.estimate, "low": interval.low, "high": interval.high}
+        # a share lies between 0 and 1, whatever a symmetric interval says
+        low, high = (
+            np.clip([interval.low, interval.high], 0, 1) if metric == "accuracy" else (interval.low, interval.high)
+        )
+        row |= {"mean": interval.estimate, "low": low, "high": high}
     return row | {
         "n_seeds": len(kept),
         "n_items": matrix.shape[1],
@@ -200,10 +204,11 @@ def _arm_row(arm: str, metric: str, task: str, matrix: np.ndarray, config: Stats
     }
 
 
-def contrasts(arms: list[str], roles: Mapping[str, str]) -> list[tuple[str, str]]:
-    """(arm, reference): every arm against control, and the arms that add to exp1 against it."""
+def contrasts(arms: list[str], roles: dict[str, str]) -> list[tuple[str, str]]:
+    """(arm, reference): every arm against control, those that add to exp1 against it, and full against the baselines."""
     pairs = [(arm, "control") for arm in arms if arm != "control"]
-    return pairs + [(arm, "exp1") for arm in WITHIN if arm in arms and "exp1" in arms]
+    pairs += [(arm, "exp1") for arm in WITHIN if arm in arms and "exp1" in arms]
+    return pairs + [("full", arm) for arm in arms if "full" in arms and roles[arm] == "baseline"]
 
 
 def contrasts_table(
