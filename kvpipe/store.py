@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int, Int64
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -37,11 +37,24 @@ GB = 1e9
 
 # ---------------------------------------------------------------- storage types
 def pack(x: Float[Tensor, "row layer head dim"], dtype: str) -> dict[str, Tensor]:
-    """Values in their storage type; int8 carries one fp16 scale per row, layer and head."""
+    """Values in their storage type; int8 carries one fp16 scale per row, layer and head.
+
+    Raises:
+        ValueError: a number is not finite, or too large for fp16.
+    """
     if dtype != "int8":
-        return {"": x.to(DTYPES[dtype])}
-    scale = (x.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-8)
-    return {"": (x / scale).round().clamp(-127, 127).to(torch.int8), ".scale": scale.squeeze(-1).half()}
+        packed, carrier = {"": x.to(DTYPES[dtype])}, ""
+    else:
+        # divided by the scale as it is stored; the clamp keeps it off zero, fp16's smallest number is 2⁻²⁴
+        scale = (x.abs().amax(-1, keepdim=True) / 127).clamp(min=2**-24).half()
+        packed = {"": (x / scale.float()).round().clamp(-127, 127).to(torch.int8), ".scale": scale.squeeze(-1)}
+        carrier = ".scale"
+    if not packed[carrier].isfinite().all():
+        raise ValueError(
+            f"teacher KV: the largest number is {x.abs().max().item():.3g}, which store.dtype {dtype} does not hold; "
+            "set bf16 if it is finite, else look for the overflow in the teacher"
+        )
+    return packed
 
 
 def unpack(x: Tensor, scale: Tensor | None) -> Float[Tensor, "row layer head dim"]:
@@ -120,6 +133,8 @@ def shard_bounds(examples: int, shards: int, shard: int) -> tuple[int, int]:
     """First and last-plus-one example of a shard: near-equal consecutive parts."""
     if not 0 <= shard < shards:
         raise ValueError(f"shard {shard} of {shards}: count from 0")
+    if shards > examples:
+        raise ValueError(f"store.shards {shards} for {examples} examples: a shard would be empty, lower it")
     return examples * shard // shards, examples * (shard + 1) // shards
 
 
@@ -155,8 +170,11 @@ def _unpacked(tensors: dict[str, Tensor], name: str, rows) -> Tensor:
 def _shard_key(path: Path) -> dict | None:
     if not path.is_file():
         return None
-    with safe_open(path, framework="pt") as handle:
-        return json.loads((handle.metadata() or {}).get("key", "null"))
+    try:
+        with safe_open(path, framework="pt") as handle:
+            return json.loads((handle.metadata() or {}).get("key", "null"))
+    except SafetensorError as error:  # cut off; it fits no key
+        return {"unreadable": str(error)}
 
 
 @dataclass(frozen=True)
@@ -269,7 +287,7 @@ class Store:
         bounds = np.concatenate([[0], np.cumsum([len(shard["nll"]) for shard in self._shards])])
         shard_of = np.searchsorted(bounds, rows.numpy(), side="right") - 1
         out = None
-        for number in np.unique(shard_of):
+        for number in np.unique(shard_of) if len(rows) else (0,):
             here = torch.from_numpy(shard_of == number)
             local = rows[here] - int(bounds[number])
             shard = self._shards[number]
@@ -278,7 +296,7 @@ class Store:
                 return found
             out = found.new_empty(len(rows), *found.shape[1:]) if out is None else out
             out[here] = found
-        assert out is not None, "rows is empty"
+        assert out is not None
         return out
 
 
