@@ -54,7 +54,7 @@ class LayerPlan:
 
 
 def layer_plan(config: LayerConfig, src_layers: int, dst_layers: int, layer_map: Path | None) -> LayerPlan:
-    """The plan of an arm for one teacher.
+    """The plan of an arm for one teacher; under `cka` one with fewer than k layers gives all of them.
 
     Raises:
         FileNotFoundError: `cka` and the layer map has not been made.
@@ -64,10 +64,9 @@ def layer_plan(config: LayerConfig, src_layers: int, dst_layers: int, layer_map:
         if layer_map is None or not layer_map.is_file():
             raise FileNotFoundError(f"layer map {layer_map} is missing: run `kvpipe layer-map` first")
         similarity = json.loads(layer_map.read_text(encoding="utf-8"))["similarity"]
-        weights = torch.stack(
-            [top_k_mix(torch.tensor(similarity[kind]), config.k, config.temperature) for kind in KINDS]
-        )
-        beta, index = weights.topk(min(config.k, src_layers), dim=-1)
+        k = min(config.k, src_layers)
+        weights = torch.stack([top_k_mix(torch.tensor(similarity[kind]), k, config.temperature) for kind in KINDS])
+        beta, index = weights.topk(k, dim=-1)
         return LayerPlan(index, beta, config.combine == "concat")
     chosen = proportional_map(src_layers, dst_layers) if config.kind == "proportional" else list(config.layers or [])
     if len(chosen) != dst_layers or not all(0 <= layer < src_layers for layer in chosen):

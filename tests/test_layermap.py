@@ -1,0 +1,73 @@
+"""Layer plans: weights sum to 1, the most similar layers are taken, and counting in a store's layers changes nothing."""
+
+import json
+
+import pytest
+import torch
+
+from kvpipe.config import LayerConfig
+from kvpipe.layermap import LayerPlan, layer_plan, write_layer_map
+
+SRC, DST = 7, 3
+
+
+@pytest.fixture
+def similarity():
+    return {kind: torch.rand(DST, SRC) for kind in ("keys", "values")}
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, SRC + 4])
+@pytest.mark.parametrize("temperature", [None, 0.1])
+def test_cka_takes_the_most_similar_layers(tmp_path, similarity, k, temperature):
+    write_layer_map(tmp_path / "map.json", "t", similarity, 11)
+    plan = layer_plan(LayerConfig(kind="cka", k=k, temperature=temperature), SRC, DST, tmp_path / "map.json")
+    assert plan.k == min(k, SRC) and plan.concat
+    torch.testing.assert_close(plan.beta.sum(-1), torch.ones(2, DST))
+    for number, kind in enumerate(("keys", "values")):
+        for layer in range(DST):
+            top = similarity[kind][layer].topk(min(k, SRC))
+            assert plan.index[number, layer].tolist() == top.indices.tolist()
+            weight = top.values if temperature is None else (top.values / temperature).exp()
+            torch.testing.assert_close(plan.beta[number, layer], weight / weight.sum())
+
+
+def test_the_written_map_says_what_the_default_arm_takes(tmp_path, similarity):
+    write_layer_map(tmp_path / "below" / "map.json", "t", similarity, 11)
+    document = json.loads((tmp_path / "below" / "map.json").read_text())
+    plan = layer_plan(LayerConfig(kind="cka"), SRC, DST, tmp_path / "below" / "map.json")
+    assert (document["src_layers"], document["dst_layers"], document["rows"]) == (SRC, DST, 11)
+    assert document["top_k"]["values"]["layers"] == plan.index[1].tolist()
+    torch.testing.assert_close(torch.tensor(document["similarity"]["keys"]), similarity["keys"])
+
+
+def test_a_missing_map_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.json.*kvpipe layer-map"):
+        layer_plan(LayerConfig(kind="cka"), SRC, DST, tmp_path / "none.json")
+
+
+def test_proportional_depth_keeps_order_and_ends_at_the_last_layer():
+    for src, dst in ((7, 3), (3, 7), (5, 5), (1, 3)):
+        plan = layer_plan(LayerConfig(), src, dst, None)
+        chosen = plan.index[0, :, 0].tolist()
+        assert chosen == sorted(chosen) and chosen[-1] == src - 1 and len(chosen) == dst
+        assert torch.equal(plan.index[0], plan.index[1]) and plan.beta.unique().tolist() == [1]
+    assert layer_plan(LayerConfig(), 5, 5, None).index[0, :, 0].tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("layers", [[0, 1], [0, 1, SRC], [-1, 0, 1], None])
+def test_a_list_that_does_not_fit_is_refused(layers):
+    with pytest.raises(ValueError, match=f"expected {DST} numbers between 0 and {SRC - 1}"):
+        layer_plan(LayerConfig(kind="list", layers=layers), SRC, DST, None)
+
+
+def test_counting_in_stored_layers_names_the_same_layers():
+    plan = LayerPlan(torch.tensor([[[6, 2], [4, 5]], [[2, 4], [6, 0]]]), torch.tensor([[[0.7, 0.3], [1, 0]]] * 2), True)
+    assert plan.src_layers == [2, 4, 6]  # 5 and 0 weigh nothing
+    stored = (1, 2, 4, 6)
+    within = plan.within(stored)
+    used = plan.beta > 0
+    assert torch.tensor(stored)[within.index][used].tolist() == plan.index[used].tolist()
+    assert torch.equal(within.beta, plan.beta) and within.concat
+    assert within.index.max() < len(stored)
+    with pytest.raises(ValueError, match=r"\[4\] are not in the store \(has \[2, 6\]\)"):
+        plan.within((2, 6))
