@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal, InvalidOperation
 
 from kvpipe.config import EvaluateConfig
+
+LONGEST = 400
+"""Numbers with more digits stay as they are written: `1e999999` need not be written out."""
 
 
 def extract(text: str, config: EvaluateConfig) -> str | None:
@@ -19,10 +23,15 @@ def normalise(answer: str, config: EvaluateConfig) -> str:
         answer = answer.replace(string, "")
     answer = answer.strip().rstrip(".")
     try:
-        number = float(answer)
-    except ValueError:
+        number = Decimal(answer)  # exact, where a float would make long numbers equal
+    except InvalidOperation:
         return answer
-    return str(int(number)) if number.is_integer() else str(number)
+    if not number.is_finite() or "_" in answer or abs(number.adjusted()) > LONGEST:
+        return answer
+    plain = f"{number:f}"
+    if "." in plain:
+        plain = plain.rstrip("0").rstrip(".")
+    return "0" if plain == "-0" else plain
 
 
 def is_correct(prediction: str | None, reference: str, config: EvaluateConfig) -> bool:
