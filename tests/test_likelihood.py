@@ -1,0 +1,82 @@
+"""Likelihood: transformers' own loss on one example, whatever batch the example is in."""
+
+import numpy as np
+import pytest
+import torch
+
+from kvpipe.likelihood import score, scoring_batches
+from kvpipe.models import load_model
+
+
+@pytest.fixture(scope="module")
+def side(tiny):
+    return load_model(tiny.paths.model("beta")), tiny.teacher_encoding("beta", "validation", "student")
+
+
+def transformers_nll(model, ids, first):
+    """Summed loss of the tokens from `first` on, as transformers computes it for a single text."""
+    labels = torch.from_numpy(ids.copy())[None]
+    labels[:, :first] = -100
+    with torch.no_grad():
+        out = model(input_ids=torch.from_numpy(ids)[None], labels=labels)
+    return out.loss.item() * int((labels[0, 1:] != -100).sum())
+
+
+def test_each_example_is_transformers_own_loss(side):
+    model, encoding = side
+    scores = score(model, encoding, scoring_batches(encoding, 0, 4))
+    for example in range(len(encoding)):
+        ids = encoding.ids[encoding.rows(example)]
+        first = int(encoding.segments[example, 0, 1])
+        assert scores.nll[example] == pytest.approx(transformers_nll(model, ids, first), rel=1e-4)
+        assert scores.tokens[example] == len(ids) - first
+        # BOS spells no byte: the first token with bytes is predicted from it
+        assert scores.nll_all[example] == pytest.approx(transformers_nll(model, ids, 0), rel=1e-4)
+        assert scores.tokens_all[example] == len(ids) - 1
+    starts, ends = encoding.byte_segments[:, 0, 1], encoding.byte_segments[:, 2, 1]
+    assert (scores.bytes == ends - starts).all() and (scores.bytes_all == ends).all()
+    assert scores.mean_nll() == pytest.approx(scores.nll.sum() / scores.tokens.sum())
+
+
+def test_batch_size_does_not_matter_and_every_example_is_scored_once(side):
+    model, encoding = side
+    one, many = (score(model, encoding, scoring_batches(encoding, 0, size)) for size in (1, 64))
+    for name in ("nll", "nll_all"):
+        np.testing.assert_allclose(getattr(one, name), getattr(many, name), rtol=1e-5)
+    for name in ("tokens", "bytes", "tokens_all", "bytes_all"):
+        assert (getattr(one, name) == getattr(many, name)).all()
+    seen = np.concatenate([b.examples for b in scoring_batches(encoding, 0, 4)])
+    assert sorted(seen) == list(range(len(encoding)))
+
+
+def test_the_end_token_is_not_counted(tiny):
+    model = tiny.student(3)
+    ended = tiny.student_encoding("validation")
+    plain = type(ended)(
+        ended.ids[ended.spans[:, 1] > ended.spans[:, 0]],
+        ended.spans[ended.spans[:, 1] > ended.spans[:, 0]],
+        ended.offsets - np.arange(len(ended.offsets)),
+        ended.segments,
+        ended.byte_segments,
+        ended.segment_hashes,
+    )
+    assert (ended.lengths == plain.lengths + 1).all()
+    with_end, without = (score(model, e, scoring_batches(e, 0, 5)) for e in (ended, plain))
+    np.testing.assert_allclose(with_end.nll, without.nll, rtol=1e-5)
+    assert (with_end.tokens == without.tokens).all() and (with_end.tokens_all == without.tokens_all).all()
+    # without BOS nothing predicts the first token, and its bytes are not counted
+    first = ended.spans[ended.offsets[:-1], 1]
+    assert (with_end.bytes_all == ended.byte_segments[:, 2, 1] - first).all() and (first > 0).all()
+    assert (with_end.tokens_all == plain.lengths - 1).all()
+
+
+def test_the_models_mode_is_put_back(side):
+    model, encoding = side
+    batches = scoring_batches(encoding, 0, 5)
+    assert not model.training
+    score(model, encoding, batches)
+    assert not model.training
+    model.train()
+    score(model, encoding, batches)
+    assert model.training
+    model.eval()
