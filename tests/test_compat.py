@@ -1,10 +1,14 @@
 """The tables of docs/method.md have a row for every entry of the zoos, and are those that the runs give."""
 
+import re
+
 import pytest
-from compat import LAYOUTS, architecture_row, committed, power, rope_row, table, tokenizer_row
+from compat import LAYOUTS, METHOD, architecture_row, committed, power, rope_row, table, tokenizer_row
 from model_zoo import ARCHITECTURES
 from rope_zoo import VARIANTS
 from tokenizer_zoo import FAMILIES
+
+from kvpipe.config import load
 
 
 def rows() -> list[str]:
@@ -39,3 +43,18 @@ def test_a_row_regenerates_to_the_committed_text(row, name):
 def test_errors_are_bounded_from_above(error, text):
     assert power(error) == text
     assert error <= float(text[2:])
+
+
+def test_method_says_what_every_arm_adds():
+    """Each arm of the embedded experiment has a line that names its base."""
+    arms = load(METHOD.parents[1] / "config" / "config.yaml").arms
+    section = METHOD.read_text("utf-8").partition("## What each arm adds")[2].partition("\n## ")[0]
+    lines = dict(re.findall(r"^\| `([\w-]+)` \| ([\w–-]+) \|", section, flags=re.MULTILINE))
+    assert lines == {name: arm.base or "–" for name, arm in arms.items()}
+
+
+def test_method_names_only_tests_that_exist():
+    text = "".join(path.read_text("utf-8") for path in METHOD.parents[1].glob("tests/**/test_*.py"))
+    named = re.findall(r"`(?:[\w/]+\.py::)?(test_\w+)`", committed()[0])
+    assert len(named) > 20
+    assert not [name for name in named if f"def {name}(" not in text]
