@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -21,6 +22,10 @@ KEPT = 2
 
 class CheckpointMismatch(ValueError):
     """A checkpoint of another configuration."""
+
+
+class CheckpointNotWritten(RuntimeError):
+    """The disk took no further checkpoint; the ones before are as they were."""
 
 
 @dataclass
@@ -46,23 +51,26 @@ def save(
     Args:
         folder: the cell's checkpoint folder.
         step: optimizer steps done.
-        modules: everything with weights.
+        modules: everything with weights; what is frozen is not stored.
         optimizer: its state tensors are stored by parameter number.
         history: lines of the history so far.
         counters: JSON numbers (tokens, seconds, restarts …).
         spec: what must agree when the run continues.
+
+    Raises:
+        CheckpointNotWritten: the disk is full or refuses; names the folder and what is still there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, Tensor] = {f"model.{k}": v.detach().cpu() for k, v in _unshared(modules).items()}
+    tensors: dict[str, Tensor] = {f"model.{k}": v.detach().cpu() for k, v in _changing(modules).items()}
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{k}": torch.as_tensor(v).detach().cpu() for k, v in state.items()}
     tensors["rng.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
     partial, final = folder / f"partial-{os.getpid()}", folder / f"step-{step:08d}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    for left_over in folder.glob("partial-*"):  # of a process that was killed here
+        shutil.rmtree(left_over)
     try:
+        partial.mkdir(parents=True)
         save_file({k: v.contiguous() for k, v in tensors.items()}, partial / TENSORS)
         state = {"step": step, "history": history, "counters": counters, "spec": spec}
         state["tensors_sha256"] = sha256((partial / TENSORS).read_bytes()).hexdigest()
@@ -70,6 +78,13 @@ def save(
             json.dump(state, handle)
             handle.flush()
             os.fsync(handle.fileno())
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        kept = sorted(path.name for path in folder.glob("step-*"))
+        raise CheckpointNotWritten(
+            f"no checkpoint after step {step} could be written to {folder}: {error}. Free some space there and run the "
+            f"same command again: it goes on from {kept[-1] if kept else 'the start'}"
+        ) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -93,17 +108,23 @@ def resume(folder: Path, modules: nn.Module, optimizer: torch.optim.Optimizer, s
         _check(path, state["spec"], spec)
         tensors = load_file(path / TENSORS)
         weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-        missing = modules.load_state_dict(weights, strict=False).missing_keys
-        if set(missing) - _tied(modules):
+        differing = set(weights) ^ set(_changing(modules))
+        if differing:
             raise CheckpointMismatch(
-                f"{path}: tensors {sorted(missing)[:5]} are missing; delete {folder} to start again"
+                f"{path}: tensors {sorted(differing)[:5]} are in one of checkpoint and run only; "
+                f"delete {folder} to start again"
             )
+        modules.load_state_dict(weights, strict=False)
         loaded = optimizer.state_dict()
         loaded["state"] = {}
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for name, tensor in tensors.items():
             if name.startswith("optimizer."):
                 _, number, key = name.split(".", 2)
-                loaded["state"].setdefault(int(number), {})[key] = tensor
+                like = parameters[int(number)]
+                # fused optimizers walk through memory: the state must lie in it as its parameter does
+                own = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor) if tensor.ndim else tensor
+                loaded["state"].setdefault(int(number), {})[key] = own
         optimizer.load_state_dict(loaded)
         torch.set_rng_state(tensors["rng.cpu"])
         if "rng.cuda" in tensors and torch.cuda.is_available():
@@ -156,6 +177,7 @@ def _unshared(modules: nn.Module) -> dict[str, Tensor]:
     return out
 
 
-def _tied(modules: nn.Module) -> set[str]:
-    """Names that `save` leaves out because another name holds the same memory."""
-    return set(modules.state_dict()) - set(_unshared(modules))
+def _changing(modules: nn.Module) -> dict[str, Tensor]:
+    """What training changes: all but frozen parameters, each memory once."""
+    frozen = {name for name, p in modules.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {name: tensor for name, tensor in _unshared(modules).items() if name not in frozen}

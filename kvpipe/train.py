@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from kvpipe.dag import digest
 from kvpipe.distill import Distiller, Step
 from kvpipe.likelihood import score, scoring_batches
 from kvpipe.losses import check_finite, masked_mean, token_nll
+from kvpipe.models import manifest_hash
 from kvpipe.provenance import describe
 
 EXIT_INTERRUPTED = 75
@@ -170,8 +172,17 @@ class _Run:
             "seed": self.seed,
             "depends": json.loads(self.work.dag.depends("train", arm=self.arm_name)),
             "data": digest(self.encoding.ids.tolist(), 16),
+            "inputs": self._inputs(),
             "processes": self.accelerator.num_processes,
         }
+
+    def _inputs(self) -> dict[str, str]:
+        """Hashes of the models and projectors that the cell reads: the configuration only says where they are."""
+        paths, dag = self.work.paths, self.work.dag
+        found = {name: manifest_hash(paths.model(name)) for name in (self.work.config.student, *self.arm.teachers)}
+        if dag.needs_fit(self.arm):
+            found["projector"] = sha256(paths.projector(dag.fit_id(self.arm)).read_bytes()).hexdigest()
+        return found
 
     # ------------------------------------------------------------ the loop
     def loop(self, stop: list[int]) -> None:
