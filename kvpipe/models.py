@@ -99,18 +99,27 @@ def _unigram(recipe: TokenizerRecipe, texts: Iterable[str]) -> PreTrainedTokeniz
 
 
 def _metaspace_bpe(recipe: TokenizerRecipe, texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(tokenizer_models.BPE(unk_token=UNKNOWN, byte_fallback=True, fuse_unk=True))
-    trainer = trainers.BpeTrainer(
-        vocab_size=recipe.vocab_size, special_tokens=[*_SPECIALS, *_BYTES], show_progress=False
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    learner = Tokenizer(tokenizer_models.BPE(unk_token=UNKNOWN))
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex("\n"), "removed"),
             pre_tokenizers.Digits(individual_digits=recipe.split_digits),
             pre_tokenizers.Split("▁", "merged_with_next"),
         ]
     )
-    tokenizer.train_from_iterator(_marked(texts, recipe.split_digits), trainer)
+    trainer = trainers.BpeTrainer(
+        vocab_size=recipe.vocab_size - len(_BYTES), special_tokens=_SPECIALS, show_progress=False
+    )
+    learner.train_from_iterator(_marked(texts, recipe.split_digits), trainer)
+    learned = json.loads(learner.to_str())["model"]
+    # bytes are pieces and not special tokens: those would be matched in a text, and be left out when it is decoded
+    pieces = [p for p in sorted(learned["vocab"], key=learned["vocab"].__getitem__) if p not in _SPECIALS]
+    vocab = {token: index for index, token in enumerate(dict.fromkeys([*_SPECIALS, *_BYTES, *pieces]))}
+    merges = [tuple(merge) for merge in learned["merges"]]
+    tokenizer = Tokenizer(
+        tokenizer_models.BPE(vocab=vocab, merges=merges, unk_token=UNKNOWN, byte_fallback=True, fuse_unk=True)
+    )
+    tokenizer.add_special_tokens(_SPECIALS)
     return _sentencepiece_like(tokenizer, recipe)
 
 
