@@ -27,7 +27,7 @@ from kvpipe.records import Record, read_records
 from kvpipe.store import GB, Store, StoreKey, forward_rows
 from kvpipe.teacher import AlignedTeacher, LiveRows, RowSource, StoredRows
 from kvpipe.timemap import build_time_map, derangement
-from kvpipe.tokens import common_prefix_positions
+from kvpipe.tokens import common_prefix_positions, token_bytes
 
 
 @dataclass
@@ -239,7 +239,10 @@ class Workspace:
             torch.zeros(rows, dtype=torch.bool),
             dst.offsets,
         )
-        out.ids[pairs[:, 1]] = twins[ids[pairs[:, 0]].long()]
+        found_ids = ids[pairs[:, 0]].long()
+        # a model may have more outputs than its tokenizer has tokens: those stand for nothing
+        known = found_ids < len(twins)
+        out.ids[pairs[:, 1]] = torch.where(known, twins[found_ids.clamp(max=len(twins) - 1)], -1)
         out.logprobs[pairs[:, 1]] = logprobs[pairs[:, 0]].float()
         out.mask[pairs[:, 1]] = True
         return out
@@ -255,28 +258,18 @@ def _separated(encoding: Encoding) -> Tensor:
 def token_twins(src_tokenizer, dst_tokenizer) -> np.ndarray:
     """For every source token id the destination id that stands for the same text, or −1.
 
-    End-of-text tokens are twins; tokens that decode to nothing or to a broken character have none.
+    Same text is the same bytes, a space in front included. End-of-text tokens are twins, other special tokens have none.
+    Where several destination tokens stand for the bytes, it is the one that is no byte-fallback token.
     """
-    by_text: dict[str, int] = {}
-    for index in range(len(dst_tokenizer)):
-        text = _text_of(dst_tokenizer, index)
-        if text:
-            by_text.setdefault(text, index)
-    out = np.full(len(src_tokenizer), -1, dtype=np.int64)
-    for index in range(len(src_tokenizer)):
-        text = _text_of(src_tokenizer, index)
-        out[index] = by_text.get(text, -1) if text else -1
+    names = dst_tokenizer.convert_ids_to_tokens(list(range(len(dst_tokenizer))))
+    by_bytes: dict[bytes, int] = {}
+    for index, raw in enumerate(token_bytes(dst_tokenizer)):
+        if raw and (raw not in by_bytes or names[by_bytes[raw]].startswith("<0x")):
+            by_bytes[raw] = index
+    out = np.array([by_bytes.get(raw, -1) if raw else -1 for raw in token_bytes(src_tokenizer)], dtype=np.int64)
     if src_tokenizer.eos_token_id is not None and dst_tokenizer.eos_token_id is not None:
         out[src_tokenizer.eos_token_id] = dst_tokenizer.eos_token_id
     return out
-
-
-def _text_of(tokenizer, index: int) -> str | None:
-    if index in tokenizer.all_special_ids:
-        return None
-    # a token in front keeps the space that a lone ▁ token would lose
-    text = tokenizer.decode([index], clean_up_tokenization_spaces=False)
-    return None if not text or "�" in text else text
 
 
 def save_projectors(path: Path, teachers: list[str], projectors: list[Projector], document: dict) -> None:

@@ -8,7 +8,7 @@ matrix (destination token × source token), which is what carries a teacher's ca
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -112,6 +112,22 @@ def encode(
     return Tokens(torch.from_numpy(ids), torch.from_numpy(np.stack([starts, ends], axis=1)))
 
 
+def token_bytes(tokenizer: Any) -> list[bytes | None]:
+    """The bytes that every token id spells, a space in front included (`Ġcat` and `▁cat` are both b" cat").
+
+    None for special tokens and for ids that stand for nothing. Raises `TypeError` for a tokenizer that is not fast.
+    """
+    backend = _backend(tokenizer)
+    spell, size = _speller(backend), backend.get_vocab_size(with_added_tokens=True)
+    special = {token for token, added in backend.get_added_tokens_decoder().items() if added.special}
+    special |= set(getattr(tokenizer, "all_special_ids", []))
+    strings = {token: string for string, token in backend.get_vocab(with_added_tokens=True).items()}
+    return [
+        spell(token, strings[token]) if token in strings and token not in special else None
+        for token in range(max([size, *(token + 1 for token in strings)]))
+    ]
+
+
 def _backend(tokenizer: Any) -> tokenizers.Tokenizer:
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     if not isinstance(backend, tokenizers.Tokenizer):
@@ -150,8 +166,8 @@ def _whole_text(backend: tokenizers.Tokenizer) -> Iterator[tuple]:
             backend.enable_padding(**padding)
 
 
-def _spelled(backend: tokenizers.Tokenizer, raw: tokenizers.Encoding) -> tuple[list[bytes], np.ndarray]:
-    """The bytes that each distinct token spells, and which of them each token is."""
+def _speller(backend: tokenizers.Tokenizer) -> Callable[[int, str], bytes]:
+    """`(id, string) -> bytes` that a token of the vocabulary spells."""
     components = b"".join(
         part.__getstate__() for part in (backend.normalizer, backend.pre_tokenizer, backend.decoder) if part is not None
     )
@@ -175,6 +191,12 @@ def _spelled(backend: tokenizers.Tokenizer, raw: tokenizers.Encoding) -> tuple[l
             return bytes([int(string[3:5], 16)])
         return (string.replace("▁", " ") if metaspace else string).encode()
 
+    return spell
+
+
+def _spelled(backend: tokenizers.Tokenizer, raw: tokenizers.Encoding) -> tuple[list[bytes], np.ndarray]:
+    """The bytes that each distinct token spells, and which of them each token is."""
+    spell = _speller(backend)
     _, first, piece_of = np.unique(np.array(raw.ids, dtype=np.int64), return_index=True, return_inverse=True)
     ids, strings = raw.ids, raw.tokens
     return [spell(ids[i], strings[i]) for i in first], piece_of

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from kvpipe.tokens import Tokens, encode
+from kvpipe.tokens import Tokens, encode, token_bytes
 
 ADVERSARIAL = {
     "empty": "",
@@ -291,3 +291,26 @@ def test_normalizer_that_removes_everything_but_one_letter():
     text = "aa日aabaa"
     tokens = encode(PreTrainedTokenizerFast(tokenizer_object=tokenizer), text)
     assert_covers(tokens, text)
+
+
+# ---------------------------------------------------------------- the bytes of the vocabulary
+
+
+# the family that is left out puts a space of its own before every digit
+@pytest.mark.parametrize("name", [name for name in EXACT if name != "byte_level_prefixed_digits"])
+def test_token_bytes_spell_what_was_tokenized(name):
+    """Tokens of a text, each looked up by its id, spell the bytes of the text where the tokenizer keeps it."""
+    tokenizer = build(name)
+    spelled = token_bytes(tokenizer)
+    assert len(spelled) >= len(tokenizer)
+    text = "The cat, 12 naïve cats"
+    tokens = encode(tokenizer, text, lossy="error")
+    joined = b"".join(spelled[i] or b"" for i in tokens.ids.tolist())
+    assert joined.removeprefix(b" ") == text.encode()
+    assert all(spelled[i] is None for i in tokenizer.all_special_ids)
+
+
+def test_the_space_in_front_is_the_same_in_both_alphabets():
+    byte_level, metaspace = (token_bytes(build(name)) for name in ("gpt2", "llama2"))
+    shared = {raw for raw in byte_level if raw} & {raw for raw in metaspace if raw}
+    assert {b" cat", b" ", b"\n", "é".encode()[:1]} <= shared
