@@ -39,9 +39,20 @@ WITHIN = ("exp2", "exp3", "exp4", "exp5", "exp6", "full")
 def read_items(paths: Paths, arm: str, seeds: list[int]) -> pd.DataFrame:
     """All items of an arm with a column `seed`; only cells that exist."""
     frames = [
-        pd.read_parquet(paths.items(arm, seed)).assign(seed=seed) for seed in seeds if paths.items(arm, seed).is_file()
+        _complete(pd.read_parquet(path), path).assign(seed=seed)
+        for seed in seeds
+        if (path := paths.items(arm, seed)).is_file()
     ]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame({"seed": []})
+
+
+def _complete(items: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """A number that is missing would pass for a missing cell."""
+    for column in items.select_dtypes("number"):
+        bad = items.id[~np.isfinite(items[column])]
+        if len(bad):
+            raise ValueError(f"{path}: {column} of item {bad.iloc[0]} is not finite ({len(bad)} items); score it again")
+    return items
 
 
 def read_curve(paths: Paths, arm: str, seed: int) -> pd.DataFrame:
@@ -79,6 +90,8 @@ def arm_table(dag: Dag, paths: Paths, arm: str) -> pd.DataFrame:
     rows = []
     for seed in dag.config.seeds:
         items = read_items(paths, arm, [seed])
+        if not len(items):
+            raise FileNotFoundError(f"{paths.items(arm, seed)} is missing: evaluate the cell first")
         cost = json.loads((paths.cell(arm, seed) / "cost.json").read_text(encoding="utf-8"))
         curve = read_curve(paths, arm, seed)
         per_task = {task: {m: f(d).mean() for m, f in ITEM_METRICS.items()} for task, d in items.groupby("task")}
@@ -112,6 +125,8 @@ class Scores:
         if not present:
             raise FileNotFoundError(f"no evaluated cell under {paths.root / 'evaluate'}")
         ids = present[0].drop_duplicates("id").set_index("id").task
+        for arm, data in items.items():
+            _check_items(arm, data, ids)
         self.tasks = sorted(ids.unique())
         self.matrices: dict[tuple[str, str, str], np.ndarray] = {}
         for arm, data in items.items():
@@ -129,8 +144,6 @@ class Scores:
                 rows.append(np.full(len(order), np.nan))
                 continue
             values = pd.Series(function(one).to_numpy(float), index=one.id)
-            if not values.index.sort_values().equals(order.sort_values()):
-                raise ValueError(f"task {task}, seed {seed}: its items differ from those of the other cells")
             rows.append(values[order].to_numpy())
         return np.array(rows)
 
@@ -163,6 +176,19 @@ class Scores:
         parts = self.parts(arm, metric, task)
         total = sum(p.shape[1] for p in parts)
         return np.concatenate([p * (total / (len(parts) * p.shape[1])) for p in parts], axis=1)
+
+
+def _check_items(arm: str, data: pd.DataFrame, ids: pd.Series) -> None:
+    """Every cell has each item once, under its task: else scores could not be paired."""
+    expected = set(ids.items())
+    for seed, cell in data.groupby("seed"):
+        found = set(zip(cell.id, cell.task, strict=True))
+        if found != expected or len(cell) != len(expected):
+            odd = sorted(name for name, _ in found ^ expected) or sorted(cell.id[cell.id.duplicated()])
+            raise ValueError(
+                f"{arm}, seed {seed}: its items differ from those of the other cells in {len(odd)} places, e.g. "
+                f"{', '.join(odd[:3])}; evaluate all cells on one test split"
+            )
 
 
 def _measures(scores: Scores) -> list[tuple[str, str]]:
