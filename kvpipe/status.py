@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 
+from rich.markup import escape
 from rich.table import Table
 
 from kvpipe.dag import Dag, Paths
@@ -25,9 +26,11 @@ def cell_state(paths: Paths, arm: str, seed: int) -> tuple[str, str]:
     newest = max((p.stat().st_mtime for p in traces if p.exists()), default=None)
     if newest is None:
         return "missing", ""
-    last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:] if log.is_file() else []
-    state = "running" if time.time() - newest < RUNNING_WITHIN and not (last and "Error" in last[0]) else "failed"
-    return state, last[0][:60] if last else ""
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
+    # the command line ends an error with a hint on a line of its own
+    errors = [line for line in lines[-2:] if "Error" in line]
+    state = "running" if time.time() - newest < RUNNING_WITHIN and not errors else "failed"
+    return state, (errors or lines[-1:] or [""])[0][:60]
 
 
 COLOURS = {"done": "green", "trained": "cyan", "running": "yellow", "failed": "red", "missing": "dim"}
@@ -41,5 +44,5 @@ def grid(dag: Dag, paths: Paths) -> Table:
         table.add_column(f"seed {seed}")
     for arm in dag.arms:
         states = [cell_state(paths, arm, seed) for seed in dag.config.seeds]
-        table.add_row(arm, *(f"[{COLOURS[s]}]{s}[/] {detail}" for s, detail in states))
+        table.add_row(arm, *(f"[{COLOURS[s]}]{s}[/] {escape(detail)}" for s, detail in states))
     return table
