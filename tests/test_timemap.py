@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 
 from kvpipe.config import TimeConfig
 from kvpipe.encoding import Encoding, hash_bytes
-from kvpipe.segments import token_segments
+from kvpipe.segments import Segmented, token_segments
 from kvpipe.timemap import build_time_map, derangement
 from kvpipe.tokens import overlap
 
 OVERLAP = [TimeConfig(mode=mode) for mode in ("iou", "causal")]
-SEGMENT = [TimeConfig(kind="segment", mode=mode) for mode in ("iou", "causal")]
+SEGMENT = [TimeConfig(kind="segment", mode=mode, differing="interpolate") for mode in ("iou", "causal")]
+ANCHORED = [TimeConfig(kind="segment", mode=mode, differing="anchored") for mode in ("iou", "causal")]
 POSITION = TimeConfig(kind="position")
 
 
@@ -41,6 +42,7 @@ def encoding_of(examples):
         as_int(segments),
         as_int(byte_segments),
         as_int(hashes),
+        tuple(Segmented(*texts) for texts, *_ in examples),
     )
 
 
@@ -100,7 +102,7 @@ def check_rows(time, src, dst):
     return matrix
 
 
-@pytest.mark.parametrize("config", [*OVERLAP, *SEGMENT, POSITION])
+@pytest.mark.parametrize("config", [*OVERLAP, *SEGMENT, *ANCHORED, POSITION])
 @settings(deadline=None, max_examples=30)
 @given(splits(same_text=True))
 def test_the_same_tokens_give_the_identity(config, pair):
@@ -162,6 +164,43 @@ def test_segments_never_mix_and_each_is_aligned_alone(config, pair):
                 torch.testing.assert_close(block, torch.from_numpy(expected).float(), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("config", ANCHORED)
+@settings(deadline=None, max_examples=60)
+@given(splits(same_text=False))
+def test_anchored_segments_stay_apart_in_order_and_end_together(config, pair):
+    src, dst = map(encoding_of, pair)
+    time = build_time_map(config, src, dst)
+    matrix = check_rows(time, src, dst)
+    rows, cols = matrix.nonzero().numpy().T
+    assert (segment_of(src)[cols] == segment_of(dst)[rows]).all()
+    plain = dense(build_time_map(config.model_copy(update={"differing": "interpolate"}), src, dst), len(src.ids))
+    for example in range(len(dst)):
+        for number in range(3):
+            (s0, s1), (d0, d1) = (e.segments[example, number] + e.offsets[example] for e in (src, dst))
+            if src.segment_hashes[example, number] == dst.segment_hashes[example, number]:
+                assert torch.equal(matrix[d0:d1], plain[d0:d1])
+            elif s0 < s1 and d0 < d1:
+                read = matrix[d0:d1].argmax(1)[time.mask[d0:d1]]
+                assert (read.diff() >= 0).all()
+                # where no token straddles the segment's end, both have read all of it there
+                ends = [
+                    e.spans[stop - 1, 1] - e.byte_segments[example, number, 1] for e, stop in ((src, s1), (dst, d1))
+                ]
+                if ends == [0, 0]:
+                    assert read[-1] == s1 - 1
+
+
+@pytest.mark.parametrize("config", ANCHORED)
+def test_anchored_words_read_the_teachers_same_words(config):
+    own, short = "so 3-1=2. then 2+5=7.", "3-1=2. 2+5=7."
+    src = encoding_of([(("p", own, "#"), range(1, 30), 1, 0)])  # one token per byte
+    dst = encoding_of([(("p", short, "#"), range(1, 30), 0, 1)])
+    time = build_time_map(config, src, dst)
+    read = (time.index[1:-2, 0] - 2).tolist()  # behind BOS and the prompt
+    assert "".join(own[i] for i in read) == short
+    assert read == sorted(read) and time.mask.tolist() == [True] * 15 + [False]
+
+
 def test_a_segment_without_source_tokens_is_masked():
     src = encoding_of([(("abc", "", "xy"), [1, 2, 3, 4], 1, 0)])
     dst = encoding_of([(("abc", "def", "xy"), [2, 3, 5, 6, 7], 0, 1)])
@@ -201,7 +240,7 @@ def test_position_matches_token_index_to_token_index(pair):
         assert torch.equal(block, expected)
 
 
-@pytest.mark.parametrize("config", [*OVERLAP, *SEGMENT])
+@pytest.mark.parametrize("config", [*OVERLAP, *SEGMENT, *ANCHORED])
 def test_shuffled_examples_read_the_other_one_by_segments(config):
     src = encoding_of([(("abc", "de", "x"), [1, 2, 4], 1, 0), (("ghijk", "lm", "yz"), [2, 3, 5, 6], 1, 0)])
     dst = encoding_of([(("abc", "de", "x"), [2, 3], 0, 1), (("ghijk", "lm", "yz"), [1, 4, 6], 0, 1)])
@@ -246,7 +285,7 @@ def test_a_lone_example_of_a_task_cannot_be_shuffled():
 def test_real_tokenizers(tiny):
     """The laws again on what the trained tokenizers give, with spaces as ▁, BOS and an end token."""
     dst = tiny.student_encoding("train")
-    for reading, configs in (("student", [*OVERLAP, *SEGMENT]), ("own", SEGMENT)):
+    for reading, configs in (("student", [*OVERLAP, *SEGMENT]), ("own", [*SEGMENT, *ANCHORED])):
         src = tiny.teacher_encoding("beta", "train", reading)
         for config in configs:
             time = build_time_map(config, src, dst)
@@ -260,7 +299,7 @@ def test_padding_of_the_byte_groups_does_not_matter():
     examples = [(("abc", "d" * n, "xyz"), [2, 3 + n // 2, 4 + n], 1, 0) for n in (1, 7, 3)]
     others = [(("abc", "d" * n, "xyz"), [1, 3, 5 + n], 0, 1) for n in (1, 7, 3)]
     order = [2, 0, 1]
-    for config in (*OVERLAP, *SEGMENT):
+    for config in (*OVERLAP, *SEGMENT, *ANCHORED):
         first = build_time_map(config, encoding_of(examples), encoding_of(others))
         src, dst = (encoding_of([x[i] for i in order]) for x in (examples, others))
         second = build_time_map(config, src, dst)
