@@ -25,7 +25,7 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", help="dotted.key=v
 CONFIG = Path("config/config.yaml")
 RESULTS = Path("results")
 # what a user can mend is told without a traceback
-USER_ERRORS = (ConfigError, FileNotFoundError, KeyError, ValueError, RuntimeError, ArithmeticError)
+USER_ERRORS = (ConfigError, OSError, KeyError, ValueError, RuntimeError, ArithmeticError)
 
 
 def _workspace(config: Path, results: Path, overrides: list[str] | None):
@@ -37,6 +37,12 @@ def _workspace(config: Path, results: Path, overrides: list[str] | None):
 
 def _experiment(config: Path, results: Path, overrides: list[str] | None) -> tuple[Config, Paths]:
     return load(config, overrides), Paths(results)
+
+
+def _known_model(work, name: str) -> str:
+    if name not in work.config.models:
+        raise KeyError(f"no model {name!r}; the configuration has {', '.join(work.config.models)}")
+    return name
 
 
 @app.command()
@@ -82,7 +88,8 @@ def models(
     """Bring one model into its folder, with a manifest."""
     from kvpipe.steps.models import make_model
 
-    make_model(_workspace(config, results, overrides), name)
+    work = _workspace(config, results, overrides)
+    make_model(work, _known_model(work, name))
 
 
 @app.command()
@@ -119,7 +126,8 @@ def layer_map(
     """Measure the similarity (CKA) of the student's and a teacher's layers."""
     from kvpipe.steps.layer_map import make_layer_map
 
-    make_layer_map(_workspace(config, results, overrides), teacher)
+    work = _workspace(config, results, overrides)
+    make_layer_map(work, _known_model(work, teacher))
 
 
 @app.command("teacher-kv")
@@ -138,6 +146,7 @@ def teacher_kv(
     from kvpipe.steps.teacher_kv import make_shard, make_store_index
 
     work = _workspace(config, results, overrides)
+    _known_model(work, teacher)
     if not index:
         for number in range(work.config.store.shards) if shard is None else [shard]:
             make_shard(work, teacher, reading, number)
@@ -248,9 +257,11 @@ def arm_table(
     from kvpipe.tables import arm_table as build
 
     settings, paths = _experiment(config, results, overrides)
+    dag = Dag(settings)
+    dag.arm(arm)
     out = paths.arm_table(arm)
     out.parent.mkdir(parents=True, exist_ok=True)
-    build(Dag(settings), paths, arm).to_csv(out, index=False)
+    build(dag, paths, arm).to_csv(out, index=False)
 
 
 @app.command()

@@ -638,7 +638,10 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         key, equals, value = item.partition("=")
         if not equals:
             raise ConfigError(f"--set {item!r}: expected dotted.key=value")
-        pairs[key] = yaml.safe_load(value)
+        try:
+            pairs[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {item!r}: the value is not valid YAML: {error}") from None
     return parse(values, pairs, origin=str(path))
 
 
