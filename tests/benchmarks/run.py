@@ -40,8 +40,8 @@ NOTES = """What to know when reading it:
 
 - The embedded texts are nearly of one length, so no batching can save padding there; `mixed length` (problems of 1 to 6
   operations) shows what batching by length saves. The Trainer batches by length too when asked.
-- The student is tiny: a step is some 20 ms, so fixed costs (recorder, gathering targets, two more losses) weigh as they never
-  do in a larger model, and the memory of a step is small beside that of the process. `full` holds its projected targets in
+- The student is tiny: a step takes some 20 ms, so the costs per step (recorder, gathering targets, two more losses) weigh
+  more than they should in a larger model, which is not measured here. `full` holds its projected targets in
   memory (`train.hold_targets_gb`); with 0 they are made batch by batch, which is slower.
 """
 
@@ -61,7 +61,7 @@ def cka(repeats: int) -> list[Row]:
         rows.append(
             Row(
                 f"CKA 28 × 12 layers, 4,096 rows, {one['form']}, against a loop over pairs ({loop})",
-                f"{one['ratio']:.0f}× faster ({one['seconds']:.2f} s), largest difference {one['max_difference']:.0e}",
+                f"{one['ratio']:.1f}× faster ({one['seconds']:.2f} s), largest difference {one['max_difference']:.0e}",
                 "≥ 20×, ≤ 1e-6" if barred else "–",
                 one["ratio"] >= 20 and one["max_difference"] <= 1e-6 if barred else None,
             )
