@@ -6,6 +6,7 @@ tokenization.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ _BYTE_CHARACTERS = frozenset(ByteLevel.alphabet())
 _BYTE_OF = {chr(b): b for b in _PRINTABLE} | {
     chr(0x100 + i): b for i, b in enumerate(b for b in range(0x100) if b not in _PRINTABLE)
 }
-_WHITESPACE = np.array([c for c in range(0x3001) if chr(c).isspace()], dtype=np.uint32)
+# by code point; beyond the ideographic space (U+3000) there is none, and the last entry stands for all of that
+_IS_WHITESPACE = np.array([chr(c).isspace() for c in range(0x3002)])
 
 
 @dataclass(frozen=True)
@@ -94,10 +96,11 @@ def encode(
             f"{len(raw.ids)}; its post-processor drops or disguises tokens, which byte spans cannot follow"
         )
 
-    pieces, piece_of = _spelled(backend, raw)
-    bounds = _boundaries(text, np.array(raw.offsets, dtype=np.int64).reshape(-1, 2), pieces, piece_of)
+    # what tokens spell is only needed where some share a character: most short texts do without
+    spelled = functools.cache(lambda: _spelled(backend, raw))
+    bounds = _boundaries(text, np.array(raw.offsets, dtype=np.int64).reshape(-1, 2), spelled)
     if lossy == "error":
-        _refuse_lossy(name, data, bounds, pieces, piece_of)
+        _refuse_lossy(name, data, bounds, *spelled())
 
     # A template's token stands at the end of the text token before it.
     ends = bounds[np.cumsum(is_text)]
@@ -195,13 +198,15 @@ def _spelled(backend: tokenizers.Tokenizer, raw: tokenizers.Encoding) -> tuple[l
     return [spell(ids[i], strings[i]) for i in first], piece_of
 
 
-def _boundaries(text: str, offsets: np.ndarray, pieces: list[bytes], piece_of: np.ndarray) -> np.ndarray:
+def _boundaries(
+    text: str, offsets: np.ndarray, spelled_pieces: Callable[[], tuple[list[bytes], np.ndarray]]
+) -> np.ndarray:
     """Byte positions `b` (n + 1) with token i on [b[i], b[i+1]), from character ranges (n, 2) and spelled bytes."""
     codepoints = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     width = 1 + (codepoints >= 0x80) + (codepoints >= 0x800) + (codepoints >= 0x10000)
     byte_of = np.concatenate([[0], np.cumsum(width)])  # byte position of every character, and the text's length
-    is_space = np.isin(codepoints, _WHITESPACE)
-    n = len(piece_of)
+    is_space = _IS_WHITESPACE[np.minimum(codepoints, len(_IS_WHITESPACE) - 1)]
+    n = len(offsets)
     if n == 0:
         return np.zeros(1, dtype=np.int64)
 
@@ -221,6 +226,7 @@ def _boundaries(text: str, offsets: np.ndarray, pieces: list[bytes], piece_of: n
         return bounds
 
     # Groups of tokens chained by shared characters, divided by the bytes that their tokens spell.
+    pieces, piece_of = spelled_pieces()
     opens = np.flatnonzero(np.concatenate([[True], ~shared]))
     closes = np.append(opens[1:], n)
     group = np.repeat(np.arange(len(opens)), closes - opens)[: n - 1]

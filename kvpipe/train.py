@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import shutil
 import signal
@@ -353,9 +354,17 @@ class _Run:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the accelerator's peak allocation, or the process's peak resident set on a CPU."""
+    """Bytes: the accelerator's peak allocation, or the process's peak resident set on a CPU.
+
+    On Linux from the kernel's own high-water mark: `ru_maxrss` also remembers what a larger parent held before exec.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.is_file():
+        found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="ascii", errors="replace"))
+        if found:
+            return int(found[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
