@@ -230,7 +230,7 @@ def _arm_row(arm: str, metric: str, task: str, matrix: np.ndarray, config: Stats
     }
 
 
-def contrasts(arms: list[str], roles: dict[str, str]) -> list[tuple[str, str]]:
+def contrasts(arms: list[str], roles: Mapping[str, str]) -> list[tuple[str, str]]:
     """(arm, reference): every arm against control, those that add to exp1 against it, and full against the baselines."""
     pairs = [(arm, "control") for arm in arms if arm != "control"]
     pairs += [(arm, "exp1") for arm in WITHIN if arm in arms and "exp1" in arms]

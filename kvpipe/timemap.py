@@ -44,8 +44,8 @@ def build_time_map(config: TimeConfig, src: Encoding, dst: Encoding, source: np.
         config: `overlap` and `position` need both sides to have read the same text.
         src: the teacher's tokens.
         dst: the student's tokens.
-        source: for every student example the teacher example it reads; itself by default. Examples that read another
-            one share no text with it, so all their segments are resampled.
+        source: for every student example the teacher example it reads; itself by default. For examples that read
+            another one, all segments count as different.
 
     Under `segment`, a segment whose text is the same on both sides is aligned by its bytes, which is exact; only
     segments that differ are resampled, by linear interpolation over normalised position or between anchors.
@@ -64,7 +64,7 @@ def build_time_map(config: TimeConfig, src: Encoding, dst: Encoding, source: np.
         same_text = (src.segment_hashes[source] == dst.segment_hashes) & own[:, None]
         index, weight = _by_bytes(config, src, dst, src.byte_segments, dst.byte_segments, same_text)
         index, weight = _within(index, weight, *_segment_rows_read(src, dst, source))
-        anchored = config.differing == "anchored" and own.all()
+        anchored = config.differing == "anchored"
         resampled = (_by_anchors if anchored else _by_segment)(src, dst, source, ~same_text)
         index, weight = _merge((index, weight), resampled)
     # where there is no weight any row of the example will do

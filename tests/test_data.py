@@ -9,6 +9,9 @@ from kvpipe.data import build
 from kvpipe.records import SPLITS, read_records
 
 
+ROW = {"prompt": "p", "reasoning": "", "answer": "a"}
+
+
 def file_source(tmp_path, rows, **more):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps(row) if isinstance(row, dict) else row for row in rows), encoding="utf-8")
@@ -38,8 +41,8 @@ def test_columns_are_mapped(tmp_path):
     [
         (['{"prompt": '], "line 1: not valid JSON"),
         ([{"prompt": "p", "reasoning": ""}], "row 1: no column 'answer'"),
-        ([{"prompt": "p", "reasoning": "", "answer": "a"}, {"prompt": " ", "reasoning": "", "answer": "a"}], "row 2: prompt is empty"),
-        ([{"prompt": "p", "reasoning": "", "answer": "a", "id": "1"}] * 2, "id '1' occurs twice"),
+        ([ROW, ROW | {"prompt": " "}], "row 2: prompt is empty"),
+        ([ROW | {"id": "1"}] * 2, "id '1' occurs twice"),
     ],
 )  # fmt: skip
 def test_errors_name_file_and_row(tmp_path, rows, message):

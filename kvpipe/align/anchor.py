@@ -22,9 +22,12 @@ def anchors(src: str, dst: str) -> list[tuple[int, int]]:
 
     Both columns rise (not strictly). Without a shared piece only the ends are left, which is plain interpolation.
     """
-    sides = [PIECE.findall(text) for text in (dst, src)]
-    edges = [np.concatenate([[0], np.cumsum([len(piece.encode()) for piece in side])]).astype(int) for side in sides]
-    blocks = SequenceMatcher(None, *sides, autojunk=False).get_matching_blocks()
+    dst_pieces, src_pieces = PIECE.findall(dst), PIECE.findall(src)
+    edges = [
+        np.concatenate([[0], np.cumsum([len(piece.encode()) for piece in side])]).astype(int)
+        for side in (dst_pieces, src_pieces)
+    ]
+    blocks = SequenceMatcher(None, dst_pieces, src_pieces, autojunk=False).get_matching_blocks()
     pairs = [(0, 0)]
     for block in blocks[:-1]:
         pairs.append((int(edges[0][block.a]), int(edges[1][block.b])))
@@ -32,7 +35,7 @@ def anchors(src: str, dst: str) -> list[tuple[int, int]]:
     return [*pairs, (int(edges[0][-1]), int(edges[1][-1]))]
 
 
-def warp(positions: ArrayLike, pairs: list[tuple[int, int]]) -> Float64[np.ndarray, "..."]:
+def warp(positions: ArrayLike, pairs: list[tuple[int, int]]) -> Float64[np.ndarray, "*positions"]:
     """Byte positions of dst as positions of src: linear between anchors, exact on shared runs, monotone.
 
     Where an anchor jumps (src has text that dst lacks), a position that ends there takes the earlier side: nothing of
@@ -44,4 +47,4 @@ def warp(positions: ArrayLike, pairs: list[tuple[int, int]]) -> Float64[np.ndarr
     left = (right - 1).clip(0)
     width = at[right] - at[left]
     share = np.where(width > 0, (wanted - at[left]) / np.where(width > 0, width, 1), 1.0)
-    return to[left] + share * (to[right] - to[left])
+    return np.asarray(to[left] + share * (to[right] - to[left]))
