@@ -8,7 +8,6 @@ from kvpipe.config import DataConfig
 from kvpipe.data import build
 from kvpipe.records import SPLITS, read_records
 
-
 ROW = {"prompt": "p", "reasoning": "", "answer": "a"}
 
 

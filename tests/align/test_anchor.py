@@ -18,7 +18,7 @@ def test_equal_texts_are_the_identity():
 def test_shared_runs_are_held_and_a_jump_is_not_read_ahead():
     src, dst = "Ann sells 2: 4-2=2. Ann buys 1: 2+1=3.", "4-2=2. 2+1=3."
     pairs = anchors(src, dst)
-    read = {end: src[: int(warp(end, pairs))] for end in range(len(dst) + 1)}
+    read = [src[: int(position)] for position in warp(list(range(len(dst) + 1)), pairs)]
     # inside the shared equations every position is the one that has read the same equation so far
     for end in [*range(1, 7), *range(9, 14)]:
         assert read[end].endswith(dst[:end] if end < 7 else dst[7:end]), end
