@@ -90,7 +90,9 @@ def _unigram(recipe: TokenizerRecipe, texts: Iterable[str]) -> PreTrainedTokeniz
     )
     trainer = trainers.UnigramTrainer(vocab_size=room, show_progress=False, unk_token=UNKNOWN, special_tokens=[UNKNOWN])
     learner.train_from_iterator(_marked(texts, recipe.split_digits), trainer)
-    pieces = [(p, s) for p, s in json.loads(learner.to_str())["model"]["vocab"] if p != UNKNOWN]
+    found = [(p, round(s, 9)) for p, s in json.loads(learner.to_str())["model"]["vocab"] if p != UNKNOWN]
+    # pieces of one score come in the order of a hash map, which differs from run to run
+    pieces = sorted(found, key=lambda piece: (-piece[1], piece[0]))
     # byte pieces and specials carry no score of their own: they are reached by fallback or by name only
     vocab = [(token, 0.0) for token in [*_SPECIALS, *_BYTES]] + pieces[:room]
     tokenizer = Tokenizer(tokenizer_models.Unigram(vocab, unk_id=0, byte_fallback=True))
