@@ -142,6 +142,7 @@ def test_a_wrong_configuration_is_one_message_with_the_keys_path(copy):
     assert len(said.splitlines()) < 10, said
 
 
+@pytest.mark.slow
 def test_a_file_given_by_name_takes_the_place_of_the_shipped_one(copy):
     other = yaml.safe_load((copy / "config" / "config.yaml").read_text())
     other |= {"seeds": [7], "arms": {"control": other["arms"]["control"]}}
@@ -226,6 +227,7 @@ def test_an_arms_loss_reaches_its_cells_only(complete):
     assert jobs == sorted(["arm arm=exp2", *END, *cells("evaluate", ["exp2"]), *cells("train", ["exp2"])])
 
 
+@pytest.mark.slow
 def test_a_new_arm_runs_its_own_cells(complete):
     new = {"base": "exp1", "set": {"loss.lambda_k": 0.0}}
     jobs = after(complete, "config/config.yaml", setting(lambda v: v["arms"].update(mine=new)))
@@ -244,6 +246,7 @@ def test_code_of_the_evaluation_retrains_nothing(complete):
     assert len([j for j in jobs if j.startswith("evaluate ")]) == len(cells("evaluate"))
 
 
+@pytest.mark.slow
 def test_code_of_the_training_leaves_what_is_before_it(complete):
     jobs = after(complete, "kvpipe/train.py", lambda text: text + "\n\nCHANGED = 1\n")
     assert {j.split()[0] for j in jobs} == {"train", "evaluate", "arm", *END}
@@ -262,11 +265,13 @@ def test_text_of_the_report_renders_the_report(complete, file):
     assert after(complete, file, lambda text: text + addition) == ["report"]
 
 
+@pytest.mark.slow
 def test_statistics_run_again_without_cells(complete):
     jobs = after(complete, "config/config.yaml", setting(lambda v: v["stats"].update(resamples=17)))
     assert jobs == ["report", "stats"]
 
 
+@pytest.mark.slow
 def test_settings_of_the_machine_run_nothing(complete):
     jobs = after(complete, "config/config.yaml", setting(lambda v: v["train"].update(checkpoint_every=3, device="cpu")))
     assert jobs == []
