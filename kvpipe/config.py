@@ -228,6 +228,8 @@ class LayerConfig(Section):
 
     kind: Literal["proportional", "cka", "list"] = "proportional"
     """`proportional` depth; `cka`: the k most similar teacher layers; `list`: explicit."""
+    by: Literal["own", "hidden"] = "own"
+    """What `cka` compares: keys for keys and values for values, or hidden states for both."""
     k: PositiveInt = 2
     """Teacher layers per student layer under `cka`."""
     temperature: PositiveFloat | None = None

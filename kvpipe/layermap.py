@@ -14,6 +14,8 @@ from kvpipe.align.layer import proportional_map, top_k_mix
 from kvpipe.config import LayerConfig
 
 KINDS = ("keys", "values")
+MEASURED = (*KINDS, "hidden")
+"""What similarity is measured of."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ def layer_plan(config: LayerConfig, src_layers: int, dst_layers: int, layer_map:
             raise FileNotFoundError(f"layer map {layer_map} is missing: run `kvpipe layer-map` first")
         similarity = json.loads(layer_map.read_text(encoding="utf-8"))["similarity"]
         k = min(config.k, src_layers)
-        weights = torch.stack([top_k_mix(torch.tensor(similarity[kind]), k, config.temperature) for kind in KINDS])
+        measured = KINDS if config.by == "own" else ("hidden", "hidden")
+        weights = torch.stack([top_k_mix(torch.tensor(similarity[kind]), k, config.temperature) for kind in measured])
         beta, index = weights.topk(k, dim=-1)
         return LayerPlan(index, beta, config.combine == "concat")
     chosen = proportional_map(src_layers, dst_layers) if config.kind == "proportional" else list(config.layers or [])

@@ -7,10 +7,13 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from kvpipe.batches import collate
+from kvpipe.capture import Recorder, kv_geometry
 from kvpipe.encoding import Encoding, concatenated_ranges
 from kvpipe.store import Store, StoreKey, forward_rows
 from kvpipe.timemap import TimeMap
@@ -53,6 +56,23 @@ class LiveRows:
         """Keys and values from one forward."""
         found = forward_rows(self.model, self.encoding, examples, self._key, len(examples), self.pad_id)
         return found.keys, found.values
+
+
+class HiddenRows:
+    """What enters each layer, in the place of its keys and values (one head as wide as the model): for similarity."""
+
+    def __init__(self, model, encoding: Encoding, pad_id: int):
+        self.model, self.encoding, self.pad_id = model, encoding, pad_id
+        self.layers = tuple(range(kv_geometry(model.config).layers))
+
+    @torch.no_grad()
+    def fetch(self, examples: Int64[np.ndarray, "example"]) -> tuple[Tensor, Tensor]:
+        """Hidden states from one forward, twice."""
+        batch = collate(self.encoding, examples, self.pad_id)
+        with Recorder(self.model, hidden=True) as recorder:
+            self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        hidden = rearrange(recorder.hidden_states(), "layer batch time width -> batch time layer 1 width")[batch.mask]
+        return hidden.float(), hidden.float()
 
 
 @dataclasses.dataclass(frozen=True)

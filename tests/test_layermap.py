@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from kvpipe.config import LayerConfig
-from kvpipe.layermap import LayerPlan, layer_plan, write_layer_map
+from kvpipe.layermap import MEASURED, LayerPlan, layer_plan, write_layer_map
 
 SRC, DST = 7, 3
 
 
 @pytest.fixture
 def similarity():
-    return {kind: torch.rand(DST, SRC) for kind in ("keys", "values")}
+    return {kind: torch.rand(DST, SRC) for kind in MEASURED}
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, SRC + 4])
@@ -38,6 +38,13 @@ def test_the_written_map_says_what_the_default_arm_takes(tmp_path, similarity):
     assert (document["src_layers"], document["dst_layers"], document["rows"]) == (SRC, DST, 11)
     assert document["top_k"]["values"]["layers"] == plan.index[1].tolist()
     torch.testing.assert_close(torch.tensor(document["similarity"]["keys"]), similarity["keys"])
+
+
+def test_hidden_states_can_choose_for_keys_and_values(tmp_path, similarity):
+    write_layer_map(tmp_path / "map.json", "t", similarity, 11)
+    plan = layer_plan(LayerConfig(kind="cka", by="hidden", k=2), SRC, DST, tmp_path / "map.json")
+    assert torch.equal(plan.index[0], plan.index[1])
+    assert plan.index[0].tolist() == similarity["hidden"].topk(2).indices.tolist()
 
 
 def test_a_missing_map_is_named(tmp_path):
@@ -71,3 +78,29 @@ def test_counting_in_stored_layers_names_the_same_layers():
     assert within.index.max() < len(stored)
     with pytest.raises(ValueError, match=r"\[4\] are not in the store \(has \[2, 6\]\)"):
         plan.within((2, 6))
+
+
+def test_the_step_measures_keys_values_and_hidden_states(tiny):
+    from kvpipe.align.layer import linear_cka
+    from kvpipe.steps.layer_map import make_layer_map
+    from kvpipe.teacher import HiddenRows, spread
+
+    teacher = tiny.dag.teachers[0]
+    make_layer_map(tiny, teacher)
+    document = json.loads(tiny.paths.layer_map(teacher).read_text())
+    assert set(document["similarity"]) == set(MEASURED)
+    shape = (document["dst_layers"], document["src_layers"])
+    for matrix in document["similarity"].values():
+        assert torch.tensor(matrix).shape == shape and torch.isfinite(torch.tensor(matrix)).all()
+
+    # hidden rows are the model's own hidden states, token by token
+    from kvpipe.models import load_model, load_tokenizer
+
+    folder = tiny.paths.model(teacher)
+    model, encoding = load_model(folder), tiny.teacher_encoding(teacher, "validation", "student")
+    examples = spread(len(encoding), 3)
+    rows, _ = HiddenRows(model, encoding, load_tokenizer(folder).pad_token_id).fetch(examples)
+    ids = torch.from_numpy(encoding.ids[encoding.rows(examples[0])])[None]
+    own = torch.stack(model(ids, output_hidden_states=True).hidden_states[:-1])[:, 0]
+    torch.testing.assert_close(rows[: ids.shape[1], :, 0], own.transpose(0, 1), atol=1e-5, rtol=1e-4)
+    assert linear_cka(rows[:, 0, 0], rows[:, 0, 0]).item() == pytest.approx(1)

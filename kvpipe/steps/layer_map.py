@@ -8,13 +8,12 @@ from einops import rearrange
 from kvpipe import layermap
 from kvpipe.align.layer import StreamingCKA
 from kvpipe.batches import collate, schedule
-from kvpipe.capture import capture, kv_geometry
+from kvpipe.capture import Recorder, kv_geometry
 from kvpipe.cell import Workspace
 from kvpipe.config import TimeConfig
 from kvpipe.losses import masked_mean, token_nll
 from kvpipe.models import has_weights, load_model, load_tokenizer
-from kvpipe.shapes import KV
-from kvpipe.teacher import AlignedTeacher, LiveRows, spread
+from kvpipe.teacher import AlignedTeacher, HiddenRows, LiveRows, spread
 from kvpipe.timemap import build_time_map
 
 
@@ -31,29 +30,32 @@ def make_layer_map(work: Workspace, teacher: str) -> None:
     src = work.teacher_encoding(teacher, "validation", "student")
     dst = work.student_encoding("validation")
     time = build_time_map(TimeConfig(), src, dst)
-    layers = tuple(range(kv_geometry(model.config).layers))
-    live = LiveRows(model, src, layers, pad_id)
-    aligned = AlignedTeacher(teacher, live, src.offsets, dst.offsets, time)
+    sources = {
+        "cache": LiveRows(model, src, tuple(range(kv_geometry(model.config).layers)), pad_id),
+        "hidden": HiddenRows(model, src, pad_id),
+    }
+    teachers = {n: AlignedTeacher(teacher, rows, src.offsets, dst.offsets, time) for n, rows in sources.items()}
     examples = spread(len(dst), config.examples)
-    streams = {kind: StreamingCKA() for kind in layermap.KINDS}
+    streams = {kind: StreamingCKA() for kind in layermap.MEASURED}
     rows = 0
-    for chunk in (
-        examples[i : i + work.config.store.batch_size] for i in range(0, len(examples), work.config.store.batch_size)
-    ):
+    size = work.config.store.batch_size
+    for chunk in (examples[i : i + size] for i in range(0, len(examples), size)):
         batch = collate(dst, chunk, work.student_tokenizer.pad_token_id)
-        own = capture(reference, batch.input_ids, batch.attention_mask)
-        theirs = aligned.aligned(chunk, batch.input_ids.shape[1])
-        mask = batch.mask & theirs.mask
+        with torch.no_grad(), Recorder(reference, hidden=True) as recorder:
+            reference(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        kv, hidden = recorder.kv(), recorder.hidden_states()
+        theirs = {name: t.aligned(chunk, batch.input_ids.shape[1]) for name, t in teachers.items()}
+        mask = batch.mask & theirs["cache"].mask
         rows += int(mask.sum())
-        for kind in layermap.KINDS:
-            streams[kind].update(_student_rows(own, kind, mask), _teacher_rows(getattr(theirs, kind), mask))
+        streams["keys"].update(_student_rows(kv.keys, mask), _teacher_rows(theirs["cache"].keys, mask))
+        streams["values"].update(_student_rows(kv.values, mask), _teacher_rows(theirs["cache"].values, mask))
+        streams["hidden"].update(hidden[:, mask], _teacher_rows(theirs["hidden"].keys, mask))
     similarity = {kind: stream.compute() for kind, stream in streams.items()}
     layermap.write_layer_map(work.paths.layer_map(teacher), teacher, similarity, rows)
 
 
-def _student_rows(kv: KV, kind: str, mask: torch.Tensor) -> torch.Tensor:
-    x = rearrange(getattr(kv, kind), "layer batch head time dim -> layer batch time (head dim)")
-    return x[:, mask]
+def _student_rows(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return rearrange(x, "layer batch head time dim -> layer batch time (head dim)")[:, mask]
 
 
 def _teacher_rows(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
