@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import exp, isfinite
 
-from kvpipe.report.collect import Contrast, Results
+from kvpipe.report.collect import HIGHER_IS_BETTER, Contrast, Results
 
 DASH = "–"
 METRIC_NAMES = {
@@ -161,14 +161,19 @@ def _nulls(results: Results) -> list[Statement]:
         if c is None or not c.known:
             out.append(Statement("missing", f"{name}: no result.", "Whether this null stays null is not known."))
             continue
+        # Judged by the plain interval: one widened for a family of claims would make it easier to pass as null.
+        below, above = c.high < 0, c.low > 0
+        better, worse = (above, below) if c.metric in HIGHER_IS_BETTER else (below, above)
         # control again under other seeds: a difference either way would be a false positive
         must_be_equal = not results.dag.arms[name].teachers
-        holds = c.verdict == "undecided" or (c.verdict == "worse" and not must_be_equal)
-        what = {"undecided": "is not shown to differ from control", "worse": "is worse than control"}.get(
-            c.verdict, "is better than control"
+        holds = not better and not (worse and must_be_equal)
+        what = (
+            "is better than control" if better else "is worse than control" if worse else "does not differ from control"
         )
+        plain = f"95% interval {signed(c.low, 3)} to {signed(c.high, 3)}, not corrected"
         lead = f"{name} {'shows no benefit' if holds else 'is not null'}:"
-        out.append(Statement("good" if holds else "bad", lead, f"it {what}, {difference(c)}."))
+        text = f"it {what}, {signed(c.estimate, 3)} bits per byte ({plain})."
+        out.append(Statement("good" if holds else "bad", lead, text))
     return out
 
 
