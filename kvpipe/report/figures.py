@@ -112,7 +112,7 @@ def learning_curves(results: Results) -> Picture | None:
             if control is not None:
                 _draw_curve(axes, control, "control", INK, "-", 2.2)
                 axes.axhline(control["mean"].iloc[-1], color=SOFT, linewidth=0.8, linestyle=(0, (2, 2)), zorder=0)
-            axes.legend(loc="upper right")
+            axes.legend(loc="lower left")
             axes.set_yscale("log")
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
