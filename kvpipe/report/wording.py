@@ -168,7 +168,11 @@ def _nulls(results: Results) -> list[Statement]:
         must_be_equal = not results.dag.arms[name].teachers
         holds = not better and not (worse and must_be_equal)
         what = (
-            "is better than control" if better else "is worse than control" if worse else "is not shown to differ from control"
+            "is better than control"
+            if better
+            else "is worse than control"
+            if worse
+            else "is not shown to differ from control"
         )
         plain = f"95% interval {signed(c.low, 3)} to {signed(c.high, 3)}, not corrected"
         lead = f"{name} {'shows no benefit' if holds else 'is not null'}:"

@@ -13,7 +13,7 @@ from kvpipe.cell import Workspace
 from kvpipe.config import TimeConfig
 from kvpipe.losses import masked_mean, token_nll
 from kvpipe.models import has_weights, load_model, load_tokenizer
-from kvpipe.teacher import AlignedTeacher, HiddenRows, LiveRows, spread
+from kvpipe.teacher import AlignedTeacher, HiddenRows, LiveRows, RowSource, spread
 from kvpipe.timemap import build_time_map
 
 
@@ -30,7 +30,7 @@ def make_layer_map(work: Workspace, teacher: str) -> None:
     src = work.teacher_encoding(teacher, "validation", "student")
     dst = work.student_encoding("validation")
     time = build_time_map(TimeConfig(), src, dst)
-    sources = {
+    sources: dict[str, RowSource] = {
         "cache": LiveRows(model, src, tuple(range(kv_geometry(model.config).layers)), pad_id),
         "hidden": HiddenRows(model, src, pad_id),
     }
