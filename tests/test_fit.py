@@ -268,3 +268,19 @@ def test_heads_are_left_at_their_start_and_reported():
     z = outputs(projectors[1], data[1])[1, 2].double()
     expected = explained_variance(z, features(projectors[1], data[1], 1, 2))
     assert report.explained_variance[1]["values"][2] == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_step_does_not_depend_on_the_random_state_it_starts_with(tiny):
+    from kvpipe.steps.fit import make_fit
+    from kvpipe.steps.prepare import prepare
+
+    elastic = {fit: arm for fit, arm in tiny.dag.fits.items() if arm.fit.method == "reconstruct"}
+    assert elastic
+    for fit_id, arm in elastic.items():
+        prepare(tiny, next(name for name, other in tiny.dag.arms.items() if other == arm))
+        written = []
+        for state in (1, 2):
+            torch.manual_seed(state)
+            make_fit(tiny, fit_id)
+            written.append(tiny.paths.projector(fit_id).read_bytes())
+        assert written[0] == written[1], fit_id

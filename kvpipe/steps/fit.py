@@ -34,6 +34,7 @@ def make_fit(work: Workspace, fit_id: str) -> None:
                 for x in (kv.keys, kv.values)
             )
         )
+    torch.manual_seed(arm.fit.seed)  # an elastic encoder begins with random weights
     projectors = work.new_projectors(arm, [teacher.layers for teacher in teachers])
     report = fit.fit(projectors, rows, arm.fit, student)
     document = {
