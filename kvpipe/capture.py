@@ -60,7 +60,12 @@ def kv_geometry(config: PretrainedConfig) -> Geometry:
 
 def _heads(config: PretrainedConfig) -> tuple[int, int]:
     """KV heads and head dimension of one layer, under the names that families give them."""
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        raise ValueError(
+            f"model type '{config.model_type}' has no attention heads (a state-space or linear model), so there are no keys "
+            "and values to distil; use a teacher and a student with attention"
+        )
     kv_heads = heads
     for source in (config, getattr(config, "attn_config", None)):  # DBRX nests its attention settings
         for name in ("num_key_value_heads", "num_kv_heads", "kv_n_heads"):

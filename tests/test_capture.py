@@ -409,3 +409,10 @@ def test_an_error_in_the_forward_ends_the_record():
             model(input_ids=torch.tensor([[VOCAB + 1]]))
         assert not recorder._recording
     assert AttentionInterface.get_interface is transformers_dispatch
+
+
+def test_a_model_without_attention_is_refused_by_name():
+    from transformers import MambaConfig
+
+    with pytest.raises(ValueError, match="'mamba' has no attention heads"):
+        kv_geometry(MambaConfig(hidden_size=8, num_hidden_layers=2))
