@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from kvpipe import checkpoint
-from kvpipe.batches import Batch, collate, schedule
+from kvpipe.batches import IGNORE, Batch, collate, schedule
 from kvpipe.capture import Recorder
 from kvpipe.cell import Workspace
 from kvpipe.config import TrainConfig
@@ -291,7 +291,7 @@ class _Run:
             use_cache=False,
             output_hidden_states=needs_hidden,
         )
-        counted = batch.labels != -100
+        counted = batch.labels != IGNORE
         counted[:, 0] = False
         cross_entropy = masked_mean(token_nll(output.logits, batch.labels), counted)
         if self.distiller is None or recorder is None:
