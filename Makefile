@@ -71,7 +71,7 @@ format: $(STAMP)  ## what lint would have formatted
 	$(BIN)/ruff check --fix .
 	$(BIN)/snakefmt workflow
 
-config: $(STAMP)  ## config/README.md and config/schema.json from kvpipe/config.py
+config: $(STAMP)  ## config/README.md and config/schema.json from kvpipe/config/
 	$(WITHIN) python -m kvpipe config
 
 clean:  ## results and caches; .venv stays

@@ -13,7 +13,7 @@ from kvpipe.config import Arm, Config, json_schema
 INTRODUCTION = """\
 # Configuration
 
-<!-- Written by `make config` from kvpipe/config.py; a test fails when they differ. Edit the docstrings there. -->
+<!-- Written by `make config` from kvpipe/config/; a test fails when they differ. Edit the docstrings there. -->
 
 One YAML (or JSON) file is one experiment: `config.yaml` here is the embedded one. `kvpipe <step> --config FILE` and the
 Snakefile validate the whole file before anything starts; an unknown key, a wrong type or an unknown name is an error

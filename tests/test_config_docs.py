@@ -33,7 +33,7 @@ def test_every_section_and_key_is_described():
             target = sections[node["$ref"].rsplit("/", 1)[1]] if "$ref" in node else node
             if not (node.get("description") or target.get("description")):
                 missing.append(f"{name}.{key}")
-    assert not missing, f"no docstring under these fields of kvpipe/config.py: {missing}"
+    assert not missing, f"no docstring under these fields of kvpipe/config/: {missing}"
 
 
 def test_every_key_is_in_the_readme_with_its_default():

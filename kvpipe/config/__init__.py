@@ -1,0 +1,237 @@
+"""The configuration: one pydantic model is the single source of keys, types, defaults and their documentation.
+
+The sections are in `kvpipe.config.{data,models,arms,steps}`. `config/schema.json` and `config/README.md` are generated
+from them (`make config`), the shipped YAML files are validated against them by a test, and the Snakefile validates
+before any job starts.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from kvpipe.config.arms import (
+    Arm,
+    ArmEntry,
+    FitConfig,
+    FuseConfig,
+    LayerConfig,
+    LossConfig,
+    ProjectorConfig,
+    ScheduleConfig,
+    TimeConfig,
+)
+from kvpipe.config.data import DataConfig, EmbeddedData, FileData, Template
+from kvpipe.config.models import (
+    HubModel,
+    LocalModel,
+    Model,
+    PretrainModel,
+    RandomModel,
+    Recipe,
+    ScratchModel,
+    TokenizerRecipe,
+)
+from kvpipe.config.section import ConfigError, Name, Section
+from kvpipe.config.steps import (
+    AuditConfig,
+    EvaluateConfig,
+    LayerMapConfig,
+    LoraConfig,
+    StatsConfig,
+    StoreConfig,
+    TrainConfig,
+)
+from kvpipe.problems import explain, nearest
+
+__all__ = [
+    "Arm",
+    "ArmEntry",
+    "AuditConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EmbeddedData",
+    "EvaluateConfig",
+    "FileData",
+    "FitConfig",
+    "FuseConfig",
+    "HubModel",
+    "LayerConfig",
+    "LayerMapConfig",
+    "LocalModel",
+    "LoraConfig",
+    "LossConfig",
+    "Model",
+    "Name",
+    "PretrainModel",
+    "ProjectorConfig",
+    "RandomModel",
+    "Recipe",
+    "ScheduleConfig",
+    "ScratchModel",
+    "Section",
+    "StatsConfig",
+    "StoreConfig",
+    "Template",
+    "TimeConfig",
+    "TokenizerRecipe",
+    "TrainConfig",
+    "assign",
+    "json_schema",
+    "load",
+    "parse",
+]
+
+
+class Config(Section):
+    """A whole experiment."""
+
+    title: str = "kvpipe experiment"
+    """Heading of the report."""
+    seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
+    """One cell per arm and seed."""
+    student: Name
+    """Name of the model that is trained."""
+    models: dict[Name, Model]
+    """Every model, by name."""
+    arms: dict[Name, ArmEntry]
+    """Every arm, by name. `control` must be among them."""
+    data: DataConfig
+    """Records and how they become text."""
+    store: StoreConfig = StoreConfig()
+    """The stored caches of the teachers."""
+    layer_map: LayerMapConfig = LayerMapConfig()
+    """How the similarity of layers (CKA) is measured."""
+    train: TrainConfig = TrainConfig()
+    """Training of a cell, the same for every arm."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Generation and scoring, the same for every arm."""
+    stats: StatsConfig = StatsConfig()
+    """Intervals and tests."""
+    audit: AuditConfig = AuditConfig()
+    """The fairness audit."""
+
+    @model_validator(mode="after")
+    def _names(self):
+        if "control" not in self.arms:
+            raise ValueError("arms: the arm 'control' is missing; every contrast needs it")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds: {self.seeds} holds a seed twice")
+        _known("student", self.student, self.models)
+        for name, model in self.models.items():
+            if isinstance(model, RandomModel):
+                _known(f"models.{name}.like", model.like, self.models)
+                if not isinstance(self.models[model.like], LocalModel | PretrainModel | HubModel):
+                    raise ValueError(f"models.{name}.like: {model.like!r} has no weights of its own")
+            if isinstance(model, ScratchModel) and name != self.student:
+                raise ValueError(f"models.{name}: source scratch is for the student only")
+        tasks = {source.task for source in self.data.sources}
+        if len(tasks) != len(self.data.sources):
+            raise ValueError("data.sources: a task occurs twice")
+        # bases first: the arm that is named is the one that wrote the mistake, not one that inherits it
+        for name in sorted(self.arms, key=lambda name: len(_chain(name, self.arms))):
+            arm = self.arm(name)
+            for i, teacher in enumerate(arm.teachers):
+                _known(f"arms.{name}.set.teachers[{i}]", teacher, self.models)
+                if teacher == self.student:
+                    raise ValueError(f"arms.{name}.set.teachers[{i}]: the student cannot be its own teacher")
+            if arm.fuse.kind == "task":
+                missing = tasks - set(arm.fuse.weights)
+                if missing and "default" not in arm.fuse.weights:
+                    raise ValueError(f"arms.{name}.set.fuse.weights: no row for {sorted(missing)} and no row 'default'")
+        return self
+
+    def arm(self, name: str) -> Arm:
+        """The arm with its bases and `set` applied."""
+        entry = self.arms[name]
+        # what the report calls an arm is not handed down
+        values: dict[str, Any] = {k: v for k in ("role", "label") if (v := getattr(entry, k)) is not None}
+        for link in _chain(name, self.arms):
+            for dotted, value in copy.deepcopy(self.arms[link].set).items():
+                try:
+                    assign(values, dotted, value)
+                except ConfigError as error:
+                    raise ConfigError(f"arms.{link}.set.{error}") from None
+        try:
+            return Arm.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError(explain(error, values, ("arms", name, "set"))) from None
+
+
+def _known(path: str, name: str, valid: Iterable[str]) -> None:
+    if name not in valid:
+        raise ValueError(f"{path}: unknown name {name!r}{nearest(name, valid)}")
+
+
+def _chain(name: str, arms: dict[str, ArmEntry]) -> list[str]:
+    """The arm's bases, the first of them first, and the arm itself."""
+    chain = [name]
+    while (base := arms[chain[0]].base) is not None:
+        _known(f"arms.{chain[0]}.base", base, arms)
+        if base in chain:
+            raise ValueError(f"arms.{name}.base: circular: {' ← '.join([base, *chain])}")
+        chain.insert(0, base)
+    return chain
+
+
+def assign(values: dict, dotted: str, value: Any) -> None:
+    """Set `a.b.c` in nested dictionaries, making the levels that are missing."""
+    *parents, last = dotted.split(".")
+    node = values
+    for key in parents:
+        node = node.setdefault(key, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"{dotted}: {key!r} holds a value, not a section")
+    node[last] = value
+
+
+def parse(values: dict, overrides: dict[str, Any] | None = None, origin: str = "configuration") -> Config:
+    """Validate nested dictionaries, with dotted overrides applied first.
+
+    Raises:
+        ConfigError: one line per problem, each with the key's path and the nearest valid name.
+    """
+    values = copy.deepcopy(values)
+    for dotted, value in (overrides or {}).items():
+        assign(values, dotted, value)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{origin}:\n{explain(error, values)}") from None
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read and validate a YAML (or JSON) file; `overrides` are `dotted.key=value` with a YAML value."""
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping at the top level")
+    pairs = {}
+    for item in overrides or []:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {item!r}: expected dotted.key=value")
+        try:
+            pairs[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {item!r}: the value is not valid YAML: {error}") from None
+    return parse(values, pairs, origin=str(path))
+
+
+def json_schema() -> str:
+    """The JSON schema of a configuration file (with the arm's resolved keys under $defs)."""
+    schema = Config.model_json_schema()
+    arm = Arm.model_json_schema()
+    schema["$defs"].update(arm.pop("$defs"))
+    schema["$defs"]["Arm"] = arm
+    return json.dumps(schema, indent=2, ensure_ascii=False, sort_keys=True) + "\n"

@@ -1,0 +1,195 @@
+"""Sections of the configuration: arms and the settings that an arm may change."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from kvpipe.config.section import Fraction, Name, Section
+
+
+class TimeConfig(Section):
+    """Which teacher tokens make up a student token."""
+
+    kind: Literal["overlap", "segment", "position"] = "overlap"
+    """`overlap`: byte-span overlap of the two tokenizations; `segment`: prompt, reasoning and answer matched one to
+    one; `position`: token i to token i (harmful, kept as a null)."""
+    mode: Literal["iou", "causal"] = "causal"
+    """Weights of the byte-span overlap. `causal` uses nothing the student has not read yet."""
+    differing: Literal["interpolate", "anchored"] = "anchored"
+    """Segments whose texts differ (`segment`): `interpolate` linearly over normalised position, or hold the words that
+    both texts share and interpolate between them."""
+    text: Literal["student", "own"] = "student"
+    """What the teacher reads: the student's text, or its own longer worked reasoning (needs `segment`)."""
+
+    @model_validator(mode="after")
+    def _own_text_needs_segments(self):
+        if self.text == "own" and self.kind != "segment":
+            raise ValueError("text: own needs kind: segment, since byte spans of different texts cannot overlap")
+        return self
+
+
+class LayerConfig(Section):
+    """Which teacher layers make up a student layer."""
+
+    kind: Literal["proportional", "cka", "list"] = "proportional"
+    """`proportional` depth; `cka`: the k most similar teacher layers; `list`: explicit."""
+    by: Literal["own", "hidden"] = "own"
+    """What `cka` compares: keys for keys and values for values, or hidden states for both."""
+    k: PositiveInt = 2
+    """Teacher layers per student layer under `cka`."""
+    temperature: PositiveFloat | None = None
+    """Softmax temperature of the weights β; none clamps at 0 and normalises."""
+    combine: Literal["concat", "mix"] = "concat"
+    """`mix`: convex combination of the layers; `concat`: side by side, scaled by √β, before projection."""
+    layers: list[int] | None = None
+    """Teacher layer of each student layer under `list`."""
+
+
+class ProjectorConfig(Section):
+    """The map from a teacher's heads and dimension to the student's."""
+
+    kind: Literal["linear", "heads", "elastic"] = "linear"
+    """`linear`: one map over the flattened heads; `heads`: head dimension, then head mixing; `elastic`: bottleneck."""
+    mlp_ratio: PositiveFloat | None = None
+    """Hidden width of `elastic` as a share of its input; none follows the teacher's size."""
+    dropout: Fraction = 0.0
+    """Dropout inside `elastic`."""
+    mode: Literal["frozen", "slow", "joint"] = "frozen"
+    """`frozen` after the fit; `slow`: own learning rate; `joint`: the student's."""
+    learning_rate: PositiveFloat = 1e-4
+    """Learning rate under `slow`."""
+
+
+class FitConfig(Section):
+    """How projectors are fitted before training."""
+
+    method: Literal["pca", "joint_pca", "procrustes", "ridge", "reconstruct", "random", "grouped"] = "pca"
+    """How projectors are fitted before training; `reconstruct` trains the elastic encoder from the linear fit;
+    `grouped` is the unfitted grouped average."""
+    examples: PositiveInt = 500
+    """Training examples whose tokens are the rows of the fit."""
+    whiten: bool = False
+    """Give every component unit variance."""
+    steps: PositiveInt = 300
+    """Optimizer steps of `reconstruct`."""
+    ridge: PositiveFloat = 1e-2
+    """Penalty of the closed forms, relative to the mean variance of a feature."""
+    seed: int = 0
+    """Seed of `random` and `reconstruct`."""
+
+
+class FuseConfig(Section):
+    """How several teachers become one target."""
+
+    kind: Literal["mean", "fixed", "attention", "task", "learnable", "select"] = "mean"
+    """How the projected teachers become one target."""
+    weights: dict[str, list[float]] = Field(default={})
+    """Weight of each teacher per task under `task` (row `default` serves unknown tasks); row `default` under
+    `fixed`."""
+    offsets: bool = False
+    """Learn an offset to the table under `task`."""
+    entropy: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the entropy term that keeps learned weights from collapsing."""
+
+
+class ScheduleConfig(Section):
+    """The course of λ over training."""
+
+    kind: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of λ after the warm-up."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the steps over which λ rises from 0."""
+    final: Fraction = 0.0
+    """Share of λ left at `until`."""
+    until: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the steps at which an anneal ends."""
+
+
+class LossConfig(Section):
+    """What is added to cross-entropy."""
+
+    kind: Literal["none", "kv", "logit_kd", "relation"] = "none"
+    """`none`: cross-entropy alone; `kv`: key and value matching; the other two are baselines."""
+    lambda_k: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the key term."""
+    lambda_v: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the value term."""
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of a baseline's term."""
+    temperature: PositiveFloat = 1.0
+    """Temperature of `logit_kd`."""
+    relation_heads: PositiveInt = 4
+    """Relation heads of `relation`."""
+    distance: Literal["mse", "smooth_l1"] = "mse"
+    """Distance of a residual."""
+    scale: Literal["std", "none"] = "std"
+    """Divide each layer's residual by the standard deviation of its target."""
+    layers: list[int] | None = None
+    """Student layers that are matched; none matches all."""
+    skip_sink: Annotated[int, Field(ge=0)] = 0
+    """First student positions left out of the key and value terms."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """Course of λ over training."""
+
+
+class Arm(Section):
+    """One experimental condition, after `base` and `set` are resolved."""
+
+    role: Literal["control", "experiment", "null", "baseline", "ablation"] = "ablation"
+    """What the report calls it. Nulls must not beat control."""
+    label: str = ""
+    """One line for the report."""
+    teachers: list[Name] = Field(default=[])
+    """Names of models, in the order of the fusion weights."""
+    content: Literal["own", "shuffled"] = "own"
+    """`shuffled`: every example gets the teacher KV of another one."""
+    seed_offset: int = 0
+    """Added to the seed (the false-positive check runs control again under other seeds)."""
+    time: TimeConfig = TimeConfig()
+    """Which teacher tokens make up a student token."""
+    layer: LayerConfig = LayerConfig()
+    """Which teacher layers make up a student layer."""
+    projector: ProjectorConfig = ProjectorConfig()
+    """The map from a teacher's heads and dimension to the student's."""
+    fit: FitConfig = FitConfig()
+    """How the projectors are fitted before training."""
+    fuse: FuseConfig = FuseConfig()
+    """How several teachers become one target."""
+    loss: LossConfig = LossConfig()
+    """What is added to cross-entropy."""
+
+    @model_validator(mode="after")
+    def _coherent(self):
+        if (self.loss.kind == "none") != (not self.teachers):
+            raise ValueError(f"loss.kind {self.loss.kind!r} with teachers {self.teachers}: both or neither")
+        if self.projector.kind == "heads" and self.fit.method not in ("grouped", "random"):
+            raise ValueError("projector.kind: heads starts from fit.method grouped or random")
+        if self.projector.kind == "heads" and self.layer.kind == "cka" and self.layer.combine == "concat":
+            raise ValueError("projector.kind: heads keeps heads apart: set layer.combine: mix")
+        if (self.fit.method == "reconstruct") != (self.projector.kind == "elastic"):
+            raise ValueError("fit.method: reconstruct and projector.kind: elastic go together")
+        if self.projector.mode == "frozen" and self.fit.method == "grouped" and self.loss.kind == "kv":
+            raise ValueError("fit.method: grouped is an unfitted start: set projector.mode to slow or joint")
+        if self.fuse.kind == "fixed" and "default" not in self.fuse.weights:
+            raise ValueError("fuse.kind: fixed needs fuse.weights.default, one weight per teacher")
+        for task, row in self.fuse.weights.items():
+            if len(row) != len(self.teachers):
+                raise ValueError(f"fuse.weights.{task} has {len(row)} weights for {len(self.teachers)} teachers")
+        return self
+
+
+class ArmEntry(Section):
+    """An arm as written: another arm with some settings changed."""
+
+    base: Name | None = None
+    """Arm to start from; none starts from the defaults of its settings."""
+    role: Literal["control", "experiment", "null", "baseline", "ablation"] | None = None
+    """Role in the report, `ablation` if it is not said; not handed down by a base. Write `"null"` in quotes: the bare
+    word is YAML for nothing."""
+    label: str | None = None
+    """One line for the report."""
+    set: dict[str, Any] = Field(default={})
+    """Dotted key → value, applied in order over the base. `loss.lambda_k: 0` changes one setting;
+    `loss: {kind: kv}` replaces the section, its other settings go back to their defaults."""

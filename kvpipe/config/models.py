@@ -1,0 +1,106 @@
+"""Sections of the configuration: teachers and the student."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from kvpipe.config.section import Fraction, Name, Section
+
+
+class TokenizerRecipe(Section):
+    """A tokenizer trained on the recipe's own corpus."""
+
+    kind: Literal["byte_bpe", "unigram", "metaspace_bpe"] = "byte_bpe"
+    """`byte_bpe`: ByteLevel BPE (GPT-2, Qwen, Llama-3); `unigram` and `metaspace_bpe`: SentencePiece style with byte
+    fallback."""
+    vocab_size: Annotated[int, Field(ge=260)] = 384
+    """Size of the vocabulary, special tokens included."""
+    split_digits: bool = True
+    """Every digit a token of its own."""
+
+
+class Recipe(Section):
+    """How an embedded model is made: architecture, tokenizer and training from scratch."""
+
+    architecture: dict[str, Any]
+    """Fields of the transformers config class, `model_type` among them."""
+    tokenizer: TokenizerRecipe = TokenizerRecipe()
+    """The model's own tokenizer."""
+    mixture: dict[Name, Fraction] = Field(default={})
+    """Task → share of the pretraining examples; empty means all tasks of `data` alike."""
+    examples: PositiveInt = 20000
+    """Pretraining examples, disjoint from validation and test."""
+    own_text: Fraction = 0.5
+    """Share of the examples written with the teacher's longer reasoning."""
+    steps: PositiveInt = 1500
+    """Optimizer steps."""
+    batch_size: PositiveInt = 64
+    """Examples per step."""
+    learning_rate: PositiveFloat = 3e-3
+    """Peak learning rate of AdamW under a cosine schedule."""
+    seed: int = 0
+    """Seed of initialisation and data order."""
+
+
+class LocalModel(Section):
+    """A Hugging Face folder on disk."""
+
+    source: Literal["local"] = "local"
+    """Read from disk."""
+    path: str
+    """Folder with config.json, safetensors and tokenizer files."""
+    recipe: Recipe | None = None
+    """How the folder was made, where kvpipe made it: `make teachers` and `source: pretrain` follow it."""
+    parameters: PositiveInt | None = None
+    """Number of parameters, for the elastic projector's default width; counted when absent."""
+
+
+class PretrainModel(Section):
+    """A model trained inside the DAG by its recipe."""
+
+    source: Literal["pretrain"] = "pretrain"
+    """Trained by its recipe, inside the DAG."""
+    recipe: Recipe
+    """Architecture, tokenizer and training."""
+    path: str | None = None
+    """Where `make teachers` writes the shipped copy; not read with this source."""
+
+
+class HubModel(Section):
+    """A repository on the Hugging Face hub."""
+
+    source: Literal["hub"] = "hub"
+    """Downloaded."""
+    repo: str
+    """`owner/name`."""
+    revision: str = "main"
+    """Branch, tag or commit; resolved once to a commit and recorded in the manifest."""
+    trust_remote_code: bool = False
+    """Run code shipped in the repository. Off unless you have read it."""
+
+
+class ScratchModel(Section):
+    """A model with random weights, drawn anew by every seed (the student of the embedded experiment)."""
+
+    source: Literal["scratch"] = "scratch"
+    """Random weights, drawn anew by every seed."""
+    architecture: dict[str, Any]
+    """Fields of the transformers config class, `model_type` among them."""
+    tokenizer: TokenizerRecipe = TokenizerRecipe()
+    """Trained on the training split."""
+
+
+class RandomModel(Section):
+    """The architecture and tokenizer of another model with random weights (a null teacher)."""
+
+    source: Literal["random"] = "random"
+    """Random weights in another model's architecture."""
+    like: Name
+    """Name of the model to copy."""
+    seed: int = 0
+    """Seed of the weights."""
+
+
+Model = Annotated[LocalModel | PretrainModel | HubModel | ScratchModel | RandomModel, Field(discriminator="source")]
