@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -21,7 +23,7 @@ from kvpipe.distill import Distiller, KVDistiller, LogitDistiller, RelationDisti
 from kvpipe.encoding import Encoding, encode_records
 from kvpipe.fuse import build_fusion
 from kvpipe.layermap import LayerPlan, layer_plan
-from kvpipe.models import build_model, load_config, load_model, load_tokenizer, manifest_hash
+from kvpipe.models import build_model, load_config, load_model, load_tokenizer, manifest_hash, random_model
 from kvpipe.project import Geometry, Projector, build_projector
 from kvpipe.records import Record, read_records
 from kvpipe.store import GB, Store, StoreKey, forward_rows
@@ -73,13 +75,19 @@ class Workspace:
             )
         return self._encodings[key]
 
-    def student(self, seed: int):
-        """The student before training: drawn by the seed, or its pretrained weights."""
+    def student(self, seed: int, init: Literal["student", "random"] = "student"):
+        """The student before training: its pretrained weights, or drawn by the seed."""
         folder = self.paths.model(self.config.student)
         source = self.config.models[self.config.student]
         if isinstance(source, ScratchModel):
             return build_model(source.architecture, self.student_tokenizer, seed)
-        return load_model(folder)
+        return load_model(folder) if init == "student" else random_model(folder, seed)
+
+    def training_examples(self, arm: Arm) -> np.ndarray:
+        """Numbers of the training examples that the arm's cells see."""
+        tasks = pd.Series([record.task for record in self.records("train")])
+        rank = tasks.groupby(tasks).cumcount().to_numpy()
+        return np.flatnonzero(rank < (len(tasks) if arm.examples is None else arm.examples))
 
     # ------------------------------------------------------------ teachers
     def geometry(self, teacher: str) -> Geometry:

@@ -11,6 +11,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
+from typing import Literal
 
 from kvpipe.records import SPLITS, Record
 
@@ -19,8 +20,8 @@ THINGS = ("cards", "coins", "pens", "nuts", "cups", "eggs")
 GAINS = ("finds", "buys", "gets")
 LOSSES = ("loses", "sells", "eats")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-HIGHEST = 9
-"""Largest value that occurs in a chain: one digit, so that a small student can learn the facts within its steps."""
+HIGHEST = 19
+"""Largest value that occurs in a chain: some 300 facts of the kind 7 + 8, more than a student sees often enough."""
 
 
 @dataclass(frozen=True)
@@ -53,18 +54,24 @@ def _draw_core(rng: random.Random, operations: int) -> Core:
     return Core(start, tuple(steps))
 
 
-def _equation(before: int, step: int) -> str:
-    return f"{before}{'+' if step > 0 else '-'}{abs(step)}={before + step}"
+def _equations(core: Core, values: list[int]) -> list[str]:
+    return [
+        f"{before}{'+' if step > 0 else '-'}{abs(step)}={after}"
+        for before, step, after in zip(values, core.steps, values[1:], strict=False)
+    ]
 
 
-def _math(rng: random.Random, core: Core) -> tuple[str, str, str]:
+def _running(values: list[int]) -> str:
+    return ", ".join(map(str, values[1:])) + "."
+
+
+def _math(rng: random.Random, core: Core, values: list[int]) -> tuple[str, str, str]:
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
-    values = core.values()
     verbs = [rng.choice(GAINS if step > 0 else LOSSES) for step in core.steps]
     deeds = " and ".join(f"{verb} {abs(step)}" for verb, step in zip(verbs, core.steps, strict=True))
     prompt = f"{name} has {core.start} {thing}, {deeds}. How many?"
-    equations = [_equation(b, s) for b, s in zip(values, core.steps, strict=False)]
-    reasoning = " ".join(f"{equation}." for equation in equations)
+    equations = _equations(core, values)
+    reasoning = _running(values)
     own = f"{name} starts with {core.start} {thing}. " + " ".join(
         f"{name} {verb} {abs(step)}: {equation}."
         for verb, step, equation in zip(verbs, core.steps, equations, strict=True)
@@ -72,26 +79,34 @@ def _math(rng: random.Random, core: Core) -> tuple[str, str, str]:
     return prompt, reasoning, own
 
 
-def _code(rng: random.Random, core: Core) -> tuple[str, str, str]:
+def _code(rng: random.Random, core: Core, values: list[int]) -> tuple[str, str, str]:
     # consecutive letters: copying names is no part of the difficulty
     first = rng.randrange(len(LETTERS) - len(core.steps))
     names = LETTERS[first : first + len(core.steps) + 1]
-    values = core.values()
+    equations = _equations(core, values)
     lines = [f"{names[0]}={core.start}"]
     own = [f"{names[0]} is {core.start}."]
     for i, step in enumerate(core.steps):
         sign = "+" if step > 0 else "-"
         lines.append(f"{names[i + 1]}={names[i]}{sign}{abs(step)}")
-        own.append(f"{names[i + 1]} is {names[i]}{sign}{abs(step)}, so {_equation(values[i], step)}.")
+        own.append(f"{names[i + 1]} is {names[i]}{sign}{abs(step)}, so {equations[i]}.")
     prompt = "\n".join([*lines, f"print({names[-1]})"])
-    reasoning = " ".join(f"{n}={v}." for n, v in zip(names, values, strict=True))
+    reasoning = _running(values)
     return prompt, reasoning, " ".join(own)
 
 
 _WRITERS = {"math": _math, "code": _code}
 
 
-def generate(task: str, split: str, count: int, difficulty: int, seed: int, distinct: bool = True) -> list[Record]:
+def generate(
+    task: str,
+    split: str,
+    count: int,
+    difficulty: int,
+    seed: int,
+    distinct: bool = True,
+    results: Literal["true", "random"] = "true",
+) -> list[Record]:
     """`count` records of one task and split.
 
     Args:
@@ -101,6 +116,7 @@ def generate(task: str, split: str, count: int, difficulty: int, seed: int, dist
         difficulty: number of chained operations.
         seed: seed of the draw; the split of a problem does not depend on it.
         distinct: no two records with the same prompt.
+        results: `random` draws every computed number anew: the language of the task without its arithmetic.
 
     Raises:
         ValueError: the task or split is unknown, or there are fewer distinct problems than asked for.
@@ -110,7 +126,7 @@ def generate(task: str, split: str, count: int, difficulty: int, seed: int, dist
     rng = random.Random(f"{task}/{split}/{difficulty}/{seed}")
     records: list[Record] = []
     seen: set[str] = set()
-    for prompt, reasoning, own, answer in _problems(rng, task, split, difficulty, limit=count * 50 + 10_000):
+    for prompt, reasoning, own, answer in _problems(rng, task, split, difficulty, results, limit=count * 50 + 10_000):
         if distinct and prompt in seen:
             continue
         seen.add(prompt)
@@ -123,8 +139,13 @@ def generate(task: str, split: str, count: int, difficulty: int, seed: int, dist
     )
 
 
-def _problems(rng: random.Random, task: str, split: str, difficulty: int, limit: int) -> Iterator[tuple[str, ...]]:
+def _problems(
+    rng: random.Random, task: str, split: str, difficulty: int, results: str, limit: int
+) -> Iterator[tuple[str, ...]]:
     for _ in range(limit):
         core = _draw_core(rng, difficulty)
         if core.split() == split:
-            yield (*_WRITERS[task](rng, core), str(core.values()[-1]))
+            values = core.values()
+            if results == "random":
+                values = [core.start, *(rng.randint(0, HIGHEST) for _ in core.steps)]
+            yield (*_WRITERS[task](rng, core, values), str(values[-1]))

@@ -135,6 +135,17 @@ def normalised(maps: list[Affine], xs: Matrices, whiten: bool) -> list[Affine]:
     return [Affine(m.weight * scale, (m.bias - y.mean(0)) * scale) for m, y in zip(maps, outputs, strict=True)]
 
 
+def onto_student(maps: list[Affine], xs: Matrices, own: Float64[Tensor, "row out"]) -> list[Affine]:
+    """Turn, shift and scale the maps' shared outputs onto the student's own rows, by one similarity for all teachers.
+
+    A rotation keeps all that the outputs tell; mean and total variance become the student's.
+    """
+    shared = torch.stack([m(x) for m, x in zip(maps, xs, strict=True)]).mean(0)
+    turn = rotation_onto(shared, own) * (own.var(0).sum() / shared.var(0).sum().clamp(min=1e-30)).sqrt()
+    shift = own.mean(0) - shared.mean(0) @ turn
+    return [Affine(m.weight @ turn, m.bias @ turn + shift) for m in maps]
+
+
 def explained_variance(z: Float64[Tensor, "row out"], x: Matrix, penalty: float = 1e-6) -> float:
     """Share of the variance of x that a linear map from z gives back."""
     residual = x - ridge(z, x, penalty)(z)
@@ -154,16 +165,18 @@ def fit(
         projectors: one per teacher, unfitted.
         rows: the aligned rows of each teacher, the same number for all.
         config: method.
-        student: the pretrained student's own rows, for `ridge`.
+        student: the pretrained student's own rows, for `ridge` and `basis: student`.
 
     Raises:
-        ValueError: too few rows, or `ridge` without a student.
+        ValueError: too few rows, or no student where one is needed.
     """
     geometry = projectors[0].geometry
     out = geometry.dst_heads * geometry.dst_dim
     report: list[dict[str, list[float]]] = [{kind: [] for kind in KINDS} for _ in projectors]
-    if config.method == "ridge" and student is None:
-        raise ValueError("fit.method: ridge needs a student with weights of its own (it maps onto the student's KV)")
+    if (config.method == "ridge" or config.basis == "student") and student is None:
+        raise ValueError(
+            "fit.method: ridge and fit.basis: student need a student with weights of its own (they map onto its KV)"
+        )
     for number, kind in enumerate(KINDS):
         for layer in range(geometry.dst_layers):
             xs = [features(p, r, number, layer) for p, r in zip(projectors, rows, strict=True)]
@@ -191,11 +204,12 @@ def fit(
 
 
 def _linear(xs, out: int, config: FitConfig, student: Rows | None, kind: int, layer: int) -> list[Affine]:
+    own = None if student is None else rearrange(student[kind][:, layer], "row head dim -> row (head dim)").double()
     if config.method == "ridge":
-        assert student is not None
-        own = rearrange(student[kind][:, layer], "row head dim -> row (head dim)").double()
+        assert own is not None
         return [ridge(x, own, config.ridge) for x in xs]  # the student's own scale is the target's
-    return normalised(LINEAR[config.method](xs, out, config), xs, config.whiten)
+    maps = normalised(LINEAR[config.method](xs, out, config), xs, config.whiten)
+    return maps if own is None else onto_student(maps, xs, own)
 
 
 def features(projector: Projector, rows: Rows, kind: int, layer: int) -> Matrix:
@@ -238,7 +252,8 @@ def _reconstruct(
         loss = torch.zeros(())
         for encoder, decoder, x, target, anchor in zip(encoders, decoders, inputs, scaled, anchors, strict=True):
             z = encoder(x[batch])
-            loss = loss + (decoder(z) - target[batch]).square().mean() + 0.1 * (z - anchor[batch]).square().mean()
+            drift = (z - anchor[batch]).square().mean() / anchor.var(0).mean().clamp(min=1e-12)
+            loss = loss + (decoder(z) - target[batch]).square().mean() + 0.1 * drift
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

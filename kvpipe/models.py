@@ -167,6 +167,12 @@ def build_model(architecture: dict[str, Any], tokenizer: Any, seed: int) -> PreT
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
+def random_model(folder: Path, seed: int) -> PreTrainedModel:
+    """The architecture of a model folder with weights drawn by a seed."""
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(load_config(folder), dtype=torch.float32).eval()
+
+
 def has_weights(folder: Path) -> bool:
     """False for a from-scratch student's folder, which holds a config and a tokenizer only."""
     return any(folder.glob("*.safetensors"))
@@ -223,8 +229,6 @@ def fetch_hub(repo: str, revision: str, out: Path) -> dict[str, Any]:
 
 def randomise(folder: Path, out: Path, seed: int) -> dict[str, Any]:
     """A model with the config and tokenizer of `folder` and random weights."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(load_config(folder), dtype=torch.float32)
-    model.save_pretrained(out)
+    random_model(folder, seed).save_pretrained(out)
     load_tokenizer(folder).save_pretrained(out)
     return {"source": "random", "like": folder.name, "like_manifest": manifest_hash(folder), "seed": seed}

@@ -47,6 +47,7 @@ def pretraining_records(recipe: Recipe, data: DataConfig) -> tuple[list[Record],
             sources[task].difficulty,
             recipe.seed + 10_000,
             distinct=False,
+            results=recipe.results,
         )
         cut = round(len(records) * recipe.own_text)
         own += records[:cut]

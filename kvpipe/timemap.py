@@ -7,6 +7,7 @@ shifted so that every example (or every segment) has a byte range of its own.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -64,8 +65,10 @@ def build_time_map(config: TimeConfig, src: Encoding, dst: Encoding, source: np.
         same_text = (src.segment_hashes[source] == dst.segment_hashes) & own[:, None]
         index, weight = _by_bytes(config, src, dst, src.byte_segments, dst.byte_segments, same_text)
         index, weight = _within(index, weight, *_segment_rows_read(src, dst, source))
-        anchored = config.differing == "anchored"
-        resampled = (_by_anchors if anchored else _by_segment)(src, dst, source, ~same_text)
+        if config.differing == "interpolate":
+            resampled = _by_segment(src, dst, source, ~same_text)
+        else:
+            resampled = _by_anchors(src, dst, source, ~same_text, predictive=config.differing == "predictive")
         index, weight = _merge((index, weight), resampled)
     # where there is no weight any row of the example will do
     first, _ = _rows_read(src, dst, source)
@@ -132,8 +135,11 @@ def _by_segment(src: Encoding, dst: Encoding, source: np.ndarray, resample: np.n
     return segment_weights(src_ranges.tolist(), dst_ranges.tolist(), len(dst.ids))
 
 
-def _by_anchors(src: Encoding, dst: Encoding, source: np.ndarray, resample: np.ndarray) -> tuple[Tensor, Tensor]:
-    """For each token of the marked segments, the last teacher token that ends by the anchored position of its own end."""
+def _by_anchors(
+    src: Encoding, dst: Encoding, source: np.ndarray, resample: np.ndarray, predictive: bool
+) -> tuple[Tensor, Tensor]:
+    """For each token of the marked segments, the last teacher token that ends by the anchored position of its own end;
+    `predictive`: by that of the word that comes next, all that the teacher says before it included."""
     index = np.zeros((len(dst.ids), 1), dtype=np.int64)
     weight = np.zeros((len(dst.ids), 1), dtype=np.float32)
     for example, segment in zip(*np.nonzero(resample), strict=True):
@@ -143,12 +149,26 @@ def _by_anchors(src: Encoding, dst: Encoding, source: np.ndarray, resample: np.n
             ends.append(side.spans[start:stop, 1] - side.byte_segments[number, segment, 0])
             rows.append((start, stop))
         pairs = anchors(src.texts[source[example]][segment], dst.texts[example][segment])
+        if predictive:
+            reached = warp(_next_words(dst.texts[example][segment].encode(), ends[1]), pairs, jump="after")
+        else:
+            reached = warp(ends[1], pairs)
         # a little slack for the rounding of the interpolation
-        last = np.searchsorted(ends[0], warp(ends[1], pairs) + 1e-6, side="right") - 1
+        last = np.searchsorted(ends[0], reached + 1e-6, side="right") - 1
         (first, _), (start, stop) = rows
         index[start:stop, 0] = first + np.maximum(last, 0)
         weight[start:stop, 0] = last >= 0
     return torch.from_numpy(index), torch.from_numpy(weight)
+
+
+def _next_words(text: bytes, ends: np.ndarray) -> np.ndarray:
+    """Where what follows each token begins: the end of the token, and past the blanks that the next one begins with."""
+    out = ends.copy()
+    for i, (start, stop) in enumerate(pairwise(ends)):
+        piece = text[start:stop]
+        word = piece.lstrip(b" ")
+        out[i] += len(piece) - len(word) if word else 0
+    return out
 
 
 def _merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

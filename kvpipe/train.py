@@ -24,7 +24,7 @@ from kvpipe import checkpoint
 from kvpipe.batches import IGNORE, Batch, collate, schedule
 from kvpipe.capture import Recorder
 from kvpipe.cell import Workspace
-from kvpipe.config import TrainConfig
+from kvpipe.config import Arm, TrainConfig
 from kvpipe.dag import digest
 from kvpipe.distill import Distiller, Step
 from kvpipe.likelihood import score, scoring_batches
@@ -46,6 +46,11 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + float(np.cos(np.pi * (step - warmup) / max(1, config.steps - warmup))))
+
+
+def budget(config: TrainConfig, arm: Arm) -> TrainConfig:
+    """Training of an arm's cells: the same for every arm, but for the steps where an arm says so."""
+    return config.model_copy(update={"steps": max(1, round(config.steps * arm.steps))})
 
 
 def train(work: Workspace, arm_name: str, seed: int, out: Path, checkpoints: Path, log=print) -> None:
@@ -99,8 +104,8 @@ class _Run:
         from accelerate import Accelerator
 
         self.work, self.arm_name, self.seed, self.checkpoints, self.log = work, arm_name, seed, checkpoints, log
-        self.config = work.config.train
         self.arm = work.dag.arm(arm_name)
+        self.config = budget(work.config.train, self.arm)
         self.drawn = seed + self.arm.seed_offset
         torch.set_num_threads(self.config.threads)
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -111,13 +116,17 @@ class _Run:
         self.pad_id = work.student_tokenizer.pad_token_id
         self.validation = work.student_encoding("validation")
         self.validation_batches = scoring_batches(self.validation, self.pad_id, work.config.evaluate.batch_size)
-        self.batches = schedule(
-            self.encoding.lengths,
-            self.config.batch_size,
-            self.config.steps,
-            self.drawn,
-            self.config.batching == "length",
-        )
+        chosen = work.training_examples(self.arm)
+        self.batches = [
+            chosen[batch]
+            for batch in schedule(
+                self.encoding.lengths[chosen],
+                self.config.batch_size,
+                self.config.steps,
+                self.drawn,
+                self.config.batching == "length",
+            )
+        ]
         self.model = self._student()
         torch.manual_seed(self.drawn)
         distiller = work.distiller(self.arm, self.drawn)
@@ -128,7 +137,7 @@ class _Run:
 
     # ------------------------------------------------------------ parts
     def _student(self):
-        model = self.work.student(self.drawn).train()
+        model = self.work.student(self.drawn, self.arm.init).train()
         if self.config.lora is not None:
             from peft import LoraConfig, get_peft_model
 
@@ -378,7 +387,7 @@ def model_card(work: Workspace, arm_name: str, seed: int, provenance: dict[str, 
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
         f"# {arm_name}, seed {seed}\n\n"
         f"A student trained by kvpipe under the arm `{arm_name}` ({arm.label or arm.role}).\n\n"
-        f"- Teachers: {teachers}\n- Tasks: {tasks}\n- Steps: {work.config.train.steps}\n"
+        f"- Teachers: {teachers}\n- Tasks: {tasks}\n- Steps: {budget(work.config.train, arm).steps}\n"
         f"- Configuration: {provenance['config_hash']}\n- Code: {provenance['git_commit']}\n\n"
         "It loads with `AutoModelForCausalLM.from_pretrained` and needs nothing of kvpipe.\n"
     )

@@ -96,7 +96,7 @@ MISTAKES = [
     ({"data.sources": [MATH, {"kind": "embeded", "task": "code"}]}, "data.sources[1].kind", "'embedded'"),
     ({"data.sources": [{**MATH, "task": "meth"}]}, "data.sources[0].task", "'math'"),
     ({"data.sources": [{"task": "math"}]}, "data.sources[0].kind", "missing"),
-    ({"models.student.tokenizer.vocab": 300}, "models.student.tokenizer.vocab", "'vocab_size'"),
+    ({"models.student.recipe.tokenizer.vocab": 300}, "models.student.recipe.tokenizer.vocab", "'vocab_size'"),
     ({"models.math.recipe.architectur": {}}, "models.math.recipe.architectur", "'architecture'"),
     ({"models.math.source": "locla"}, "models.math.source", "'local'"),
     ({"models.math-random.like": "mathh"}, "models.math-random.like", "'math'"),

@@ -50,4 +50,18 @@ def test_prompts_are_distinct_and_running_out_is_an_error():
     prompts = [r.prompt for r in generate("code", "train", 500, 2, 0)]
     assert len(set(prompts)) == len(prompts)
     with pytest.raises(ValueError, match="raise the difficulty"):
-        generate("math", "test", 2_000, 1, 0)
+        generate("math", "test", 20_000, 1, 0)
+
+
+@pytest.mark.parametrize("task", ["math", "code"])
+def test_random_results_keep_the_language_and_nothing_else(task):
+    true, drawn = (generate(task, "train", 400, 2, 5, results=results) for results in ("true", "random"))
+    shape = re.compile(r"\d+")
+    assert {shape.sub("N", r.reasoning) for r in true} == {shape.sub("N", r.reasoning) for r in drawn}
+    right = 0
+    for record in drawn:
+        own = re.findall(r"(\d+)([+-])(\d+)=(\d+)", record.teacher_reasoning)
+        assert [result for *_, result in own] == re.findall(r"\d+", record.reasoning)
+        assert record.answer == own[-1][3]
+        right += all(int(a) + (1 if s == "+" else -1) * int(b) == int(c) for a, s, b, c in own)
+    assert right < 10  # one in 400, by chance

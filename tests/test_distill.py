@@ -194,7 +194,8 @@ def test_selection_follows_the_teachers_losses(work):
     for task in set(tasks):
         mine = [int(b) for b, t in zip(best, tasks, strict=True) if t == task]
         share = watched[f"weight/{task}/alpha"]
-        assert (share == 1) if not any(mine) else (share == 0) if all(mine) else 0 < share < 1
+        # a few positions have a target from one teacher alone
+        assert share == pytest.approx(1 - np.mean(mine), abs=0.05) if len(set(mine)) == 1 else 0 < share < 1
 
 
 def test_control_adds_nothing(work):

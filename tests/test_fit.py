@@ -224,8 +224,39 @@ def test_ridge_maps_onto_the_students_own_cache():
     student = Rows(*own.unflatten(-1, (2, 6)).unbind())
     fit(projectors[:1], data[:1], FitConfig(method="ridge", ridge=1e-8), student)
     torch.testing.assert_close(outputs(projectors[0], data[0]), own.transpose(1, 2), atol=2e-2, rtol=1e-3)
-    with pytest.raises(ValueError, match="needs a student with weights"):
-        fit(projectors, data, FitConfig(method="ridge"))
+    for config in (FitConfig(method="ridge"), FitConfig(basis="student")):
+        with pytest.raises(ValueError, match="need a student with weights"):
+            fit(projectors, data, config)
+
+
+@pytest.mark.parametrize("method", ["pca", "joint_pca", "procrustes", "random"])
+def test_the_students_basis_is_a_similarity_of_the_teachers_space(method):
+    """Nothing is lost, mean and total variance are the student's, and no other turn comes nearer to its rows."""
+    (turned, data), (plain, _) = teachers(), teachers()
+    generator = torch.Generator().manual_seed(3)
+    student = Rows(*(5 + 2 * torch.randn(2, len(data[0].keys), 3, 2, 6, generator=generator)))
+    reports = [
+        fit(projectors, data, FitConfig(method=method, basis=basis), student)
+        for projectors, basis in ((turned, "student"), (plain, "teacher"))
+    ]
+    assert reports[0].explained_variance[0]["keys"] == pytest.approx(reports[1].explained_variance[0]["keys"], abs=1e-6)
+    for kind, own in enumerate(student):
+        for layer in range(3):
+            mine = own[:, layer].flatten(1).double()
+            after, before = (
+                torch.stack([outputs(p, d)[kind][layer].double() for p, d in zip(ps, data, strict=True)]).mean(0)
+                for ps in (turned, plain)
+            )
+            torch.testing.assert_close(after.mean(0), mine.mean(0), atol=1e-4, rtol=0)
+            assert after.var(0).sum() == pytest.approx(mine.var(0).sum().item(), rel=1e-4)
+            # distances between rows keep their ratios
+            ratio = torch.pdist(after[:40]) / torch.pdist(before[:40])
+            torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio), atol=1e-4, rtol=1e-4)
+            centred = after - after.mean(0)
+            best = (centred * (mine - mine.mean(0))).sum()
+            for _ in range(20):
+                turn = torch.linalg.qr(torch.randn(OUT, OUT, generator=generator, dtype=torch.float64)).Q
+                assert (centred @ turn * (mine - mine.mean(0))).sum() <= best + 1e-6
 
 
 def test_too_few_rows_are_an_error():

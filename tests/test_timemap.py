@@ -17,6 +17,7 @@ from kvpipe.tokens import overlap
 OVERLAP = [TimeConfig(mode=mode) for mode in ("iou", "causal")]
 SEGMENT = [TimeConfig(kind="segment", mode=mode, differing="interpolate") for mode in ("iou", "causal")]
 ANCHORED = [TimeConfig(kind="segment", mode=mode, differing="anchored") for mode in ("iou", "causal")]
+PREDICTIVE = TimeConfig(kind="segment", differing="predictive")
 POSITION = TimeConfig(kind="position")
 
 
@@ -164,7 +165,7 @@ def test_segments_never_mix_and_each_is_aligned_alone(config, pair):
                 torch.testing.assert_close(block, torch.from_numpy(expected).float(), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("config", ANCHORED)
+@pytest.mark.parametrize("config", [*ANCHORED, PREDICTIVE])
 @settings(deadline=None, max_examples=60)
 @given(splits(same_text=False))
 def test_anchored_segments_stay_apart_in_order_and_end_together(config, pair):
@@ -199,6 +200,20 @@ def test_anchored_words_read_the_teachers_same_words(config):
     read = (time.index[1:-2, 0] - 2).tolist()  # behind BOS and the prompt
     assert "".join(own[i] for i in read) == short
     assert read == sorted(read) and time.mask.tolist() == [True] * 15 + [False]
+
+
+def test_predictive_reads_up_to_the_word_that_comes_next():
+    own, short = "so 3-1=2. then 2+5=7.", "2, 7."
+    src = encoding_of([(("p", own, "#"), range(1, 30), 0, 0)])  # one token per byte
+    dst = encoding_of([(("p", short, "#"), [1, 2, 3, 5, 6], 0, 0)])  # p|2|,| 7|.|#
+    read = {}
+    for config in (ANCHORED[0], PREDICTIVE):
+        index = build_time_map(config, src, dst).index[1:-1, 0] - 1
+        read[config.differing] = [own[: i + 1] for i in index.tolist()]
+    assert read["anchored"][0].endswith("3-1=2") and read["predictive"][0].endswith("3-1=2")
+    # the comma comes before the 7: the teacher has worked it out there, and not said it
+    assert read["predictive"][1].endswith("2+5=") and not read["anchored"][1].endswith("2+5=")
+    assert read["predictive"][2].endswith("2+5=7") and read["predictive"][3] == own
 
 
 def test_a_segment_without_source_tokens_is_masked():

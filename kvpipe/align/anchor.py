@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from difflib import SequenceMatcher
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float64
@@ -35,16 +36,22 @@ def anchors(src: str, dst: str) -> list[tuple[int, int]]:
     return [*pairs, (int(edges[0][-1]), int(edges[1][-1]))]
 
 
-def warp(positions: ArrayLike, pairs: list[tuple[int, int]]) -> Float64[np.ndarray, "*positions"]:
+def warp(
+    positions: ArrayLike, pairs: list[tuple[int, int]], jump: Literal["before", "after"] = "before"
+) -> Float64[np.ndarray, "*positions"]:
     """Byte positions of dst as positions of src: linear between anchors, exact on shared runs, monotone.
 
-    Where an anchor jumps (src has text that dst lacks), a position that ends there takes the earlier side: nothing of
-    what comes after is read.
+    Where an anchor jumps (src has text that dst lacks), a position there takes the side before the jump, so that nothing
+    of what comes after is read, or the side after it.
     """
     at, to = np.array(pairs, dtype=float).T
     wanted = np.asarray(positions, dtype=float)
-    right = np.searchsorted(at, wanted, side="left").clip(0, len(at) - 1)
-    left = (right - 1).clip(0)
+    if jump == "before":
+        right = np.searchsorted(at, wanted, side="left").clip(0, len(at) - 1)
+        left = (right - 1).clip(0)
+    else:
+        left = (np.searchsorted(at, wanted, side="right") - 1).clip(0, len(at) - 1)
+        right = (left + 1).clip(0, len(at) - 1)
     width = at[right] - at[left]
-    share = np.where(width > 0, (wanted - at[left]) / np.where(width > 0, width, 1), 1.0)
+    share = np.where(width > 0, (wanted - at[left]) / np.where(width > 0, width, 1), 1.0 if jump == "before" else 0.0)
     return np.asarray(to[left] + share * (to[right] - to[left]))

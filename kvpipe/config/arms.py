@@ -17,9 +17,10 @@ class TimeConfig(Section):
     one; `position`: token i to token i (harmful, kept as a null)."""
     mode: Literal["iou", "causal"] = "causal"
     """Weights of the byte-span overlap. `causal` uses nothing the student has not read yet."""
-    differing: Literal["interpolate", "anchored"] = "anchored"
-    """Segments whose texts differ (`segment`): `interpolate` linearly over normalised position, or hold the words that
-    both texts share and interpolate between them."""
+    differing: Literal["interpolate", "anchored", "predictive"] = "anchored"
+    """Segments whose texts differ (`segment`): `interpolate` linearly over normalised position; `anchored` holds the
+    words that both texts share and interpolates between them; `predictive` does so from where the teacher says the
+    student's next word, having worked out what the student leaves out."""
     text: Literal["student", "own"] = "student"
     """What the teacher reads: the student's text, or its own longer worked reasoning (needs `segment`)."""
 
@@ -68,6 +69,9 @@ class FitConfig(Section):
     method: Literal["pca", "joint_pca", "procrustes", "ridge", "reconstruct", "random", "grouped"] = "pca"
     """How projectors are fitted before training; `reconstruct` trains the elastic encoder from the linear fit;
     `grouped` is the unfitted grouped average."""
+    basis: Literal["teacher", "student"] = "teacher"
+    """Axes of the space that the teachers share: their own components, or these turned, shifted and scaled onto the
+    pretrained student's own KV (orthogonal Procrustes), so that the target is new content in familiar coordinates."""
     examples: PositiveInt = 500
     """Training examples whose tokens are the rows of the fit."""
     whiten: bool = False
@@ -147,6 +151,12 @@ class Arm(Section):
     """`shuffled`: every example gets the teacher KV of another one."""
     seed_offset: int = 0
     """Added to the seed (the false-positive check runs control again under other seeds)."""
+    init: Literal["student", "random"] = "student"
+    """Weights that a cell starts from: the student's own, or drawn by the seed (training from scratch)."""
+    steps: PositiveFloat = 1.0
+    """Optimizer steps as a multiple of `train.steps`; the audit compares arms of one multiple."""
+    examples: PositiveInt | None = None
+    """Training examples of every task, the first ones; none takes all."""
     time: TimeConfig = TimeConfig()
     """Which teacher tokens make up a student token."""
     layer: LayerConfig = LayerConfig()
@@ -172,6 +182,8 @@ class Arm(Section):
             raise ValueError("fit.method: reconstruct and projector.kind: elastic go together")
         if self.projector.mode == "frozen" and self.fit.method == "grouped" and self.loss.kind == "kv":
             raise ValueError("fit.method: grouped is an unfitted start: set projector.mode to slow or joint")
+        if self.fit.basis == "student" and self.fit.method in ("ridge", "grouped"):
+            raise ValueError(f"fit.basis: student has no meaning under fit.method: {self.fit.method}; leave it out")
         if self.fuse.kind == "fixed" and "default" not in self.fuse.weights:
             raise ValueError("fuse.kind: fixed needs fuse.weights.default, one weight per teacher")
         for task, row in self.fuse.weights.items():

@@ -32,6 +32,9 @@ class Recipe(Section):
     """Task → share of the pretraining examples; empty means all tasks of `data` alike."""
     examples: PositiveInt = 20000
     """Pretraining examples, disjoint from validation and test."""
+    results: Literal["true", "random"] = "true"
+    """`random` draws every computed number of the examples anew: a model that knows the language of the tasks and none
+    of their arithmetic."""
     own_text: Fraction = 0.5
     """Share of the examples written with the teacher's longer reasoning."""
     steps: PositiveInt = 1500
@@ -82,7 +85,7 @@ class HubModel(Section):
 
 
 class ScratchModel(Section):
-    """A model with random weights, drawn anew by every seed (the student of the embedded experiment)."""
+    """A student with random weights, drawn anew by every seed."""
 
     source: Literal["scratch"] = "scratch"
     """Random weights, drawn anew by every seed."""

@@ -25,7 +25,8 @@ def make_fit(work: Workspace, fit_id: str) -> None:
     mask = torch.stack([a.mask for a in aligned]).all(0)
     rows = [fit.Rows(a.keys[mask], a.values[mask]) for a in aligned]
     student = None
-    if arm.fit.method == "ridge" and has_weights(work.paths.model(work.config.student)):
+    onto_student = arm.fit.method == "ridge" or arm.fit.basis == "student"
+    if onto_student and has_weights(work.paths.model(work.config.student)):
         batch = collate(dst, examples, work.student_tokenizer.pad_token_id)
         kv = capture(work.student(0), batch.input_ids, batch.attention_mask)
         student = fit.Rows(

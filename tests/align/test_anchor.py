@@ -27,6 +27,11 @@ def test_shared_runs_are_held_and_a_jump_is_not_read_ahead():
     assert read[13] == src
 
 
+def test_after_a_jump_the_words_in_between_are_read():
+    pairs = anchors("a bc d", "a d")
+    assert warp([2], pairs).tolist() == [2] and warp([2], pairs, jump="after").tolist() == [5]
+
+
 def test_no_shared_piece_is_plain_interpolation():
     assert warp([0, 1, 2, 4], anchors("xxxxxxxx", "yyyy")).tolist() == [0, 2, 4, 8]
 
