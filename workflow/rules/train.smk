@@ -22,6 +22,7 @@ rule train:
         cell=subpath(output.history, parent=True),
         checkpoints="results/checkpoints/{arm}/seed{seed}",
         launch=cell_launcher,
+    # exec: a shell in between would end at SIGTERM, and SLURM kill what is left of the job before it has saved
     shell:
-        "{params.launch} train --arm {wildcards.arm} --seed {wildcards.seed}"
+        "exec {params.launch} train --arm {wildcards.arm} --seed {wildcards.seed}"
         " --out {params.cell} --checkpoints {params.checkpoints} > {log} 2>&1"
