@@ -36,7 +36,7 @@ $(STAMP): requirements.lock pyproject.toml
 login:  ## .venv with what a login node needs, no torch, where jobs run in the image
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint requirements.lock --requirement containers/login.txt
-	echo '$(CURDIR)' > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/kvpipe.pth"
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation -e .
 
 image:  ## the Apptainer image, from a registry; containers/image.sh says what can be set
 	containers/image.sh online
