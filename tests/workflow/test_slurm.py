@@ -16,6 +16,7 @@ from test_workflow import ROOT, copy, python  # noqa: F401
 from kvpipe.launch import command
 
 PROFILES = sorted(path.parent.name for path in (ROOT / "profiles").glob("*/config.yaml"))
+CONFIGS = sorted(path.name for path in (ROOT / "config").glob("*.yaml"))
 GOLDEN = ROOT / "tests" / "golden" / "sbatch.txt"
 SBATCH = """
 while read -r output; do  # every file that the job might have to make
@@ -99,6 +100,13 @@ def test_sbatch_lines_are_the_golden_ones(login):
     if os.environ.get("KVPIPE_GOLDEN") == "write":
         GOLDEN.write_text(text, encoding="utf-8")
     assert text == GOLDEN.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_dry_run_of_every_shipped_configuration(login, name):
+    done = login[1]("-n", "--forceall", "--configfile", str(ROOT / "config" / name), "results/report.html")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "rule report:" in done.stdout
 
 
 def test_the_other_profile_plans_the_same_jobs(login):
