@@ -104,7 +104,7 @@ def test_sbatch_lines_are_the_golden_ones(login):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_dry_run_of_every_shipped_configuration(login, name):
-    done = login[1]("-n", "--forceall", "--configfile", str(ROOT / "config" / name), "results/report.html")
+    done = login[1]("-n", "--forceall", "results/report.html", "--configfile", str(ROOT / "config" / name))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "rule report:" in done.stdout
 
