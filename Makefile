@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock report test test-slow test-cluster teachers bench compat lint format config clean
+.PHONY: help install login image wheelhouse image-offline lock report test test-slow test-cluster teachers bench compat lint format config clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
@@ -32,6 +32,20 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements.lock
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation -e .
 	@touch $@
+
+login:  ## .venv with what a login node needs, no torch, where jobs run in the image
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint requirements.lock --requirement containers/login.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation -e .
+
+image:  ## the Apptainer image, from a registry; containers/image.sh says what can be set
+	containers/image.sh online
+
+wheelhouse:  ## the wheels for `make image-offline`, on a machine with a network
+	PYTHON=$(PYTHON) containers/image.sh wheelhouse
+
+image-offline:  ## the image from a wheelhouse and BASE=, a folder or SIF; no network
+	containers/image.sh offline $(BASE)
 
 lock: $(STAMP)  ## rewrite requirements.lock from what is installed in .venv
 	$(BIN)/python .ci/lock.py

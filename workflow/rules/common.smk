@@ -3,8 +3,9 @@ import os
 from pathlib import Path
 
 from kvpipe import config as configuration
+from kvpipe import launch
 from kvpipe.dag import Dag, Paths, digest
-from kvpipe.provenance import code_hash
+from kvpipe.provenance import code_hash, git_commit
 
 # a file given with --configfile takes the place of the embedded experiment, it is not laid over it
 if not workflow.config_settings.configfiles:
@@ -18,7 +19,7 @@ except configuration.ConfigError as error:
     raise WorkflowError(str(error))
 
 PATHS = Paths(Path("results"))
-IMAGE = os.environ.get("KVPIPE_IMAGE", "containers/kvpipe.sif")
+IMAGE = launch.image_path(os.environ.get("KVPIPE_IMAGE", "containers/kvpipe.sif"))
 SEEDS = PLAN.config.seeds
 
 # Jobs read the configuration from a file named by its content (KVPIPE_CONFIG): a change of config.yaml while a run
@@ -38,6 +39,11 @@ def write_config():
 write_config()
 os.environ.update(KVPIPE_CONFIG=CONFIG_FILE, KVPIPE_RESULTS=str(PATHS.root))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# For provenance: seen only inside the image, and by a compute node or an image without git.
+if launch.image_digest(IMAGE):
+    os.environ["APPTAINERENV_KVPIPE_IMAGE_DIGEST"] = launch.image_digest(IMAGE)
+if git_commit():
+    os.environ["KVPIPE_GIT_COMMIT"] = git_commit()
 
 
 wildcard_constraints:
@@ -74,6 +80,23 @@ def settings_of(step, *names):
 def code_of(step):
     """Hash of the code behind a step."""
     return code_hash(f"kvpipe.{step}")
+
+
+# ---------------------------------------------------------------- processes of a cell, by its resources
+APPTAINER = "apptainer" in {str(method) for method in workflow.deployment_settings.deployment_method}
+CELL = workflow.resource_settings.overwrite_resources.get("train", {})
+CELL_NODES = CELL["nodes"].value if "nodes" in CELL else 1
+
+
+def cell_image():
+    """On several nodes the job starts the image itself, on each of them."""
+    return IMAGE if CELL_NODES == 1 else None
+
+
+def cell_launcher(wildcards, resources):
+    """One process, or accelerate's launcher."""
+    start = f"apptainer exec --home $PWD {workflow.deployment_settings.apptainer_args} {IMAGE}" if APPTAINER else ""
+    return launch.command(*launch.processes(resources), container=start)
 
 
 # ---------------------------------------------------------------- inputs

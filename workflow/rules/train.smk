@@ -9,6 +9,8 @@ rule train:
         "results/logs/train/{arm}/seed{seed}.log",
     benchmark:
         "results/benchmarks/train/{arm}/seed{seed}.tsv"
+    container:
+        cell_image()
     threads: PLAN.config.train.threads
     resources:
         mem_mb=16000,
@@ -19,6 +21,8 @@ rule train:
         # not outputs: Snakemake deletes those of a job that failed, and a run goes on from its checkpoint
         cell=subpath(output.history, parent=True),
         checkpoints="results/checkpoints/{arm}/seed{seed}",
+        launch=cell_launcher,
+    # exec: a shell in between would end at SIGTERM, and SLURM kill what is left of the job before it has saved
     shell:
-        "python -m kvpipe train --arm {wildcards.arm} --seed {wildcards.seed}"
+        "exec {params.launch} train --arm {wildcards.arm} --seed {wildcards.seed}"
         " --out {params.cell} --checkpoints {params.checkpoints} > {log} 2>&1"

@@ -1,0 +1,71 @@
+"""How a job starts: the image that it runs in, and the command line that its resources ask for.
+
+No torch: this is imported while Snakemake parses.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ONE_PROCESS = "python -m kvpipe"
+EACH_NODE = 'exec accelerate launch --machine_rank "$SLURM_NODEID" "$@"'
+"""Run by srun once on every node, where alone its rank is known."""
+PORT = "$((20000 + SLURM_JOB_ID % 20000))"
+"""Of the first process of a job on several nodes: known to all of them, and another one for every job."""
+
+
+def image_path(named: str) -> str:
+    """The image, followed one link: Snakemake tracks an image by its path, which is to change with its content."""
+    path = Path(named)
+    return str(path.parent / path.readlink()) if path.is_symlink() else named
+
+
+def image_digest(path: str) -> str | None:
+    """`sha256:…` of an image from the file that `make image` writes beside it; None where there is none."""
+    beside = Path(f"{path}.sha256")
+    return f"sha256:{beside.read_text(encoding='ascii').split()[0]}" if beside.is_file() else None
+
+
+def processes(resources: Mapping[str, Any]) -> tuple[int, int]:
+    """GPUs over all nodes, and nodes, that a job's resources ask for.
+
+    `gpu` counts those of the whole job (sbatch --gpus); `gres: gpu:4` and `gres: gpu:TYPE:4` those of every node.
+
+    Raises:
+        ValueError: the GPUs do not divide by the nodes; accelerate needs the same number on each.
+    """
+    nodes = int(resources.get("nodes") or 1)
+    gres = str(resources.get("gres") or "").split(":")
+    each = int(gres[-1]) if gres[-1].isdigit() else 1
+    gpus = nodes * each if gres[0] == "gpu" else int(resources.get("gpu") or 0)
+    if gpus % nodes or (nodes > 1 and not gpus):
+        raise ValueError(
+            f"{gpus} GPUs on {nodes} nodes: every node needs the same number. `gpu` counts those of the whole job, "
+            f"for example gpu: {max(gpus, 1) * nodes} with nodes: {nodes}"
+        )
+    return gpus, nodes
+
+
+def command(gpus: int, nodes: int = 1, container: str = "") -> str:
+    """What stands before the subcommand: one process, one per GPU of a node, or one per GPU of several nodes.
+
+    Args:
+        gpus: GPUs over all nodes.
+        nodes: nodes.
+        container: what starts the image on each node, for several nodes: srun is not inside the image, so there the
+            job's own command runs outside of it.
+    """
+    if gpus <= 1:
+        return ONE_PROCESS
+    shared = f"--multi_gpu --num_machines {nodes} --num_processes {gpus} --mixed_precision no --dynamo_backend no"
+    if nodes == 1:
+        # two cells may share a node: a free port for each
+        return f"accelerate launch {shared} --main_process_port 0 --module kvpipe"
+    inside = f"{container} bash" if container else "bash"
+    return (
+        f"srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 {inside} -c {shlex.quote(EACH_NODE)} node {shared}"
+        f" --main_process_ip $(hostname) --main_process_port {PORT} --module kvpipe"
+    )

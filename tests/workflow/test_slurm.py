@@ -1,0 +1,138 @@
+"""The cluster profiles: the sbatch line of every rule, and dry runs.
+
+SLURM and Apptainer are stand-ins here that record and answer; `make test-cluster` has real ones. The golden lines are
+written anew by `KVPIPE_GOLDEN=write python -m pytest tests/workflow/test_slurm.py -k golden`.
+"""
+
+import itertools
+import os
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from test_workflow import ROOT, copy, python  # noqa: F401
+
+from kvpipe.launch import command
+
+PROFILES = sorted(path.parent.name for path in (ROOT / "profiles").glob("*/config.yaml"))
+CONFIGS = sorted(path.name for path in (ROOT / "config").glob("*.yaml"))
+GOLDEN = ROOT / "tests" / "golden" / "sbatch.txt"
+SBATCH = """
+while read -r output; do  # every file that the job might have to make
+    mkdir -p "$(dirname "$output")"
+    case $output in */model) mkdir -p "$output" ;; *) [ -e "$output" ] || : > "$output" ;; esac
+done < "$RECORD.outputs"
+exec 9> "$RECORD.lock"
+flock 9
+# the options of the submission, what it runs left out; its line number is the job's
+echo "$*" | sed "s/ --wrap=.*//" >> "$RECORD"
+wc -l < "$RECORD"
+"""
+TOOLS = {
+    "apptainer": "echo 'apptainer version 1.4.5'",
+    "sbatch": SBATCH,
+    # every job that was submitted is done
+    "squeue": 'seq "$(wc -l < "$RECORD")" | sed "s/$/|COMPLETED/"',
+    "scontrol": "echo 'MinJobAge = 300 sec'",
+    # the commands are there, accounting is off
+    "sacct": "echo 'Slurm accounting storage is disabled' >&2; exit 1",
+    "sacctmgr": "exit 1",
+    "sinfo": "echo PARTITION; echo 'standard*'",
+    "scancel": "true",
+}
+
+
+@pytest.fixture(scope="module")
+def login(copy, tmp_path_factory):  # noqa: F811
+    """A checkout with few arms, and Snakemake called with the stand-ins on its PATH."""
+    path = copy / "config" / "config.yaml"
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    arms = {name: settings["arms"][name] for name in ("control", "exp1", "exp6", "full")}
+    settings |= {"seeds": [0], "arms": arms, "store": {"shards": 2}}
+    path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    (copy / "containers").mkdir()
+    (copy / "containers" / "kvpipe-cuda-0123456789ab.sif").touch()
+    (copy / "containers" / "kvpipe.sif").symlink_to("kvpipe-cuda-0123456789ab.sif")
+    tools = tmp_path_factory.mktemp("tools")
+    for name, body in TOOLS.items():
+        (tools / name).write_text(f"#!/bin/sh\n{body}\n", encoding="utf-8")
+        (tools / name).chmod(0o755)
+    record = tools / "record"
+    record.touch()
+
+    def run(*arguments: str, profile: str = "slurm"):
+        where = str(ROOT / "profiles" / profile)
+        path = f"{tools}:{os.environ['PATH']}"
+        return python(copy, "-m", "snakemake", "--profile", where, *arguments, PATH=path, RECORD=str(record))
+
+    return copy, run, record
+
+
+def lines_by_rule(record: Path, folder: Path) -> dict[str, str]:
+    """Rule → options of its sbatch line, without what differs between runs and machines."""
+    found = {}
+    for line in record.read_text(encoding="utf-8").splitlines():
+        rule = re.search(r"--comment rule_([a-z_]+?)(?:_wildcards_\S+)?(?= )", line)
+        assert rule, line
+        line = re.sub(r"--job-name \S+", "--job-name RUN", line).replace(str(folder), "CHECKOUT")
+        line = re.sub(r"(/rule_\w+/)\S+(/%j\.log)", r"\1CELL\2", line)
+        line = re.sub(r"(_wildcards_)\S+", r"\1CELL", line)
+        # one job of each rule stands for all
+        found[rule[1]] = min(found.get(rule[1], line), line)
+    return dict(sorted(found.items()))
+
+
+def test_sbatch_lines_are_the_golden_ones(login):
+    folder, run, record = login
+    plan = run("-n", "results/report.html")
+    assert plan.returncode == 0, plan.stdout + plan.stderr
+    made = re.findall(r"^    (?:output|benchmark): (.*)", plan.stdout, re.MULTILINE)
+    record.with_suffix(".outputs").write_text("\n".join(", ".join(made).split(", ")) + "\n", encoding="utf-8")
+    done = run("--slurm-init-seconds-before-status-checks", "1", "--latency-wait", "1", "results/report.html")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = lines_by_rule(record, folder)
+    rules = {
+        r for f in (ROOT / "workflow/rules").glob("*.smk") for r in re.findall(r"^rule (\w+):", f.read_text(), re.M)
+    }
+    assert found.keys() == rules
+    text = "".join(f"{rule}\n    sbatch {line}\n" for rule, line in found.items())
+    if os.environ.get("KVPIPE_GOLDEN") == "write":
+        GOLDEN.write_text(text, encoding="utf-8")
+    assert text == GOLDEN.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_dry_run_of_every_shipped_configuration(login, name):
+    done = login[1]("-n", "--forceall", "results/report.html", "--configfile", str(ROOT / "config" / name))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "rule report:" in done.stdout
+
+
+def test_the_other_profile_plans_the_same_jobs(login):
+    done = login[1]("-n", "--forceall", "results/report.html", profile="slurm-test")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "rule report:" in done.stdout
+
+
+def test_a_cell_on_several_nodes_starts_the_image_on_each(login):
+    """The resources of docs/hpc.md, through the profile and the rule; kvpipe/launch.py has the other cases."""
+    resources = ["gpu=4", "nodes=2", "mpi=srun", "tasks=2", "tasks_per_gpu=0"]
+    target = "results/train/full/seed0/history.jsonl"
+    done = login[1]("-n", "-p", "--set-resources", *[f"train:{r}" for r in resources], "--forceall", "--", target)
+    assert done.returncode == 0, done.stdout + done.stderr
+    line = re.search(r"Shell command: (.* train .*)", done.stdout)
+    assert line and line[1] == (
+        "exec "
+        + command(4, 2, "apptainer exec --home $PWD --nv containers/kvpipe-cuda-0123456789ab.sif")
+        + " train --arm full --seed 0 --out results/train/full/seed0 --checkpoints results/checkpoints/full/seed0"
+        " > results/logs/train/full/seed0.log 2>&1"
+    )
+
+
+def test_every_line_of_the_profiles_says_why():
+    for profile in PROFILES:
+        lines = (ROOT / "profiles" / profile / "config.yaml").read_text(encoding="utf-8").splitlines()
+        for before, line in itertools.pairwise(lines):
+            top = re.match(r"[a-z]", line)
+            assert not top or before.startswith("#") or before.endswith(":"), f"{profile}: no reason above {line!r}"
