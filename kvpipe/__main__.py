@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated, Literal
@@ -24,6 +23,7 @@ Results = Annotated[Path, typer.Option("--results", envvar="KVPIPE_RESULTS", hel
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value, over the file; repeatable.")]
 CONFIG = Path("config/config.yaml")
 RESULTS = Path("results")
+PROFILE = Path("profiles/slurm")
 # what a user can mend is told without a traceback
 USER_ERRORS = (ConfigError, OSError, KeyError, ValueError, RuntimeError, ArithmeticError)
 
@@ -50,22 +50,29 @@ def doctor(
     config: ConfigFile = CONFIG,
     results: Results = RESULTS,
     overrides: Overrides = None,
+    profile: Annotated[
+        Path | None, typer.Option(envvar="SNAKEMAKE_PROFILE", help="Snakemake profile of the cluster.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the findings here as JSON.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    probe: Annotated[bool, typer.Option("--probe", help="Run a five-minute job; print a site profile.")] = False,
 ) -> None:
     """Say what would fail before anything starts."""
-    from kvpipe.doctor import examine, write
+    from kvpipe import doctor as ward
 
-    findings = examine(*_experiment(config, results, overrides))
+    settings, paths = _experiment(config, results, overrides)
+    if profile is None and PROFILE.is_dir():
+        profile = PROFILE
+    asked = ward.read_profile(profile)
+    if probe:
+        from kvpipe.doctor.probe import probe as try_cluster
+
+        typer.echo(try_cluster(asked, paths, log=lambda line: typer.echo(line, err=True)))
+    findings = ward.examine(settings, paths, asked)
     if out is not None:
-        write(findings, out)
-    for finding in findings:
-        if as_json:
-            typer.echo(json.dumps(vars(finding)))
-        else:
-            fix = f"  → {finding.fix}" if finding.fix else ""
-            typer.echo(f"{finding.status:>10}  {finding.name}: {finding.detail}{fix}")
-    if any(finding.status == "would fail" for finding in findings):
+        ward.write(findings, out)
+    typer.echo(ward.as_json(findings) if as_json else ward.show(findings), err=probe)
+    if any(finding.status == ward.FAIL for finding in findings):
         raise typer.Exit(1)
 
 
