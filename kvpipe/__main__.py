@@ -216,6 +216,7 @@ def evaluate(
     import torch
 
     from kvpipe.evaluate import evaluate as run
+    from kvpipe.outofmemory import evaluation_advice, explained
     from kvpipe.records import read_records
 
     settings, paths = _experiment(config, results, overrides)
@@ -223,7 +224,8 @@ def evaluate(
     device = settings.train.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    table = run(model, read_records(paths.data(split)), settings.data.template, settings.evaluate, device)
+    with explained("scoring", evaluation_advice(settings.evaluate)):
+        table = run(model, read_records(paths.data(split)), settings.data.template, settings.evaluate, device)
     out.parent.mkdir(parents=True, exist_ok=True)
     table.to_parquet(out, index=False)
 
@@ -334,13 +336,13 @@ def align(
 
 @app.command()
 def status(config: ConfigFile = CONFIG, results: Results = RESULTS, overrides: Overrides = None) -> None:
-    """Print the grid of cells: done, running, failed, missing, with time and memory."""
+    """Print the grid of cells (done, running, failed, missing), what they cost, and how failed ones ended."""
     import rich
 
-    from kvpipe.status import grid
+    from kvpipe.status import overview
 
     settings, paths = _experiment(config, results, overrides)
-    rich.print(grid(Dag(settings), paths))
+    rich.print(overview(Dag(settings), paths))
 
 
 @app.command("config")
@@ -357,8 +359,10 @@ def main() -> None:
     """Entry point: errors that a user can mend are one message and exit status 1."""
     try:
         app(standalone_mode=True)
-    except USER_ERRORS as error:
-        if os.environ.get("KVPIPE_TRACEBACK"):
+    except Exception as error:
+        # safetensors has an error of its own for a full disk or a damaged file; importing it here would cost every call
+        mendable = isinstance(error, USER_ERRORS) or type(error).__name__ == "SafetensorError"
+        if os.environ.get("KVPIPE_TRACEBACK") or not mendable:
             raise
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         typer.secho(f"{type(error).__name__}: {message}", fg="red", err=True)
