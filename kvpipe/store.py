@@ -151,7 +151,11 @@ def build_shard(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     metadata = {"key": json.dumps({**key.as_dict(), "shard": shard}), "fidelity": json.dumps(fidelity)}
-    save_file(tensors, partial, metadata=metadata)
+    try:
+        save_file(tensors, partial, metadata=metadata)
+    except SafetensorError as error:  # what the library makes of a full disk; it names no file
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written: {error}. Free some space; finished shards are kept") from error
     partial.replace(path)
 
 

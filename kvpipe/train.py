@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from kvpipe import attempts, checkpoint
@@ -70,7 +71,13 @@ def train(work: Workspace, arm_name: str, seed: int, out: Path, checkpoints: Pat
     run = _Run(work, arm_name, seed, checkpoints, log)
     with _signals() as stop, explained("training", training_advice(run.config, run.accelerator.num_processes)):
         run.loop(stop)
-    run.write(out)
+    try:
+        run.write(out)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"{out} could not be written: {error}. Free some space and run the same command again: it goes on from the "
+            f"last checkpoint in {checkpoints}"
+        ) from error
     shutil.rmtree(checkpoints, ignore_errors=True)
     attempts.record_of(checkpoints).unlink(missing_ok=True)
 
