@@ -17,6 +17,8 @@ from kvpipe.dag import Dag, Paths
 
 RUNNING_WITHIN = 600
 """A cell counts as running while its log, checkpoints or record changed in the last so many seconds."""
+ERRORS = ("CheckpointMismatch", "CheckpointNotWritten", "OutOfMemory", "NoDevice", "Killed")
+"""How a log ends that has no line with `Error`."""
 COLOURS = {"done": "green", "trained": "cyan", "running": "yellow", "failed": "red", "missing": "dim"}
 
 
@@ -54,14 +56,9 @@ def cell(paths: Paths, arm: str, seed: int) -> Cell:
         return Cell(arm, seed, "missing")
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log else []
     # the command line ends an error with a hint on a line of its own
-    errors = [line for line in lines[-2:] if "Error" in line or line.startswith(_errors())]
+    errors = [line for line in lines[-2:] if "Error" in line or line.startswith(ERRORS)]
     state = "running" if time.time() - newest < RUNNING_WITHIN and not errors else "failed"
     return _cell(arm, seed, state, (errors or lines[-1:] or [""])[0], log, spent)
-
-
-def _errors() -> tuple[str, ...]:
-    """Names of our errors that do not end in Error."""
-    return ("CheckpointMismatch", "CheckpointNotWritten", "OutOfMemory", "NoDevice", "Killed")
 
 
 def _newest_log(paths: Paths, arm: str, seed: int) -> Path | None:

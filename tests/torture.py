@@ -1,8 +1,9 @@
 """`make torture`: a real `kvpipe train` process is killed at a random moment and run again, 20 times; nothing may differ.
 
 Weights, history and per-item metrics of every resumed run are compared byte by byte with those of a run that was left alone.
-The moment is drawn over the whole life of the process: while it starts, trains, writes a checkpoint or its results. The seed is
-printed; `--seed` repeats it. Half of the kills are SIGKILL, the others SIGTERM, SIGUSR1 and SIGINT.
+Three kills in four arrive while it trains, at a moment drawn over the time from its first line to its end (in a step, in a
+checkpoint, in the writing of the results); the others while it starts. Half are SIGKILL, the others SIGTERM, SIGUSR1 and SIGINT.
+The seed is printed; `--seed` repeats the draw.
 """
 
 from __future__ import annotations
@@ -24,45 +25,73 @@ ROOT = Path(__file__).parents[1]
 TASK = "{{kind: embedded, task: {task}, train: 240, validation: 20, test: 20, difficulty: 2}}"
 SETTINGS = [
     f"data.sources=[{TASK.format(task='math')}, {TASK.format(task='code')}]",
-    "train.steps=120",
+    "train.steps=200",
     "train.checkpoint_every=7",
     "train.eval_every=20",
     "train.log_every=5",
 ]
 SIGNALS = [signal.SIGKILL] * 3 + [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
 COMPARED = ("out/model/model.safetensors", "out/history.jsonl", "items.parquet")
+BEGUN = re.compile(r"^(step 0/|continuing after)", re.MULTILINE)
+PATIENCE = 3600
+SCORE = """
+import sys
+from pathlib import Path
+from kvpipe.__main__ import evaluate
+for folder in map(Path, sys.argv[2:]):
+    evaluate(model=folder / "out" / "model", out=folder / "items.parquet", results=Path(sys.argv[1]))
+"""
 
 
-def kvpipe(*arguments: str, log: Path, wait: float | None = None, number: int = 0) -> int:
-    """Run a subcommand in a process of its own; with `wait` it gets a signal after so many seconds."""
-    command = [sys.executable, "-m", "kvpipe", *arguments]
-    with log.open("a") as handle:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=handle, stderr=subprocess.STDOUT)
+class Cell:
+    """One cell's folder, and attempts at it."""
+
+    def __init__(self, folder: Path, results: Path, arm: str):
+        self.folder, self.log = folder, folder / "log"
+        folder.mkdir()
+        sets = [part for setting in SETTINGS for part in ("--set", setting)]
+        where = ["--results", str(results), "--out", str(folder / "out"), "--checkpoints", str(folder / "checkpoints")]
+        self.command = [sys.executable, "-m", "kvpipe", "train", "--arm", arm, "--seed", "0", *where, *sets]
+
+    def start(self) -> subprocess.Popen:
+        """A process that begins, or goes on."""
+        with self.log.open("w") as handle:
+            return subprocess.Popen(self.command, cwd=ROOT, stdout=handle, stderr=subprocess.STDOUT)
+
+    def begun(self, process: subprocess.Popen) -> None:
+        """Wait for the first line of training."""
+        while process.poll() is None and not BEGUN.search(self.log.read_text()):
+            time.sleep(0.02)
+
+    def finish(self) -> tuple[float, float]:
+        """Run it to its end: seconds until its first line, and from there."""
+        began = time.monotonic()
+        process = self.start()
+        self.begun(process)
+        trains = time.monotonic()
+        assert process.wait(timeout=PATIENCE) == 0, self.log.read_text()
+        return trains - began, time.monotonic() - trains
+
+    def kill(self, number: int, starting: bool, delay: float) -> int:
+        """Run it until a signal, some seconds after its start or its first line; the exit status."""
+        process = self.start()
+        if not starting:
+            self.begun(process)
         try:
-            return process.wait(timeout=wait)
+            return process.wait(timeout=delay)
         except subprocess.TimeoutExpired:
             process.send_signal(number)
-            return process.wait(timeout=3600)
+            return process.wait(timeout=PATIENCE)
 
+    @property
+    def resumed(self) -> str:
+        """The step that the last attempt went on from."""
+        found = re.findall(r"continuing after step (\d+)", self.log.read_text())
+        return found[-1] if found else "start"
 
-def cell(folder: Path, results: Path, arm: str, wait: float | None = None, number: int = 0) -> int:
-    """One attempt at the cell."""
-    sets = [part for setting in SETTINGS for part in ("--set", setting)]
-    where = ["--results", str(results), "--out", str(folder / "out"), "--checkpoints", str(folder / "checkpoints")]
-    return kvpipe("train", "--arm", arm, "--seed", "0", *where, *sets, log=folder / "log", wait=wait, number=number)
-
-
-def score(folder: Path, results: Path) -> None:
-    """The cell's per-item metrics."""
-    items = ["--model", str(folder / "out" / "model"), "--out", str(folder / "items.parquet")]
-    done = kvpipe("evaluate", "--results", str(results), *items, log=folder / "log")
-    assert done == 0, (folder / "log").read_text()
-
-
-def resumed_after(log: Path) -> str:
-    """The step that the last attempt went on from."""
-    found = re.findall(r"continuing after step (\d+)", log.read_text())
-    return found[-1] if found else "start"
+    def differing(self, other: Cell) -> list[str]:
+        """Files that are not those of another cell, bit by bit."""
+        return [n for n in COMPARED if (self.folder / n).read_bytes() != (other.folder / n).read_bytes()]
 
 
 def main() -> int:
@@ -75,40 +104,41 @@ def main() -> int:
     options = parser.parse_args()
     choice = random.Random(options.seed)
     root = Path(tempfile.mkdtemp(prefix="torture-"))
-    results, whole = options.results or root / "results", root / "whole"
-    whole.mkdir()
-    # twice: the first run makes the artefacts as well, the second's duration is what kills are drawn from
-    assert cell(whole, results, options.arm) == 0, (whole / "log").read_text()
-    shutil.rmtree(whole / "out")
-    begun = time.monotonic()
-    assert cell(whole, results, options.arm) == 0, (whole / "log").read_text()
-    life = time.monotonic() - begun
-    score(whole, results)
-    print(f"arm {options.arm}, {', '.join(SETTINGS[1:])}; a run left alone takes {life:.1f} s; --seed {options.seed}\n")
-    print("| kill | signal | after | exit status | went on from step | restarts | differing |")
-    print("|---|---|---|---|---|---|---|")
-    differing = 0
+    results = options.results or root / "results"
+    if options.results is None:
+        Cell(root / "artefacts", results, options.arm).finish()
+    whole = Cell(root / "whole", results, options.arm)
+    starts, trains = whole.finish()
+    print(f"arm {options.arm}, {', '.join(SETTINGS[1:])}; --seed {options.seed}")
+    print(f"a run that is left alone starts for {starts:.1f} s and trains for {trains:.1f} s", flush=True)
+    cells, rows = [], []
     for number in range(1, options.kills + 1):
-        folder = root / f"kill{number}"
-        folder.mkdir()
-        sent, moment = choice.choice(SIGNALS), choice.uniform(0.05, 1.0) * life
-        while (status := cell(folder, results, options.arm, moment, sent)) == 0:
-            moment *= 0.8  # it was done before the signal came: that is no kill
-            shutil.rmtree(folder)
-            folder.mkdir()
-        assert cell(folder, results, options.arm) == 0, (folder / "log").read_text()
-        score(folder, results)
-        wrong = [name for name in COMPARED if (folder / name).read_bytes() != (whole / name).read_bytes()]
-        differing += bool(wrong)
-        restarts = json.loads((folder / "out" / "cost.json").read_text())["restarts"]
-        row = [number, sent.name, f"{moment:.1f} s", status, resumed_after(folder / "log"), restarts]
-        print(f"| {' | '.join(map(str, row))} | {', '.join(wrong) or 'nothing'} |", flush=True)
-        if not wrong:
-            shutil.rmtree(folder)
-    print(f"\n{options.kills - differing} of {options.kills} identical bit by bit")
-    if not differing:
+        sent, starting = choice.choice(SIGNALS), number % 4 == 0
+        delay = choice.uniform(0.1, 1.0) * (starts if starting else trains)
+        cell = Cell(root / f"kill{number}", results, options.arm)
+        while (status := cell.kill(sent, starting, delay)) == 0:
+            delay *= 0.8  # it was done before the signal came: that is no kill
+            shutil.rmtree(cell.folder)
+            cell.folder.mkdir()
+        cell.finish()
+        cost = json.loads((cell.folder / "out" / "cost.json").read_text())
+        when = f"{delay:.1f} s {'after the start' if starting else 'into training'}"
+        rows.append([number, sent.name, when, status, cell.resumed, cost["restarts"]])
+        cells.append(cell)
+        print(*rows[-1], flush=True)
+    folders = [str(cell.folder) for cell in (whole, *cells)]
+    subprocess.run([sys.executable, "-c", SCORE, str(results), *folders], cwd=ROOT, check=True)
+    wrong = [cell.differing(whole) for cell in cells]
+    print("\n| kill | signal | when | exit status | went on from step | restarts | differing |")
+    print("|---|---|---|---|---|---|---|")
+    for row, names in zip(rows, wrong, strict=True):
+        print(f"| {' | '.join(map(str, row))} | {', '.join(names) or 'nothing'} |")
+    print(f"\n{sum(not names for names in wrong)} of {len(wrong)} identical bit by bit: {', '.join(COMPARED)}")
+    if any(wrong):
+        print(f"kept: {root}")
+    else:
         shutil.rmtree(root)
-    return int(differing > 0)
+    return int(any(wrong))
 
 
 if __name__ == "__main__":

@@ -10,10 +10,12 @@ from typing import Any
 
 import yaml
 
+from kvpipe.doctor.finding import inside_a_job
 from kvpipe.provenance import PACKAGE
 
 RULES = PACKAGE.parent / "workflow" / "rules"
-LOCAL_STEPS = {"all"}
+PROFILES = (Path(), Path("~/.config/snakemake").expanduser(), Path("/etc/xdg/snakemake"))
+"""Where Snakemake looks for a profile."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,7 @@ class Asked:
             found[rule] = {**found.get(rule, defaults), **_resources(values)}
         for rule, count in threads.items():
             found[rule] = {**found.get(rule, defaults), "threads": count}
-        local = {*LOCAL_STEPS, *(self.settings.get("localrules") or ())}
-        return [Request(rule, values) for rule, values in found.items() if rule not in local]
+        return [Request(rule, values) for rule, values in found.items()]
 
     def of(self, rule: str) -> Request:
         """The request of one rule; an empty one where the rule is unknown."""
@@ -81,15 +82,19 @@ class Asked:
 
 
 def read_profile(profile: Path | None) -> Asked:
-    """The profile in a folder (or none).
+    """The profile in a folder, or of a name as Snakemake finds it (or none; none inside an image that has not got it).
 
     Raises:
-        FileNotFoundError: the folder has no config.yaml.
+        FileNotFoundError: there is no config.yaml.
         ValueError: it is not a YAML mapping.
     """
     if profile is None:
         return Asked(None)
-    files = [path for path in (*sorted(profile.glob("config.v*.yaml"))[-1:], profile / "config.yaml") if path.is_file()]
+    folders = [folder / profile for folder in PROFILES]
+    files = [f for folder in folders for f in (*sorted(folder.glob("config.v*.yaml"))[-1:], folder / "config.yaml")]
+    files = [file for file in files if file.is_file()]
+    if not files and inside_a_job():
+        return Asked(None)
     if not files:
         raise FileNotFoundError(f"profile {profile}: no config.yaml there; name a folder like profiles/slurm")
     try:

@@ -11,8 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from kvpipe.doctor.asked import Asked
-from kvpipe.doctor.finding import FAIL, OK, WARNING, Answer, Finding, ask
-from kvpipe.doctor.slurm import inside_a_job
+from kvpipe.doctor.finding import FAIL, OK, WARNING, Answer, Finding, ask, inside_a_job
 from kvpipe.provenance import PACKAGE
 
 IMAGE = "containers/kvpipe.sif"

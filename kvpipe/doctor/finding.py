@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -51,3 +52,8 @@ def ask(*command: str, patience: float | None = None, stdin: str | None = None) 
     except OSError as error:  # not executable, wrong architecture, DOS line ends behind #!
         return Answer(126, "", str(error))
     return Answer(done.returncode, done.stdout, done.stderr)
+
+
+def inside_a_job() -> bool:
+    """Whether this process runs in a job or in an image, where the cluster's programs are not expected."""
+    return any(name in os.environ for name in ("SLURM_JOB_ID", "APPTAINER_CONTAINER", "SINGULARITY_CONTAINER"))

@@ -13,10 +13,9 @@ from typing import Any
 from kvpipe.config import Config
 from kvpipe.dag import Paths
 from kvpipe.doctor.asked import Asked
-from kvpipe.doctor.finding import FAIL, OK, WARNING, Finding
+from kvpipe.doctor.finding import FAIL, OK, WARNING, Finding, inside_a_job
 from kvpipe.doctor.look import nvidia
 from kvpipe.doctor.memory import PROBED
-from kvpipe.doctor.slurm import inside_a_job
 
 DRIVERS = {11: 450, 12: 525, 13: 580}
 """CUDA's major version → the least NVIDIA driver that runs it (minor versions are compatible)."""

@@ -12,8 +12,7 @@ import psutil
 from kvpipe.config import Config
 from kvpipe.dag import Paths
 from kvpipe.doctor.asked import Asked
-from kvpipe.doctor.finding import FAIL, GB, OK, WARNING, Finding, ask
-from kvpipe.doctor.slurm import inside_a_job
+from kvpipe.doctor.finding import FAIL, GB, OK, WARNING, Finding, ask, inside_a_job
 from kvpipe.doctor.workload import Workload
 from kvpipe.sizes import Shape, training_bytes
 

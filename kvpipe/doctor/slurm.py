@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from kvpipe.doctor.asked import Asked, Request, parse_gpus
-from kvpipe.doctor.finding import FAIL, OK, WARNING, Finding, ask
+from kvpipe.doctor.finding import FAIL, OK, WARNING, Finding, ask, inside_a_job
 
 POLL = 40
 """Seconds before the executor's first status check, if the profile does not say."""
@@ -30,11 +29,6 @@ class Partition:
     """Type → GPUs of a node; the type is empty where the site names none."""
     default: bool = False
     preempt_mode: str = "OFF"
-
-
-def inside_a_job() -> bool:
-    """Whether this process runs in a job or in an image, where the cluster's programs are not expected."""
-    return any(name in os.environ for name in ("SLURM_JOB_ID", "APPTAINER_CONTAINER", "SINGULARITY_CONTAINER"))
 
 
 def examine_slurm(asked: Asked) -> list[Finding]:

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from kvpipe.config import Config, HubModel, LocalModel
 from kvpipe.dag import Paths
-from kvpipe.doctor.finding import FAIL, OK, WARNING, Finding
-from kvpipe.doctor.slurm import inside_a_job
+from kvpipe.doctor.finding import FAIL, OK, WARNING, Finding, inside_a_job
 from kvpipe.sizes import read_header
 
 NEEDED = ("config.json", "tokenizer.json")

@@ -11,8 +11,7 @@ from packaging.requirements import Requirement
 
 from kvpipe.config import Config
 from kvpipe.doctor.asked import Asked
-from kvpipe.doctor.finding import FAIL, OK, WARNING, Finding
-from kvpipe.doctor.slurm import inside_a_job
+from kvpipe.doctor.finding import FAIL, OK, WARNING, Finding, inside_a_job
 from kvpipe.provenance import PACKAGE
 
 PLUGIN = "snakemake-executor-plugin-slurm"

@@ -2,6 +2,7 @@
 
 import pytest
 from site_fakes import VERSIONS, Site
+from tiny import ALPHA, save_teacher
 
 from kvpipe.doctor.asked import Asked, read_profile
 
@@ -33,3 +34,12 @@ def profile(tmp_path, monkeypatch):
         return read_profile(folder)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """A folder with both teachers complete on disk; not to be changed."""
+    root = tmp_path_factory.mktemp("saved")
+    for name in ("alpha", "beta"):
+        save_teacher(root / "teachers" / name, name, ALPHA, 0)
+    return root

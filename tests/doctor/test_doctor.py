@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import PROFILE
 from site_fakes import environment_without_cluster
-from tiny import ALPHA, build, config, save_teacher
+from tiny import build, config
 
 from kvpipe import doctor
 from kvpipe.config import TrainConfig
@@ -24,15 +24,6 @@ from kvpipe.sizes import Shape, training_bytes
 ROOT = PACKAGE.parent
 Usage = namedtuple("Usage", "total used free")
 Memory = namedtuple("Memory", "total")
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """Settings whose teachers lie complete on disk."""
-    root = tmp_path_factory.mktemp("doctor")
-    for name in ("alpha", "beta"):
-        save_teacher(root / "teachers" / name, name, ALPHA, 0)
-    return root
 
 
 @pytest.fixture
@@ -97,9 +88,18 @@ def test_the_shipped_profile_and_rules_are_read():
     assert asked.containers
 
 
-def test_a_profile_that_is_not_there(tmp_path):
+def test_a_profile_by_its_name(tmp_path, monkeypatch):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "config.yaml").write_text("jobs: 7")
+    monkeypatch.setattr("kvpipe.doctor.asked.PROFILES", (Path(), tmp_path))
+    assert read_profile(Path("site")).settings == {"jobs": 7}
+
+
+def test_a_profile_that_is_not_there(tmp_path, laptop, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"no config\.yaml there"):
         read_profile(tmp_path)
+    monkeypatch.setenv("APPTAINER_CONTAINER", "kvpipe.sif")
+    assert read_profile(tmp_path).profile is None, "an image sees less of the machine; the doctor goes on there"
     (tmp_path / "config.yaml").write_text("a: [")
     with pytest.raises(ValueError, match=r"config\.yaml: not valid YAML"):
         read_profile(tmp_path)

@@ -8,19 +8,10 @@ import sys
 import threading
 
 import pytest
-from tiny import ALPHA, config, save_teacher
+from tiny import config
 
 from kvpipe.dag import Paths
 from kvpipe.doctor.sources import examine_sources, lacking
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """Teachers complete on disk."""
-    root = tmp_path_factory.mktemp("sources")
-    for name in ("alpha", "beta"):
-        save_teacher(root / "teachers" / name, name, ALPHA, 0)
-    return root
 
 
 @pytest.fixture

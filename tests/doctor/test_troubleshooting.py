@@ -34,7 +34,9 @@ OTHERS = {"DOS line ends", "Apptainer on the login node", "The directory is lock
 
 def entries() -> dict[str, str]:
     """Heading → message."""
-    found = re.findall(r"^### ([^\n]+)\n\n```text\n(.+?)```", DOCUMENT.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    found = re.findall(
+        r"^### ([^\n]+)\n\n```text\n(.+?)```", DOCUMENT.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL
+    )
     return dict(found)
 
 
