@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 TASK = "{{kind: embedded, task: {task}, train: 240, validation: 20, test: 20, difficulty: 2}}"
 SETTINGS = [
     f"data.sources=[{TASK.format(task='math')}, {TASK.format(task='code')}]",
-    "train.steps=200",
+    "train.steps=100",
     "train.checkpoint_every=7",
     "train.eval_every=20",
     "train.log_every=5",

@@ -16,6 +16,7 @@ from kvpipe.doctor.finding import FAIL, GB, OK, WARNING, Finding, ask, inside_a_
 from kvpipe.doctor.workload import Workload
 from kvpipe.sizes import Shape, training_bytes
 
+MIB = float(2**20)
 BASE = 1.5 * GB
 """Python, torch and transformers themselves."""
 PROBED = "probe.json"
@@ -61,11 +62,11 @@ def _host(name: str, where: str, need: float, asked: Asked, rule: str) -> Iterat
         set_it = f"in the profile: set-resources: {{{rule}: {{mem_mb: {_round(need)}}}}}"
         if wanted is None:
             yield Finding(name, WARNING, f"{about}, rule {rule} asks for no mem_mb", set_it)
-        elif need > wanted * 1.024e6:
-            grade = _grade(need, wanted * 1.024e6)
-            yield Finding(name, grade, f"{about}, rule {rule} asks for {wanted / 1000:.1f} GB", set_it)
+        elif need > wanted * MIB:
+            grade = _grade(need, wanted * MIB)
+            yield Finding(name, grade, f"{about}, rule {rule} asks for {wanted * MIB / GB:.1f} GB", set_it)
         else:
-            yield Finding(name, OK, f"{about}, rule {rule} asks for {wanted / 1000:.1f} GB")
+            yield Finding(name, OK, f"{about}, rule {rule} asks for {wanted * MIB / GB:.1f} GB")
         return
     if inside_a_job():
         return

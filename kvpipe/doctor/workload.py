@@ -61,8 +61,11 @@ class Workload:
         if isinstance(model, RandomModel):
             return self.shape(model.like)
         if folder is not None:
-            values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            return shape(values, parameters=count_parameters(folder))
+            try:
+                values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+                return shape(values, parameters=count_parameters(folder))
+            except (OSError, ValueError):  # damaged: a finding of its own
+                return None
         recipe: Any = (
             model if isinstance(model, ScratchModel) else model.recipe if isinstance(model, PretrainModel) else None
         )
@@ -116,20 +119,20 @@ class Workload:
         return list(dict.fromkeys((teacher, arm.time.text) for arm in arms for teacher in arm.teachers))
 
     def store_bytes(self, teacher: str, reading: str) -> int | None:
-        """Estimated bytes of one store; None while the teacher's shape is unknown."""
+        """Estimated bytes of one store; None while the teacher's shape or the data is unknown."""
         found = self.shape(teacher)
-        if found is None:
+        if found is None or not self.examples:
             return None
         rows, config = self.tokens(teacher, reading), self.config.store
         return estimate_bytes(config, found.geometry, self.stored_layers(teacher), rows, config.top_logits)
 
     def pass_bytes(self, teacher: str, reading: str) -> int | None:
-        """Estimated memory of building one shard of a store; None while the teacher's shape is unknown."""
+        """Estimated memory of building one shard of a store; None while the teacher's shape or the data is unknown."""
         found = self.shape(teacher)
-        if found is None:
+        if found is None or not self.examples:
             return None
-        rows, examples = self.tokens(teacher, reading), max(1, self.examples)
-        at_once = round(1.5 * rows / examples) * min(self.config.store.batch_size, examples)
+        rows = self.tokens(teacher, reading)
+        at_once = round(1.5 * rows / self.examples) * min(self.config.store.batch_size, self.examples)
         return teacher_pass_bytes(found, self.stored_layers(teacher), rows // self.config.store.shards, at_once)
 
 
@@ -149,14 +152,17 @@ def _tokenizer(folder: Path) -> Any:
     except ImportError:
         return None
     file = folder / "tokenizer.json"
-    return Tokenizer.from_file(str(file)) if file.is_file() else None
+    try:
+        return Tokenizer.from_file(str(file)) if file.is_file() else None
+    except Exception:  # a damaged file: the Rust library raises nothing narrower
+        return None
 
 
 def _sampled(source: EmbeddedData | FileData) -> tuple[int, float, dict[str, list[str]]]:
     """Examples of the training split, the embedded tasks' difficulty, and some texts for each reading."""
     if isinstance(source, EmbeddedData):
         return source.train, float(source.difficulty), {"student": [], "own": []}
-    path = Path(source.train)
+    path = Path(str(source.train))
     if not path.is_file():
         return 0, 0.0, {"student": [], "own": []}
     count, rows = _sample(path)

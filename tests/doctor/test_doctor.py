@@ -77,6 +77,18 @@ def test_findings_are_written_as_json(tmp_path):
     assert json.loads((tmp_path / "new" / "doctor.json").read_text()) == {"findings": [vars(findings[0])]}
 
 
+def test_damaged_files_are_findings_and_stop_no_other_check(saved, laptop, tmp_path):
+    subprocess.run(["cp", "-r", str(saved / "teachers"), str(tmp_path)], check=True)
+    weights = tmp_path / "teachers" / "alpha" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    (tmp_path / "teachers" / "beta" / "config.json").write_text("{")
+    (tmp_path / "teachers" / "beta" / "tokenizer.json").write_text("{")
+    weights.with_name("model-2.safetensors").write_bytes(b"12345")
+    found = by_name(doctor.examine(config(tmp_path), Paths(tmp_path / "results")))
+    assert found["model alpha"].status == "would fail"
+    assert {"disk", "memory of training"} <= set(found)
+
+
 # ---------------------------------------------------------------- profiles
 def test_the_shipped_profile_and_rules_are_read():
     asked = read_profile(ROOT / "profiles" / "slurm")
