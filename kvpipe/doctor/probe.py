@@ -78,13 +78,16 @@ def probe(asked: Asked, paths: Paths, log: Callable[[str], None], wait: float = 
     account = next(
         (str(r.resources["slurm_account"]) for r in asked.requests if r.resources.get("slurm_account")), None
     )
-    site, complaints = None, []
+    site: Site | None = None
+    complaints: list[str] = []
     for partition in partitions:
         log(f"partition {partition.name} …")
-        site = _try_partition(partition, account)
-        if site is not None and (site.syntax is not None or not partition.gpus):
+        tried = _try_partition(partition, account)
+        complaints += list(tried.refused) if tried else [f"{partition.name}: {_test(partition, account)[1]}"]
+        if tried is not None and (tried.syntax is not None or not partition.gpus):
+            site = tried
             break
-        complaints += list(site.refused) if site else [f"{partition.name}: {_test(partition, account)[1]}"]
+        site = site or tried  # better one without a GPU than none
     if site is None:
         raise ProbeError("no partition took a job:\n  " + "\n  ".join(complaints))
     seen = _run(site, asked, paths, log, wait)

@@ -106,6 +106,15 @@ def test_another_partition_where_the_first_takes_nothing(site, cluster, profile)
     assert values["default-resources"][0] == "slurm_partition=long"
 
 
+def test_no_way_of_asking_for_a_gpu_is_taken(site, cluster, profile):
+    """The profile is for the jobs that need none, and says what was refused."""
+    cluster("--gpus", "--gres")
+    shown, values, _ = run(site, profile)
+    assert values["default-resources"][0] == "slurm_partition=gpu"
+    assert "gpu" not in values.get("set-resources", {}).get("train", {})
+    assert shown.count("# refused: gpu: --g") == 4
+
+
 def test_a_cluster_that_takes_nothing(site, cluster, profile):
     cluster("--partition")
     with pytest.raises(ProbeError, match="no partition took a job") as error:
