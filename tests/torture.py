@@ -117,7 +117,7 @@ def main() -> int:
         delay = choice.uniform(0.1, 1.0) * (starts if starting else trains)
         cell = Cell(root / f"kill{number}", results, options.arm)
         while (status := cell.kill(sent, starting, delay)) == 0:
-            delay *= 0.8  # it was done before the signal came: that is no kill
+            delay *= 0.5  # it was done before the signal came (the machine was busier at first): that is no kill
             shutil.rmtree(cell.folder)
             cell.folder.mkdir()
         cell.finish()
