@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install login image wheelhouse image-offline lock report test test-slow test-cluster teachers bench compat lint format config clean
+.PHONY: help install login image wheelhouse image-offline lock report test test-slow test-cluster torture teachers bench compat lint format config clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
@@ -63,6 +63,9 @@ test-slow: $(STAMP)  ## the tests that take minutes
 
 test-cluster: $(STAMP)  ## the tests on a real one-node SLURM cluster
 	$(WITHIN) python -m pytest -m cluster
+
+torture: $(STAMP)  ## kill a training process 20 times at random and compare bit by bit
+	$(WITHIN) python tests/torture.py
 
 teachers: $(STAMP)  ## train the embedded teachers again, into config/embedded
 	$(WITHIN) python -m kvpipe pretrain --config $(CONFIG)

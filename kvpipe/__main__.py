@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated, Literal
@@ -24,6 +23,7 @@ Results = Annotated[Path, typer.Option("--results", envvar="KVPIPE_RESULTS", hel
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value, over the file; repeatable.")]
 CONFIG = Path("config/config.yaml")
 RESULTS = Path("results")
+PROFILE = Path("profiles/slurm")
 # what a user can mend is told without a traceback
 USER_ERRORS = (ConfigError, OSError, KeyError, ValueError, RuntimeError, ArithmeticError)
 
@@ -50,22 +50,29 @@ def doctor(
     config: ConfigFile = CONFIG,
     results: Results = RESULTS,
     overrides: Overrides = None,
+    profile: Annotated[
+        Path | None, typer.Option(envvar="SNAKEMAKE_PROFILE", help="Snakemake profile of the cluster.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the findings here as JSON.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    probe: Annotated[bool, typer.Option("--probe", help="Run a five-minute job; print a site profile.")] = False,
 ) -> None:
     """Say what would fail before anything starts."""
-    from kvpipe.doctor import examine, write
+    from kvpipe import doctor as ward
 
-    findings = examine(*_experiment(config, results, overrides))
+    settings, paths = _experiment(config, results, overrides)
+    if profile is None and PROFILE.is_dir():
+        profile = PROFILE
+    asked = ward.read_profile(profile)
+    if probe:
+        from kvpipe.doctor.probe import probe as try_cluster
+
+        typer.echo(try_cluster(asked, paths, log=lambda line: typer.echo(line, err=True)))
+    findings = ward.examine(settings, paths, asked)
     if out is not None:
-        write(findings, out)
-    for finding in findings:
-        if as_json:
-            typer.echo(json.dumps(vars(finding)))
-        else:
-            fix = f"  → {finding.fix}" if finding.fix else ""
-            typer.echo(f"{finding.status:>10}  {finding.name}: {finding.detail}{fix}")
-    if any(finding.status == "would fail" for finding in findings):
+        ward.write(findings, out)
+    typer.echo(ward.as_json(findings) if as_json else ward.show(findings), err=probe)
+    if any(finding.status == ward.FAIL for finding in findings):
         raise typer.Exit(1)
 
 
@@ -209,6 +216,7 @@ def evaluate(
     import torch
 
     from kvpipe.evaluate import evaluate as run
+    from kvpipe.outofmemory import evaluation_advice, explained
     from kvpipe.records import read_records
 
     settings, paths = _experiment(config, results, overrides)
@@ -216,7 +224,8 @@ def evaluate(
     device = settings.train.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    table = run(model, read_records(paths.data(split)), settings.data.template, settings.evaluate, device)
+    with explained("scoring", evaluation_advice(settings.evaluate)):
+        table = run(model, read_records(paths.data(split)), settings.data.template, settings.evaluate, device)
     out.parent.mkdir(parents=True, exist_ok=True)
     table.to_parquet(out, index=False)
 
@@ -327,13 +336,13 @@ def align(
 
 @app.command()
 def status(config: ConfigFile = CONFIG, results: Results = RESULTS, overrides: Overrides = None) -> None:
-    """Print the grid of cells: done, running, failed, missing, with time and memory."""
+    """Print the grid of cells (done, running, failed, missing), what they cost, and how failed ones ended."""
     import rich
 
-    from kvpipe.status import grid
+    from kvpipe.status import overview
 
     settings, paths = _experiment(config, results, overrides)
-    rich.print(grid(Dag(settings), paths))
+    rich.print(overview(Dag(settings), paths))
 
 
 @app.command("config")
@@ -350,8 +359,10 @@ def main() -> None:
     """Entry point: errors that a user can mend are one message and exit status 1."""
     try:
         app(standalone_mode=True)
-    except USER_ERRORS as error:
-        if os.environ.get("KVPIPE_TRACEBACK"):
+    except Exception as error:
+        # safetensors has an error of its own for a full disk or a damaged file; importing it here would cost every call
+        mendable = isinstance(error, USER_ERRORS) or type(error).__name__ == "SafetensorError"
+        if os.environ.get("KVPIPE_TRACEBACK") or not mendable:
             raise
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         typer.secho(f"{type(error).__name__}: {message}", fg="red", err=True)

@@ -72,6 +72,7 @@ def save(
     try:
         partial.mkdir(parents=True)
         save_file({k: v.contiguous() for k, v in tensors.items()}, partial / TENSORS)
+        _flush(partial / TENSORS)
         state = {"step": step, "history": history, "counters": counters, "spec": spec}
         state["tensors_sha256"] = sha256((partial / TENSORS).read_bytes()).hexdigest()
         with (partial / STATE).open("w", encoding="utf-8") as handle:
@@ -90,6 +91,7 @@ def save(
         raise
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
+    _flush(folder)
     for old in sorted(folder.glob("step-*"))[:-KEPT]:
         shutil.rmtree(old)
     return final
@@ -131,6 +133,15 @@ def resume(folder: Path, modules: nn.Module, optimizer: torch.optim.Optimizer, s
             torch.cuda.set_rng_state(tensors["rng.cuda"])
         return Resumed(state["step"], state["history"], state["counters"])
     return None
+
+
+def _flush(path: Path) -> None:
+    """Have it on the disk: network file systems tell of a full one, or of a quota, only now."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _sound(path: Path) -> dict[str, Any] | None:

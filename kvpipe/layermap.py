@@ -64,7 +64,8 @@ def layer_plan(config: LayerConfig, src_layers: int, dst_layers: int, layer_map:
     """
     if config.kind == "cka":
         if layer_map is None or not layer_map.is_file():
-            raise FileNotFoundError(f"layer map {layer_map} is missing: run `kvpipe layer-map` first")
+            name = layer_map.stem if layer_map is not None else "…"
+            raise FileNotFoundError(f"layer map {layer_map} is missing: run `kvpipe layer-map --teacher {name}` first")
         similarity = json.loads(layer_map.read_text(encoding="utf-8"))["similarity"]
         k = min(config.k, src_layers)
         measured = KINDS if config.by == "own" else ("hidden", "hidden")

@@ -27,11 +27,11 @@ from kvpipe.capture import Recorder, kv_geometry
 from kvpipe.config import StoreConfig
 from kvpipe.encoding import Encoding, concatenated_ranges
 from kvpipe.losses import token_nll
+from kvpipe.sizes import estimate_bytes as estimate_bytes
 
 VERSION = 1
 INDEX = "index.json"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
-BYTES = {"bf16": 2, "fp16": 2, "int8": 1}
 GB = 1e9
 
 
@@ -103,13 +103,6 @@ class StoreKey:
         return json.loads(json.dumps(self.__dict__))
 
 
-def estimate_bytes(config: StoreConfig, geometry: tuple[int, int, int], layers: int, rows: int, top: int) -> int:
-    """Bytes of a store: keys and values of `layers` layers for `rows` tokens, int8 scales, spans and top logits."""
-    _, heads, dim = geometry
-    per_head = dim * BYTES[config.dtype] + (2 if config.dtype == "int8" else 0)
-    return rows * (2 * layers * heads * per_head + 16 + top * 6)
-
-
 def check_budget(config: StoreConfig, teacher: str, need: int, folder: Path) -> None:
     """Refuse to start a build that cannot end.
 
@@ -158,7 +151,11 @@ def build_shard(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     metadata = {"key": json.dumps({**key.as_dict(), "shard": shard}), "fidelity": json.dumps(fidelity)}
-    save_file(tensors, partial, metadata=metadata)
+    try:
+        save_file(tensors, partial, metadata=metadata)
+    except SafetensorError as error:  # what the library makes of a full disk; it names no file
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written: {error}. Free some space; finished shards are kept") from error
     partial.replace(path)
 
 

@@ -18,18 +18,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from kvpipe import checkpoint
+from kvpipe import attempts, checkpoint
 from kvpipe.batches import IGNORE, Batch, collate, schedule
 from kvpipe.capture import Recorder
 from kvpipe.cell import Workspace
 from kvpipe.config import Arm, TrainConfig
 from kvpipe.dag import digest
+from kvpipe.device import check_device
 from kvpipe.distill import Distiller, Step
 from kvpipe.likelihood import score, scoring_batches
 from kvpipe.losses import check_finite, masked_mean, token_nll
 from kvpipe.models import manifest_hash
+from kvpipe.outofmemory import evaluation_advice, explained, training_advice
 from kvpipe.provenance import describe
 
 EXIT_INTERRUPTED = 75
@@ -67,12 +70,21 @@ def train(work: Workspace, arm_name: str, seed: int, out: Path, checkpoints: Pat
     Raises:
         Interrupted: after SIGTERM, SIGUSR1 or SIGINT, once a checkpoint is saved.
         NonFiniteLossError: a loss term is NaN or Inf; nothing of that step is saved.
+        OutOfMemory: the message names the setting to change.
+        NoDevice: `train.device` names a GPU and torch sees none.
     """
     run = _Run(work, arm_name, seed, checkpoints, log)
-    with _signals() as stop:
+    with _signals() as stop, explained("training", training_advice(run.config, run.accelerator.num_processes)):
         run.loop(stop)
-    run.write(out)
+    try:
+        run.write(out)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"{out} could not be written: {error}. Free some space and run the same command again: it goes on from the "
+            f"last checkpoint in {checkpoints}"
+        ) from error
     shutil.rmtree(checkpoints, ignore_errors=True)
+    attempts.record_of(checkpoints).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -109,9 +121,12 @@ class _Run:
         self.drawn = seed + self.arm.seed_offset
         torch.set_num_threads(self.config.threads)
         torch.use_deterministic_algorithms(True, warn_only=True)
+        check_device(self.config.device, log)
         precision = "no" if self.config.precision == "fp32" else self.config.precision
         self.accelerator = Accelerator(mixed_precision=precision, cpu=self.config.device == "cpu")
         self.device = self.accelerator.device
+        self.attempt = attempts.Attempt(checkpoints, str(self.device), self.accelerator.num_processes)
+        self._note()
         self.encoding = work.student_encoding("train")
         self.pad_id = work.student_tokenizer.pad_token_id
         self.validation = work.student_encoding("validation")
@@ -205,6 +220,9 @@ class _Run:
         step = 0
         if resumed is not None:
             step, self.history = resumed.step, resumed.history
+            scaling = resumed.counters.pop("scaling", None)
+            if scaling is not None and self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(scaling)
             self.counters = Counters(**resumed.counters)
             self.counters.restarts += 1
             self.log(f"continuing after step {step} of {self.config.steps}")
@@ -224,7 +242,8 @@ class _Run:
                 if step % self.config.eval_every == 0 or step == self.config.steps:
                     self._evaluate(step)
                 last = step == self.config.steps
-                if stop or (step % self.config.checkpoint_every == 0 and not last):
+                asked = self._asked_to_stop(stop)
+                if asked or (step % self.config.checkpoint_every == 0 and not last):
                     if self.accelerator.is_main_process:
                         checkpoint.save(
                             self.checkpoints,
@@ -232,12 +251,26 @@ class _Run:
                             modules,
                             self.optimizer,
                             self.history,
-                            vars(self.counters),
+                            self._counted(),
                             self._spec(),
                         )
-                    if stop and not last:
-                        self.log(f"stopped by signal {stop[0]} after step {step}; run the same command to go on")
+                    # a launcher that sees one process end kills the others, the one that writes among them
+                    self.accelerator.wait_for_everyone()
+                    if asked and not last:
+                        signals = ", ".join(map(str, stop)) or "to another process"
+                        self.log(f"stopped by signal {signals} after step {step}; run the same command to go on")
                         raise Interrupted(EXIT_INTERRUPTED)
+
+    def _asked_to_stop(self, stop: list[int]) -> bool:
+        """Whether a signal came to any process: all must end after the same step."""
+        if self.accelerator.num_processes == 1:
+            return bool(stop)
+        return bool(self.accelerator.reduce(torch.tensor(float(len(stop)), device=self.device)).item())
+
+    def _counted(self) -> dict[str, Any]:
+        """Counters, and under fp16 the scale of the loss, which follows from all steps so far."""
+        scaler = self.accelerator.scaler
+        return vars(self.counters) | ({} if scaler is None else {"scaling": scaler.state_dict()})
 
     def _step(self, step: int, recorder: Recorder | None) -> dict[str, Any]:
         rate = learning_rate(self.config, step)
@@ -323,10 +356,16 @@ class _Run:
         return {f"grad_ratio_{n}": norm(t.value * t.weight) / max(base, 1e-12) for n, t in added.terms.items()}
 
     def _evaluate(self, step: int) -> None:
-        scores = score(self.accelerator.unwrap_model(self.model), self.validation, self.validation_batches)
+        with explained("scoring the validation split", evaluation_advice(self.work.config.evaluate)):
+            scores = score(self.accelerator.unwrap_model(self.model), self.validation, self.validation_batches)
+        self._note()
         line = {"step": step, "tokens": self.counters.tokens, "validation_loss": scores.mean_nll()}
         self.history.append(line)
         self.log(f"step {step}/{self.config.steps}  validation loss {line['validation_loss']:.4f}")
+
+    def _note(self) -> None:
+        if self.accelerator.is_main_process:
+            self.attempt.note(peak_memory(self.device))
 
     # ------------------------------------------------------------ results
     def write(self, out: Path) -> None:
@@ -349,9 +388,11 @@ class _Run:
         (folder / "README.md").write_text(model_card(self.work, self.arm_name, self.seed, provenance), encoding="utf-8")
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
         (out / "history.jsonl").write_text(lines, encoding="utf-8")
+        self._note()
+        spent = attempts.total(self.attempt.file) or {"peak_memory_bytes": peak_memory(self.device)}
         cost = {
             "train_seconds": self.counters.seconds,
-            "peak_memory_bytes": peak_memory(self.device),
+            **spent,
             "steps": self.config.steps,
             "tokens": self.counters.tokens,
             "padding_share": 1 - self.counters.tokens / max(1, self.counters.padded_tokens),

@@ -41,14 +41,16 @@ SETTINGS = {
     },
 }
 ARM, SEED = "joint", 3
-CHOICE = random.Random(20240607)
+CHOICE = random.Random(int(os.environ.get("KVPIPE_KILL_SEED", 20240607)))
 SIGNALS = {"term": signal.SIGTERM, "usr1": signal.SIGUSR1, "int": signal.SIGINT}
-# name → (signal, where it arrives, the how manieth); three kills at random, one while the second checkpoint is written
+# name → (signal, where it arrives, the how manieth); three kills at random steps, one while the second checkpoint is
+# written, and three at any function call between start and end: in a forward pass, a checkpoint, the final write …
 JOBS = {
     "whole": (0, "step", -1),
     **{f"kill{i}": (signal.SIGKILL, "step", step) for i, step in enumerate(CHOICE.sample(range(1, STEPS), 3))},
     **{name: (number, "step", CHOICE.randrange(1, STEPS - 1)) for name, number in SIGNALS.items()},
     "saving": (signal.SIGKILL, "save", 1),
+    **{f"anywhere{i}": (signal.SIGKILL, "call", CHOICE.uniform(0.01, 0.99)) for i in range(3)},
 }
 
 # One process imports and forks a job for each kill: a fork is a process of its own, and importing torch takes seconds.
@@ -74,12 +76,29 @@ def deadly(function, number, when):
         return result
     return called
 
+def count_calls(number, limit):
+    '''Send the signal at a number of function calls; returns where the count is kept.'''
+    count = [0]
+    def profile(frame, event, argument):
+        count[0] += 1
+        if count[0] == limit:
+            os.kill(os.getpid(), number)
+    sys.setprofile(profile)
+    return count
+
 def run(name, number, where, when):
+    total = root / "calls"  # of the run that nothing interrupts
+    if where == "call" or name == "whole":
+        count = count_calls(number, int(when * int(total.read_text())) if where == "call" else -1)
     # the one is called at the beginning of every step, the other amidst the writing of a checkpoint
-    module, function = {"step": (train, "learning_rate"), "save": (checkpoint, "save_file")}[where]
-    setattr(module, function, deadly(getattr(module, function), number, when))
+    if where != "call":
+        module, function = {"step": (train, "learning_rate"), "save": (checkpoint, "save_file")}[where]
+        setattr(module, function, deadly(getattr(module, function), number, when))
     work = Workspace(tiny.config(root, settings), Paths(root / "results"))
     train.train(work, arm, seed, root / name / "out", root / name / "checkpoints", log=lambda line: None)
+    sys.setprofile(None)
+    if name == "whole":
+        total.write_text(str(count[0]))
 
 for name, number, where, when in jobs:
     child = os.fork()
@@ -98,7 +117,7 @@ print(json.dumps(statuses))
 """
 
 
-def drive(root: Path, jobs: dict[str, tuple[int, str, int]]) -> tuple[dict[str, int], str]:
+def drive(root: Path, jobs: dict[str, tuple[int, str, float]]) -> tuple[dict[str, int], str]:
     """Run the cell once for every job; exit statuses (negative: the signal that killed it) and what was printed."""
     listed = [(name, int(number), where, when) for name, (number, where, when) in jobs.items()]
     arguments = [str(Path(__file__).parent), str(root), json.dumps([SETTINGS, ARM, SEED, listed])]
@@ -138,7 +157,8 @@ def test_the_jobs_were_stopped_as_meant(killed):
             assert first[name] == training.EXIT_INTERRUPTED == 75
             # the step during which the signal came is finished and saved
             assert left[name][-1] == f"step-{step + 1:08d}"
-        assert name == "whole" or not unfinished[name]
+        # one that lands anywhere may land in the writing of the results
+        assert name == "whole" or number == 0 or name.startswith("anywhere") or not unfinished[name]
         assert len([entry for entry in left[name] if entry.startswith("step-")]) <= checkpoint.KEPT
     assert set(second.values()) == {0}
 
@@ -161,8 +181,11 @@ def test_a_continued_run_is_the_uninterrupted_one(killed, name):
     costs = [json.loads((folder / "cost.json").read_text()) for folder in (found, whole)]
     assert costs[0]["tokens"] == costs[1]["tokens"]
     assert costs[0]["padding_share"] == costs[1]["padding_share"]
-    resumes = name in SIGNALS or name == "saving" or JOBS[name][2] >= 4
-    assert [cost["restarts"] for cost in costs] == [int(resumes), 0]
+    if not name.startswith("anywhere"):
+        resumes = name in SIGNALS or name == "saving" or JOBS[name][2] >= 4
+        assert [cost["restarts"] for cost in costs] == [int(resumes), 0]
+        assert [cost["attempts"] for cost in costs] == [2, 1]
+    assert not list((root / name).glob("*.attempts.jsonl")), "the record ends in cost.json"
 
 
 # ---------------------------------------------------------------- what is on disk may be wrong
@@ -280,6 +303,29 @@ def test_another_teacher_is_refused(tmp_path, monkeypatch):
     save_file({k: v + 1 for k, v in load_file(projector).items()}, projector)
     with pytest.raises(checkpoint.CheckpointMismatch, match="projector"):
         training.train(work, "one", 0, *folders, log=lambda _: None)
+
+
+def test_the_loss_scale_of_fp16_goes_on_where_it_was(stopped, monkeypatch, tmp_path):
+    """It follows from all steps before; a CPU has no fp16 training, but its scaler works."""
+    folder, go = stopped
+    shutil.rmtree(folder)
+    made, init_run = [], training._Run.__init__
+
+    def scaled(run, *arguments):
+        init_run(run, *arguments)
+        run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+        made.append(run.accelerator.scaler)
+
+    monkeypatch.setattr(training._Run, "__init__", scaled)
+    with interrupted(monkeypatch, 5):
+        go()
+    go()
+    assert made[1].get_scale() == made[0].get_scale() * 2, "twice doubled before the kill, once more after it"
+    weights = (tmp_path / "out" / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "out")
+    go()
+    assert (tmp_path / "out" / "model" / "model.safetensors").read_bytes() == weights
+    assert made[2].get_scale() == made[1].get_scale()
 
 
 # ---------------------------------------------------------------- the module by itself

@@ -141,7 +141,7 @@ def test_doctor_prints_findings_and_fails_with_them(files, tmp_path):
     out = tmp_path / "doctor.json"
     shown = invoke("doctor", *files, "--json", "--out", str(out))
     assert shown.exit_code == 1, "the teachers are not there"
-    found = [json.loads(line) for line in shown.output.splitlines()]
+    found = json.loads(shown.output)["findings"]
     assert found == json.loads(out.read_text())["findings"]
     assert {f["status"] for f in found if f["name"].startswith("model ")} == {"would fail"}
     assert "would fail  model alpha" in invoke("doctor", *files).output

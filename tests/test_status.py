@@ -9,8 +9,14 @@ import pytest
 from rich.console import Console
 from tiny import config
 
+from kvpipe.attempts import record_of, total
 from kvpipe.dag import Dag, Paths
-from kvpipe.status import RUNNING_WITHIN, cell_state, grid
+from kvpipe.status import RUNNING_WITHIN, cell, overview
+
+
+def cell_state(paths, arm, seed):
+    found = cell(paths, arm, seed)
+    return found.state, found.detail
 
 
 @pytest.fixture
@@ -72,13 +78,77 @@ def test_the_grid_has_every_cell(paths, tmp_path):
     done(paths)
     log(paths, "KeyError: [red]no such [/b] tag\n", arm="one", seed=0)
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(grid(dag, paths))
+    console.print(overview(dag, paths))
     text = console.export_text()
     assert f"1 of {len(dag.cells)} cells done" in text
     lines = {
-        line.split()[1]: line for line in text.splitlines() if "missing" in line or ("done" in line and "│" in line)
+        line.split()[1]: line
+        for line in text.split("cost of training")[0].splitlines()
+        if "missing" in line or ("done" in line and "│" in line)
     }
     assert set(dag.arms) <= set(lines)
     assert "missing" in lines["two"]
     assert "62 s, 2.34 GB" in lines["two"]
     assert "[red]no such [/b] tag" in lines["one"], "a message is no markup"
+
+
+# ---------------------------------------------------------------- cost
+def attempt(paths, name, seconds, memory=2e9, device="cpu", processes=1, arm="two", seed=1):
+    line = {"attempt": name, "device": device, "processes": processes, "seconds": seconds, "peak_memory_bytes": memory}
+    file = record_of(paths.checkpoints(arm, seed))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as handle:
+        handle.write(json.dumps(line) + "\n")
+    return file
+
+
+def test_attempts_add_up_by_their_last_line(paths):
+    file = attempt(paths, "a", 10.0)
+    attempt(paths, "a", 100.0, memory=3e9, device="cuda:0", processes=4)
+    attempt(paths, "b", 50.0, device="cuda:0", processes=4)
+    with file.open("a") as handle:
+        handle.write('{"attempt": "c", "seco')
+    assert total(file) == {"attempts": 2, "wall_seconds": 150.0, "gpu_seconds": 600.0, "peak_memory_bytes": 3e9}
+    assert total(paths.root / "nothing") is None
+
+
+def shown(dag, paths):
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(overview(dag, paths))
+    return console.export_text()
+
+
+def test_the_cost_sheet_counts_killed_attempts_and_unfinished_cells(paths, tmp_path):
+    dag = Dag(config(tmp_path))
+    assert "cost of training" not in shown(dag, paths)
+    attempt(paths, "a", 3600.0, device="cuda:0")
+    attempt(paths, "b", 1800.0, device="cuda:0", memory=7.5e9)
+    log(paths, "OutOfMemory: out of memory while training. Set train.accumulate: 2\n(set KVPIPE_TRACEBACK=1 …)\n")
+    text = shown(dag, paths)
+    (line,) = [x for x in text.splitlines() if "two seed 1" in x and "│" in x]
+    assert [part.strip() for part in line.strip("│ \n").split("│")] == [
+        "two seed 1",
+        "failed",
+        "1.500",
+        "1.500",
+        "7.50 GB",
+        "1",
+    ]
+    assert "failed: two seed 1: OutOfMemory: out of memory while training. Set train.accumulate: 2" in text
+    assert "seed1.log" in text
+
+
+def test_a_laptop_has_no_column_of_gpu_hours(paths, tmp_path):
+    attempt(paths, "a", 36.0)
+    text = shown(Dag(config(tmp_path)), paths)
+    assert "GPU hours" not in text
+    assert "0.010" in text
+
+
+def test_one_log_per_attempt_the_newest_counts(paths):
+    log(paths, "KeyError: first\n", age=100)
+    newest = paths.root / "logs" / "train" / "two" / "seed1.2.log"
+    newest.write_text("step 3/9\n")
+    other = paths.root / "logs" / "train" / "two" / "seed10.log"
+    other.write_text("KeyError: another cell\n")
+    assert cell_state(paths, "two", 1) == ("running", "step 3/9")

@@ -149,7 +149,7 @@ def render_table(rows: list[Row], note: str) -> str:
         f"{NOTES}\n"
         "Measured elsewhere: the whole experiment's time and its effect sizes in the report (`make report`), "
         "architectures, rotary embeddings and tokenizers in [method.md](method.md) (`make compat`), coverage of "
-        "the intervals by `tests/benchmarks/sim_coverage.py`.\n"
+        "the intervals by `tests/benchmarks/sim_coverage.py`, interrupted runs by `make torture` ([LOG.md](LOG.md)).\n"
     )
 
 

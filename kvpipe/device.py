@@ -1,0 +1,37 @@
+"""The device that was asked for is the device that is used, or it is said."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+class NoDevice(RuntimeError):
+    """A GPU was asked for and torch sees none."""
+
+
+def check_device(device: str, log=print) -> None:
+    """Refuse a named GPU that is not there; say so where a job was given one that torch does not see.
+
+    Raises:
+        NoDevice: `device` is `cuda…` and torch sees no such GPU.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.startswith("cuda"):
+        number = int(device.partition(":")[2] or 0)
+        if number >= count:
+            raise NoDevice(f"train.device is {device}, but torch {torch.__version__} sees {count} GPUs{_reason()}")
+    elif device == "auto" and count == 0 and os.environ.get("SLURM_JOB_GPUS"):
+        log(f"this job has GPU {os.environ['SLURM_JOB_GPUS']}, but torch sees none and trains on the CPU{_reason()}")
+
+
+def _reason() -> str:
+    if torch.version.cuda is None:
+        return ": it is a CPU build; install a CUDA build, or build the image with VARIANT=cuda"
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return ": CUDA_VISIBLE_DEVICES is empty; ask for a GPU (gpu: 1 in the profile)"
+    return (
+        f" (built for CUDA {torch.version.cuda}): on a login node there is none; in a job, start the image with --nv, "
+        "and compare the driver that nvidia-smi shows; kvpipe doctor --probe looks there. Or set train.device: auto"
+    )

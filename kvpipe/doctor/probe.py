@@ -1,0 +1,234 @@
+"""Ask the cluster by trying: which way of asking for a GPU it accepts, and what a job in the image sees there."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvpipe.dag import Paths
+from kvpipe.doctor import look
+from kvpipe.doctor.asked import Asked, Request
+from kvpipe.doctor.container import image_path
+from kvpipe.doctor.finding import Answer, ask
+from kvpipe.doctor.memory import PROBED
+from kvpipe.doctor.slurm import Partition, read_partitions
+
+MINUTES = 5
+"""Time limit of the job."""
+WAIT = 900.0
+"""Seconds that the job may take from its submission; pending any longer it is cancelled, and the profile still printed."""
+POLL = 3
+
+
+class ProbeError(RuntimeError):
+    """The cluster took no job; the message has its reason."""
+
+
+@dataclass(frozen=True)
+class Syntax:
+    """A way of asking for one GPU: what sbatch is told, and what the profile says for it."""
+
+    option: str
+    profile: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Site:
+    """What the cluster accepted."""
+
+    partition: Partition
+    account: str | None
+    syntax: Syntax | None
+    cpus: int
+    mem_mb: int
+    minutes: int | None
+    refused: tuple[str, ...]
+    """Ways of asking that were refused, with the reason."""
+
+
+def syntaxes(partition: Partition) -> list[Syntax]:
+    """Ways of asking for a GPU, the plainest first, as the executor plugin hands them to sbatch."""
+    kinds = [kind for kind in partition.gpus if kind]
+    return [
+        Syntax("--gpus=1", ("gpu: 1",)),
+        *(Syntax(f"--gpus={kind}:1", ("gpu: 1", f"gpu_model: {kind}")) for kind in kinds),
+        Syntax("--gres=gpu:1", ('gres: "gpu:1"',)),
+        *(Syntax(f"--gres=gpu:{kind}:1", (f'gres: "gpu:{kind}:1"',)) for kind in kinds),
+    ]
+
+
+def probe(asked: Asked, paths: Paths, log: Callable[[str], None], wait: float = WAIT) -> str:
+    """Try submissions, run one short job, and give a site profile as YAML.
+
+    Raises:
+        ProbeError: there is no Slurm, no partition, or none took a job.
+    """
+    if shutil.which("sbatch") is None:
+        raise ProbeError("no sbatch on the PATH: run this on a login node (module load slurm)")
+    partitions = sorted((p for p in read_partitions() if p.up), key=lambda p: (not p.gpus, not p.default))
+    if not partitions:
+        raise ProbeError("sinfo shows no partition that is up; ask the site which you may use")
+    account = next(
+        (str(r.resources["slurm_account"]) for r in asked.requests if r.resources.get("slurm_account")), None
+    )
+    site: Site | None = None
+    complaints: list[str] = []
+    for partition in partitions:
+        log(f"partition {partition.name} …")
+        tried = _try_partition(partition, account)
+        complaints += list(tried.refused) if tried else [f"{partition.name}: {_test(partition, account)[1]}"]
+        if tried is not None and (tried.syntax is not None or not partition.gpus):
+            site = tried
+            break
+        site = site or tried  # better one without a GPU than none
+    if site is None:
+        raise ProbeError("no partition took a job:\n  " + "\n  ".join(complaints))
+    seen = _run(site, asked, paths, log, wait)
+    return profile_text(site, seen, asked)
+
+
+# ---------------------------------------------------------------- trying without running
+def _test(partition: Partition, account: str | None, *options: str) -> tuple[bool, str]:
+    """Whether sbatch would take a job with these options; `--test-only` submits nothing."""
+    command = ["sbatch", "--test-only", f"--partition={partition.name}", "--ntasks=1", f"--time={_time(partition)}"]
+    command += [f"--account={account}"] if account else []
+    answer = ask(*command, *options, "--wrap=true")
+    return answer is not None and answer.code == 0, answer.said if answer else "no sbatch"
+
+
+def _time(partition: Partition) -> int:
+    return min(MINUTES, partition.minutes or MINUTES)
+
+
+def _try_partition(partition: Partition, account: str | None) -> Site | None:
+    if not _test(partition, account)[0]:
+        return None
+    chosen, refused = None, []
+    for syntax in syntaxes(partition) if partition.gpus else []:
+        taken, said = _test(partition, account, syntax.option)
+        if taken:
+            chosen = syntax
+            break
+        refused.append(f"{partition.name}: {syntax.option}: {said}")
+    gpu = (chosen.option,) if chosen else ()
+    cpus = _most(partition.cpus, lambda n: _test(partition, account, *gpu, f"--cpus-per-task={n}")[0])
+    mem = _most(partition.mem_mb, lambda n: _test(partition, account, *gpu, f"--mem={n}")[0])
+    # a time over the limit passes --test-only where EnforcePartLimits is off, and then waits for ever
+    return Site(partition, account, chosen, cpus, mem, partition.minutes, tuple(refused))
+
+
+def _most(limit: int, taken: Callable[[int], bool]) -> int:
+    """The limit, or the half, quarter … of it that is taken."""
+    while limit > 1 and not taken(limit):
+        limit //= 2
+    return max(1, limit)
+
+
+# ---------------------------------------------------------------- one real job
+def _script(asked: Asked) -> str:
+    """The job: the same call with and without an image."""
+    image, code = image_path(), Path(look.__file__).read_text(encoding="utf-8")
+    program = next((name for name in ("apptainer", "singularity") if shutil.which(name)), None)
+    if asked.containers and program and image.exists():
+        options = shlex.split(str(asked.settings.get("apptainer-args", "--nv")))
+        call = [program, "exec", *options, str(image.absolute()), "python3", "-c", code]
+    else:
+        call = [sys.executable, "-c", code]
+    return f"#!/bin/bash\n{shlex.join(call)}\n"
+
+
+def _run(site: Site, asked: Asked, paths: Paths, log: Callable[[str], None], wait: float) -> dict[str, Any] | None:
+    folder = paths.root.absolute() / "probe"
+    folder.mkdir(parents=True, exist_ok=True)
+    options = [f"--partition={site.partition.name}", "--ntasks=1", f"--time={_time(site.partition)}", "--mem=2000"]
+    options += [f"--account={site.account}"] if site.account else []
+    options += [site.syntax.option] if site.syntax else []
+    command = ["sbatch", "--parsable", "--job-name=kvpipe-probe", f"--output={folder}/%j.log", *options]
+    answer = ask(*command, stdin=_script(asked))
+    if answer is None or answer.code:
+        raise ProbeError(f"{shlex.join(command)}: {answer.said if answer else 'no sbatch'}")
+    job = answer.out.strip().split(";")[0]
+    log(f"job {job} submitted, {MINUTES} minutes at most: {shlex.join(options)}")
+    state = _await(job, log, wait)
+    output = folder / f"{job}.log"
+    text = output.read_text(encoding="utf-8", errors="replace") if output.is_file() else ""
+    line = next((line for line in text.splitlines() if line.startswith(look.MARK)), None)
+    if line is None:
+        nothing = f"no output in {output}: do the compute nodes see that folder, and may you write there?"
+        last = text.strip().splitlines()[-1:] or [nothing]
+        log(f"job {job} ended as {state} without an answer: {last[0]}")
+        return None
+    seen = {"job": job, "partition": site.partition.name, **json.loads(line.removeprefix(look.MARK))}
+    (paths.root / PROBED).write_text(json.dumps(seen, indent=2) + "\n", encoding="utf-8")
+    log(f"job {job} ran on {seen['host']}: {(seen['gpu'] or {}).get('name') or 'no GPU seen'}")
+    return seen
+
+
+def _await(job: str, log: Callable[[str], None], wait: float) -> str:
+    """The job's last state; bounded: a job that is not done in time is cancelled."""
+    end, told = time.monotonic() + wait, ("", "")
+    while time.monotonic() < end:
+        state, reason = _state(job)
+        if state in ("", "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"):
+            return state or "finished"
+        if (state, reason) != told:
+            log(f"job {job}: {state.lower()}{f' ({reason})' if reason not in ('', 'None') else ''}")
+            told = (state, reason)
+        time.sleep(POLL)
+    ask("scancel", job)
+    log(f"job {job} was not done after {wait:g} s and was cancelled; the profile below is what sbatch accepted")
+    return "CANCELLED"
+
+
+def _state(job: str) -> tuple[str, str]:
+    """(state, reason) by squeue; empty once the job has left it."""
+    answer: Answer | None = ask("squeue", "--noheader", "--states=all", "--format=%T|%r", f"--jobs={job}")
+    line = answer.out.strip().splitlines()[0] if answer and answer.code == 0 and answer.out.strip() else ""
+    state, _, reason = line.partition("|")
+    return state, reason
+
+
+# ---------------------------------------------------------------- the profile
+def profile_text(site: Site, seen: dict[str, Any] | None, asked: Asked) -> str:
+    """A site profile to lay beside profiles/slurm; every number is one that the cluster accepted."""
+    gpu = (seen or {}).get("gpu") or {}
+    limit = f"{site.minutes}" if site.minutes else "none"
+    ran = f"job {seen['job']} ran on {seen['host']}" if seen else "no job has run: accepted by sbatch --test-only"
+    lines = [
+        f"# What this cluster accepted ({ran}).",
+        f"# Partition {site.partition.name}: at most {site.cpus} CPUs, {site.mem_mb} MB and {limit} minutes a job.",
+    ]
+    if gpu.get("name"):
+        lines.append(f"# GPU: {gpu['name']}, {(gpu.get('memory') or 0) / 1e9:.0f} GB, driver {gpu.get('driver')}.")
+    lines += [f"# refused: {complaint}" for complaint in site.refused]
+    lines += ["default-resources:", f"  - slurm_partition={site.partition.name}"]
+    if site.account:
+        lines.append(f"  - slurm_account={site.account}")
+    lines += [f"  - mem_mb={min(8000, site.mem_mb)}", f"  - runtime={min(60, site.minutes or 60)}"]
+    entries = {request.rule: _fitted(request, site) for request in asked.requests}
+    if any(entries.values()):
+        lines.append("set-resources:")
+    for rule, resources in entries.items():
+        lines += [f"  {rule}:", *(f"    {entry}" for entry in resources)] if resources else []
+    return "\n".join(lines) + "\n"
+
+
+def _fitted(request: Request, site: Site) -> list[str]:
+    """What one rule asks for, brought within the limits; empty where the defaults do."""
+    out = list(site.syntax.profile) if request.gpus and site.syntax else []
+    for key, limit in (("mem_mb", site.mem_mb), ("runtime", site.minutes), ("cpus_per_task", site.cpus)):
+        wanted = request.cpus if key == "cpus_per_task" else request.number(key) or 0
+        if limit is not None and wanted > limit:
+            resumes = key == "runtime" and request.rule == "train"
+            note = "; a cell goes on from its checkpoint in the next attempt" if resumes else ""
+            out.append(f"{key}: {limit}   # of {wanted} wanted{note}")
+        elif out and wanted and key != "cpus_per_task":
+            out.append(f"{key}: {wanted}")
+    return out

@@ -1,0 +1,251 @@
+"""What the cluster says of itself, and whether the jobs that the profile asks for can run on it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from kvpipe.doctor.asked import Asked, Request, parse_gpus
+from kvpipe.doctor.finding import FAIL, OK, WARNING, Finding, ask, inside_a_job
+
+POLL = 40
+"""Seconds before the executor's first status check, if the profile does not say."""
+SQUEUE_LINE = "slurm-status-command: squeue"
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One partition; sizes are those of its largest node."""
+
+    name: str
+    up: bool
+    cpus: int
+    mem_mb: int
+    minutes: int | None
+    """Time limit; None is none."""
+    gpus: dict[str, int] = field(default_factory=dict)
+    """Type → GPUs of a node; the type is empty where the site names none."""
+    default: bool = False
+    preempt_mode: str = "OFF"
+
+
+def examine_slurm(asked: Asked) -> list[Finding]:
+    """Findings on the cluster; one of them, ok, where there is none."""
+    if inside_a_job():
+        return [Finding("slurm", OK, "inside a job or an image: the cluster is examined from the login node only")]
+    version = ask("sbatch", "--version")
+    if version is None:
+        return [Finding("slurm", OK, "no sbatch on the PATH: jobs run on this machine")]
+    answer = ask("scontrol", "show", "config")
+    if answer is None or answer.code:
+        said = "no scontrol on the PATH" if answer is None else answer.said
+        fix = "module load slurm, or ask the site: `scontrol ping` must say UP"
+        return [Finding("slurm", FAIL, f"{version.out.strip()}, but the controller does not answer: {said}", fix)]
+    config = parse_config(answer.out)
+    partitions = read_partitions()
+    return [
+        *_programs(version.out.strip()),
+        *_status_command(config, asked),
+        *_account(config, asked),
+        *_preemption(config, partitions, asked),
+        *_partitions(partitions, asked),
+        *_requests(partitions, asked),
+    ]
+
+
+# ---------------------------------------------------------------- reading
+def parse_config(text: str) -> dict[str, str]:
+    """`scontrol show config` as a mapping."""
+    pairs = (line.split("=", 1) for line in text.splitlines() if "=" in line)
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def read_partitions() -> list[Partition]:
+    """Partitions from sinfo (nodes) and scontrol (default, preemption)."""
+    # one line per partition and kind of node: %R without the default's asterisk
+    nodes = ask("sinfo", "--noheader", "--format", "%R|%a|%c|%m|%l|%G")
+    described = ask("scontrol", "--oneliner", "show", "partition")
+    more = {}
+    for line in described.out.splitlines() if described is not None and described.code == 0 else []:
+        pairs = dict(item.split("=", 1) for item in line.split() if "=" in item)
+        more[pairs.get("PartitionName", "")] = pairs
+    found: dict[str, Partition] = {}
+    for line in nodes.out.splitlines() if nodes is not None and nodes.code == 0 else []:
+        name, up, cpus, memory, limit, gres = line.strip().split("|")
+        seen = found.get(name)
+        gpus = dict(seen.gpus) if seen else {}
+        for kind, count in parse_gpus(gres).items():
+            gpus[kind] = max(count, gpus.get(kind, 0))
+        found[name] = Partition(
+            name=name,
+            up=up == "up",
+            cpus=max(_count(cpus), seen.cpus if seen else 0),
+            mem_mb=max(_count(memory), seen.mem_mb if seen else 0),
+            minutes=parse_minutes(limit),
+            gpus=gpus,
+            default=more.get(name, {}).get("Default") == "YES",
+            preempt_mode=more.get(name, {}).get("PreemptMode", "OFF"),
+        )
+    return list(found.values())
+
+
+def _count(text: str) -> int:
+    """`16`, or `16+` where nodes differ."""
+    return int(re.sub(r"\D.*", "", text) or 0)
+
+
+def parse_minutes(limit: str) -> int | None:
+    """`1-12:00:00`, `2:00:00`, `30:00`, `infinite` → minutes, None without a limit."""
+    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", limit.strip())
+    if not found:
+        return None
+    days, hours, minutes = (int(part or 0) for part in found.groups()[:3])
+    return days * 1440 + hours * 60 + minutes
+
+
+# ---------------------------------------------------------------- findings
+def _programs(version: str) -> Iterator[Finding]:
+    queue = ask("squeue", "--noheader", "--me")
+    if queue is None or queue.code:
+        said = "not on the PATH" if queue is None else queue.said
+        yield Finding("slurm", FAIL, f"{version}; squeue: {said}", "load the module that has the Slurm commands")
+    else:
+        yield Finding("slurm", OK, f"{version}, {len(queue.out.splitlines())} jobs of yours in the queue")
+
+
+def _status_command(config: dict[str, str], asked: Asked) -> Iterator[Finding]:
+    """Whether the executor learns that a job has ended; where it does not, it waits for ever."""
+    # without slurmdbd it is accounting_storage/none, since Slurm 23 shown as (null)
+    accounting = config.get("AccountingStorageType", "(null)") not in ("accounting_storage/none", "(null)", "none")
+    has_sacct = shutil.which("sacct") is not None
+    command = asked.settings.get("slurm-status-command") or ("sacct" if has_sacct else "squeue")
+    age = _count(config.get("MinJobAge", "0"))
+    poll = int(asked.settings.get("slurm-init-seconds-before-status-checks", POLL))
+    state = "accounting is on" if accounting else "accounting is off"
+    if command == "sacct":
+        if not accounting and has_sacct:
+            detail = "accounting is off, but the executor would ask sacct: it would lose its jobs and wait for ever"
+            yield Finding("accounting", FAIL, detail, f"in the profile: {SQUEUE_LINE}")
+        else:
+            detail = f"{state}, the executor asks sacct, which never reports `CANCELLED by <user>` as an end"
+            yield Finding("accounting", WARNING, detail, f"in the profile: {SQUEUE_LINE}")
+        return
+    yield Finding("accounting", OK, f"{state}, the executor asks squeue")
+    if age >= 3 * poll:
+        yield Finding("MinJobAge", OK, f"{age} s, status checks begin after {poll} s")
+        return
+    detail = f"finished jobs leave squeue after MinJobAge = {age} s, less than 3 × {poll} s between status checks"
+    if has_sacct and not accounting:
+        detail += "; the executor would fall back on sacct, which is off, and wait for ever"
+    line = f"slurm-init-seconds-before-status-checks: {max(1, age // 3)}"
+    status = FAIL if has_sacct and not accounting else WARNING
+    yield Finding("MinJobAge", status, detail, f"in the profile: {line}")
+
+
+def _account(config: dict[str, str], asked: Asked) -> Iterator[Finding]:
+    named = {r.resources["slurm_account"] for r in asked.requests if r.resources.get("slurm_account")}
+    accounting = "slurmdbd" in config.get("AccountingStorageType", "")
+    if named and not accounting:
+        detail = f"the profile names slurm_account {', '.join(sorted(map(str, named)))}, which no slurmdbd knows here"
+        yield Finding("account", FAIL, detail, "take slurm_account out of the profile")
+
+
+def _preemption(config: dict[str, str], partitions: list[Partition], asked: Asked) -> Iterator[Finding]:
+    wanted = {str(r.resources.get("slurm_partition", "")) for r in asked.requests} - {""}
+    used = [p for p in partitions if (p.name in wanted if wanted else p.default)]
+    modes = {p.name: p.preempt_mode.upper() for p in used}
+    overall = config.get("PreemptMode", "OFF").upper()
+    deadly = [name for name, mode in modes.items() if mode == "CANCEL"]
+    if overall == "OFF":
+        yield Finding("preemption", OK, "jobs are not preempted")
+    elif deadly or (overall == "CANCEL" and not modes):
+        detail = f"PreemptMode CANCEL ({', '.join(deadly) or 'everywhere'}): the executor waits for ever for such a job"
+        fix = "in the profile: slurm_partition=… one that is not preempted, or ask the site for PreemptMode=REQUEUE"
+        yield Finding("preemption", FAIL, detail, fix)
+    else:
+        shown = ", ".join(f"{name} {mode}" for name, mode in modes.items()) or overall
+        detail = f"jobs may be preempted ({shown}); a requeued cell goes on from its checkpoint"
+        requeue = asked.settings.get("slurm-requeue")
+        yield Finding(
+            "preemption", OK if requeue else WARNING, detail, "" if requeue else "in the profile: slurm-requeue: true"
+        )
+
+
+def _partitions(partitions: list[Partition], asked: Asked) -> Iterator[Finding]:
+    if not partitions:
+        yield Finding("partitions", FAIL, "sinfo shows none", "ask the site which partitions you may use")
+        return
+    shown = "; ".join(map(show, partitions))
+    if any(r.gpus for r in asked.requests) and not any(p.gpus for p in partitions):
+        fix = "take gpu out of the profile's set-resources, or ask the site for a partition with GPUs"
+        yield Finding("partitions", FAIL, f"none has GPUs, which the profile asks for: {shown}", fix)
+    else:
+        yield Finding("partitions", OK, shown)
+
+
+def show(partition: Partition) -> str:
+    """One partition in words."""
+    gpus = ", ".join(f"{count} GPU{f' {kind}' if kind else ''}" for kind, count in partition.gpus.items())
+    limit = "no time limit" if partition.minutes is None else f"{partition.minutes / 60:g} h"
+    marks = f"{' (default)' if partition.default else ''}{'' if partition.up else ' (down)'}"
+    return f"{partition.name}{marks}: {partition.cpus} CPUs, {partition.mem_mb} MB, {gpus or 'no GPU'}, {limit}"
+
+
+def _requests(partitions: list[Partition], asked: Asked) -> Iterator[Finding]:
+    refused: dict[tuple[str, str], list[str]] = {}
+    for request in asked.requests:
+        problem = refusal(request, partitions)
+        if problem:
+            refused.setdefault(problem, []).append(request.rule)
+    for (detail, fix), rules in refused.items():
+        yield Finding("requests", FAIL, f"{', '.join(rules)}: {detail}", fix)
+    if asked.requests and partitions and not refused:
+        yield Finding("requests", OK, f"every rule's job fits into its partition ({len(asked.requests)} rules)")
+
+
+def refusal(request: Request, partitions: list[Partition]) -> tuple[str, str] | None:
+    """Why Slurm would refuse the job or leave it pending, and the fix; None where it fits."""
+    if not partitions:
+        return None
+    name = request.resources.get("slurm_partition")
+    names = str(name).split(",") if name else []
+    found = [p for p in partitions if (p.name in names if names else p.default)]
+    if not found:
+        known = ", ".join(p.name for p in partitions)
+        what = f"no partition {name}" if name else "no partition is the default and the profile names none"
+        return what, f"in the profile under default-resources: slurm_partition={partitions[0].name}   # of: {known}"
+    problems = [_unfit(request, partition) for partition in found]
+    return None if None in problems else problems[0]
+
+
+def _unfit(request: Request, partition: Partition) -> tuple[str, str] | None:
+    mem, minutes = request.number("mem_mb") or 0, request.number("runtime") or 0
+    room = sum(partition.gpus.values()) if request.gpu_model is None else partition.gpus.get(request.gpu_model, 0)
+    nodes = request.number("nodes") or 1
+    where = f"partition {partition.name}"
+    if not partition.up:
+        return f"{where} is down", "name another: slurm_partition=…"
+    if request.gpus and not partition.gpus:
+        return f"{where} has no GPU", "in the profile: slurm_partition=… one that has (see partitions)"
+    if request.gpus and not room:
+        types = ", ".join(kind for kind in partition.gpus if kind) or "no names of types"
+        fix = (
+            f"in the profile: gpu_model: {next(iter(partition.gpus))}" if any(partition.gpus) else "take gpu_model out"
+        )
+        return f"GPU type {request.gpu_model} is not in {where} (has {types})", fix
+    if request.gpus > room * nodes:
+        return f"asks for {request.gpus} GPUs, a node of {where} has {room}", f"in the profile: gpu: {room}"
+    if request.cpus > partition.cpus:
+        fix = f"cpus_per_task: {partition.cpus} in the profile, or fewer train.threads"
+        return f"asks for {request.cpus} CPUs, a node of {where} has {partition.cpus}", fix
+    if mem > partition.mem_mb:
+        return (
+            f"asks for {mem} MB, a node of {where} has {partition.mem_mb}",
+            f"in the profile: mem_mb: {partition.mem_mb}",
+        )
+    if partition.minutes is not None and minutes > partition.minutes:
+        fix = f"in the profile: runtime: {partition.minutes}   # a cell goes on from its checkpoint in the next attempt"
+        return f"asks for {minutes} min, {where} allows {partition.minutes}", fix
+    return None

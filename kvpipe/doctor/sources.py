@@ -1,0 +1,146 @@
+"""Whether every model can be had: folders complete, the hub reachable or the files there already, tokens for gated ones."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from kvpipe.config import Config, HubModel, LocalModel
+from kvpipe.dag import Paths
+from kvpipe.doctor.finding import FAIL, OK, WARNING, Finding, inside_a_job
+from kvpipe.sizes import read_header
+
+NEEDED = ("config.json", "tokenizer.json")
+INDEX = "model.safetensors.index.json"
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+
+
+def examine_sources(config: Config, paths: Paths) -> list[Finding]:
+    """Findings on the configured models; nothing is downloaded."""
+    out: list[Finding] = []
+    for name, model in config.models.items():
+        if isinstance(model, LocalModel):
+            out += _local(name, model)
+        elif isinstance(model, HubModel):
+            out += _hub(name, model, paths.model(name))
+    if any(isinstance(model, HubModel) for model in config.models.values()):
+        out += _cache()
+    return out
+
+
+# ---------------------------------------------------------------- folders
+def lacking(folder: Path) -> list[str]:
+    """What is wrong with a model folder: files that are missing, and weights that were not written to their end."""
+    missing = [name for name in NEEDED if not (folder / name).is_file()]
+    weights = sorted(folder.glob("*.safetensors"))
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            listed = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError):
+            return [f"{INDEX} cannot be read"]
+        missing += [name for name in listed if not (folder / name).is_file()]
+    elif not weights:
+        pickled = [path.name for path in (*folder.glob("pytorch_model*.bin"), *folder.glob("*.pt"))]
+        missing.append("*.safetensors" + (f" (there is only {pickled[0]}: pickles are not loaded)" if pickled else ""))
+    return [f"{name} is missing" for name in missing] + [
+        f"{path.name} is cut off" for path in weights if not whole(path)
+    ]
+
+
+def whole(path: Path) -> bool:
+    """Whether a safetensors file is as long as its header says; reads the header only."""
+    try:
+        header, begin = read_header(path)
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        return path.stat().st_size == begin + end
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _local(name: str, model: LocalModel) -> Iterator[Finding]:
+    folder = Path(model.path)
+    missing = lacking(folder)
+    if not missing:
+        yield Finding(f"model {name}", OK, f"{folder} is complete")
+        return
+    fix = "set source: pretrain" if model.recipe else f"correct models.{name}.path"
+    if any("cut off" in problem or "-of-" in problem for problem in missing):
+        fix = f"the copy or download was not finished: fetch these files into {folder} again"
+    yield Finding(f"model {name}", FAIL, f"{folder}: {', '.join(missing)}", fix)
+
+
+# ---------------------------------------------------------------- hub
+def _hub(name: str, model: HubModel, folder: Path) -> Iterator[Finding]:
+    label, where = f"model {name}", f"{model.repo} at {model.revision}"
+    step = f"on a machine with a network: kvpipe models --name {name}"
+    if (folder / "MANIFEST.json").is_file():
+        missing = lacking(folder)
+        if missing:
+            yield Finding(label, FAIL, f"{folder}: {', '.join(missing)}", f"rm -r {folder}; {step}")
+        else:
+            yield Finding(label, OK, f"{where} is complete in {folder}")
+        return
+    if inside_a_job():
+        yield Finding(label, OK, f"{where}, examined from the login node only")
+        return
+    offline = next((key for key in OFFLINE if os.environ.get(key, "").upper() in ("1", "ON", "YES", "TRUE")), None)
+    if offline:
+        yield Finding(
+            label, FAIL, f"{where} is not downloaded, and {offline}=1 forbids it", f"unset {offline}, or {step}"
+        )
+    elif importlib.util.find_spec("huggingface_hub") is None:
+        yield Finding(label, WARNING, f"{where}: huggingface_hub is not installed here, so it was not asked", step)
+    else:
+        yield from _online(label, model, where, step)
+
+
+def _online(label: str, model: HubModel, where: str, step: str) -> Iterator[Finding]:
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    # the HTTP library's own error, whichever library this generation of the hub's uses
+    errors: tuple[type[Exception], ...] = (HfHubHTTPError, HfHubHTTPError.__mro__[1], OSError)  # type: ignore[assignment]
+
+    token = "a token is set" if get_token() else "no token is set"
+    set_token = "export HF_TOKEN=… (a token of yours that may read it)"
+    try:
+        api = HfApi()
+        info = api.model_info(model.repo, revision=model.revision, timeout=10)
+        if info.gated:
+            api.auth_check(model.repo)
+    except GatedRepoError:
+        fix = f"ask for access on the model's page, then {set_token}"
+        yield Finding(label, FAIL, f"{model.repo} is gated and not open to you; {token}", fix)
+    except RevisionNotFoundError:
+        yield Finding(label, FAIL, f"{model.repo} has no revision {model.revision!r}", "correct models: revision")
+    except RepositoryNotFoundError:
+        fix = f"correct models: repo; if it is private, {set_token}"
+        yield Finding(label, FAIL, f"there is no {model.repo}, or it is private; {token}", fix)
+    except errors as error:
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        yield Finding(label, FAIL, f"{where}: the hub cannot be reached from here: {said}", step)
+    else:
+        names = [file.rfilename for file in info.siblings or []]
+        if not any(file.endswith(".safetensors") for file in names):
+            fix = "choose a revision with safetensors, or convert it and use source: local"
+            yield Finding(label, FAIL, f"{where} has no safetensors: pickles are not loaded", fix)
+        elif "tokenizer.json" not in names:
+            fix = "save the fast tokenizer with transformers and use source: local"
+            yield Finding(label, WARNING, f"{where} has no tokenizer.json, which byte spans come from", fix)
+        else:
+            yield Finding(
+                label, OK, f"{where} can be downloaded ({info.sha}){', gated: open to you' if info.gated else ''}"
+            )
+
+
+def _cache() -> Iterator[Finding]:
+    """HF_HOME is written to even by downloads into another folder."""
+    folder = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not os.access(nearest, os.W_OK):
+        fix = "export HF_HOME=<a folder of yours on scratch>; HF_HUB_CACHE may stay shared and read-only"
+        yield Finding("HF_HOME", WARNING, f"{folder} cannot be written", fix)

@@ -1,0 +1,99 @@
+"""Whether there is room: free disk, quota, and the stores' estimated size against both and against the budget."""
+
+from __future__ import annotations
+
+import getpass
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from kvpipe.config import Config
+from kvpipe.dag import Paths
+from kvpipe.doctor.finding import FAIL, GB, OK, WARNING, Finding, ask
+from kvpipe.doctor.workload import Workload
+
+LEAST_FREE = 2 * GB
+SMALLER = "set store.dtype: int8, store.layers: needed, or store.mode: live"
+
+
+def examine_storage(config: Config, paths: Paths) -> list[Finding]:
+    """Findings on disk, quota and stores."""
+    work = Workload(config, paths)
+    unmade = [pair for pair in work.stores if not (paths.store(*pair) / "index.json").is_file()]
+    sizes = {pair: work.store_bytes(*pair) for pair in unmade}
+    need = float(sum(size or 0 for size in sizes.values()))
+    nearest = next(path for path in (paths.root.absolute(), *paths.root.absolute().parents) if path.exists())
+    return [*_disk(nearest, need), *_quota(nearest, need), *_budget(config, sizes)]
+
+
+def _disk(folder: Path, need: float) -> Iterator[Finding]:
+    free = shutil.disk_usage(folder).free
+    detail = f"{free / GB:.1f} GB free under {folder}, stores to make take about {need / GB:.2f} GB"
+    if need > free:
+        yield Finding("disk", FAIL, detail, f"snakemake --directory <scratch>, free some space, or {SMALLER}")
+    elif free < need + LEAST_FREE:
+        yield Finding(
+            "disk",
+            WARNING,
+            detail,
+            f"free some space: {LEAST_FREE / GB:.0f} GB beside the stores at least",
+        )
+    else:
+        yield Finding("disk", OK, detail)
+
+
+def _quota(folder: Path, need: float) -> Iterator[Finding]:
+    left = quota_left(folder)
+    if left is None:
+        return
+    detail = f"{left / GB:.1f} GB of your quota are left there"
+    if left < need + LEAST_FREE:
+        fix = f"work on scratch (snakemake --directory <scratch>), or {SMALLER}"
+        yield Finding("quota", FAIL if left < need else WARNING, f"{detail}, stores take about {need / GB:.2f} GB", fix)
+    else:
+        yield Finding("quota", OK, detail)
+
+
+def quota_left(folder: Path) -> float | None:
+    """Bytes until the hard limit by `lfs quota` or `quota`; None where neither knows of one."""
+    user = getpass.getuser()
+    # both print filesystem, used, quota, limit in kB, `*` behind what is over its quota; -p: every column is there
+    for command in (("lfs", "quota", "-q", "-u", user, str(folder)), ("quota", "-w", "-p", "-u", user)):
+        answer = ask(*command)
+        if answer is None:
+            continue
+        for line in answer.out.splitlines():
+            columns = line.replace("*", "").split()
+            mounted = columns and _holds(columns[0], folder, command[0])
+            if mounted and len(columns) > 3 and all(column.isdigit() for column in columns[1:4]):
+                used, soft, hard = (int(column) * 1024 for column in columns[1:4])
+                if hard or soft:
+                    return float(max(0, (hard or soft) - used))
+    return None
+
+
+def _holds(name: str, folder: Path, program: str) -> bool:
+    """Whether a line of the quota program is about the filesystem of a folder."""
+    if program == "lfs":
+        return True
+    answer = ask("df", "--output=source", str(folder))
+    return answer is not None and answer.out.split()[-1:] == [name]
+
+
+def _budget(config: Config, sizes: dict[tuple[str, str], int | None]) -> Iterator[Finding]:
+    """One finding for each store over the budget, one for all others."""
+    budget = config.store.budget_gb
+    known = {f"{teacher}/{reading}": size for (teacher, reading), size in sizes.items() if size is not None}
+    for name, size in known.items():
+        if size > budget * GB:
+            fix = f"store.budget_gb: {round(1.2 * size / GB + 0.5)}, or {SMALLER}"
+            yield Finding(f"store {name}", FAIL, f"about {size / GB:.2f} GB, store.budget_gb is {budget:g}", fix)
+    if known and max(known.values()) <= budget * GB:
+        largest = max(known, key=known.__getitem__)
+        detail = f"{len(known)} to make, the largest ({largest}) about {known[largest] / GB:.2f} of store.budget_gb {budget:g}"
+        yield Finding("stores", OK, detail)
+    unknown = [f"{teacher}/{reading}" for (teacher, reading), size in sizes.items() if size is None]
+    if unknown:
+        yield Finding(
+            "stores", OK, f"size of {', '.join(unknown)} known once the models are here; the build checks it first"
+        )

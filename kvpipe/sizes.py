@@ -1,0 +1,111 @@
+"""How much disk and memory things take, from numbers alone: no torch, so that a doctor can ask before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from kvpipe.config import StoreConfig, TrainConfig
+
+BYTES = {"bf16": 2, "fp16": 2, "int8": 1}
+
+
+def estimate_bytes(config: StoreConfig, geometry: tuple[int, int, int], layers: int, rows: int, top: int) -> int:
+    """Bytes of a store: keys and values of `layers` layers for `rows` tokens, int8 scales, spans and top logits."""
+    _, heads, dim = geometry
+    per_head = dim * BYTES[config.dtype] + (2 if config.dtype == "int8" else 0)
+    return rows * (2 * layers * heads * per_head + 16 + top * 6)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a decoder that decide its memory."""
+
+    layers: int
+    hidden: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    parameters: int
+
+    @property
+    def geometry(self) -> tuple[int, int, int]:
+        """Layers, KV heads, head dimension."""
+        return self.layers, self.kv_heads, self.head_dim
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file and the byte at which its data begins.
+
+    Raises:
+        ValueError: it has no such header.
+    """
+    with path.open("rb") as handle:
+        begin = handle.read(8)
+        length = struct.unpack("<Q", begin)[0] if len(begin) == 8 else path.stat().st_size
+        if length >= path.stat().st_size:
+            raise ValueError(f"{path}: no header of a safetensors file, or one that is cut off")
+        return json.loads(handle.read(length)), 8 + length
+
+
+def count_parameters(folder: Path) -> int:
+    """Parameters in a folder's safetensors files; 0 without any."""
+    headers = (read_header(path)[0] for path in sorted(folder.glob("*.safetensors")))
+    return sum(prod(entry["shape"]) for header in headers for name, entry in header.items() if name != "__metadata__")
+
+
+def shape(values: dict[str, Any], vocab: int | None = None, parameters: int = 0) -> Shape | None:
+    """The shape that a config.json promises, under the names that families give their sizes; None where it lacks one.
+
+    Args:
+        values: the fields of the transformers config class.
+        vocab: size of the vocabulary, where the tokenizer decides it.
+        parameters: counted ones; 0 derives them from the sizes (a gated MLP is assumed).
+    """
+    values = {**values, **values.get("text_config", {})}
+
+    def first(*names: str) -> int:
+        return next((int(values[name]) for name in names if values.get(name)), 0)
+
+    layers, hidden = first("num_hidden_layers", "n_layer", "n_layers"), first("hidden_size", "n_embd", "d_model")
+    heads = first("num_attention_heads", "n_head", "n_heads")
+    if not (layers and hidden and heads):
+        return None
+    kv_heads, head_dim = first("num_key_value_heads", "num_kv_heads") or heads, first("head_dim") or hidden // heads
+    intermediate, words = first("intermediate_size", "n_inner", "ffn_dim") or 4 * hidden, vocab or first("vocab_size")
+    if not parameters:
+        attention = 2 * hidden * heads * head_dim + 2 * hidden * kv_heads * head_dim
+        embeddings = words * hidden * (1 if values.get("tie_word_embeddings") else 2)
+        parameters = embeddings + layers * (attention + 3 * hidden * intermediate + 2 * hidden)
+    return Shape(layers, hidden, kv_heads, head_dim, intermediate, words, parameters)
+
+
+def training_bytes(student: Shape, config: TrainConfig, tokens: int) -> int:
+    """Memory of a training process for one micro-batch of `tokens`: weights, gradients, AdamW and activations.
+
+    Weights stay in float32 under mixed precision (16 bytes per trained parameter with gradient and AdamW's two moments).
+    Activations of a layer follow Korthikanti et al. (arXiv:2205.05198, eq. 1) without the attention matrix, which fused
+    attention does not keep, and with a gated MLP; with checkpointing one layer's are alive beside every layer's input.
+    Logits count thrice: as computed, their logarithms and their gradient.
+    """
+    trained = student.parameters
+    if config.lora is not None:
+        trained = 4 * student.layers * config.lora.rank * (student.hidden + student.intermediate)
+    number = 4 if config.precision == "fp32" else 2
+    layer = tokens * number * (10 * student.hidden + 3 * student.intermediate + 2 * student.kv_heads * student.head_dim)
+    alive = layer + student.layers * tokens * number * student.hidden
+    activations = alive if config.gradient_checkpointing else student.layers * layer
+    logits = 3 * 4 * tokens * student.vocab
+    return 4 * student.parameters + 12 * trained + activations + logits
+
+
+def teacher_pass_bytes(teacher: Shape, layers: int, rows: int, tokens: int) -> int:
+    """Memory of building a shard: the teacher in float32, the shard's rows (float32) and what is packed of them, and
+    the logits of one batch of `tokens`."""
+    cache = rows * 2 * layers * teacher.kv_heads * teacher.head_dim * (4 + 2)
+    return 4 * teacher.parameters + cache + 2 * 4 * tokens * teacher.vocab

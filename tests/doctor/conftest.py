@@ -1,0 +1,45 @@
+"""Fixtures of a site and of profiles."""
+
+import pytest
+from site_fakes import VERSIONS, Site
+from tiny import ALPHA, save_teacher
+
+from kvpipe.doctor.asked import Asked, read_profile
+
+PROFILE = """
+executor: slurm
+software-deployment-method: apptainer
+default-resources: [mem_mb=8000, runtime=60]
+set-resources:
+  train: {gpu: 1, mem_mb: 9000, runtime: 100 * attempt}
+slurm-status-command: squeue
+"""
+
+
+@pytest.fixture(params=VERSIONS)
+def site(tmp_path, monkeypatch, request):
+    """A sound cluster, once for each version of Slurm."""
+    return Site(tmp_path, monkeypatch, request.param)
+
+
+@pytest.fixture
+def profile(tmp_path, monkeypatch):
+    """Write a profile and read it; one rule's resources come from the profile alone."""
+    monkeypatch.setattr("kvpipe.doctor.asked._rules", dict)
+
+    def make(text: str = PROFILE) -> Asked:
+        folder = tmp_path / "profile"
+        folder.mkdir(exist_ok=True)
+        (folder / "config.yaml").write_text(text)
+        return read_profile(folder)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """A folder with both teachers complete on disk; not to be changed."""
+    root = tmp_path_factory.mktemp("saved")
+    for name in ("alpha", "beta"):
+        save_teacher(root / "teachers" / name, name, ALPHA, 0)
+    return root

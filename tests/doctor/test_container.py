@@ -1,0 +1,102 @@
+"""Apptainer and the image: each finding is produced by what it warns of."""
+
+import json
+from hashlib import sha256
+
+import pytest
+
+from kvpipe.doctor.container import LABEL, examine_container
+from kvpipe.provenance import PACKAGE
+
+LOCK = sha256((PACKAGE.parent / "requirements.lock").read_bytes()).hexdigest()
+# words that Apptainer uses where an image does not start, and a word of the fix
+SYMPTOMS = [
+    (
+        "FATAL:   Failed to create user namespace: see /proc/sys/user/max_user_namespaces",
+        "max_user_namespaces",
+    ),
+    ("FATAL:   while extracting: fuse: device not found, try 'modprobe fuse' first", "squashfuse"),
+    ("FATAL:   while extracting image: write: no space left on device", "APPTAINER_TMPDIR"),
+    ("FATAL:   image format not recognized: unexpected EOF", "make image"),
+    ("FATAL:   exec /bin/bash failed: exec format error", "processor"),
+    ("FATAL:   something nobody has seen", "apptainer --debug"),
+]
+
+
+@pytest.fixture
+def image(site, tmp_path, monkeypatch):
+    path = tmp_path / "kvpipe.sif"
+    path.touch()
+    monkeypatch.setenv("KVPIPE_IMAGE", str(path))
+    site.apptainer(labels=json.dumps({LABEL: LOCK}))
+    return path
+
+
+def found(asked):
+    return {f.name: f for f in examine_container(asked)}
+
+
+def test_a_sound_image(site, image, profile):
+    findings = found(profile())
+    assert {f.status for f in findings.values()} == {"ok"}
+    assert findings["apptainer"].detail == "apptainer version 1.4.5"
+    assert LOCK[:12] in findings["image and lock"].detail
+
+
+def test_an_image_is_looked_for_only_where_jobs_run_in_one(site, image, profile, monkeypatch):
+    assert not found(profile("executor: slurm\n"))
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    assert not found(profile())
+    monkeypatch.delenv("SLURM_JOB_ID")
+    site.without("sbatch")
+    assert not found(profile())
+
+
+def test_no_apptainer_on_the_login_node(site, profile):
+    finding = found(profile())["apptainer"]
+    assert finding.status == "would fail"
+    assert finding.fix == "module load apptainer"
+
+
+def test_no_image(site, image, profile):
+    image.unlink()
+    finding = found(profile())["image"]
+    assert finding.status == "would fail"
+    assert str(image) in finding.detail
+    assert "make image" in finding.fix
+
+
+@pytest.mark.parametrize(("said", "word"), SYMPTOMS)
+def test_an_image_that_does_not_start(site, image, profile, said, word):
+    site.apptainer(start=f'echo "{said}" >&2; exit 255')
+    finding = found(profile())["image"]
+    assert finding.status == "would fail"
+    assert said in finding.detail
+    assert word in finding.fix
+
+
+def test_an_image_that_hangs(site, image, profile, monkeypatch):
+    monkeypatch.setattr("kvpipe.doctor.container.START", 0.3)
+    site.apptainer(start="exec sleep 60")
+    assert "no answer within 0.3 s" in found(profile())["image"].detail
+
+
+def test_an_image_of_another_lock(site, image, profile):
+    site.apptainer(labels=json.dumps({LABEL: "0" * 64}))
+    finding = found(profile())["image and lock"]
+    assert finding.status == "would fail"
+    assert LOCK[:12] in finding.detail
+    site.apptainer(labels="{}")
+    assert found(profile())["image and lock"].status == "warning"
+
+
+def test_an_old_apptainer(site, image, profile):
+    site.apptainer(version="apptainer version 1.0.3")
+    assert found(profile())["apptainer"].status == "warning"
+
+
+def test_a_working_directory_with_a_space(site, image, profile, tmp_path, monkeypatch):
+    folder = tmp_path / "my checkout"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    assert found(profile())["working directory"].status == "would fail"

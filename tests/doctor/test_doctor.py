@@ -1,0 +1,376 @@
+"""The doctor as a whole: fast, without torch, right on a laptop; versions, storage, memory and GPUs."""
+
+import json
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from conftest import PROFILE
+from site_fakes import environment_without_cluster
+from tiny import build, config
+
+from kvpipe import doctor
+from kvpipe.config import TrainConfig
+from kvpipe.config import load as load_config
+from kvpipe.dag import Paths
+from kvpipe.doctor import gpu, memory, storage, versions
+from kvpipe.doctor.asked import Asked, Request, read_profile
+from kvpipe.doctor.workload import Workload
+from kvpipe.provenance import PACKAGE
+from kvpipe.sizes import Shape, training_bytes
+
+ROOT = PACKAGE.parent
+Usage = namedtuple("Usage", "total used free")
+Memory = namedtuple("Memory", "total")
+
+
+@pytest.fixture
+def laptop(monkeypatch):
+    environment_without_cluster(monkeypatch)
+
+
+def by_name(findings):
+    return {f.name: f for f in findings}
+
+
+# ---------------------------------------------------------------- the whole
+def test_a_sound_experiment_on_a_laptop(saved, laptop, tmp_path):
+    found = by_name(
+        doctor.examine(config(saved), Paths(tmp_path / "results"), read_profile(ROOT / "profiles" / "slurm"))
+    )
+    assert {f.status for f in found.values()} <= {"ok", "warning"}
+    assert {"packages", "slurm", "disk", "stores", "memory of training", "model alpha", "model beta"} <= set(found)
+    assert "torch" in found["packages"].detail
+
+
+def test_no_torch_is_imported():
+    """It would take longer than all the checks."""
+    code = (
+        "import sys; from kvpipe.__main__ import app\n"
+        "try: app(['doctor', '--results', sys.argv[1]])\n"
+        "except SystemExit: pass\n"
+        "found = {'torch', 'transformers', 'pandas'} & set(sys.modules)\n"
+        "assert not found, found"
+    )
+    results = str(Path(sys.executable).parent / "none")
+    done = subprocess.run([sys.executable, "-c", code, results], capture_output=True, text=True, check=False, cwd=ROOT)
+    Path(results).rmdir()
+    assert done.returncode == 0, done.stderr
+    assert "would fail" in done.stdout
+
+
+def test_findings_are_shown_with_their_fix_and_counted():
+    shown = doctor.show([doctor.Finding("a", "ok", "fine"), doctor.Finding("b", "would fail", "not", "do this")])
+    assert shown.splitlines() == [
+        "        ok  a: fine",
+        "would fail  b: not",
+        "            → do this",
+        "1 ok, 0 warning, 1 would fail",
+    ]
+
+
+def test_findings_are_written_as_json(tmp_path):
+    findings = [doctor.Finding("a", "warning", "so", "do this")]
+    doctor.write(findings, tmp_path / "new" / "doctor.json")
+    assert json.loads((tmp_path / "new" / "doctor.json").read_text()) == {"findings": [vars(findings[0])]}
+
+
+def test_damaged_files_are_findings_and_stop_no_other_check(saved, laptop, tmp_path):
+    subprocess.run(["cp", "-r", str(saved / "teachers"), str(tmp_path)], check=True)
+    weights = tmp_path / "teachers" / "alpha" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    (tmp_path / "teachers" / "beta" / "config.json").write_text("{")
+    (tmp_path / "teachers" / "beta" / "tokenizer.json").write_text("{")
+    weights.with_name("model-2.safetensors").write_bytes(b"12345")
+    found = by_name(doctor.examine(config(tmp_path), Paths(tmp_path / "results")))
+    assert found["model alpha"].status == "would fail"
+    assert {"disk", "memory of training"} <= set(found)
+
+
+# ---------------------------------------------------------------- profiles
+def test_the_shipped_profile_and_rules_are_read():
+    asked = read_profile(ROOT / "profiles" / "slurm")
+    train = asked.of("train")
+    assert train.gpus == 1
+    assert train.number("mem_mb") > 1000
+    assert train.number("runtime") > 60
+    assert {"data", "models", "fit", "evaluate", "stats", "report"} - {r.rule for r in asked.requests} <= {"models"}
+    assert asked.containers
+
+
+def test_a_profile_by_its_name(tmp_path, monkeypatch):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "config.yaml").write_text("jobs: 7")
+    monkeypatch.setattr("kvpipe.doctor.asked.PROFILES", (Path(), tmp_path))
+    assert read_profile(Path("site")).settings == {"jobs": 7}
+
+
+def test_a_profile_that_is_not_there(tmp_path, laptop, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"no config\.yaml there"):
+        read_profile(tmp_path)
+    monkeypatch.setenv("APPTAINER_CONTAINER", "kvpipe.sif")
+    assert read_profile(tmp_path).profile is None, "an image sees less of the machine; the doctor goes on there"
+    (tmp_path / "config.yaml").write_text("a: [")
+    with pytest.raises(ValueError, match=r"config\.yaml: not valid YAML"):
+        read_profile(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("resources", "gpus", "model"),
+    [
+        ({}, 0, None),
+        ({"gpu": 4}, 4, None),
+        ({"gpu": "2", "gpu_model": "a100"}, 2, "a100"),
+        ({"gpu_model": "a100"}, 1, "a100"),
+        ({"gres": "gpu:3"}, 3, None),
+        ({"gres": "gpu:a100:2"}, 2, "a100"),
+        ({"gres": "shard:2"}, 0, None),
+    ],
+)
+def test_gpus_of_a_request(resources, gpus, model):
+    request = Request("train", resources)
+    assert (request.gpus, request.gpu_model) == (gpus, model)
+
+
+# ---------------------------------------------------------------- versions
+def test_missing_and_other_versions(saved, laptop, monkeypatch):
+    real = versions.installed
+    monkeypatch.setattr(versions, "installed", lambda name: {"snakemake": None}.get(name, real(name)))
+    (finding,) = versions.examine_versions(config(saved), Asked(None))
+    assert (finding.status, finding.detail) == ("would fail", "not installed: snakemake")
+    monkeypatch.setattr(versions, "installed", lambda name: {"snakemake": "8.1.0"}.get(name, real(name)))
+    (finding,) = versions.examine_versions(config(saved), Asked(None))
+    assert finding.status == "warning"
+    assert "snakemake 8.1.0 (needs" in finding.detail
+
+
+def test_peft_is_needed_for_lora_only(saved, laptop, monkeypatch):
+    real = versions.installed
+    monkeypatch.setattr(versions, "installed", lambda name: None if name == "peft" else real(name))
+    assert versions.examine_versions(config(saved), Asked(None))[0].status == "ok"
+    assert versions.examine_versions(config(saved, {"train.lora": {}}), Asked(None))[0].detail == "not installed: peft"
+
+
+def test_a_login_node_needs_snakemake_and_the_plugin_but_no_torch(saved, site, profile, monkeypatch):
+    real = versions.installed
+    monkeypatch.setattr(versions, "installed", lambda name: None if name in ("torch", "scipy") else real(name))
+    found = by_name(versions.examine_versions(config(saved), profile()))
+    assert found["packages"].status == "ok"
+    monkeypatch.setattr(versions, "installed", lambda name: None if "plugin" in name else real(name))
+    plugin = by_name(versions.examine_versions(config(saved), profile()))["slurm plugin"]
+    assert plugin.status == "would fail"
+    assert plugin.fix.startswith('pip install "snakemake-executor-plugin-slurm')
+
+
+# ---------------------------------------------------------------- storage
+@pytest.mark.parametrize(("free", "status"), [(5e9, "ok"), (1e9, "warning"), (10.0, "would fail")])
+def test_free_disk_against_the_stores(saved, laptop, tmp_path, monkeypatch, free, status):
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: Usage(9e9, 9e9 - free, free))
+    finding = by_name(storage.examine_storage(config(saved), Paths(tmp_path / "a" / "b")))["disk"]
+    assert finding.status == status
+    assert str(tmp_path) in finding.detail
+
+
+def test_a_store_over_its_budget(saved, laptop, tmp_path):
+    small = {"store.budget_gb": 1e-5}
+    found = by_name(storage.examine_storage(config(saved, small), Paths(tmp_path)))
+    assert found["store alpha/student"].status == "would fail"
+    assert "store.budget_gb: 1" in found["store alpha/student"].fix
+    assert by_name(storage.examine_storage(config(saved), Paths(tmp_path)))["stores"].status == "ok"
+
+
+QUOTAS = {  # what the programs print: used, soft and hard limit in kB
+    "lfs": "     /scratch 9000000* 8000000 10000000       6d       1       0       0       -\n",
+    "quota": (
+        "Disk quotas for user ann (uid 1000): \n"
+        "     Filesystem  blocks   quota   limit   grace   files   quota   limit   grace\n"
+        "     /dev/other       0       1       1       0       1       0       0       0\n"
+        "     {device} 9000000 8000000 10000000       0       1       0       0       0\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("program", QUOTAS)
+def test_quota(saved, site, tmp_path, program):
+    device = subprocess.run(["df", "--output=source", str(tmp_path)], capture_output=True, text=True, check=True)
+    text = QUOTAS[program].format(device=device.stdout.split()[-1])
+    site.program(program, f"cat <<'END'\n{text}END")
+    assert storage.quota_left(tmp_path) == 1000000 * 1024
+    assert by_name(storage.examine_storage(config(saved), Paths(tmp_path)))["quota"].status == "warning"
+
+
+def test_no_quota(site, tmp_path):
+    assert storage.quota_left(tmp_path) is None
+    site.program("quota", "echo 'quota: Cannot resolve mountpoint path' >&2; exit 1")
+    assert storage.quota_left(tmp_path) is None
+
+
+def test_store_sizes_are_about_those_of_the_stores(tmp_path):
+    """On the embedded tasks, from constants: within a factor of 1.6 of what the build counts."""
+    work = build(tmp_path)
+    guessed = Workload(work.config, Paths(tmp_path / "nothing"))
+    for teacher in ("alpha", "beta"):
+        for reading in ("student", "own"):
+            rows = len(work.teacher_encoding(teacher, "train", reading).ids)
+            assert rows / 1.6 < guessed.tokens(teacher, reading) < rows * 1.6
+
+
+def test_tokens_of_files_are_counted_by_the_tokenizer(tmp_path, saved):
+    rows = [{"q": f"What is {i} + {i}?", "r": "so", "a": str(2 * i)} for i in range(250)]
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"prompt": "q", "reasoning": "r", "answer": "a"}
+    source = {"kind": "files", "task": "math", "columns": columns} | dict.fromkeys(
+        ("train", "validation", "test"), str(file)
+    )
+    settings = {"data.sources": [source], "arms.task.set.fuse.weights": {"default": [0.5, 0.5]}}
+    work = Workload(config(saved, settings), Paths(tmp_path))
+    assert work.examples == 250
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(saved / "teachers" / "alpha" / "tokenizer.json"))
+    exact = sum(len(tokenizer.encode(f"{r['q']}\n{r['r']}\n#### {r['a']}\n").ids) for r in rows)
+    assert exact * 0.9 < work.tokens("alpha") < exact * 1.1
+
+
+# ---------------------------------------------------------------- memory
+LARGE = {
+    "models.student.architecture": {
+        "model_type": "llama",
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
+        "max_position_embeddings": 512,
+    },
+    "models.student.tokenizer.vocab_size": 32000,
+}
+
+
+def test_parameters_of_a_known_model(saved, tmp_path):
+    """TinyLlama-1.1B has 1,100,048,384 parameters."""
+    found = Workload(config(saved, LARGE), Paths(tmp_path)).shape("student")
+    assert found.parameters == pytest.approx(1_100_048_384, rel=1e-4)
+
+
+def test_counted_parameters_are_those_of_the_file(saved, tmp_path):
+    from kvpipe.models import load_model
+
+    work = Workload(config(saved), Paths(tmp_path))
+    model = load_model(saved / "teachers" / "alpha")
+    assert work.shape("alpha").parameters == sum(p.numel() for p in model.parameters())
+    assert work.shape("alpha").geometry == (4, 3, 8)
+
+
+def test_more_memory_than_the_machine_has(saved, laptop, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: Memory(8e9))
+    finding = by_name(memory.examine_memory(config(saved, LARGE), Paths(tmp_path), Asked(None)))["memory of training"]
+    assert finding.status == "would fail"
+    assert "1.1e+03 million parameters" in finding.detail
+    assert "8.0 GB" in finding.detail
+
+
+def test_memory_against_what_the_rule_asks_for(saved, site, profile, tmp_path):
+    text = PROFILE.replace("gpu: 1, mem_mb: 9000", "mem_mb: 2000")
+    found = by_name(memory.examine_memory(config(saved, LARGE), Paths(tmp_path), profile(text)))["memory of training"]
+    assert found.status == "would fail"
+    asked = int(found.fix.split("mem_mb: ")[1].rstrip("}"))
+    again = profile(text.replace("2000", str(asked)))
+    assert (
+        by_name(memory.examine_memory(config(saved, LARGE), Paths(tmp_path), again))["memory of training"].status
+        == "ok"
+    )
+
+
+def test_gpu_memory_by_what_a_probe_saw(saved, site, profile, tmp_path):
+    (tmp_path / "probe.json").write_text(json.dumps({"gpu": {"memory": 16e9}}))
+    finding = by_name(memory.examine_memory(config(saved, LARGE), Paths(tmp_path), profile()))["GPU memory"]
+    assert finding.status in ("warning", "would fail")
+    assert "train.accumulate × 2" in finding.fix
+    (tmp_path / "probe.json").write_text(json.dumps({"gpu": {"memory": 80e9}}))
+    assert by_name(memory.examine_memory(config(saved, LARGE), Paths(tmp_path), profile()))["GPU memory"].status == "ok"
+
+
+def test_what_the_estimate_says_of_the_advice():
+    """Every setting that the advice names makes the estimate smaller."""
+    student = Shape(22, 2048, 4, 64, 5632, 32000, 1_100_000_000)
+
+    def need(tokens=4096, **settings):
+        return training_bytes(student, TrainConfig(**settings), tokens)
+
+    assert need(tokens=2048) < need()
+    assert need(gradient_checkpointing=True) < need()
+    assert need(precision="bf16") < need()
+    assert need(lora={}) < need()
+    assert need() > 16 * student.parameters
+
+
+# ---------------------------------------------------------------- GPUs
+SEEN = {"name": "Tesla V100", "driver": "470.82.01", "capability": "7.0", "memory": 16e9, "torch_cuda": "11.8"}
+
+
+def judged(saved, overrides=None, **changes):
+    return {f.name: f for f in gpu.judge(SEEN | changes, config(saved, overrides), "here")}
+
+
+def test_a_gpu_that_fits(saved):
+    assert {f.status for f in judged(saved).values()} == {"ok"}
+
+
+def test_a_driver_older_than_the_images_cuda(saved):
+    finding = judged(saved, torch_cuda="12.8")["GPU"]
+    assert finding.status == "would fail"
+    assert "driver 470.82.01, torch for CUDA 12.8, which needs driver 525" in finding.detail
+    assert judged(saved, torch_cuda="12.8", driver="525.60.13")["GPU"].status == "ok"
+    assert judged(saved, torch_cuda="13.0", driver="575.1")["GPU"].status == "would fail"
+
+
+def test_a_cpu_build_and_a_gpu_that_torch_does_not_see(saved):
+    assert "would train on the CPU" in judged(saved, torch_cuda=None)["GPU"].detail
+    assert "torch sees no GPU" in judged(saved, available=False)["GPU"].detail
+
+
+def test_bf16_on_a_gpu_without_it(saved):
+    finding = judged(saved, {"train.precision": "bf16"})["precision"]
+    assert (finding.status, finding.fix) == ("warning", "train.precision: fp16")
+    assert "precision" not in judged(saved, {"train.precision": "bf16"}, capability="8.0")
+    assert "precision" not in judged(saved, {"train.precision": "fp16"})
+
+
+def test_no_gpu_where_the_settings_want_one(saved, laptop, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "nvidia", lambda: None)
+    (finding,) = gpu.examine_gpu(config(saved, {"train.device": "cuda"}), Paths(tmp_path), Asked(None))
+    assert finding.status == "would fail"
+    assert "train.device is cuda" in finding.detail
+    assert not gpu.examine_gpu(config(saved), Paths(tmp_path), Asked(None))
+
+
+def test_a_login_node_without_a_gpu_is_no_fault(saved, site, profile, tmp_path):
+    (finding,) = gpu.examine_gpu(config(saved, {"train.device": "cuda"}), Paths(tmp_path), profile())
+    assert (finding.status, finding.fix) == ("ok", "kvpipe doctor --probe")
+    (tmp_path / "probe.json").write_text(json.dumps({"job": "41", "gpu": SEEN | {"available": True}}))
+    (finding,) = gpu.examine_gpu(config(saved), Paths(tmp_path), profile())
+    assert "Tesla V100 in job 41" in finding.detail
+    (tmp_path / "probe.json").write_text(json.dumps({"job": "41", "gpu": None}))
+    assert gpu.examine_gpu(config(saved), Paths(tmp_path), profile())[0].status == "would fail"
+
+
+def test_drivers_that_do_not_know_the_compute_capability(site):
+    site.program("nvidia-smi", "case \"$*\" in *compute_cap*) exit 2;; esac; echo 'Tesla V100, 450.51.06, 16160'")
+    seen = gpu.seen_here()
+    assert (seen["name"], seen["driver"], seen["capability"]) == ("Tesla V100", "450.51.06", None)
+    assert seen["memory"] == 16160 * 2**20
+    site.program("nvidia-smi", "echo 'NVIDIA H100, 550.1, 81559, 9.0'")
+    assert gpu.seen_here()["capability"] == "9.0"
+    site.program("nvidia-smi", "echo 'NVIDIA-SMI has failed'; exit 9")
+    assert gpu.seen_here() is None
+
+
+def test_the_shipped_experiment_is_sound(laptop, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = doctor.examine(load_config("config/config.yaml"), Paths(tmp_path / "results"))
+    assert not [f for f in found if f.status == "would fail"]

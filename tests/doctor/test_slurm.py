@@ -1,0 +1,197 @@
+"""The cluster as the doctor sees it: every finding is produced by what it warns of."""
+
+import pytest
+from conftest import PROFILE
+
+from kvpipe.doctor.asked import Request, parse_gpus
+from kvpipe.doctor.slurm import examine_slurm, parse_minutes, read_partitions, refusal
+
+
+def found(asked):
+    return {f.name: f for f in examine_slurm(asked)}
+
+
+def changed(before: str, after: str) -> str:
+    assert before in PROFILE
+    return PROFILE.replace(before, after)
+
+
+def test_a_sound_cluster(site, profile):
+    findings = found(profile())
+    assert {f.status for f in findings.values()} == {"ok"}
+    assert findings["slurm"].detail.startswith("slurm-wlm 2")
+    assert findings["accounting"].detail == "accounting is off, the executor asks squeue"
+    shown = findings["partitions"].detail
+    assert "gpu (default): 2 CPUs, 10000 MB, 2 GPU a100, 2 h" in shown
+    assert "long: 2 CPUs, 10000 MB, 2 GPU a100, no time limit" in shown
+
+
+def test_a_laptop_has_no_cluster_and_that_is_no_fault(site, profile):
+    site.without("sbatch", "squeue", "sinfo", "scontrol", "sacct")
+    (finding,) = examine_slurm(profile())
+    assert finding.status == "ok"
+    assert "jobs run on this machine" in finding.detail
+
+
+def test_inside_a_job_the_cluster_is_left_alone(site, profile, monkeypatch):
+    site.without("sinfo", "scontrol")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    (finding,) = examine_slurm(profile())
+    assert finding.status == "ok"
+
+
+def test_a_controller_that_does_not_answer(site, profile):
+    site.program(
+        "scontrol", "echo 'slurm_load_ctl_conf error: Unable to contact slurm controller (connect failure)' >&2; exit 1"
+    )
+    finding = found(profile())["slurm"]
+    assert finding.status == "would fail"
+    assert "Unable to contact slurm controller" in finding.detail
+
+
+def test_a_controller_that_hangs_is_given_up(site, profile, monkeypatch):
+    monkeypatch.setattr("kvpipe.doctor.finding.PATIENCE", 0.3)
+    site.program("scontrol", "exec sleep 60")
+    finding = found(profile())["slurm"]
+    assert finding.status == "would fail"
+    assert "no answer within 0.3 s" in finding.detail
+
+
+# ---------------------------------------------------------------- what would be waited for without an end
+def test_sacct_without_accounting_hangs(site, profile):
+    text = changed("slurm-status-command: squeue", "slurm-status-command: sacct")
+    finding = found(profile(text))["accounting"]
+    assert finding.status == "would fail"
+    assert "wait for ever" in finding.detail
+    assert finding.fix == "in the profile: slurm-status-command: squeue"
+
+
+def test_the_default_status_command_is_sacct_where_it_is_on_the_path(site, profile):
+    text = changed("slurm-status-command: squeue\n", "")
+    assert found(profile(text))["accounting"].status == "would fail"
+    site.without("sacct")
+    assert found(profile(text))["accounting"].status == "ok"
+
+
+def test_with_accounting_sacct_is_a_warning(site, profile):
+    before = next(
+        line for line in (site.answers / "config").read_text().splitlines() if "AccountingStorageType" in line
+    )
+    site.change("config", before, "AccountingStorageType   = accounting_storage/slurmdbd")
+    finding = found(profile(changed("squeue", "sacct")))["accounting"]
+    assert finding.status == "warning"
+    assert "CANCELLED by" in finding.detail
+
+
+def test_jobs_that_leave_squeue_too_soon(site, profile):
+    """The executor then asks sacct all the same, whatever the profile says."""
+    site.change("config", "MinJobAge               = 300 sec", "MinJobAge               = 60 sec")
+    finding = found(profile())["MinJobAge"]
+    assert finding.status == "would fail"
+    assert finding.fix == "in the profile: slurm-init-seconds-before-status-checks: 20"
+    with_fix = PROFILE + "slurm-init-seconds-before-status-checks: 20\n"
+    assert found(profile(with_fix))["MinJobAge"].status == "ok"
+    site.without("sacct")
+    assert found(profile())["MinJobAge"].status == "warning"
+
+
+def test_preemption_that_cancels_hangs(site, profile):
+    line = next(x for x in (site.answers / "config").read_text().splitlines() if x.startswith("PreemptMode"))
+    site.change("config", line, "PreemptMode             = CANCEL")
+    site.change("partitions", "PreemptMode=OFF", "PreemptMode=CANCEL")
+    finding = found(profile())["preemption"]
+    assert finding.status == "would fail"
+    assert "PreemptMode CANCEL (gpu)" in finding.detail
+    site.change("config", "= CANCEL", "= REQUEUE")
+    site.change("partitions", "PreemptMode=CANCEL", "PreemptMode=REQUEUE")
+    assert found(profile())["preemption"].status == "warning"
+    assert found(profile(PROFILE + "slurm-requeue: true\n"))["preemption"].status == "ok"
+
+
+def test_an_account_without_accounting(site, profile):
+    finding = found(profile(changed("runtime=60", "runtime=60, slurm_account=physics")))["account"]
+    assert finding.status == "would fail"
+    assert "physics" in finding.detail
+
+
+# ---------------------------------------------------------------- what the cluster cannot hold
+@pytest.mark.parametrize(
+    ("resources", "detail", "fix"),
+    [
+        ({"gpu": 1, "gpu_model": "v100"}, "GPU type v100 is not in partition gpu (has a100)", "gpu_model: a100"),
+        ({"gres": "gpu:v100:1"}, "GPU type v100 is not", "gpu_model: a100"),
+        ({"gpu": 3}, "asks for 3 GPUs, a node of partition gpu has 2", "gpu: 2"),
+        ({"gres": "gpu:5"}, "asks for 5 GPUs", "gpu: 2"),
+        ({"threads": 3}, "asks for 3 CPUs, a node of partition gpu has 2", "cpus_per_task: 2"),
+        ({"mem_mb": "10001"}, "asks for 10001 MB, a node of partition gpu has 10000", "mem_mb: 10000"),
+        ({"runtime": "121 * attempt"}, "asks for 121 min, partition gpu allows 120", "runtime: 120"),
+        ({"slurm_partition": "fat"}, "no partition fat", "slurm_partition=gpu"),
+        ({"slurm_partition": "long", "runtime": 9999, "gpu": 2, "mem_mb": 10000}, None, None),
+        ({"gpu": 3, "nodes": 2, "gpu_model": "a100"}, None, None),
+        ({"gres": "gpu", "cpus_per_task": 2, "runtime": 120}, None, None),
+    ],
+)
+def test_requests_against_the_partition(site, resources, detail, fix):
+    problem = refusal(Request("train", resources), read_partitions())
+    if detail is None:
+        assert problem is None
+    else:
+        assert detail in problem[0]
+        assert fix in problem[1]
+
+
+def test_rules_with_one_fault_are_one_finding(site, profile):
+    text = changed("mem_mb: 9000", "mem_mb: 20000") + "set-threads: {evaluate: 1}\n"
+    (finding,) = [f for f in examine_slurm(profile(text)) if f.name == "requests"]
+    assert finding.status == "would fail"
+    assert finding.detail.startswith("train: asks for 20000 MB")
+
+
+def test_no_default_partition_and_none_named(site, profile):
+    site.change("partitions", "Default=YES", "Default=NO")
+    finding = found(profile())["requests"]
+    assert finding.status == "would fail"
+    assert "no partition is the default" in finding.detail
+    assert found(profile(changed("runtime=60", "runtime=60, slurm_partition=long")))["requests"].status == "ok"
+
+
+def test_a_partition_without_gpus_and_one_that_is_down(site, profile):
+    site.nodes("gpu|up|2|10000|2:00:00|(null)", "long|up|2|10000|infinite|gpu:2")
+    assert "partition gpu has no GPU" in found(profile())["requests"].detail
+    site.nodes("gpu|up|2|10000|2:00:00|(null)")
+    assert found(profile())["partitions"].status == "would fail"
+    site.nodes("gpu|down|2|10000|2:00:00|gpu:2")
+    assert "is down" in found(profile())["requests"].detail
+
+
+def test_nodes_of_several_kinds_are_one_partition(site):
+    site.nodes("gpu|up|16+|64000+|1-00:00:00|gpu:a100:4(S:0-1)", "gpu|up|64|9000|1-00:00:00|gpu:h100:8,shard:2")
+    (partition,) = read_partitions()
+    assert (partition.cpus, partition.mem_mb, partition.minutes) == (64, 64000, 1440)
+    assert partition.gpus == {"a100": 4, "h100": 8}
+    assert partition.default
+
+
+@pytest.mark.parametrize(
+    ("gres", "expected"),
+    [
+        ("(null)", {}),
+        ("gpu:2", {"": 2}),
+        ("gpu", {"": 1}),
+        ("gpu:a100:4(S:0-1)", {"a100": 4}),
+        ("gpu:a100:4(S:0),gpu:v100:2(S:1),nvme:1", {"a100": 4, "v100": 2}),
+        ("gpu:nvidia_h100_80gb_hbm3:8", {"nvidia_h100_80gb_hbm3": 8}),
+        ("gpu:3g.20gb:2", {"3g.20gb": 2}),
+        ("gpu:a100:1,gpu:a100:1", {"a100": 2}),
+    ],
+)
+def test_gres(gres, expected):
+    assert parse_gpus(gres) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [("infinite", None), ("30:00", 30), ("2:00:00", 120), ("1-12:30:00", 2190), ("10-00:00:00", 14400), ("n/a", None)],
+)
+def test_time_limits(text, minutes):
+    assert parse_minutes(text) == minutes

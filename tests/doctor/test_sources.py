@@ -1,0 +1,184 @@
+"""Models: folders that lack something, and a hub (on loopback) that answers in every way it may."""
+
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+from tiny import config
+
+from kvpipe.dag import Paths
+from kvpipe.doctor.sources import examine_sources, lacking
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A copy of them that a test may damage."""
+    subprocess.run(["cp", "-r", str(saved / "teachers"), str(tmp_path)], check=True)
+    return tmp_path
+
+
+def examine(folder, overrides=None):
+    return {f.name: f for f in examine_sources(config(folder, overrides), Paths(folder / "results"))}
+
+
+def test_complete_folders(folder):
+    assert {f.status for f in examine(folder).values()} == {"ok"}
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_an_incomplete_model_folder(folder, name):
+    (folder / "teachers" / "beta" / name).unlink()
+    found = examine(folder)
+    assert found["model alpha"].status == "ok"
+    assert found["model beta"].status == "would fail"
+    assert name.replace("model.", "*.") in found["model beta"].detail
+    assert found["model beta"].fix == "correct models.beta.path"
+
+
+def test_a_missing_folder_with_a_recipe_can_be_made(folder):
+    subprocess.run(["rm", "-r", str(folder / "teachers" / "beta")], check=True)
+    found = examine(folder, {"models.beta.recipe": {"architecture": {"model_type": "llama"}}})
+    assert found["model beta"].status == "would fail"
+    assert "source: pretrain" in found["model beta"].fix
+
+
+def test_a_download_that_was_cut_off(folder):
+    weights = folder / "teachers" / "beta" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    finding = examine(folder)["model beta"]
+    assert finding.status == "would fail"
+    assert "has no the end of model.safetensors" not in finding.detail, "reads like English"
+    assert "model.safetensors is cut off" in finding.detail
+    weights.write_bytes(b"\x03")
+    assert "model.safetensors is cut off" in examine(folder)["model beta"].detail
+
+
+def test_a_shard_that_is_missing(folder):
+    beta = folder / "teachers" / "beta"
+    (beta / "model.safetensors").rename(beta / "model-00001-of-00002.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (beta / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert lacking(beta) == ["model-00002-of-00002.safetensors is missing"]
+    (beta / "model.safetensors.index.json").write_text("{")
+    assert lacking(beta) == ["model.safetensors.index.json cannot be read"]
+
+
+def test_pickled_weights_only(folder):
+    beta = folder / "teachers" / "beta"
+    (beta / "model.safetensors").rename(beta / "pytorch_model.bin")
+    assert "pickles are not loaded" in examine(folder)["model beta"].detail
+
+
+def hub_model(folder, revision="main"):
+    return {"models.alpha": {"source": "hub", "repo": "some/model", "revision": revision}}
+
+
+def test_a_hub_model_that_was_downloaded_is_checked_on_disk(folder, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    made = folder / "results" / "models" / "alpha"
+    made.parent.mkdir(parents=True)
+    (folder / "teachers" / "alpha").rename(made)
+    (made / "MANIFEST.json").write_text("{}")
+    assert examine(folder, hub_model(folder))["model alpha"].status == "ok"
+    (made / "tokenizer.json").unlink()
+    assert examine(folder, hub_model(folder))["model alpha"].status == "would fail"
+
+
+def test_offline_and_not_downloaded(folder, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    finding = examine(folder, hub_model(folder))["model alpha"]
+    assert finding.status == "would fail"
+    assert "HF_HUB_OFFLINE=1 forbids it" in finding.detail
+    assert "kvpipe models --name alpha" in finding.fix
+
+
+def test_a_hf_home_that_cannot_be_written(folder, monkeypatch):
+    monkeypatch.setenv("HF_HOME", "/proc/none")
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).startswith("/proc"))
+    finding = examine(folder, hub_model(folder))["HF_HOME"]
+    assert finding.status == "warning"
+    assert "export HF_HOME=" in finding.fix
+
+
+# ---------------------------------------------------------------- the hub
+INFO = {
+    "id": "some/model",
+    "sha": "0123456789abcdef0123456789abcdef01234567",
+    "gated": False,
+    "private": False,
+    "tags": [],
+    "siblings": [{"rfilename": "model.safetensors"}, {"rfilename": "tokenizer.json"}, {"rfilename": "config.json"}],
+}
+GATED = INFO | {"gated": "auto"}
+# name → (model_info: status, error code, body), (auth check: status, error code), finding's status, words of it
+ANSWERS = {
+    "open": ((200, "", INFO), (200, ""), "ok", "can be downloaded (0123456789abcdef"),
+    "gated, and open to you": ((200, "", GATED), (200, ""), "ok", "gated: open to you"),
+    "gated": ((200, "", GATED), (403, "GatedRepo"), "would fail", "is gated and not open to you; no token is set"),
+    "absent": ((404, "RepoNotFound", {}), (200, ""), "would fail", "there is no some/model, or it is private"),
+    "no such revision": ((404, "RevisionNotFound", {}), (200, ""), "would fail", "has no revision 'main'"),
+    "broken": ((500, "", {}), (200, ""), "would fail", "cannot be reached"),
+    "pickles": (
+        (200, "", INFO | {"siblings": [{"rfilename": "pytorch_model.bin"}]}),
+        (200, ""),
+        "would fail",
+        "no safetensors",
+    ),
+    "slow tokenizer": ((200, "", INFO | {"siblings": INFO["siblings"][:1]}), (200, ""), "warning", "no tokenizer.json"),
+}
+EXAMINE = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from kvpipe.config import HubModel
+from kvpipe.doctor.sources import _hub
+(finding,) = _hub("alpha", HubModel(repo="some/model"), Path(sys.argv[2]))
+assert "torch" not in sys.modules
+print(json.dumps(vars(finding)))
+"""
+
+
+def ask_hub(endpoint: str, tmp_path) -> dict:
+    """The finding, from a process of its own: the hub's address is read when its library is imported."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS", "SLURM"))}
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "no_proxy": "*"}
+    command = [sys.executable, "-c", EXAMINE, str(tmp_path), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_the_hub(name, tmp_path):
+    info, auth, status, words = ANSWERS[name]
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            code, error, body = (*auth, {}) if "auth-check" in self.path else info
+            data = json.dumps(body).encode()
+            self.send_response(code)
+            if error:
+                self.send_header("X-Error-Code", error)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        finding = ask_hub(f"http://127.0.0.1:{server.server_port}", tmp_path)
+        server.shutdown()
+    assert (finding["status"], words in finding["detail"]) == (status, True), finding
+
+
+def test_no_hub_at_all(tmp_path):
+    finding = ask_hub("http://127.0.0.1:9", tmp_path)
+    assert finding["status"] == "would fail"
+    assert "the hub cannot be reached from here" in finding["detail"]
+    assert "kvpipe models --name alpha" in finding["fix"]
