@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from kvpipe.config import Config, ConfigError, load
+from kvpipe.config import Config, ConfigError, load, lock_path
 from kvpipe.dag import Dag, Paths
 
 app = typer.Typer(
@@ -19,23 +19,26 @@ app = typer.Typer(
     help="Distil the KV caches of several teacher models into one student, and measure whether it helped.",
 )
 
-ConfigFile = Annotated[Path, typer.Option("--config", envvar="KVPIPE_CONFIG", help="Configuration file (YAML).")]
+ConfigFiles = Annotated[
+    list[Path],
+    typer.Option("--config", envvar="KVPIPE_CONFIG", help="Configuration file (YAML); overlays follow it, in order."),
+]
 Results = Annotated[Path, typer.Option("--results", envvar="KVPIPE_RESULTS", help="Folder of all artefacts.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value, over the file; repeatable.")]
-CONFIG = Path("config/config.yaml")
+CONFIG = [Path("config/config.yaml")]
 RESULTS = Path("results")
 # what a user can mend is told without a traceback
 USER_ERRORS = (ConfigError, OSError, KeyError, ValueError, RuntimeError, ArithmeticError)
 
 
-def _workspace(config: Path, results: Path, overrides: list[str] | None):
+def _workspace(config: list[Path], results: Path, overrides: list[str] | None):
     # torch and transformers take seconds to import: only steps that compute pay for them
     from kvpipe.cell import Workspace
 
     return Workspace(load(config, overrides), Paths(results))
 
 
-def _experiment(config: Path, results: Path, overrides: list[str] | None) -> tuple[Config, Paths]:
+def _experiment(config: list[Path], results: Path, overrides: list[str] | None) -> tuple[Config, Paths]:
     return load(config, overrides), Paths(results)
 
 
@@ -47,7 +50,7 @@ def _known_model(work, name: str) -> str:
 
 @app.command()
 def doctor(
-    config: ConfigFile = CONFIG,
+    config: ConfigFiles = CONFIG,
     results: Results = RESULTS,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Write the findings here as JSON.")] = None,
@@ -70,7 +73,7 @@ def doctor(
 
 
 @app.command()
-def data(config: ConfigFile = CONFIG, results: Results = RESULTS, overrides: Overrides = None) -> None:
+def data(config: ConfigFiles = CONFIG, results: Results = RESULTS, overrides: Overrides = None) -> None:
     """Write the train, validation and test splits."""
     from kvpipe.data import build
 
@@ -79,22 +82,49 @@ def data(config: ConfigFile = CONFIG, results: Results = RESULTS, overrides: Ove
 
 
 @app.command()
+def lock(config: ConfigFiles = CONFIG, results: Results = RESULTS, overrides: Overrides = None) -> None:
+    """Pin every hub model to the commit that its revision stands for now, and say what its download would meet."""
+    from kvpipe.hub import GB, check_room, hub_models, lock, to_download, write_lock
+
+    settings, paths = _experiment(config, results, overrides)
+    found = lock(settings)
+    path = lock_path(config[0])
+    write_lock(path, found)
+    missing = to_download(settings.model_copy(update={"lock": found}), paths)
+    for name, model in hub_models(settings).items():
+        pinned = found[model.pin]
+        size = sum(file.size for file in pinned.files.values())
+        typer.echo(
+            f"{name}: {model.pin} is {pinned.commit}, licence {pinned.license or 'not stated'}, "
+            f"{size / GB:.2f} GB, {missing.get(name, 0) / GB:.2f} GB of them to download"
+        )
+    typer.echo(f"written to {path}")
+    check_room(missing, paths.root)
+
+
+@app.command()
 def models(
-    name: Annotated[str, typer.Option(help="Name of the model in the configuration.")],
-    config: ConfigFile = CONFIG,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the model in the configuration; all hub models if absent.")
+    ] = None,
+    config: ConfigFiles = CONFIG,
     results: Results = RESULTS,
     overrides: Overrides = None,
 ) -> None:
-    """Bring one model into its folder, with a manifest."""
+    """Bring a model into its folder, with a manifest: on a login node, which reaches the hub."""
+    from kvpipe.hub import check_room, hub_models, to_download
     from kvpipe.steps.models import make_model
 
     work = _workspace(config, results, overrides)
-    make_model(work, _known_model(work, name))
+    if name is None:
+        check_room(to_download(work.config, work.paths), work.paths.root)
+    for each in hub_models(work.config) if name is None else [_known_model(work, name)]:
+        make_model(work, each)
 
 
 @app.command()
 def pretrain(
-    config: ConfigFile = CONFIG,
+    config: ConfigFiles = CONFIG,
     only: Annotated[str | None, typer.Option(help="One model; all with a recipe and a path otherwise.")] = None,
     overrides: Overrides = None,
 ) -> None:
@@ -119,7 +149,7 @@ def pretrain(
 @app.command("layer-map")
 def layer_map(
     teacher: Annotated[str, typer.Option(help="Name of the teacher.")],
-    config: ConfigFile = CONFIG,
+    config: ConfigFiles = CONFIG,
     results: Results = RESULTS,
     overrides: Overrides = None,
 ) -> None:
@@ -138,7 +168,7 @@ def teacher_kv(
     ] = "student",
     shard: Annotated[int | None, typer.Option(help="One shard; all of them and the index otherwise.")] = None,
     index: Annotated[bool, typer.Option("--index", help="Only check the shards and write the index.")] = False,
-    config: ConfigFile = CONFIG,
+    config: ConfigFiles = CONFIG,
     results: Results = RESULTS,
     overrides: Overrides = None,
 ) -> None:
@@ -160,7 +190,7 @@ def fit(
     fit_id: Annotated[
         str | None, typer.Option("--fit", help="Or the name of the fit, as in results/projector/.")
     ] = None,
-    config: ConfigFile = CONFIG,
+    config: ConfigFiles = CONFIG,
     results: Results = RESULTS,
     overrides: Overrides = None,
 ) -> None:
@@ -181,7 +211,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Seed of the cell.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder of the cell; under the results by default.")] = None,
     checkpoints: Annotated[Path | None, typer.Option(help="Folder of checkpoints.")] = None,
-    config: ConfigFile = CONFIG,
+    config: ConfigFiles = CONFIG,
     results: Results = RESULTS,
     overrides: Overrides = None,
 ) -> None:
@@ -201,7 +231,7 @@ def evaluate(
     model: Annotated[Path, typer.Option(help="Model folder.")],
     out: Annotated[Path, typer.Option(help="Parquet file, one row per item.")],
     split: Annotated[str, typer.Option(help="Split that is scored.")] = "test",
-    config: ConfigFile = CONFIG,
+    config: ConfigFiles = CONFIG,
     results: Results = RESULTS,
     overrides: Overrides = None,
 ) -> None:
@@ -224,7 +254,7 @@ def evaluate(
 @app.command()
 def untrained(
     out: Annotated[Path, typer.Option(help="Parquet file, one row per item.")],
-    config: ConfigFile = CONFIG,
+    config: ConfigFiles = CONFIG,
     results: Results = RESULTS,
     overrides: Overrides = None,
 ) -> None:
@@ -249,7 +279,7 @@ def untrained(
 @app.command("arm")
 def arm_table(
     arm: Annotated[str, typer.Option(help="Name of the arm.")],
-    config: ConfigFile = CONFIG,
+    config: ConfigFiles = CONFIG,
     results: Results = RESULTS,
     overrides: Overrides = None,
 ) -> None:
@@ -265,7 +295,7 @@ def arm_table(
 
 
 @app.command()
-def audit(config: ConfigFile = CONFIG, results: Results = RESULTS, overrides: Overrides = None) -> None:
+def audit(config: ConfigFiles = CONFIG, results: Results = RESULTS, overrides: Overrides = None) -> None:
     """Check that arms are compared like with like and that no test item is in train."""
     from kvpipe.audit import audit as check
 
@@ -276,7 +306,7 @@ def audit(config: ConfigFile = CONFIG, results: Results = RESULTS, overrides: Ov
 
 @app.command()
 def stats(
-    config: ConfigFile = CONFIG,
+    config: ConfigFiles = CONFIG,
     results: Results = RESULTS,
     overrides: Overrides = None,
     untrained: Annotated[Path | None, typer.Option(help="Scores of the student before training.")] = None,
@@ -290,7 +320,7 @@ def stats(
 
 @app.command()
 def report(
-    config: ConfigFile = CONFIG,
+    config: ConfigFiles = CONFIG,
     results: Results = RESULTS,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="HTML file.")] = None,
@@ -326,7 +356,7 @@ def align(
 
 
 @app.command()
-def status(config: ConfigFile = CONFIG, results: Results = RESULTS, overrides: Overrides = None) -> None:
+def status(config: ConfigFiles = CONFIG, results: Results = RESULTS, overrides: Overrides = None) -> None:
     """Print the grid of cells: done, running, failed, missing, with time and memory."""
     import rich
 

@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from kvpipe.config import Arm, Config, RandomModel
+from kvpipe.config import Arm, Config, HubModel, RandomModel
 
 
 def digest(value: Any, length: int = 8) -> str:
@@ -179,6 +179,8 @@ class Dag:
         out = model.model_dump()
         if out.get("source") == "local":
             out.pop("recipe", None)
+        if isinstance(model, HubModel) and (pinned := self.config.lock.get(model.pin)):
+            out["commit"] = pinned.commit
         if isinstance(model, RandomModel):
             out["like_model"] = self.model_source(model.like)
         return out

@@ -13,6 +13,7 @@ if not workflow.config_settings.configfiles:
 
 
 try:
+    config = configuration.with_lock(config, workflow.configfiles)
     PLAN = Dag(configuration.parse(config, origin=", ".join(map(str, workflow.configfiles)) or "configuration"))
 except configuration.ConfigError as error:
     raise WorkflowError(str(error))
