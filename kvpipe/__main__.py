@@ -332,6 +332,43 @@ def report(
     write_report(work, out or work.paths.root / "report.html")
 
 
+Cell = Annotated[Path | None, typer.Option(help="Folder of the trained cell; under the results by default.")]
+
+
+@app.command("card")
+def model_card(
+    arm: Annotated[str, typer.Option(help="Name of the arm.")],
+    seed: Annotated[int, typer.Option(help="Seed of the cell.")] = 0,
+    cell: Cell = None,
+    config: ConfigFiles = CONFIG,
+    results: Results = RESULTS,
+    overrides: Overrides = None,
+) -> None:
+    """Write a student's model card again, with the metrics that exist by now."""
+    from kvpipe.card import write
+
+    settings, paths = _experiment(config, results, overrides)
+    typer.echo(write(Dag(settings), paths, arm, cell or paths.cell(arm, seed)))
+
+
+@app.command()
+def publish(
+    arm: Annotated[str, typer.Option(help="Name of the arm.")],
+    repo: Annotated[str, typer.Option(help="owner/name on the hub; made if it is not there.")],
+    seed: Annotated[int, typer.Option(help="Seed of the cell.")] = 0,
+    cell: Cell = None,
+    public: Annotated[bool, typer.Option("--public", help="A new repository is public; private otherwise.")] = False,
+    config: ConfigFiles = CONFIG,
+    results: Results = RESULTS,
+    overrides: Overrides = None,
+) -> None:
+    """Push a student and its card to the hub, with the token in HF_TOKEN."""
+    from kvpipe.card import publish
+
+    settings, paths = _experiment(config, results, overrides)
+    publish(Dag(settings), paths, arm, cell or paths.cell(arm, seed), repo, private=not public, log=typer.echo)
+
+
 @app.command()
 def align(
     src_tokenizer: Annotated[str, typer.Option(help="Folder of the teacher's tokenizer.")],

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from hashlib import sha1, sha256
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,12 @@ import yaml
 
 from kvpipe.config import Config, HubModel, LockedFile, LockedRepo
 from kvpipe.dag import Paths
+from kvpipe.provenance import digest_of
 
 PATTERNS = ("*.json", "*.txt", "*.jinja", "tokenizer.model", "model*.safetensors")
 """Files of a repository's top folder that a model is made of: never pickles, and not a second copy of the weights."""
 CODE = "*.py"
 """Downloaded too where `trust_remote_code` says so."""
-BLOCK = 1 << 20
 GB = 1e9
 NETWORK = "on a machine that reaches the hub (a login node), without HF_HUB_OFFLINE"
 
@@ -60,11 +59,11 @@ def explained(what: str, repo: str, revision: str) -> Iterator[None]:
             f"{name} is gated and {asked}. Accept its terms on the hub with your account, then set HF_TOKEN to a token of it"
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise HubError(f"{name} has no revision {revision!r}; correct {what}.revision") from error
+        raise HubError(f"{name} has no revision {revision!r}; correct it") from error
     except errors.RepositoryNotFoundError as error:
         seen = "" if token() else " (HF_TOKEN is not set)"
         raise HubError(
-            f"{name} does not exist, or is private and not shown to you{seen}; correct {what}.repo or set HF_TOKEN"
+            f"{name} does not exist, or is private and not shown to you{seen}; correct its name or set HF_TOKEN"
         ) from error
     except errors.HfHubHTTPError as error:
         if error.response is not None and error.response.status_code == 401:
@@ -166,15 +165,6 @@ def check_room(missing: dict[str, int], folder: Path) -> None:
 
 
 # ---------------------------------------------------------------- finding
-def digest_of(path: Path, kind: str) -> str:
-    """`kind:hex` of a file's content, `sha256` or `git` (SHA-1 of a git blob)."""
-    found = sha256() if kind == "sha256" else sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
-    with path.open("rb") as handle:
-        while block := handle.read(BLOCK):
-            found.update(block)
-    return f"{kind}:{found.hexdigest()}"
-
-
 def wrong_files(folder: Path, files: dict[str, LockedFile]) -> dict[str, str]:
     """Files that are missing or not the locked ones → what is wrong."""
     out = {}

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from kvpipe.config import Loading, TokenizerRecipe
-from kvpipe.hub import digest_of
+from kvpipe.provenance import digest_of
 
 # bars of "loading weights" say nothing in a log file; problems are raised, not logged
 transformers_logging.disable_progress_bar()

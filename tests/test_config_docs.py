@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from kvpipe import configdocs
-from kvpipe.config import Arm, Config, ConfigError, assign, json_schema, load, parse
+from kvpipe.config import Arm, Config, ConfigError, assign, json_schema, load, merge, parse
 
 CONFIG = Path(__file__).parent.parent / "config"
 SHIPPED = [path for path in sorted(CONFIG.glob("*.yaml")) if "arms" in yaml.safe_load(path.read_text("utf-8"))]
@@ -204,3 +204,37 @@ def test_files_that_are_no_configuration(tmp_path):
     with pytest.raises(ConfigError, match=r"--set 'train.steps': expected dotted.key=value"):
         load(CONFIG / "config.yaml", ["train.steps"])
     assert load(CONFIG / "config.yaml", ["train.steps=7", "seeds=[5]"]).train.steps == 7
+
+
+# ---------------------------------------------------------------- several files
+def test_overlays_are_laid_over_in_order_as_snakemake_does(tmp_path):
+    """The reference is Snakemake's own merge of several --configfile."""
+    from snakemake.utils import update_config
+
+    overlays = [
+        {"seeds": [5], "train": {"steps": 7}, "arms": {"exp1": {"set": {"loss": {"lambda_k": 0.5}}}}},
+        {"train": {"batch_size": 3, "steps": 9}, "arms": {"more": {"base": "exp1"}}, "title": "third"},
+    ]
+    paths, expected = [CONFIG / "config.yaml"], parse(EMBEDDED).model_dump(exclude_unset=True)
+    for number, overlay in enumerate(overlays):
+        paths.append(tmp_path / f"{number}.yaml")
+        paths[-1].write_text(yaml.safe_dump(overlay))
+        update_config(expected, overlay)
+    config = load(paths, ["train.warmup=0.25"])
+    assert config.model_dump(exclude_unset=True) == parse(expected, {"train.warmup": 0.25}).model_dump(
+        exclude_unset=True
+    )
+    assert (config.seeds, config.train.steps, config.train.batch_size, config.title) == ([5], 9, 3, "third")
+
+
+def test_merge_leaves_its_arguments_alone():
+    below, over = {"a": {"b": 1}, "c": 2}, {"a": {"d": 3}, "c": {"e": 4}}
+    assert merge(below, over) == {"a": {"b": 1, "d": 3}, "c": {"e": 4}}
+    assert (below, over) == ({"a": {"b": 1}, "c": 2}, {"a": {"d": 3}, "c": {"e": 4}})
+
+
+def test_a_mistake_in_an_overlay_names_the_files(tmp_path):
+    path = tmp_path / "over.yaml"
+    path.write_text("train: {stepps: 3}\n")
+    with pytest.raises(ConfigError, match=r"config\.yaml, .*over\.yaml:\ntrain\.stepps: unknown key"):
+        load([CONFIG / "config.yaml", path])

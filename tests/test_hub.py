@@ -13,7 +13,8 @@ from tiny import ALPHA, save_teacher, values
 from kvpipe import hub as hub_module
 from kvpipe.config import HubModel, LockedFile, LockedRepo, load, lock_path, parse
 from kvpipe.dag import Dag, Paths
-from kvpipe.hub import HubError, check_room, digest_of, fetch, locate, to_download, wanted, write_lock
+from kvpipe.hub import HubError, check_room, fetch, locate, to_download, wanted, write_lock
+from kvpipe.provenance import digest_of
 
 REPO = "owner/alpha"
 
@@ -210,7 +211,7 @@ def test_a_missing_repository(hub, place):
 
 
 def test_a_missing_revision(hub, tmp_path):
-    assert "has no revision 'v9'; correct models.alpha.revision" in Place(hub, tmp_path, revision="v9").fails("lock")
+    assert "models.alpha: owner/alpha has no revision 'v9'" in Place(hub, tmp_path, revision="v9").fails("lock")
 
 
 def test_a_gated_repository(hub, place):
