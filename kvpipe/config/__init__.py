@@ -180,6 +180,19 @@ class Config(Section):
                     raise ValueError(f"arms.{name}.set.fuse.weights: no row for {sorted(missing)} and no row 'default'")
         return self
 
+    @model_validator(mode="after")
+    def _scorers(self):
+        for number, source in enumerate(self.data.sources):
+            for task in sorted(source.task_names):
+                scorer = self.evaluate.of(task).scorer
+                field = {"code": "tests", "choice": "choices"}.get(scorer)
+                if field is not None and field not in getattr(source, "columns", {}):
+                    raise ValueError(
+                        f"evaluate.tasks.{task}.scorer: {scorer} needs the field {field}: map it in "
+                        f"data.sources[{number}].columns, or choose another scorer"
+                    )
+        return self
+
     def arm(self, name: str) -> Arm:
         """The arm with its bases and `set` applied."""
         entry = self.arms[name]

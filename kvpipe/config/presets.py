@@ -90,7 +90,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
                 "answer": "code",
                 "tests": "{test_setup_code}\n{test_list}",
             },
-            "remove": {"answer": "\r", "tests": "\r"},
+            "remove": {"prompt": "\r", "answer": "\r", "tests": "\r"},
         },
         "template": {"prompt": "{prompt}\n```python\n", "reasoning": "", "answer": "{answer}\n```\n"},
         "evaluate": {
