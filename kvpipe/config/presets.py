@@ -14,7 +14,7 @@ PresetName = Literal["gsm8k", "math", "mbpp", "humaneval", "arc", "chat", "text"
 _BRACED = r"[^{}]"
 for _ in range(4):
     _BRACED = rf"(?:[^{{}}]++|\{{{_BRACED}*\}})"
-BOXED = rf"\\(?:boxed|fbox)\s*\{{?(?P<final>(?<=\{{){_BRACED}*(?=\}})|(?<!\{{)[^$\n]+)"
+BOXED = rf"\\(?:boxed|fbox)\s*\{{?(?P<final>(?<=\{{){_BRACED}*(?=\}})|(?<!\{{)[^{{$\n][^$\n]*)"
 NUMBER = r"(-?\$?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?)"
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
