@@ -15,6 +15,9 @@ from typing import Any
 
 from kvpipe.config import Arm, Config, HubModel, RandomModel
 
+LM_EVAL = ("lm_eval_tasks", "lm_eval_folder", "lm_eval_limit")
+"""Keys of `evaluate` that only the step `lm_eval` reads."""
+
 
 def digest(value: Any, length: int = 8) -> str:
     """Short hash of a JSON value."""
@@ -203,7 +206,9 @@ class Dag:
         return {"models": sorted(self.config.models), "lora": self.config.train.lora is not None}
 
     def _depends_data(self) -> dict:
-        return self.config.data.model_dump(exclude={"ngram", "template"})
+        # n-grams decide what is dropped; where they only refuse, the audit counts them again
+        unread = {"template"} if self.config.data.leakage == "drop" else {"template", "ngram"}
+        return self.config.data.model_dump(exclude=unread)
 
     def _depends_teacher_kv(self, teacher: str) -> dict:
         store = self.config.store.model_dump(exclude={"budget_gb", "batch_size", "mode"})
@@ -238,9 +243,14 @@ class Dag:
 
     def _depends_evaluate(self) -> dict:
         return {
-            "evaluate": self.config.evaluate.model_dump(exclude={"batch_size"}),
+            "evaluate": self.config.evaluate.model_dump(
+                exclude={"batch_size": True, "sandbox": {"workers"}, **dict.fromkeys(LM_EVAL, True)}
+            ),
             "template": self.config.data.template.model_dump(),
         }
+
+    def _depends_lm_eval(self) -> dict:
+        return self.config.evaluate.model_dump(include=set(LM_EVAL))
 
     def _depends_untrained(self) -> dict:
         return {**self._depends_evaluate(), "seed": self.config.seeds[0]}

@@ -27,7 +27,17 @@ from kvpipe.config.arms import (
     ScheduleConfig,
     TimeConfig,
 )
-from kvpipe.config.data import DataConfig, EmbeddedData, FileData, Template
+from kvpipe.config.data import (
+    Chat,
+    DataConfig,
+    EmbeddedData,
+    FileData,
+    HubData,
+    RowData,
+    Template,
+    TextTemplate,
+    with_presets,
+)
 from kvpipe.config.models import (
     HubModel,
     Loading,
@@ -41,12 +51,15 @@ from kvpipe.config.models import (
     ScratchModel,
     TokenizerRecipe,
 )
+from kvpipe.config.presets import PRESETS
 from kvpipe.config.section import ConfigError, Name, Section
 from kvpipe.config.steps import (
     AuditConfig,
     EvaluateConfig,
     LayerMapConfig,
     LoraConfig,
+    SandboxConfig,
+    ScoringConfig,
     StatsConfig,
     StoreConfig,
     TrainConfig,
@@ -54,9 +67,11 @@ from kvpipe.config.steps import (
 from kvpipe.problems import explain, nearest
 
 __all__ = [
+    "PRESETS",
     "Arm",
     "ArmEntry",
     "AuditConfig",
+    "Chat",
     "Config",
     "ConfigError",
     "DataConfig",
@@ -65,6 +80,7 @@ __all__ = [
     "FileData",
     "FitConfig",
     "FuseConfig",
+    "HubData",
     "HubModel",
     "LayerConfig",
     "LayerMapConfig",
@@ -80,12 +96,16 @@ __all__ = [
     "ProjectorConfig",
     "RandomModel",
     "Recipe",
+    "RowData",
+    "SandboxConfig",
     "ScheduleConfig",
+    "ScoringConfig",
     "ScratchModel",
     "Section",
     "StatsConfig",
     "StoreConfig",
     "Template",
+    "TextTemplate",
     "TimeConfig",
     "TokenizerRecipe",
     "TrainConfig",
@@ -133,6 +153,15 @@ class Config(Section):
     audit: AuditConfig = AuditConfig()
     """The fairness audit."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _presets(cls, values: Any) -> Any:
+        data = values.get("data") if isinstance(values, dict) else None
+        if not isinstance(data, dict):
+            return values
+        evaluate = with_presets(values.get("evaluate"), "evaluate", data.get("sources"))
+        return {**values, "evaluate": evaluate} if evaluate else values
+
     @model_validator(mode="after")
     def _names(self):
         if "control" not in self.arms:
@@ -149,9 +178,12 @@ class Config(Section):
                 raise ValueError(f"models.{name}.load: the student is trained, from fp32 weights; set train.precision")
             if isinstance(model, ScratchModel) and name != self.student:
                 raise ValueError(f"models.{name}: source scratch is for the student only")
-        tasks = {source.task for source in self.data.sources}
-        if len(tasks) != len(self.data.sources):
+        tasks = {task for source in self.data.sources for task in source.task_names}
+        if len(tasks) != sum(len(source.task_names) for source in self.data.sources):
             raise ValueError("data.sources: a task occurs twice")
+        for path, section in (("data.template", self.data.template), ("evaluate", self.evaluate)):
+            for task in section.tasks:
+                _known(f"{path}.tasks.{task}", task, sorted(tasks))
         # bases first: the arm that is named is the one that wrote the mistake, not one that inherits it
         for name in sorted(self.arms, key=lambda name: len(_chain(name, self.arms))):
             arm = self.arm(name)
@@ -163,6 +195,19 @@ class Config(Section):
                 missing = tasks - set(arm.fuse.weights)
                 if missing and "default" not in arm.fuse.weights:
                     raise ValueError(f"arms.{name}.set.fuse.weights: no row for {sorted(missing)} and no row 'default'")
+        return self
+
+    @model_validator(mode="after")
+    def _scorers(self):
+        for number, source in enumerate(self.data.sources):
+            for task in sorted(source.task_names):
+                scorer = self.evaluate.of(task).scorer
+                field = {"code": "tests", "choice": "choices"}.get(scorer)
+                if field is not None and field not in getattr(source, "columns", {}):
+                    raise ValueError(
+                        f"evaluate.tasks.{task}.scorer: {scorer} needs the field {field}: map it in "
+                        f"data.sources[{number}].columns, or choose another scorer"
+                    )
         return self
 
     def arm(self, name: str) -> Arm:
