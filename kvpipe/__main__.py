@@ -207,10 +207,13 @@ def fit(
 
 @app.command()
 def train(
-    arm: Annotated[str, typer.Option(help="Name of the arm.")],
+    arm: Annotated[str | None, typer.Option(help="Name of the arm; with --teacher `distil` or `control`.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the cell.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder of the cell; under the results by default.")] = None,
     checkpoints: Annotated[Path | None, typer.Option(help="Folder of checkpoints.")] = None,
+    teacher: Annotated[list[Path] | None, typer.Option(help="Instead of a configuration: model folder(s).")] = None,
+    student: Annotated[Path | None, typer.Option(help="With --teacher: the student's model folder.")] = None,
+    data: Annotated[Path | None, typer.Option(help="With --teacher: JSONL or Parquet; columns prompt, answer.")] = None,
     config: ConfigFiles = CONFIG,
     results: Results = RESULTS,
     overrides: Overrides = None,
@@ -219,11 +222,25 @@ def train(
     from kvpipe.steps.prepare import prepare
     from kvpipe.train import train as train_cell
 
-    work = _workspace(config, results, overrides)
+    if teacher:
+        work, arm = _direct(teacher, student, data, out, arm, overrides)
+    else:
+        work = _workspace(config, results, overrides)
+    if arm is None or (not teacher and (student or data)):
+        raise typer.BadParameter("give either --arm, or --teacher, --student, --data and --out")
     prepare(work, arm, log=typer.echo)
     folder = out or work.paths.cell(arm, seed)
     kept = checkpoints or (folder.with_name(folder.name + ".checkpoints") if out else work.paths.checkpoints(arm, seed))
     train_cell(work, arm, seed, folder, kept, log=typer.echo)
+
+
+def _direct(teacher, student, data, out, arm, overrides):
+    from kvpipe.cell import Workspace
+    from kvpipe.direct import ARM, experiment
+
+    if student is None or data is None or out is None:
+        raise typer.BadParameter("--teacher goes with --student, --data and --out")
+    return Workspace(*experiment(teacher, student, data, out, overrides)), arm or ARM
 
 
 @app.command()

@@ -114,6 +114,7 @@ __all__ = [
     "load",
     "lock_path",
     "merge",
+    "overridden",
     "parse",
     "with_lock",
 ]
@@ -313,6 +314,11 @@ def load(paths: str | Path | Sequence[str | Path], overrides: list[str] | None =
     values: dict = {}
     for path in files:
         values = merge(values, _read(path))
+    return parse(with_lock(values, files), overridden(overrides), origin=", ".join(map(str, files)))
+
+
+def overridden(overrides: Sequence[str] | None) -> dict[str, Any]:
+    """Dotted key → value of `dotted.key=value` texts, the values read as YAML."""
     pairs = {}
     for item in overrides or []:
         key, equals, value = item.partition("=")
@@ -322,7 +328,7 @@ def load(paths: str | Path | Sequence[str | Path], overrides: list[str] | None =
             pairs[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {item!r}: the value is not valid YAML: {error}") from None
-    return parse(with_lock(values, files), pairs, origin=", ".join(map(str, files)))
+    return pairs
 
 
 def json_schema() -> str:
