@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from kvpipe.config import Config, HubModel, LockedFile, LockedRepo
-from kvpipe.dag import Paths
+from kvpipe.dag import Dag, Paths
 from kvpipe.provenance import digest_of
 
 PATTERNS = ("*.json", "*.txt", "*.jinja", "tokenizer.model", "model*.safetensors")
@@ -111,8 +111,10 @@ def resolve(what: str, model: HubModel) -> LockedRepo:
 
 
 def hub_models(config: Config) -> dict[str, HubModel]:
-    """The models that come from the hub, by name."""
-    return {name: model for name, model in config.models.items() if isinstance(model, HubModel)}
+    """The models of the hub that some cell needs, by name."""
+    dag = Dag(config)
+    needed = {name for user in (config.student, *dag.teachers) for name in (user, *dag.model_needs(user))}
+    return {name: m for name, m in config.models.items() if name in needed and isinstance(m, HubModel)}
 
 
 def lock(config: Config) -> dict[str, LockedRepo]:

@@ -88,6 +88,13 @@ def known(name: str, content: Content, blob: str, large: str) -> dict[str, Any]:
     return entry
 
 
+def listed(files: dict[str, Content]) -> list[dict[str, Any]]:
+    """Every file and folder of a commit."""
+    folders = {parent.as_posix() for name in files for parent in Path(name).parents} - {"."}
+    entries = [{"type": "directory", "path": name, "oid": sha1(name.encode()).hexdigest()} for name in sorted(folders)]
+    return entries + [{"type": "file", "path": n} | known(n, files[n], "oid", "oid") for n in sorted(files)]
+
+
 class HubServer:
     """The hub: `with HubServer() as hub`. Requests need a token only where a repository is gated or private."""
 
@@ -124,7 +131,8 @@ class HubServer:
     def add(self, name: str, files: dict[str, Content] | Path, kind: str = "models", **more: Any) -> str:
         """A repository with one commit of files (or of a folder's); its commit."""
         if isinstance(files, Path):
-            files = {p.name: p for p in files.iterdir() if p.is_file() and p.name != "MANIFEST.json"}
+            folder, found = files, [p for p in files.rglob("*") if p.is_file() and p.name != "MANIFEST.json"]
+            files = {p.relative_to(folder).as_posix(): p for p in found}
         repo = self.repos[kind, name] = Repo(kind, **more)
         return repo.commit(files)
 
@@ -263,7 +271,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     # ------------------------------------------------------------ writing
     def do_POST(self) -> None:
-        """New repositories and commits; all of it needs the token."""
+        """New repositories and commits, which need the token; and what is known of some paths."""
         self._answer(self._post)
 
     def do_PUT(self) -> None:
@@ -272,9 +280,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _post(self, path: str) -> None:
         body = self._body()
-        if self._token != self.hub.TOKEN:
+        if self._token != self.hub.TOKEN and "/paths-info/" not in path:
             raise _Refused(401, "", "Invalid credentials in Authorization header")
-        if path == "/api/repos/create":
+        if found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/paths-info/([^/]+)", path):
+            repo, sha = self._at(found[1], found[2], found[3])
+            asked = json.loads(body)["paths"]
+            self._json([entry for entry in listed(repo.commits[sha]) if entry["path"] in asked])
+        elif path == "/api/repos/create":
             self._create(json.loads(body))
         elif path == "/api/validate-yaml":
             self._json({"errors": [], "warnings": []})

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from kvpipe import configdocs
-from kvpipe.config import Arm, Config, ConfigError, assign, json_schema, load, merge, parse
+from kvpipe.config import Arm, Config, ConfigError, StoreConfig, assign, json_schema, load, merge, parse
+from kvpipe.store import estimate_bytes
 
 CONFIG = Path(__file__).parent.parent / "config"
 SHIPPED = [path for path in sorted(CONFIG.glob("*.yaml")) if "arms" in yaml.safe_load(path.read_text("utf-8"))]
@@ -72,6 +73,34 @@ def test_schema_accepts_what_pydantic_accepts():
     validator.validate(EMBEDDED)
     assert not validator.is_valid({**EMBEDDED, "trian": {}})
     assert not validator.is_valid({**EMBEDDED, "train": {"steps": "many"}})
+
+
+@pytest.mark.parametrize("path", sorted((CONFIG / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_recipes_lie_over_the_cluster_configuration(path):
+    """Each resolves, says in its title or its comment what it is, and changes something."""
+    base, config = load(CONFIG / "hpc.yaml"), load([CONFIG / "hpc.yaml", path])
+    assert config != base and path.read_text("utf-8").startswith("# Over config/hpc.yaml: ")
+    assert list(config.arms) == list(base.arms)
+    for name in config.arms:
+        config.arm(name)
+    with pytest.raises(ConfigError):
+        load(path)  # an overlay is no configuration of its own
+
+
+def test_the_cluster_configuration_is_what_it_says():
+    """The figures in its comments that follow from shapes, and the settings of the method."""
+    config = load(CONFIG / "hpc.yaml")
+    shapes = {"qwen": (28, 4, 128), "llama": (32, 8, 128)}
+    text = (CONFIG / "hpc.yaml").read_text("utf-8")
+    for shape, said in ((shapes["qwen"], ("29,120", "57,344")), (shapes["llama"], ("66,560", "131,072"))):
+        for dtype, figure in zip(("int8", "bf16"), said, strict=True):
+            store = StoreConfig(dtype=dtype)
+            assert f"{estimate_bytes(store, shape, shape[0], 1, 0) - 16:,}" == figure and figure in text
+    assert len(config.arms) * len(config.seeds) == 24
+    assert config.arm("exp6").fuse.weights == {"math": [0.7, 0.3], "code": [0.3, 0.7]}
+    assert (config.store.dtype, config.train.precision, config.train.gradient_checkpointing) == ("int8", "bf16", True)
+    large = load([CONFIG / "hpc.yaml", CONFIG / "recipes" / "teacher70b.yaml"])
+    assert large.models["llama"].load.sharded and large.arm("full").projector.mlp_ratio == 2.0
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)

@@ -253,9 +253,12 @@ def test_all_problems_come_at_once(hub, place):
     settings = yaml.safe_load(place.config.read_text())
     settings["models"]["gamma"] = {"source": "hub", "repo": "owner/gamma"}
     settings["models"]["delta"] = {"source": "hub", "repo": REPO, "revision": "old"}
+    settings["models"]["unused"] = {"source": "hub", "repo": "owner/unused"}
+    settings["arms"]["more"] = {"base": "two", "set": {"teachers": ["gamma", "delta"]}}
     place.config.write_text(yaml.safe_dump(settings))
     said = place.fails("lock")
     assert "models.gamma: owner/gamma does not exist" in said and "models.delta: owner/alpha has no revision" in said
+    assert "unused" not in said, "what no cell needs is not asked for"
 
 
 def test_a_model_that_is_not_locked(hub, place):
