@@ -82,12 +82,17 @@ def data(config: ConfigFiles = CONFIG, results: Results = RESULTS, overrides: Ov
 
 
 @app.command()
-def lock(config: ConfigFiles = CONFIG, results: Results = RESULTS, overrides: Overrides = None) -> None:
+def lock(
+    update: Annotated[bool, typer.Option("--update", help="Resolve also what is locked already.")] = False,
+    config: ConfigFiles = CONFIG,
+    results: Results = RESULTS,
+    overrides: Overrides = None,
+) -> None:
     """Pin every hub model to the commit that its revision stands for now, and say what its download would meet."""
     from kvpipe.hub import GB, check_room, hub_models, lock, to_download, write_lock
 
     settings, paths = _experiment(config, results, overrides)
-    found = lock(settings)
+    found = lock(settings, update)
     path = lock_path(config[0])
     write_lock(path, found)
     missing = to_download(settings.model_copy(update={"lock": found}), paths)

@@ -11,7 +11,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -117,8 +116,9 @@ def hub_models(config: Config) -> dict[str, HubModel]:
     return {name: m for name, m in config.models.items() if name in needed and isinstance(m, HubModel)}
 
 
-def lock(config: Config) -> dict[str, LockedRepo]:
-    """Every hub model's revision resolved, or one message with all that is wrong.
+def lock(config: Config, update: bool = False) -> dict[str, LockedRepo]:
+    """Every hub model's revision resolved (those that are locked: only with `update`), or one message with all that is
+    wrong.
 
     Raises:
         HubError: as `resolve`, one line for each model.
@@ -126,6 +126,9 @@ def lock(config: Config) -> dict[str, LockedRepo]:
     found: dict[str, LockedRepo] = {}
     problems = []
     for name, model in hub_models(config).items():
+        if model.pin in config.lock and not update:
+            found[model.pin] = config.lock[model.pin]
+            continue
         try:
             found[model.pin] = resolve(f"models.{name}", model)
         except HubError as error:
@@ -139,7 +142,9 @@ def write_lock(path: Path, found: dict[str, LockedRepo]) -> None:
     """Write a lock file; entries of other configurations that share it are kept."""
     kept = yaml.safe_load(path.read_text(encoding="utf-8"))["lock"] if path.is_file() else {}
     entries = kept | {pin: repo.model_dump() for pin, repo in found.items()}
-    head = "# Written by `kvpipe lock`, read with the configuration beside it. Delete an entry to follow its revision again.\n"
+    head = (
+        "# Written by `kvpipe lock`, read with the configuration beside it. `kvpipe lock --update` follows revisions.\n"
+    )
     text = yaml.safe_dump({"lock": dict(sorted(entries.items()))}, sort_keys=False)
     partial = path.with_suffix(".partial")
     partial.write_text(head + text, encoding="utf-8")
@@ -226,16 +231,15 @@ def to_download(config: Config, paths: Paths) -> dict[str, int]:
 
 
 # ---------------------------------------------------------------- fetching
-@dataclass(frozen=True)
-class Fetched:
-    """Where a model's files are: `folder` is a library's, or None when they were downloaded."""
+def source_of(model: HubModel, config: Config) -> dict[str, Any]:
+    """What the manifest says of a locked model: the same wherever its files were found."""
+    pinned = config.lock[model.pin]
+    source = model.model_dump(include={"source", "repo", "revision"})
+    return source | {"commit": pinned.commit, "license": pinned.license}
 
-    source: dict[str, Any]
-    folder: Path | None
 
-
-def fetch(name: str, model: HubModel, config: Config, out: Path, log=print) -> Fetched:
-    """Find the locked files of a model in a library, or download them into `out`.
+def fetch(name: str, model: HubModel, config: Config, out: Path, log=print) -> Path:
+    """The folder that holds the locked files of a model: a library's, or `out`, into which they are downloaded.
 
     Downloads are resumable: a connection that breaks within a run is taken up where it broke, and files that are
     complete in `out` are not downloaded again by a later run. Every file is checked against the lock.
@@ -249,16 +253,12 @@ def fetch(name: str, model: HubModel, config: Config, out: Path, log=print) -> F
             f"{what}: {model.pin} is not locked to a commit. Run `kvpipe lock` with this configuration {NETWORK}"
         )
     pinned = config.lock[model.pin]
-    source = {
-        "source": "hub",
-        "repo": model.repo,
-        "revision": model.revision,
-        "commit": pinned.commit,
-        "license": pinned.license,
-    }
+    if not missing_bytes(out, pinned.files) and not wrong_files(out, pinned.files):
+        return out
     found = locate(model.repo, pinned, config.libraries, log)
     if found is not None:
-        return Fetched(source | {"library": found.as_posix()}, found)
+        log(f"{name}: {found}")
+        return found
     if offline():
         searched = ", ".join([*config.libraries, str(own_cache())])
         raise HubError(
@@ -266,7 +266,7 @@ def fetch(name: str, model: HubModel, config: Config, out: Path, log=print) -> F
             f"`kvpipe models --name {name}` {NETWORK}"
         )
     _download(what, model.repo, pinned, out, log)
-    return Fetched(source, None)
+    return out
 
 
 def _download(what: str, repo: str, pinned: LockedRepo, out: Path, log) -> None:

@@ -91,8 +91,20 @@ def save(repo: str, folder: Path) -> None:
     values = dict(ARCHITECTURES[repo], num_hidden_layers=LAYERS.get(repo, 1))
     config = AutoConfig.for_model(values.pop("model_type"), **values, tie_word_embeddings=False)
     config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    torch.manual_seed(len(repo))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.to_empty(device="cpu")
+    # drawing a billion numbers takes minutes: a block of them, over and over, is as random to what follows
+    block = torch.randn(1_000_003, generator=torch.Generator().manual_seed(len(repo))).mul_(0.02).bfloat16()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            flat = parameter.view(-1)
+            for start in range(0, len(flat), len(block)):
+                part = flat[start : start + len(block)]
+                part.copy_(block[: len(part)])
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
     model.save_pretrained(folder, max_shard_size="1GB")
     tokenizer.save_pretrained(folder)
 

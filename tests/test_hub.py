@@ -1,6 +1,7 @@
 """Hub models with the real client against a hub on the loopback: pinned once, found or downloaded, every byte checked."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -96,10 +97,11 @@ def test_a_revision_is_resolved_once(hub, place, folder):
     source = place.manifest()["source"]
     assert (source["source"], source["commit"], source["license"]) == ("hub", first, "llama3")
     assert not any("pytorch_model.bin" in r or "consolidated" in r or r.endswith(".py") for r in hub.requests)
-    # what was downloaded does not follow the branch either; only locking again does
+    # nor do what was downloaded and the lock; only an update does
     place.ok("models")
     assert place.manifest()["source"]["commit"] == first
-    place.ok("lock")
+    assert first in place.ok("lock")
+    place.ok("lock", "--update")
     assert load(place.config).lock[f"{REPO}@main"].commit == moved
 
 
@@ -145,9 +147,12 @@ def test_offline_takes_the_machines_cache_and_asks_nobody(hub, place):
     command = "from huggingface_hub import snapshot_download as s; s('owner/alpha')"
     subprocess.run([sys.executable, "-c", command], env=hub.environment(place.home), check=True, capture_output=True)
     before = len(hub.requests)
+    assert f"alpha: {place.home}" in place.ok("models", HF_HUB_OFFLINE="1")
+    # without its manifest the folder is made again from the files that are in it
+    (place.model / "MANIFEST.json").unlink()
+    shutil.rmtree(place.home)
     place.ok("models", HF_HUB_OFFLINE="1")
-    assert len(hub.requests) == before
-    assert place.manifest()["source"]["library"].startswith(str(place.home))
+    assert place.manifest()["source"]["repo"] == REPO and len(hub.requests) == before
 
 
 def test_offline_without_a_copy_says_where_it_looked(hub, place):
@@ -198,9 +203,9 @@ def test_a_library_makes_downloads_needless(hub, place, folder, tmp_path):
     place.ok("lock")
     library_of(folder, load(place.config).lock[f"{REPO}@main"], tmp_path / "shared")
     before = len(hub.requests)
-    place.ok("models", "--set", f"libraries=[{tmp_path / 'shared'}]")
-    assert len(hub.requests) == before
-    assert place.manifest()["source"]["library"] == str(tmp_path / "shared" / REPO)
+    said = place.ok("models", "--set", f"libraries=[{tmp_path / 'shared'}]")
+    assert len(hub.requests) == before and f"alpha: {tmp_path / 'shared' / REPO}" in said
+    assert "shared" not in str(place.manifest()), "the same manifest wherever the files were found"
 
 
 # ---------------------------------------------------------------- what goes wrong

@@ -44,13 +44,13 @@ def make_model(work: Workspace, name: str) -> None:
 
 
 def _fetch_hub(work: Workspace, name: str, model: HubModel, out: Path) -> dict[str, Any]:
-    fetched = hub.fetch(name, model, work.config, out)
+    folder = hub.fetch(name, model, work.config, out)
     files = work.config.lock[model.pin].files
-    if fetched.folder is not None:
+    if folder != out:
         shutil.rmtree(out)
         out.mkdir()
-        link_folder([fetched.folder / file for file in files], out)
+        link_folder([folder / file for file in files], out)
     for path in out.iterdir():  # of another revision
         if path.name not in files:
             path.unlink()
-    return fetched.source
+    return hub.source_of(model, work.config)
