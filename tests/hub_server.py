@@ -88,11 +88,14 @@ def known(name: str, content: Content, blob: str, large: str) -> dict[str, Any]:
     return entry
 
 
-def listed(files: dict[str, Content]) -> list[dict[str, Any]]:
-    """Every file and folder of a commit."""
+def listed(files: dict[str, Content], below: str = "", recursive: bool = True) -> list[dict[str, Any]]:
+    """The files and folders of a commit, in a folder, and in all that is below it."""
     folders = {parent.as_posix() for name in files for parent in Path(name).parents} - {"."}
     entries = [{"type": "directory", "path": name, "oid": sha1(name.encode()).hexdigest()} for name in sorted(folders)]
-    return entries + [{"type": "file", "path": n} | known(n, files[n], "oid", "oid") for n in sorted(files)]
+    entries += [{"type": "file", "path": n} | known(n, files[n], "oid", "oid") for n in sorted(files)]
+    start = f"{below}/" if below else ""
+    inside = [entry for entry in entries if entry["path"].startswith(start)]
+    return inside if recursive else [entry for entry in inside if "/" not in entry["path"].removeprefix(start)]
 
 
 class HubServer:
@@ -211,10 +214,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._info(found[2], *self._at(found[1], found[2], found[3] or "main"))
         elif found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", path):
             repo, sha = self._at(found[1], found[2], found[3])
-            files = {name: content for name, content in repo.commits[sha].items() if name.startswith(found[4] or "")}
-            self._json(
-                [{"type": "file", "path": name} | known(name, files[name], "oid", "oid") for name in sorted(files)]
-            )
+            self._json(listed(repo.commits[sha], found[4] or "", "recursive=true" in self.path.lower()))
         elif found := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             kind = "datasets" if found[1] else "models"
             self._file(found[4], *self._at(kind, found[2], found[3], files=True))

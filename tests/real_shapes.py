@@ -174,10 +174,11 @@ def _go(folder: Path, hub: HubServer) -> Transcript:
     transcript = Transcript(folder, environment)
     for repo in ARCHITECTURES:
         path = folder / "hub" / repo
-        transcript.run(str(Path(__file__)), "--save", repo, str(path))
+        if not path.is_dir():  # of an earlier run
+            transcript.run(str(Path(__file__)), "--save", repo, str(path))
         hub.add(repo, path, license=LICENSES[repo.split("/")[0]], gated=repo == GATED)
     for repo, preset in DATA.items():
-        (folder / "hub" / repo).mkdir(parents=True)
+        (folder / "hub" / repo).mkdir(parents=True, exist_ok=True)
         hub.add(repo, data_zoo.write(folder / "hub" / repo, preset), kind="datasets")
     step = transcript.kvpipe
     token = {"HF_TOKEN": hub.TOKEN}
