@@ -46,8 +46,7 @@ class Repo:
 
     def commit(self, files: dict[str, Content], branch: str = "main") -> str:
         """A new commit on a branch, its files in the place of what was there."""
-        listing = json.dumps([sorted(files), len(self.commits), self.kind])
-        sha = sha1(listing.encode()).hexdigest()
+        sha = sha1(json.dumps([listed(files), len(self.commits)]).encode()).hexdigest()
         self.commits[sha], self.refs[branch] = dict(files), sha
         return sha
 
@@ -82,10 +81,11 @@ def digest(content: Content, kind: str) -> str:
 
 def known(name: str, content: Content, blob: str, large: str) -> dict[str, Any]:
     """What listings tell of a file, under the names that each listing uses."""
-    entry: dict[str, Any] = {"size": size_of(content), blob: digest(content, "git")}
-    if name.endswith(LARGE):
-        entry["lfs"] = {large: digest(content, "sha256"), "size": size_of(content), "pointerSize": 130}
-    return entry
+    entry: dict[str, Any] = {"size": size_of(content)}
+    if not name.endswith(LARGE):
+        return entry | {blob: digest(content, "git")}
+    large_object = {large: digest(content, "sha256"), "size": size_of(content), "pointerSize": 130}
+    return entry | {blob: large_object[large][:40], "lfs": large_object}  # in truth the hash of the pointer
 
 
 def listed(files: dict[str, Content], below: str = "", recursive: bool = True) -> list[dict[str, Any]]:
