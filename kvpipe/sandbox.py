@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -100,14 +100,15 @@ def _ask(request: bytes, seconds: float) -> bytes:
     return answer
 
 
-def run_all(programs: Sequence[str], config: SandboxConfig) -> list[Outcome]:
-    """Run programs, `config.workers` at a time.
+def run_all(programs: Sequence[str], config: SandboxConfig, log: Callable = print) -> list[Outcome]:
+    """Run programs, `config.workers` at a time, and log how they are confined.
 
     Raises:
         SandboxError: running programs is off, or does not work here.
     """
     if not config.run_code:
         raise SandboxError("evaluate.sandbox.run_code is off: programs that a model wrote are not run")
+    log(check(config))
     with ThreadPoolExecutor(config.workers) as pool:
         return list(pool.map(lambda program: run(program, config), programs))
 
