@@ -83,6 +83,7 @@ def empty_scores(encoding: Encoding) -> Scores:
     return Scores(floats[0], integers[0], ends - starts, floats[1], integers[1], ends - first)
 
 
+@torch.no_grad()
 def windowed_nll(
     model, ids: Int64[np.ndarray, "time"], window: int, stride: int, chunk: int = CHUNK
 ) -> Float64[np.ndarray, "time"]:
@@ -119,7 +120,6 @@ def windowed_nll(
     return out
 
 
-@torch.no_grad()
 def score_long(model, encoding: Encoding, scores: Scores, example: int, window: int, stride: int) -> None:
     """Enter the scores of one long example, read in windows; its place in `scores` is empty before."""
     rows = encoding.rows(example)
