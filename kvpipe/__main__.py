@@ -42,6 +42,14 @@ def _experiment(config: list[Path], results: Path, overrides: list[str] | None) 
     return load(config, overrides), Paths(results)
 
 
+def _device(config: Config) -> str:
+    import torch
+
+    if config.train.device != "auto":
+        return config.train.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _known_model(work, name: str) -> str:
     if name not in work.config.models:
         raise KeyError(f"no model {name!r}; the configuration has {', '.join(work.config.models)}")
@@ -265,12 +273,30 @@ def evaluate(
 
     settings, paths = _experiment(config, results, overrides)
     torch.set_num_threads(settings.train.threads)
-    device = settings.train.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    table = run(model, read_records(paths.data(split)), settings.data.template, settings.evaluate, device)
+    records = read_records(paths.data(split))
+    table = run(model, records, settings.data.template, settings.evaluate, _device(settings))
     out.parent.mkdir(parents=True, exist_ok=True)
     table.to_parquet(out, index=False)
+
+
+@app.command("lm-eval")
+def lm_eval(
+    model: Annotated[Path, typer.Option(help="Model folder.")],
+    out: Annotated[Path, typer.Option(help="JSON file: metrics per task, and every item's.")],
+    config: ConfigFile = CONFIG,
+    overrides: Overrides = None,
+) -> None:
+    """Score a model folder with lm-evaluation-harness on `evaluate.lm_eval_tasks`."""
+    import torch
+
+    from kvpipe.harness import run_tasks, write
+
+    settings = load(config, overrides)
+    torch.set_num_threads(settings.train.threads)
+    result = run_tasks(model, settings.evaluate, _device(settings))
+    write(result, out)
+    for task, found in result["tasks"].items():
+        typer.echo(f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in found["metrics"].items()))
 
 
 @app.command()

@@ -66,6 +66,10 @@ class Paths:
         """Per-item scores of a cell."""
         return self.root / "evaluate" / arm / f"seed{seed}.parquet"
 
+    def lm_eval(self, arm: str, seed: int) -> Path:
+        """Scores of a cell by lm-evaluation-harness."""
+        return self.root / "lm_eval" / arm / f"seed{seed}.json"
+
     def teacher_quality(self, teacher: str) -> Path:
         """Per-item scores of a teacher."""
         return self.root / "teacher_quality" / f"{teacher}.parquet"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,28 +80,40 @@ def _hub(source: HubData, split: str) -> Rows:
     import datasets
 
     datasets.disable_progress_bars()
-    folder = source.repo.startswith((".", "/"))
-    if folder and not Path(source.repo).is_dir():
-        raise FileNotFoundError(f"data.sources ({source.task}): {source.repo} is not a folder")
-    names = source.name if isinstance(source.name, list) else [source.name]
+    origin: dict[str, Any] = {"repo": source.repo, "name": source.name, "part": split}
     rows: list[dict[str, Any]] = []
-    commits = []
-    for name in names:
+    for name in source.name if isinstance(source.name, list) else [source.name]:
         try:
-            builder = datasets.load_dataset_builder(source.repo, name, revision=None if folder else source.revision)
-            _check_commit(source, builder.hash)
-            builder.download_and_prepare()
-            found = builder.as_dataset(split=split)
-        except (OSError, ConnectionError, datasets.exceptions.DatasetsError) as error:
+            if _is_folder(source):
+                rows += _folder(datasets, source, name, split)
+            else:
+                builder = datasets.load_dataset_builder(source.repo, name, revision=source.revision)
+                _check_commit(source, builder.hash)
+                rows += _prepared(builder, split)
+                origin |= {"revision": source.revision, "commit": builder.hash}
+        except (OSError, datasets.exceptions.DatasetsError) as error:
             raise FileNotFoundError(_advice(source, error, datasets.config.HF_HUB_OFFLINE)) from error
         except ValueError as error:
             raise ValueError(f"data.sources ({source.task}): {source.repo}: {error}") from None
-        rows += found.to_list()
-        commits.append(builder.hash)
-    origin = {"repo": source.repo, "name": source.name, "part": split, "rows": len(rows)}
-    # a folder has no commit: the library's hash of its files takes the place
-    origin |= {"fingerprint": commits} if folder else {"revision": source.revision, "commit": commits[0]}
-    return Rows(rows, f"{source.repo}, {split}", origin)
+    return Rows(rows, f"{source.repo}, {split}", {**origin, "rows": len(rows)})
+
+
+def _is_folder(source: HubData) -> bool:
+    return source.repo.startswith((".", "/"))
+
+
+def _folder(datasets, source: HubData, name: str | None, split: str) -> list[dict[str, Any]]:
+    """Rows of a local folder. The library names its cache after the folder's last name and not after what is in it: a
+    cache of its own, for this once, cannot be that of another folder or of yesterday's files."""
+    if not Path(source.repo).is_dir():
+        raise FileNotFoundError(f"{source.repo} is not a folder")
+    with tempfile.TemporaryDirectory(prefix="kvpipe-datasets-") as cache:
+        return _prepared(datasets.load_dataset_builder(source.repo, name, cache_dir=cache), split)
+
+
+def _prepared(builder, split: str) -> list[dict[str, Any]]:
+    builder.download_and_prepare()
+    return builder.as_dataset(split=split).to_list()
 
 
 def _check_commit(source: HubData, commit: str | None) -> None:
@@ -113,6 +126,8 @@ def _check_commit(source: HubData, commit: str | None) -> None:
 
 
 def _advice(source: HubData, error: Exception, offline: bool) -> str:
+    if _is_folder(source):
+        return f"data.sources ({source.task}): {error}"
     said = f"data.sources ({source.task}): {source.repo} at {source.revision}: {error}"
     if offline:
         return (

@@ -145,7 +145,7 @@ class SandboxConfig(Section):
     run_code: bool = False
     """Run generated programs at all. Off unless you say so: they are written by a model."""
     seconds: PositiveFloat = 10.0
-    """Longest time of a program."""
+    """Longest CPU time of a program; by the clock three times as much."""
     memory_mb: PositiveInt = 1024
     """Largest address space of a program."""
     workers: PositiveInt = 1

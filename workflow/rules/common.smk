@@ -137,6 +137,11 @@ def arm_cells(wildcards):
     return items_of([wildcards.arm]) + histories_of([wildcards.arm])
 
 
+def lm_eval_results():
+    """Of every cell, where tasks are configured."""
+    return [str(PATHS.lm_eval(a, s)) for a, s in PLAN.cells] if PLAN.config.evaluate.lm_eval_tasks else []
+
+
 def judged_teachers():
     """Teachers with weights that mean something."""
     return [t for t in PLAN.teachers if PLAN.config.models[t].source != "random"]
