@@ -19,7 +19,7 @@ app = typer.Typer(
     help="Distil the KV caches of several teacher models into one student, and measure whether it helped.",
 )
 
-ConfigFiles = Annotated[
+ConfigFile = Annotated[
     list[Path],
     typer.Option("--config", envvar="KVPIPE_CONFIG", help="Configuration file (YAML); overlays follow it, in order."),
 ]
@@ -58,7 +58,7 @@ def _known_model(work, name: str) -> str:
 
 @app.command()
 def doctor(
-    config: ConfigFiles = CONFIG,
+    config: ConfigFile = CONFIG,
     results: Results = RESULTS,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Write the findings here as JSON.")] = None,
@@ -81,7 +81,7 @@ def doctor(
 
 
 @app.command()
-def data(config: ConfigFiles = CONFIG, results: Results = RESULTS, overrides: Overrides = None) -> None:
+def data(config: ConfigFile = CONFIG, results: Results = RESULTS, overrides: Overrides = None) -> None:
     """Write the train, validation and test splits."""
     from kvpipe.data import build
 
@@ -92,7 +92,7 @@ def data(config: ConfigFiles = CONFIG, results: Results = RESULTS, overrides: Ov
 @app.command()
 def lock(
     update: Annotated[bool, typer.Option("--update", help="Resolve also what is locked already.")] = False,
-    config: ConfigFiles = CONFIG,
+    config: ConfigFile = CONFIG,
     results: Results = RESULTS,
     overrides: Overrides = None,
 ) -> None:
@@ -120,7 +120,7 @@ def models(
     name: Annotated[
         str | None, typer.Option(help="Name of the model in the configuration; all hub models if absent.")
     ] = None,
-    config: ConfigFiles = CONFIG,
+    config: ConfigFile = CONFIG,
     results: Results = RESULTS,
     overrides: Overrides = None,
 ) -> None:
@@ -137,7 +137,7 @@ def models(
 
 @app.command()
 def pretrain(
-    config: ConfigFiles = CONFIG,
+    config: ConfigFile = CONFIG,
     only: Annotated[str | None, typer.Option(help="One model; all with a recipe and a path otherwise.")] = None,
     overrides: Overrides = None,
 ) -> None:
@@ -162,7 +162,7 @@ def pretrain(
 @app.command("layer-map")
 def layer_map(
     teacher: Annotated[str, typer.Option(help="Name of the teacher.")],
-    config: ConfigFiles = CONFIG,
+    config: ConfigFile = CONFIG,
     results: Results = RESULTS,
     overrides: Overrides = None,
 ) -> None:
@@ -181,7 +181,7 @@ def teacher_kv(
     ] = "student",
     shard: Annotated[int | None, typer.Option(help="One shard; all of them and the index otherwise.")] = None,
     index: Annotated[bool, typer.Option("--index", help="Only check the shards and write the index.")] = False,
-    config: ConfigFiles = CONFIG,
+    config: ConfigFile = CONFIG,
     results: Results = RESULTS,
     overrides: Overrides = None,
 ) -> None:
@@ -203,7 +203,7 @@ def fit(
     fit_id: Annotated[
         str | None, typer.Option("--fit", help="Or the name of the fit, as in results/projector/.")
     ] = None,
-    config: ConfigFiles = CONFIG,
+    config: ConfigFile = CONFIG,
     results: Results = RESULTS,
     overrides: Overrides = None,
 ) -> None:
@@ -227,7 +227,7 @@ def train(
     teacher: Annotated[list[Path] | None, typer.Option(help="Instead of a configuration: model folder(s).")] = None,
     student: Annotated[Path | None, typer.Option(help="With --teacher: the student's model folder.")] = None,
     data: Annotated[Path | None, typer.Option(help="With --teacher: JSONL or Parquet; columns prompt, answer.")] = None,
-    config: ConfigFiles = CONFIG,
+    config: ConfigFile = CONFIG,
     results: Results = RESULTS,
     overrides: Overrides = None,
 ) -> None:
@@ -261,7 +261,7 @@ def evaluate(
     model: Annotated[Path, typer.Option(help="Model folder.")],
     out: Annotated[Path, typer.Option(help="Parquet file, one row per item.")],
     split: Annotated[str, typer.Option(help="Split that is scored.")] = "test",
-    config: ConfigFiles = CONFIG,
+    config: ConfigFile = CONFIG,
     results: Results = RESULTS,
     overrides: Overrides = None,
 ) -> None:
@@ -302,7 +302,7 @@ def lm_eval(
 @app.command()
 def untrained(
     out: Annotated[Path, typer.Option(help="Parquet file, one row per item.")],
-    config: ConfigFiles = CONFIG,
+    config: ConfigFile = CONFIG,
     results: Results = RESULTS,
     overrides: Overrides = None,
 ) -> None:
@@ -327,7 +327,7 @@ def untrained(
 @app.command("arm")
 def arm_table(
     arm: Annotated[str, typer.Option(help="Name of the arm.")],
-    config: ConfigFiles = CONFIG,
+    config: ConfigFile = CONFIG,
     results: Results = RESULTS,
     overrides: Overrides = None,
 ) -> None:
@@ -343,7 +343,7 @@ def arm_table(
 
 
 @app.command()
-def audit(config: ConfigFiles = CONFIG, results: Results = RESULTS, overrides: Overrides = None) -> None:
+def audit(config: ConfigFile = CONFIG, results: Results = RESULTS, overrides: Overrides = None) -> None:
     """Check that arms are compared like with like and that no test item is in train."""
     from kvpipe.audit import audit as check
 
@@ -354,7 +354,7 @@ def audit(config: ConfigFiles = CONFIG, results: Results = RESULTS, overrides: O
 
 @app.command()
 def stats(
-    config: ConfigFiles = CONFIG,
+    config: ConfigFile = CONFIG,
     results: Results = RESULTS,
     overrides: Overrides = None,
     untrained: Annotated[Path | None, typer.Option(help="Scores of the student before training.")] = None,
@@ -368,7 +368,7 @@ def stats(
 
 @app.command()
 def report(
-    config: ConfigFiles = CONFIG,
+    config: ConfigFile = CONFIG,
     results: Results = RESULTS,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="HTML file.")] = None,
@@ -388,7 +388,7 @@ def model_card(
     arm: Annotated[str, typer.Option(help="Name of the arm.")],
     seed: Annotated[int, typer.Option(help="Seed of the cell.")] = 0,
     cell: Cell = None,
-    config: ConfigFiles = CONFIG,
+    config: ConfigFile = CONFIG,
     results: Results = RESULTS,
     overrides: Overrides = None,
 ) -> None:
@@ -406,7 +406,7 @@ def publish(
     seed: Annotated[int, typer.Option(help="Seed of the cell.")] = 0,
     cell: Cell = None,
     public: Annotated[bool, typer.Option("--public", help="A new repository is public; private otherwise.")] = False,
-    config: ConfigFiles = CONFIG,
+    config: ConfigFile = CONFIG,
     results: Results = RESULTS,
     overrides: Overrides = None,
 ) -> None:
@@ -441,7 +441,7 @@ def align(
 
 
 @app.command()
-def status(config: ConfigFiles = CONFIG, results: Results = RESULTS, overrides: Overrides = None) -> None:
+def status(config: ConfigFile = CONFIG, results: Results = RESULTS, overrides: Overrides = None) -> None:
     """Print the grid of cells: done, running, failed, missing, with time and memory."""
     import rich
 
