@@ -43,11 +43,9 @@ def _experiment(config: list[Path], results: Path, overrides: list[str] | None) 
 
 
 def _device(config: Config) -> str:
-    import torch
+    from kvpipe.models import resolve_device
 
-    if config.train.device != "auto":
-        return config.train.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return resolve_device(config.train.device)
 
 
 def _known_model(work, name: str) -> str:
