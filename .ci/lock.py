@@ -15,6 +15,8 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parent.parent
 FIRST = "torch"
 """Its build (CPU or CUDA) depends on where it is installed: it stands first and is installed alone, before the rest."""
+UNLOCKED = ("lm-eval",)
+"""Extras that are not installed by `make install`, and so not in the lock."""
 ACCELERATOR = ("nvidia-", "cuda-", "triton", "pytorch-triton")
 """What a CUDA build of torch brings along by itself; a CPU machine must not install it."""
 
@@ -25,7 +27,7 @@ def requirements() -> list[Requirement]:
     project = document["project"]
     written = [
         *project["dependencies"],
-        *(line for extra in project["optional-dependencies"].values() for line in extra),
+        *(line for name, extra in project["optional-dependencies"].items() if name not in UNLOCKED for line in extra),
         *document["build-system"]["requires"],
     ]
     return [Requirement(line) for line in written]

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from kvpipe.config import Config, ConfigError, load
+from kvpipe.config import Config, ConfigError, load, lock_path
 from kvpipe.dag import Dag, Paths
 
 app = typer.Typer(
@@ -18,25 +18,34 @@ app = typer.Typer(
     help="Distil the KV caches of several teacher models into one student, and measure whether it helped.",
 )
 
-ConfigFile = Annotated[Path, typer.Option("--config", envvar="KVPIPE_CONFIG", help="Configuration file (YAML).")]
+ConfigFile = Annotated[
+    list[Path],
+    typer.Option("--config", envvar="KVPIPE_CONFIG", help="Configuration file (YAML); overlays follow it, in order."),
+]
 Results = Annotated[Path, typer.Option("--results", envvar="KVPIPE_RESULTS", help="Folder of all artefacts.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value, over the file; repeatable.")]
-CONFIG = Path("config/config.yaml")
+CONFIG = [Path("config/config.yaml")]
 RESULTS = Path("results")
 PROFILE = Path("profiles/slurm")
 # what a user can mend is told without a traceback
 USER_ERRORS = (ConfigError, OSError, KeyError, ValueError, RuntimeError, ArithmeticError)
 
 
-def _workspace(config: Path, results: Path, overrides: list[str] | None):
+def _workspace(config: list[Path], results: Path, overrides: list[str] | None):
     # torch and transformers take seconds to import: only steps that compute pay for them
     from kvpipe.cell import Workspace
 
     return Workspace(load(config, overrides), Paths(results))
 
 
-def _experiment(config: Path, results: Path, overrides: list[str] | None) -> tuple[Config, Paths]:
+def _experiment(config: list[Path], results: Path, overrides: list[str] | None) -> tuple[Config, Paths]:
     return load(config, overrides), Paths(results)
+
+
+def _device(config: Config) -> str:
+    from kvpipe.models import resolve_device
+
+    return resolve_device(config.train.device)
 
 
 def _known_model(work, name: str) -> str:
@@ -86,17 +95,49 @@ def data(config: ConfigFile = CONFIG, results: Results = RESULTS, overrides: Ove
 
 
 @app.command()
-def models(
-    name: Annotated[str, typer.Option(help="Name of the model in the configuration.")],
+def lock(
+    update: Annotated[bool, typer.Option("--update", help="Resolve also what is locked already.")] = False,
     config: ConfigFile = CONFIG,
     results: Results = RESULTS,
     overrides: Overrides = None,
 ) -> None:
-    """Bring one model into its folder, with a manifest."""
+    """Pin every hub model to the commit that its revision stands for now, and say what its download would meet."""
+    from kvpipe.hub import GB, check_room, hub_models, lock, to_download, write_lock
+
+    settings, paths = _experiment(config, results, overrides)
+    found = lock(settings, update)
+    path = lock_path(config[0])
+    write_lock(path, found)
+    missing = to_download(settings.model_copy(update={"lock": found}), paths)
+    for name, model in hub_models(settings).items():
+        pinned = found[model.pin]
+        size = sum(file.size for file in pinned.files.values())
+        typer.echo(
+            f"{name}: {model.pin} is {pinned.commit}, licence {pinned.license or 'not stated'}, "
+            f"{size / GB:.2f} GB, {missing.get(name, 0) / GB:.2f} GB of them to download"
+        )
+    typer.echo(f"written to {path}")
+    check_room(missing, paths.root)
+
+
+@app.command()
+def models(
+    name: Annotated[
+        str | None, typer.Option(help="Name of the model in the configuration; all hub models if absent.")
+    ] = None,
+    config: ConfigFile = CONFIG,
+    results: Results = RESULTS,
+    overrides: Overrides = None,
+) -> None:
+    """Bring a model into its folder, with a manifest: on a login node, which reaches the hub."""
+    from kvpipe.hub import check_room, hub_models, to_download
     from kvpipe.steps.models import make_model
 
     work = _workspace(config, results, overrides)
-    make_model(work, _known_model(work, name))
+    if name is None:
+        check_room(to_download(work.config, work.paths), work.paths.root)
+    for each in hub_models(work.config) if name is None else [_known_model(work, name)]:
+        make_model(work, each)
 
 
 @app.command()
@@ -184,10 +225,13 @@ def fit(
 
 @app.command()
 def train(
-    arm: Annotated[str, typer.Option(help="Name of the arm.")],
+    arm: Annotated[str | None, typer.Option(help="Name of the arm; with --teacher `distil` or `control`.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the cell.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder of the cell; under the results by default.")] = None,
     checkpoints: Annotated[Path | None, typer.Option(help="Folder of checkpoints.")] = None,
+    teacher: Annotated[list[Path] | None, typer.Option(help="Instead of a configuration: model folder(s).")] = None,
+    student: Annotated[Path | None, typer.Option(help="With --teacher: the student's model folder.")] = None,
+    data: Annotated[Path | None, typer.Option(help="With --teacher: JSONL or Parquet; columns prompt, answer.")] = None,
     config: ConfigFile = CONFIG,
     results: Results = RESULTS,
     overrides: Overrides = None,
@@ -196,11 +240,25 @@ def train(
     from kvpipe.steps.prepare import prepare
     from kvpipe.train import train as train_cell
 
-    work = _workspace(config, results, overrides)
+    if teacher:
+        work, arm = _direct(teacher, student, data, out, arm, overrides)
+    else:
+        work = _workspace(config, results, overrides)
+    if arm is None or (not teacher and (student or data)):
+        raise typer.BadParameter("give either --arm, or --teacher, --student, --data and --out")
     prepare(work, arm, log=typer.echo)
     folder = out or work.paths.cell(arm, seed)
     kept = checkpoints or (folder.with_name(folder.name + ".checkpoints") if out else work.paths.checkpoints(arm, seed))
     train_cell(work, arm, seed, folder, kept, log=typer.echo)
+
+
+def _direct(teacher, student, data, out, arm, overrides):
+    from kvpipe.cell import Workspace
+    from kvpipe.direct import ARM, experiment
+
+    if student is None or data is None or out is None:
+        raise typer.BadParameter("--teacher goes with --student, --data and --out")
+    return Workspace(*experiment(teacher, student, data, out, overrides)), arm or ARM
 
 
 @app.command()
@@ -221,13 +279,31 @@ def evaluate(
 
     settings, paths = _experiment(config, results, overrides)
     torch.set_num_threads(settings.train.threads)
-    device = settings.train.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    records = read_records(paths.data(split))
     with explained("scoring", evaluation_advice(settings.evaluate)):
-        table = run(model, read_records(paths.data(split)), settings.data.template, settings.evaluate, device)
+        table = run(model, records, settings.data.template, settings.evaluate, _device(settings))
     out.parent.mkdir(parents=True, exist_ok=True)
     table.to_parquet(out, index=False)
+
+
+@app.command("lm-eval")
+def lm_eval(
+    model: Annotated[Path, typer.Option(help="Model folder.")],
+    out: Annotated[Path, typer.Option(help="JSON file: metrics per task, and every item's.")],
+    config: ConfigFile = CONFIG,
+    overrides: Overrides = None,
+) -> None:
+    """Score a model folder with lm-evaluation-harness on `evaluate.lm_eval_tasks`."""
+    import torch
+
+    from kvpipe.harness import run_tasks, write
+
+    settings = load(config, overrides)
+    torch.set_num_threads(settings.train.threads)
+    result = run_tasks(model, settings.evaluate, _device(settings))
+    write(result, out)
+    for task, found in result["tasks"].items():
+        typer.echo(f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in found["metrics"].items()))
 
 
 @app.command()
@@ -309,6 +385,43 @@ def report(
 
     work = _workspace(config, results, overrides)
     write_report(work, out or work.paths.root / "report.html")
+
+
+Cell = Annotated[Path | None, typer.Option(help="Folder of the trained cell; under the results by default.")]
+
+
+@app.command("card")
+def model_card(
+    arm: Annotated[str, typer.Option(help="Name of the arm.")],
+    seed: Annotated[int, typer.Option(help="Seed of the cell.")] = 0,
+    cell: Cell = None,
+    config: ConfigFile = CONFIG,
+    results: Results = RESULTS,
+    overrides: Overrides = None,
+) -> None:
+    """Write a student's model card again, with the metrics that exist by now."""
+    from kvpipe.card import write
+
+    settings, paths = _experiment(config, results, overrides)
+    typer.echo(write(Dag(settings), paths, arm, cell or paths.cell(arm, seed)))
+
+
+@app.command()
+def publish(
+    arm: Annotated[str, typer.Option(help="Name of the arm.")],
+    repo: Annotated[str, typer.Option(help="owner/name on the hub; made if it is not there.")],
+    seed: Annotated[int, typer.Option(help="Seed of the cell.")] = 0,
+    cell: Cell = None,
+    public: Annotated[bool, typer.Option("--public", help="A new repository is public; private otherwise.")] = False,
+    config: ConfigFile = CONFIG,
+    results: Results = RESULTS,
+    overrides: Overrides = None,
+) -> None:
+    """Push a student and its card to the hub, with the token in HF_TOKEN."""
+    from kvpipe.card import publish
+
+    settings, paths = _experiment(config, results, overrides)
+    publish(Dag(settings), paths, arm, cell or paths.cell(arm, seed), repo, private=not public, log=typer.echo)
 
 
 @app.command()

@@ -11,8 +11,9 @@ import pandas as pd
 
 from kvpipe.config import Config, LocalModel, PretrainModel
 from kvpipe.dag import Dag, Paths
+from kvpipe.leakage import leaks
 from kvpipe.pretrain import pretraining_records
-from kvpipe.records import Record, read_records
+from kvpipe.records import read_records
 
 
 class AuditFailure(RuntimeError):
@@ -55,31 +56,6 @@ def audit(config: Config, paths: Paths, out: Path) -> list[Check]:
 
 
 # ---------------------------------------------------------------- leakage
-def ngrams(text: str, n: int) -> Iterator[tuple[str, ...]]:
-    """Word n-grams; a text of fewer words is one gram."""
-    words = text.split()
-    if words:
-        for start in range(max(1, len(words) - n + 1)):
-            yield tuple(words[start : start + n])
-
-
-def leaks(train: list[Record], test: list[Record], n: int) -> list[tuple[str, str]]:
-    """(test id, reason) of test records whose content hash or an n-gram of prompt + answer occurs in train."""
-    hashes = {record.content_hash() for record in train}
-    grams = {gram for record in train for gram in ngrams(_problem(record), n)}
-    found = []
-    for record in test:
-        if record.content_hash() in hashes:
-            found.append((record.id, "same content"))
-        elif any(gram in grams for gram in ngrams(_problem(record), n)):
-            found.append((record.id, f"shared {n}-gram"))
-    return found
-
-
-def _problem(record: Record) -> str:
-    return f"{record.prompt} {record.answer}"
-
-
 def _leakage(config: Config, paths: Paths) -> Iterator[Check]:
     test = read_records(paths.data("test"))
     sources = {"the training split": read_records(paths.data("train"))}

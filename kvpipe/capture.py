@@ -88,6 +88,10 @@ class _Layer(NamedTuple):
     key: Tensor
     value: Tensor
 
+    def to(self, device: torch.device) -> _Layer:
+        """The tensors on a device."""
+        return _Layer(*(None if tensor is None else tensor.to(device) for tensor in self))  # type: ignore[arg-type]
+
 
 class Recorder:
     """Records what the attention layers of `model` are given during each forward made while it is entered.
@@ -195,6 +199,8 @@ class Recorder:
                 + (route if self._through_cache else "")
             )
         record = [self._record[layer] for layer in range(layers)]
+        if any(entry.key.device != record[0].key.device for entry in record):  # layers spread over devices
+            record = [entry.to(record[0].key.device) for entry in record]
         if self.config.model_type == "falcon" and record[0].key.shape[1] > kv_heads:  # repeated for each query head
             group = record[0].key.shape[1] // kv_heads
             record = [e._replace(key=e.key[:, ::group], value=e.value[:, ::group]) for e in record]
@@ -230,7 +236,8 @@ class Recorder:
         """What enters each layer (the embedding for layer 0), with its graph; needs `Recorder(model, hidden=True)`."""
         if self._hidden_states is None:
             raise RuntimeError(f"{self._name}: no hidden states; use Recorder(model, hidden=True) and run a forward")
-        return torch.stack(self._hidden_states[: self.geometry.layers])
+        states = self._hidden_states[: self.geometry.layers]
+        return torch.stack([state.to(states[0].device) for state in states])
 
     def _unrotate(self, per_layer: list[Tensor], positions: Tensor | None) -> Tensor:
         if positions is None:

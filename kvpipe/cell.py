@@ -23,7 +23,15 @@ from kvpipe.distill import Distiller, KVDistiller, LogitDistiller, RelationDisti
 from kvpipe.encoding import Encoding, encode_records
 from kvpipe.fuse import build_fusion
 from kvpipe.layermap import LayerPlan, layer_plan
-from kvpipe.models import build_model, load_config, load_model, load_tokenizer, manifest_hash, random_model
+from kvpipe.models import (
+    build_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    manifest_hash,
+    random_model,
+    resolve_device,
+)
 from kvpipe.project import Geometry, Projector, build_projector
 from kvpipe.records import Record, read_records
 from kvpipe.store import GB, Store, StoreKey, forward_rows
@@ -81,7 +89,7 @@ class Workspace:
         source = self.config.models[self.config.student]
         if isinstance(source, ScratchModel):
             return build_model(source.architecture, self.student_tokenizer, seed)
-        return load_model(folder) if init == "student" else random_model(folder, seed)
+        return load_model(folder, dtype=torch.float32) if init == "student" else random_model(folder, seed)
 
     def training_examples(self, arm: Arm) -> np.ndarray:
         """Numbers of the training examples that the arm's cells see."""
@@ -90,6 +98,10 @@ class Workspace:
         return np.flatnonzero(rank < (len(tasks) if arm.examples is None else arm.examples))
 
     # ------------------------------------------------------------ teachers
+    def teacher_model(self, teacher: str):
+        """A teacher on the device that its steps run on, held as its `load` says."""
+        return load_model(self.paths.model(teacher), device=resolve_device(self.config.train.device))
+
     def geometry(self, teacher: str) -> Geometry:
         """Heads and dimensions of teacher and student."""
         _, src_heads, src_dim = kv_geometry(load_config(self.paths.model(teacher)))
@@ -148,8 +160,8 @@ class Workspace:
     def _rows(self, arm: Arm, teacher: str, src: Encoding) -> RowSource:
         if self.config.store.mode == "stored":
             return StoredRows(self.store(teacher, arm.time.text), src.offsets)
-        folder = self.paths.model(teacher)
-        return LiveRows(load_model(folder), src, self.wanted_layers(teacher), load_tokenizer(folder).pad_token_id)
+        pad_id = load_tokenizer(self.paths.model(teacher)).pad_token_id
+        return LiveRows(self.teacher_model(teacher), src, self.wanted_layers(teacher), pad_id)
 
     def aligned_teacher(self, arm: Arm, teacher: str, seed: int = 0) -> AlignedTeacher:
         """A teacher's cache of the training split on the student's positions."""
@@ -233,10 +245,10 @@ class Workspace:
             store = self.store(teacher, "student")
             ids, logprobs = store.rows("top_ids"), store.rows("top_logprobs")
         else:
-            folder, top = self.paths.model(teacher), self.config.store.top_logits
-            key = StoreKey("live", "live", (), "student", "live", top, 0)
-            pad = load_tokenizer(folder).pad_token_id
-            found = forward_rows(load_model(folder), src, np.arange(len(src)), key, self.config.store.batch_size, pad)
+            key = StoreKey("live", "live", (), "student", "live", self.config.store.top_logits, 0)
+            pad = load_tokenizer(self.paths.model(teacher)).pad_token_id
+            model = self.teacher_model(teacher)
+            found = forward_rows(model, src, np.arange(len(src)), key, self.config.store.batch_size, pad)
             assert found.top_ids is not None and found.top_logprobs is not None
             ids, logprobs = found.top_ids, found.top_logprobs
         twins = torch.from_numpy(token_twins(load_tokenizer(self.paths.model(teacher)), self.student_tokenizer))

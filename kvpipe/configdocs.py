@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kvpipe.config import Arm, Config, json_schema
+import yaml
+
+from kvpipe.config import PRESETS, Arm, Config, json_schema
 
 INTRODUCTION = """\
 # Configuration
@@ -43,6 +45,29 @@ SETTINGS = """\
 What `set` may change, and the defaults that an arm without a base starts from. In the file these keys stand under
 `arms.<name>.set`.
 """
+PRESETS_TEXT = """\
+What `preset` fills in. `hub` and `rows` are keys of the source, `template` those of `data.template.tasks.<task>`,
+`evaluate` those of `evaluate.tasks.<task>`; a key that the configuration gives itself comes first (of `columns`, `split` and
+`remove`, each entry by itself). docs/evaluation.md says what the scorers do.
+"""
+
+
+class _OneLine(yaml.SafeDumper):
+    """Writes line ends inside a text as `\\n`."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None)
+
+
+_OneLine.add_representer(str, _text)
+
+
+def presets() -> Iterator[str]:
+    """Every preset as the YAML that it stands for."""
+    for name, preset in PRESETS.items():
+        text = yaml.dump(preset, Dumper=_OneLine, sort_keys=False, allow_unicode=True, width=1000)
+        yield f"#### `preset: {name}`\n\n```yaml\n{text}```\n"
 
 
 def readme() -> str:
@@ -58,6 +83,8 @@ def readme() -> str:
         if path != key:
             lines.append(ARMS if key == "arms" else node["description"] + "\n")
         lines += writer.sections(key, node, titled=path != key)
+        if key == "data":
+            lines += ["### Presets\n", PRESETS_TEXT, *presets()]
         if key == "arms":
             lines += ["### Settings of an arm\n", SETTINGS, *writer.table("", arm)]
             for setting, part in arm["properties"].items():

@@ -13,7 +13,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from kvpipe.config import Arm, Config, RandomModel
+from kvpipe.config import Arm, Config, HubModel, RandomModel
+
+LM_EVAL = ("lm_eval_tasks", "lm_eval_folder", "lm_eval_limit")
+"""Keys of `evaluate` that only the step `lm_eval` reads."""
 
 
 def digest(value: Any, length: int = 8) -> str:
@@ -62,6 +65,10 @@ class Paths:
     def items(self, arm: str, seed: int) -> Path:
         """Per-item scores of a cell."""
         return self.root / "evaluate" / arm / f"seed{seed}.parquet"
+
+    def lm_eval(self, arm: str, seed: int) -> Path:
+        """Scores of a cell by lm-evaluation-harness."""
+        return self.root / "lm_eval" / arm / f"seed{seed}.json"
 
     def teacher_quality(self, teacher: str) -> Path:
         """Per-item scores of a teacher."""
@@ -179,6 +186,8 @@ class Dag:
         out = model.model_dump()
         if out.get("source") == "local":
             out.pop("recipe", None)
+        if isinstance(model, HubModel) and (pinned := self.config.lock.get(model.pin)):
+            out["commit"] = pinned.commit
         if isinstance(model, RandomModel):
             out["like_model"] = self.model_source(model.like)
         return out
@@ -201,7 +210,9 @@ class Dag:
         return {"models": sorted(self.config.models), "lora": self.config.train.lora is not None}
 
     def _depends_data(self) -> dict:
-        return self.config.data.model_dump(exclude={"ngram", "template"})
+        # n-grams decide what is dropped; where they only refuse, the audit counts them again
+        unread = {"template"} if self.config.data.leakage == "drop" else {"template", "ngram"}
+        return self.config.data.model_dump(exclude=unread)
 
     def _depends_teacher_kv(self, teacher: str) -> dict:
         store = self.config.store.model_dump(exclude={"budget_gb", "batch_size", "mode"})
@@ -236,9 +247,14 @@ class Dag:
 
     def _depends_evaluate(self) -> dict:
         return {
-            "evaluate": self.config.evaluate.model_dump(exclude={"batch_size"}),
+            "evaluate": self.config.evaluate.model_dump(
+                exclude={"batch_size": True, "sandbox": {"workers"}, **dict.fromkeys(LM_EVAL, True)}
+            ),
             "template": self.config.data.template.model_dump(),
         }
+
+    def _depends_lm_eval(self) -> dict:
+        return self.config.evaluate.model_dump(include=set(LM_EVAL))
 
     def _depends_untrained(self) -> dict:
         return {**self._depends_evaluate(), "seed": self.config.seeds[0]}

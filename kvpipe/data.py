@@ -3,63 +3,90 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from kvpipe.config import DataConfig, EmbeddedData, FileData
+from kvpipe.config import DataConfig, EmbeddedData, FileData, HubData
 from kvpipe.corpus import generate
+from kvpipe.leakage import duplicates, leaks
+from kvpipe.mapping import to_record
 from kvpipe.records import SPLITS, Record, write_records
+from kvpipe.rows import read
+
+SOURCES = "sources.json"
 
 
 def build(config: DataConfig, out: Path) -> None:
-    """Write `train.parquet`, `validation.parquet` and `test.parquet` into `out`."""
+    """Write `train.parquet`, `validation.parquet` and `test.parquet` into `out`, and `sources.json`: where the records
+    come from, how many there are, and which were dropped.
+
+    Raises:
+        ValueError: a row that cannot become a record (names source and row), an id that occurs twice, or what
+            `data.duplicates` and `data.leakage` call errors. No split is written then.
+    """
+    splits: dict[str, list[Record]] = {}
+    origins: list[dict[str, Any]] = []
     for split in SPLITS:
-        records = [record for source in config.sources for record in _records(source, split, config)]
-        ids = pd.Series([record.id for record in records])
+        splits[split] = []
+        for source in config.sources:
+            records, origin = _records(source, split, config)
+            splits[split] += records
+            origins.append({"task": source.task, "split": split, **origin, "records": len(records)})
+        ids = pd.Series([record.id for record in splits[split]])
         if ids.duplicated().any():
             raise ValueError(f"data.sources: id {ids[ids.duplicated()].iloc[0]!r} occurs twice in split {split}")
-        write_records(out / f"{split}.parquet", records)
+    repeated = {split: duplicates(records) for split, records in splits.items()}
+    splits = {
+        split: _without(split, splits[split], repeated[split], "duplicates", config.duplicates) for split in SPLITS
+    }
+    # the test split stays as it is: what it has in common with the others is taken out of the others
+    shared = {split: leaks(splits["test"], splits[split], config.ngram) for split in ("train", "validation")}
+    for split, found in shared.items():
+        splits[split] = _without(split, splits[split], found, "leakage", config.leakage)
+    for split in SPLITS:
+        write_records(out / f"{split}.parquet", splits[split])
+    report = {
+        "sources": origins,
+        "duplicates": {"what": config.duplicates, "found": repeated},
+        "leakage": {"what": config.leakage, "ngram": config.ngram, "found": shared},
+        "records": {split: dict(Counter(record.task for record in records)) for split, records in splits.items()},
+    }
+    (out / SOURCES).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-def _records(source: EmbeddedData | FileData, split: str, config: DataConfig) -> list[Record]:
-    if isinstance(source, EmbeddedData):
-        return generate(source.task, split, getattr(source, split), source.difficulty, config.seed)
-    return _read_file(source, split)
-
-
-def _read_file(source: FileData, split: str) -> list[Record]:
-    path = Path(getattr(source, split))
-    if not path.is_file():
-        raise FileNotFoundError(f"data.sources ({source.task}): {split} file {path} does not exist")
-    if path.suffix == ".parquet":
-        rows = pd.read_parquet(path).to_dict("records")
-    else:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        rows = []
-        for number, line in enumerate(lines, start=1):
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not valid JSON: {error}") from None
-    records = []
-    for number, row in enumerate(rows, start=1):
-        values = {}
-        for field, column in source.columns.items():
-            if column not in row:
-                raise ValueError(f"{path}, row {number}: no column {column!r} for {field} (has {sorted(row)})")
-            values[field] = row[column]
-        for field in ("prompt", "answer"):
-            if not str(values.get(field) or "").strip():
-                raise ValueError(f"{path}, row {number}: {field} is empty")
-        records.append(
-            Record(
-                id=str(values.get("id") or f"{source.task}-{split}-{number - 1:05d}"),
-                task=source.task,
-                prompt=str(values["prompt"]),
-                reasoning=str(values.get("reasoning") or ""),
-                answer=str(values["answer"]),
-                teacher_reasoning=str(values["teacher_reasoning"]) if values.get("teacher_reasoning") else None,
-            )
+def _without(split: str, records: list[Record], found: list[tuple[str, str]], key: str, what: str) -> list[Record]:
+    """The records without those that were found, if they are to be dropped."""
+    shown = ", ".join(f"{name} ({why})" for name, why in found[:3])
+    if found and what == "error":
+        raise ValueError(
+            f"data.{key}: {len(found)} of {len(records)} records in split {split}, e.g. {shown}; mend the sources or "
+            f"set data.{key}: drop"
         )
-    return records
+    if what != "drop":
+        return records
+    dropped = {name for name, _ in found}
+    kept = [record for record in records if record.id not in dropped]
+    for task in {record.task for record in records} - {record.task for record in kept}:
+        raise ValueError(
+            f"data.{key}: drop leaves no record of task {task} in split {split} (e.g. {shown}); is there a text that all "
+            f"prompts have in common? Put it into data.template"
+        )
+    return kept
+
+
+def _records(
+    source: EmbeddedData | FileData | HubData, split: str, config: DataConfig
+) -> tuple[list[Record], dict[str, Any]]:
+    if isinstance(source, EmbeddedData):
+        return generate(source.task, split, getattr(source, split), source.difficulty, config.seed), {}
+    found = read(source, split)
+    records = []
+    for number, row in enumerate(found.rows, start=1):
+        try:
+            records.append(to_record(row, source, f"{source.task}-{split}-{number - 1:05d}"))
+        except ValueError as error:
+            raise ValueError(f"{found.name}, row {number}: {error}") from None
+    return records, found.origin

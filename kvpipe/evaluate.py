@@ -2,88 +2,140 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
-import torch
 
 from kvpipe.answers import extract, is_correct
+from kvpipe.choices import choice_nll, chosen
 from kvpipe.config import EvaluateConfig, Template
 from kvpipe.encoding import encode_records
-from kvpipe.likelihood import score, scoring_batches
+from kvpipe.generate import context_length, generate
+from kvpipe.likelihood import Scores, score, score_long, scoring_batches
 from kvpipe.models import load_model, load_tokenizer
 from kvpipe.records import Record, render
-from kvpipe.tokens import encode
+from kvpipe.sandbox import Outcome, run_all
 
 
 def evaluate(
-    folder: Path, records: list[Record], template: Template, config: EvaluateConfig, device: str
+    folder: Path, records: list[Record], template: Template, config: EvaluateConfig, device: str, log: Callable = print
 ) -> pd.DataFrame:
     """Scores of the model in a folder; see `evaluate_model`."""
-    return evaluate_model(load_model(folder, device=device), load_tokenizer(folder), records, template, config)
+    return evaluate_model(load_model(folder, device=device), load_tokenizer(folder), records, template, config, log)
 
 
-def evaluate_model(model, tokenizer, records: list[Record], template: Template, config: EvaluateConfig) -> pd.DataFrame:
+@dataclass
+class Verdict:
+    """What the scorer of an item's task found. `correct` is None where answers are not scored."""
+
+    correct: bool | None = None
+    prediction: str | None = None
+    text: str | None = None
+    choice_nll: list[float] | None = None
+    outcome: Outcome | None = None
+
+
+def evaluate_model(
+    model, tokenizer, records: list[Record], template: Template, config: EvaluateConfig, log: Callable = print
+) -> pd.DataFrame:
     """One row per record.
 
-    Columns: id, task, nll (nats, reasoning + answer), tokens, bytes, nll_all, tokens_all, bytes_all (all text), correct,
-    prediction (the extracted answer or None), reference, text (what was generated).
+    Columns: id, task, nll (nats, reasoning + answer), tokens, bytes, nll_all, tokens_all, bytes_all (all text), correct
+    (None under scorer none), prediction (the extracted answer, the chosen choice, or None), reference, text (what was
+    generated). Where a task is multiple choice: choice_nll (nats of each choice); where one is code: outcome (passed, failed,
+    timeout or killed) and outcome_detail.
     """
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    scores = likelihoods(model, tokenizer, records, template, config, pad)
+    verdicts = [Verdict() for _ in records]
+    _generate(model, tokenizer, records, template, config, verdicts)
+    _choose(model, tokenizer, records, template, config, verdicts, pad)
+    _run(records, config, verdicts, log)
+    columns = {
+        "id": [record.id for record in records],
+        "task": [record.task for record in records],
+        "nll": scores.nll,
+        "tokens": scores.tokens,
+        "bytes": scores.bytes,
+        "nll_all": scores.nll_all,
+        "tokens_all": scores.tokens_all,
+        "bytes_all": scores.bytes_all,
+        "correct": [verdict.correct for verdict in verdicts],
+        "prediction": [verdict.prediction for verdict in verdicts],
+        "reference": [record.answer for record in records],
+        "text": [verdict.text for verdict in verdicts],
+    }
+    if any(verdict.choice_nll is not None for verdict in verdicts):
+        columns["choice_nll"] = [verdict.choice_nll for verdict in verdicts]
+    if any(verdict.outcome is not None for verdict in verdicts):
+        columns["outcome"] = [verdict.outcome and verdict.outcome.status for verdict in verdicts]
+        columns["outcome_detail"] = [verdict.outcome and verdict.outcome.detail for verdict in verdicts]
+    return pd.DataFrame(columns)
+
+
+def likelihoods(model, tokenizer, records, template: Template, config: EvaluateConfig, pad: int) -> Scores:
+    """Nats of every record; texts longer than the window of their task are read in windows."""
     encoding = encode_records(records, tokenizer, template)
-    scores = score(model, encoding, scoring_batches(encoding, tokenizer.pad_token_id, config.batch_size))
-    texts = generate(model, tokenizer, [render(record, template).prompt for record in records], config)
-    predictions = [extract(text, config) for text in texts]
-    return pd.DataFrame(
-        {
-            "id": [record.id for record in records],
-            "task": [record.task for record in records],
-            "nll": scores.nll,
-            "tokens": scores.tokens,
-            "bytes": scores.bytes,
-            "nll_all": scores.nll_all,
-            "tokens_all": scores.tokens_all,
-            "bytes_all": scores.bytes_all,
-            "correct": [is_correct(p, r.answer, config) for p, r in zip(predictions, records, strict=True)],
-            "prediction": predictions,
-            "reference": [record.answer for record in records],
-            "text": texts,
-        }
-    )
+    reads = context_length(model)
+    windows = [config.of(record.task).window or reads for record in records]
+    fits = np.array([window is None or n <= window for n, window in zip(encoding.lengths, windows, strict=True)], bool)
+    scores = score(model, encoding, scoring_batches(encoding, pad, config.batch_size, np.flatnonzero(fits)))
+    for example in np.flatnonzero(~fits):
+        window = windows[example]
+        assert window is not None
+        stride = config.of(records[example].task).stride or max(1, window // 2)
+        score_long(model, encoding, scores, int(example), window, stride)
+    return scores
 
 
-@torch.no_grad()
-def generate(model, tokenizer, prompts: list[str], config: EvaluateConfig) -> list[str]:
-    """Greedy continuations, batched by length with left padding, cut at the end of text or the first stop string."""
-    device = next(model.parameters()).device
-    encoded = [encode(tokenizer, prompt).ids for prompt in prompts]
-    # a template that appends an end-of-text token would end the text before it begins
-    encoded = [ids[:-1] if len(ids) and int(ids[-1]) == tokenizer.eos_token_id else ids for ids in encoded]
-    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
-    texts = [""] * len(prompts)
-    for start in range(0, len(order), config.batch_size):
-        members = order[start : start + config.batch_size]
-        longest = max(len(encoded[i]) for i in members)
-        ids = torch.full((len(members), longest), tokenizer.pad_token_id)
-        mask = torch.zeros(len(members), longest, dtype=torch.long)
-        for row, i in enumerate(members):
-            ids[row, longest - len(encoded[i]) :] = encoded[i]
-            mask[row, longest - len(encoded[i]) :] = 1
-        out = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            max_new_tokens=config.max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-        for i, row in zip(members, out[:, longest:], strict=True):
-            text = tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            texts[i] = cut(text, config.stop)
-    return texts
+def _of(records: list[Record], config: EvaluateConfig, *scorers: str) -> list[int]:
+    return [i for i, record in enumerate(records) if config.of(record.task).scorer in scorers]
 
 
-def cut(text: str, stop: list[str]) -> str:
-    """The text up to and including the first stop string."""
-    ends = [text.index(string) + len(string) for string in stop if string in text]
-    return text[: min(ends)] if ends else text
+def _generate(model, tokenizer, records, template, config: EvaluateConfig, verdicts: list[Verdict]) -> None:
+    """Texts and the answers in them. Tasks that generate alike are batched together."""
+    alike: dict[tuple, list[int]] = {}
+    for i in _of(records, config, "exact", "number", "math", "code"):
+        scoring = config.of(records[i].task)
+        alike.setdefault((scoring.max_new_tokens, *scoring.stop), []).append(i)
+    for members in alike.values():
+        prompts = [render(records[i], template).prompt for i in members]
+        texts = generate(model, tokenizer, prompts, config.of(records[members[0]].task), config.batch_size)
+        for i, text in zip(members, texts, strict=True):
+            scoring, verdict = config.of(records[i].task), verdicts[i]
+            verdict.text, verdict.prediction = text, extract(text, scoring)
+            verdict.correct = is_correct(verdict.prediction, records[i].answer, scoring)
+
+
+def _choose(model, tokenizer, records, template, config, verdicts: list[Verdict], pad: int) -> None:
+    """The likeliest of the choices."""
+    members = _of(records, config, "choice")
+    found = choice_nll(model, tokenizer, [records[i] for i in members], template, pad, config.batch_size)
+    for i, nll in zip(members, found, strict=True):
+        record, verdict = records[i], verdicts[i]
+        verdict.choice_nll, verdict.prediction = nll, chosen(nll, record.choices, config.of(record.task).choice_by)
+        verdict.correct = verdict.prediction == record.answer
+
+
+def _run(records, config: EvaluateConfig, verdicts: list[Verdict], log: Callable) -> None:
+    """The tests of generated programs."""
+    members = _of(records, config, "code")
+    for i in members:
+        if records[i].tests is None:
+            raise ValueError(f"record {records[i].id!r} has no tests, which evaluate.…scorer: code needs")
+    if not members:
+        return
+    programs = [program(config.of(records[i].task).program, records[i], verdicts[i].prediction) for i in members]
+    outcomes = run_all(programs, config.sandbox, log)
+    for i, outcome in zip(members, outcomes, strict=True):
+        verdicts[i].outcome, verdicts[i].correct = outcome, outcome.status == "passed"
+
+
+def program(template: str, record: Record, answer: str | None) -> str:
+    """What is run: the template with the record's prompt and tests and the answer in it."""
+    parts = {"prompt": record.prompt, "tests": record.tests or "", "answer": answer or ""}
+    return re.sub(r"\{(prompt|tests|answer)\}", lambda match: parts[match[1]], template)

@@ -12,6 +12,9 @@ from kvpipe.batches import IGNORE, Batch, collate
 from kvpipe.encoding import Encoding
 from kvpipe.losses import token_nll
 
+CHUNK = 1024
+"""Tokens of a window that are read at once."""
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -29,9 +32,13 @@ class Scores:
         return float(self.nll.sum() / self.tokens.sum())
 
 
-def scoring_batches(encoding: Encoding, pad_id: int, batch_size: int) -> list[Batch]:
-    """Every example once, sorted by length, with labels on tokens that have bytes."""
+def scoring_batches(
+    encoding: Encoding, pad_id: int, batch_size: int, examples: Int64[np.ndarray, "example"] | None = None
+) -> list[Batch]:
+    """Every example (or those given) once, sorted by length, with labels on tokens that have bytes."""
     order = np.argsort(encoding.lengths, kind="stable")
+    if examples is not None:
+        order = order[np.isin(order, examples)]
     batches = []
     for start in range(0, len(order), batch_size):
         batch = collate(encoding, order[start : start + batch_size], pad_id)
@@ -48,9 +55,7 @@ def score(model, encoding: Encoding, batches: list[Batch]) -> Scores:
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    count = len(encoding)
-    nll, nll_all = np.zeros(count), np.zeros(count)
-    tokens, tokens_all = np.zeros(count, np.int64), np.zeros(count, np.int64)
+    scores = empty_scores(encoding)
     for batch in batches:
         moved = batch.to(device)
         logits = model(input_ids=moved.input_ids, attention_mask=moved.attention_mask, use_cache=False).logits
@@ -59,12 +64,68 @@ def score(model, encoding: Encoding, batches: list[Batch]) -> Scores:
         counted[:, 0] = False  # nothing predicts the first token
         starts = torch.from_numpy(encoding.segments[batch.examples, 0, 1])
         completion = counted & (torch.arange(losses.shape[1])[None] >= starts[:, None])
-        for out, mask in ((nll, completion), (nll_all, counted)):
+        for out, mask in ((scores.nll, completion), (scores.nll_all, counted)):
             out[batch.examples] = (losses * mask).sum(1).numpy()
-        for out_count, mask in ((tokens, completion), (tokens_all, counted)):
+        for out_count, mask in ((scores.tokens, completion), (scores.tokens_all, counted)):
             out_count[batch.examples] = mask.sum(1).numpy()
     model.train(training)
+    return scores
+
+
+def empty_scores(encoding: Encoding) -> Scores:
+    """Scores with the bytes of every example, and nothing predicted yet."""
+    count = len(encoding)
     ends = encoding.byte_segments[:, -1, 1]
     # bytes that the first token spells are not predicted and not counted
-    first = np.array([encoding.spans[encoding.rows(e)][0, 1] for e in range(count)])
-    return Scores(nll, tokens, ends - encoding.byte_segments[:, 0, 1], nll_all, tokens_all, ends - first)
+    first = np.array([encoding.spans[encoding.rows(e)][0, 1] for e in range(count)], dtype=np.int64)
+    starts = np.maximum(encoding.byte_segments[:, 0, 1], first)
+    floats, integers = np.zeros((2, count)), np.zeros((2, count), np.int64)
+    return Scores(floats[0], integers[0], ends - starts, floats[1], integers[1], ends - first)
+
+
+@torch.no_grad()
+def windowed_nll(
+    model, ids: Int64[np.ndarray, "time"], window: int, stride: int, chunk: int = CHUNK
+) -> Float64[np.ndarray, "time"]:
+    """Nats of every token of a text longer than the model reads; 0 for the first, which nothing predicts.
+
+    Window k reads the tokens from k · stride to k · stride + window. A token is predicted in the first window that reads
+    all before it from the window's start: every token once, from at least min(its position, window − stride + 1) tokens.
+    A window is read in chunks on a KV cache, so that logits of one chunk are all that is held of them.
+
+    Raises:
+        ValueError: no 1 ≤ stride ≤ window.
+    """
+    if not 1 <= stride <= window:
+        raise ValueError(f"a stride of {stride} needs a window of at least as much, got {window}")
+    device = next(model.parameters()).device
+    tokens = torch.from_numpy(ids).to(device)
+    out = np.zeros(len(ids))
+    scored = 0  # the last token that has been predicted
+    for start in range(0, len(ids), stride):
+        stop, cache = min(start + window, len(ids) - 1), None
+        for first in range(start, stop, chunk):
+            last = min(first + chunk, stop)
+            result = model(input_ids=tokens[None, first:last], past_key_values=cache, use_cache=True)
+            cache = result.past_key_values
+            new = max(first, scored)
+            if new < last:
+                nll = torch.nn.functional.cross_entropy(
+                    result.logits[0, new - first :].float(), tokens[new + 1 : last + 1], reduction="none"
+                )
+                out[new + 1 : last + 1] = nll.double().cpu().numpy()
+        scored = stop
+        if stop == len(ids) - 1:
+            break
+    return out
+
+
+def score_long(model, encoding: Encoding, scores: Scores, example: int, window: int, stride: int) -> None:
+    """Enter the scores of one long example, read in windows; its place in `scores` is empty before."""
+    rows = encoding.rows(example)
+    nll = windowed_nll(model, encoding.ids[rows], window, stride)
+    counted = encoding.spans[rows, 1] > encoding.spans[rows, 0]
+    counted[0] = False
+    completion = counted & (np.arange(len(nll)) >= encoding.segments[example, 0, 1])
+    scores.nll[example], scores.nll_all[example] = nll[completion].sum(), nll[counted].sum()
+    scores.tokens[example], scores.tokens_all[example] = completion.sum(), counted.sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Iterable
@@ -15,7 +16,8 @@ from tokenizers import models as tokenizer_models
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from kvpipe.config import TokenizerRecipe
+from kvpipe.config import Loading, TokenizerRecipe
+from kvpipe.provenance import digest_of
 
 # bars of "loading weights" say nothing in a log file; problems are raised, not logged
 transformers_logging.disable_progress_bar()
@@ -23,7 +25,7 @@ transformers_logging.set_verbosity_error()
 
 END, PAD, BEGIN, UNKNOWN = "<|endoftext|>", "<|pad|>", "<s>", "<unk>"
 MANIFEST = "MANIFEST.json"
-HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COPY_LIMIT = 1 << 30
 """Local folders below this many bytes are copied; larger ones are linked."""
 
@@ -126,23 +128,92 @@ def _metaspace_bpe(recipe: TokenizerRecipe, texts: Iterable[str]) -> PreTrainedT
 
 
 # ---------------------------------------------------------------- folders
+def recorded(folder: Path) -> dict[str, Any]:
+    """What the folder's manifest says of its source and of loading it; empty where there is no manifest."""
+    path = folder / MANIFEST
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _trusted(folder: Path) -> bool:
+    """Whether the configuration allows code from the repository to run."""
+    return bool(recorded(folder).get("trust_remote_code", False))
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder; it must be a fast one, since spans come from it."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=_trusted(folder))
     if not tokenizer.is_fast:
         raise ValueError(f"{folder}: only a slow tokenizer is there; kvpipe needs tokenizer.json for byte spans")
+    if tokenizer.pad_token_id is None:  # as Llama-3 ships; padding is masked, any token will do
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def load_config(folder: Path) -> Any:
     """The transformers config of a model folder."""
-    return AutoConfig.from_pretrained(folder)
+    return AutoConfig.from_pretrained(folder, trust_remote_code=_trusted(folder))
 
 
-def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
-    """The model of a folder in evaluation mode. Weights come from safetensors only."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-    return model.to(device).eval()  # type: ignore[arg-type]
+def resolve_device(setting: str) -> str:
+    """`train.device` as a device: `auto` is the accelerator where there is one."""
+    if setting != "auto":
+        return setting
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_model(folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> PreTrainedModel:
+    """The model of a folder in evaluation mode. Weights come from safetensors only.
+
+    Args:
+        folder: a model folder; its manifest says how to hold the model (`models.<name>.load`).
+        dtype: instead of what the manifest says; float32 where it says nothing.
+        device: where to, unless the manifest says that the layers are spread over all devices.
+
+    Raises:
+        ModuleNotFoundError: 8 or 4 bit is asked for and bitsandbytes is not installed.
+        RuntimeError: the layers do not fit into the devices together.
+    """
+    load = Loading.model_validate(recorded(folder).get("load", {}))
+    options: dict[str, Any] = {"trust_remote_code": _trusted(folder)}
+    if load.quantize != "none":
+        options["quantization_config"] = _quantization(folder, load)
+    if load.sharded or load.quantize != "none":
+        options["device_map"] = "auto" if load.sharded else {"": device}
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype or DTYPES[load.dtype], use_safetensors=True, **options
+    )
+    if "device_map" not in options:
+        return model.to(device).eval()  # type: ignore[arg-type]
+    check_placement(folder, getattr(model, "hf_device_map", {}))
+    return model.eval()
+
+
+def check_placement(folder: Path, places: dict[str, Any]) -> None:
+    """Refuse a device map that leaves layers on disk, or on the CPU beside accelerators: hours instead of minutes.
+
+    Raises:
+        RuntimeError: names the layers and what to do.
+    """
+    accelerated = any(place not in ("cpu", "disk") for place in map(str, places.values()))
+    left = [module for module, place in places.items() if place == "disk" or (place == "cpu" and accelerated)]
+    if left:
+        raise RuntimeError(
+            f"{folder}: {len(left)} of {len(places)} parts do not fit into the devices ({', '.join(left[:3])} …). Give "
+            "the job more devices, or set models.<name>.load.quantize: int8 or int4"
+        )
+
+
+def _quantization(folder: Path, load: Loading) -> Any:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModuleNotFoundError(
+            f"{folder}: load.quantize {load.quantize} needs the package bitsandbytes, which is not installed: pip install "
+            "bitsandbytes, or set models.<name>.load.quantize: none"
+        )
+    from transformers import BitsAndBytesConfig
+
+    if load.quantize == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[load.dtype])
 
 
 def build_model(architecture: dict[str, Any], tokenizer: Any, seed: int) -> PreTrainedModel:
@@ -167,10 +238,10 @@ def build_model(architecture: dict[str, Any], tokenizer: Any, seed: int) -> PreT
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
-def random_model(folder: Path, seed: int) -> PreTrainedModel:
+def random_model(folder: Path, seed: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The architecture of a model folder with weights drawn by a seed."""
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(load_config(folder), dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_config(load_config(folder), dtype=dtype).eval()
 
 
 def has_weights(folder: Path) -> bool:
@@ -178,22 +249,20 @@ def has_weights(folder: Path) -> bool:
     return any(folder.glob("*.safetensors"))
 
 
-def write_manifest(folder: Path, source: dict[str, Any]) -> None:
-    """`MANIFEST.json`: sha256 of every file and where they came from. The DAG's edge: it changes when a file does."""
+def write_manifest(folder: Path, source: dict[str, Any], **how: Any) -> None:
+    """`MANIFEST.json`: sha256 of every file and where they came from. The DAG's edge: it changes when a file does.
+
+    Args:
+        folder: the model's.
+        source: where it came from.
+        how: how it is to be loaded (`load`, `trust_remote_code`), as `load_model` reads it.
+    """
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != MANIFEST:
-            with path.open("rb") as handle:
-                files[path.relative_to(folder).as_posix()] = _digest(handle)
-    text = json.dumps({"source": source, "files": files}, indent=2, sort_keys=True)
+            files[path.relative_to(folder).as_posix()] = digest_of(path, "sha256").removeprefix("sha256:")
+    text = json.dumps({"source": source, "files": files, **how}, indent=2, sort_keys=True)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
-
-
-def _digest(handle) -> str:
-    digest = sha256()
-    while block := handle.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def manifest_hash(folder: Path) -> str:
@@ -205,7 +274,12 @@ def fetch_local(path: Path, out: Path) -> dict[str, Any]:
     """Copy (or, above `COPY_LIMIT`, link) a model folder; returns the manifest's `source`."""
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"models: {path} is not a model folder: it has no config.json")
-    files = [p for p in sorted(path.iterdir()) if p.is_file() and p.name != MANIFEST]
+    link_folder([p for p in sorted(path.iterdir()) if p.is_file() and p.name != MANIFEST], out)
+    return {"source": "local", "path": path.as_posix()}
+
+
+def link_folder(files: list[Path], out: Path) -> None:
+    """Copy files into a folder; above `COPY_LIMIT` together they are linked instead."""
     link = sum(p.stat().st_size for p in files) > COPY_LIMIT
     for file in files:
         target = out / file.name
@@ -214,21 +288,11 @@ def fetch_local(path: Path, out: Path) -> dict[str, Any]:
             target.symlink_to(file.resolve())
         else:
             shutil.copyfile(file, target)
-    return {"source": "local", "path": path.as_posix()}
-
-
-def fetch_hub(repo: str, revision: str, out: Path) -> dict[str, Any]:
-    """Download a repository's safetensors, config and tokenizer files at one resolved commit."""
-    from huggingface_hub import HfApi, snapshot_download
-
-    commit = HfApi().model_info(repo, revision=revision).sha
-    snapshot_download(repo, revision=commit, local_dir=out, allow_patterns=HUB_PATTERNS)
-    shutil.rmtree(out / ".cache", ignore_errors=True)
-    return {"source": "hub", "repo": repo, "revision": revision, "commit": commit}
 
 
 def randomise(folder: Path, out: Path, seed: int) -> dict[str, Any]:
     """A model with the config and tokenizer of `folder` and random weights."""
-    random_model(folder, seed).save_pretrained(out)
+    dtype = DTYPES[Loading.model_validate(recorded(folder).get("load", {})).dtype]
+    random_model(folder, seed, dtype).save_pretrained(out)
     load_tokenizer(folder).save_pretrained(out)
     return {"source": "random", "like": folder.name, "like_manifest": manifest_hash(folder), "seed": seed}

@@ -7,15 +7,15 @@ import os
 import platform
 import subprocess
 from functools import cache
-from hashlib import sha256
+from hashlib import sha1, sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 PACKAGE = Path(__file__).parent
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "scipy", "pandas", "snakemake")
-UNHASHED = {"kvpipe.config", "kvpipe.dag", "kvpipe.provenance", "kvpipe.__main__", "kvpipe"}
-"""Modules whose effect on a step is in its configuration params already."""
+UNHASHED = {"kvpipe.config", "kvpipe.dag", "kvpipe.provenance", "kvpipe.card", "kvpipe.__main__", "kvpipe"}
+"""Modules whose effect on a step is in its configuration params already, or that only write words beside its result."""
 
 
 def describe(**more: Any) -> dict[str, Any]:
@@ -53,6 +53,16 @@ def git_commit() -> str | None:
     except FileNotFoundError:
         return os.environ.get("KVPIPE_GIT_COMMIT")
     return commit.stdout.strip() + ("+changes" if dirty else "")
+
+
+# ---------------------------------------------------------------- hashes of files
+def digest_of(path: Path, kind: str) -> str:
+    """`kind:hex` of a file's content, `sha256` or `git` (SHA-1 of a git blob)."""
+    found = sha256() if kind == "sha256" else sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    with path.open("rb") as handle:
+        while block := handle.read(1 << 20):
+            found.update(block)
+    return f"{kind}:{found.hexdigest()}"
 
 
 # ---------------------------------------------------------------- code hashes

@@ -14,12 +14,18 @@ from kvpipe.config import Template
 from kvpipe.segments import Segmented
 
 SPLITS = ("train", "validation", "test")
+OPTIONAL = ("tests", "choices")
+"""Fields that few data sets have."""
 Reading = Literal["student", "own"]
 
 
 @dataclass(frozen=True)
 class Record:
-    """One example. `teacher_reasoning` is the teacher's own, longer working for the same answer, or None."""
+    """One example.
+
+    `teacher_reasoning` is the teacher's own, longer working for the same answer; `tests` is code that a program must
+    pass; `choices` are the answers to choose from, `answer` among them. Plain text is all `reasoning`.
+    """
 
     id: str
     task: str
@@ -27,10 +33,13 @@ class Record:
     reasoning: str
     answer: str
     teacher_reasoning: str | None = None
+    tests: str | None = None
+    choices: tuple[str, ...] | None = None
 
     def content_hash(self) -> str:
-        """Hash of what the example asks and answers, whatever its id."""
-        return sha256("\x1f".join((self.task, self.prompt, self.answer)).encode()).hexdigest()
+        """Hash of what the example asks and answers (of plain text: of the text), whatever its id."""
+        parts = (self.task, self.prompt, self.answer)
+        return sha256("\x1f".join(parts if any(parts[1:]) else (*parts, self.reasoning)).encode()).hexdigest()
 
 
 def render(record: Record, template: Template, reading: Reading = "student") -> Segmented:
@@ -39,7 +48,7 @@ def render(record: Record, template: Template, reading: Reading = "student") -> 
     Raises:
         ValueError: the record has no `teacher_reasoning` and `reading` is `own`.
     """
-    reasoning = record.reasoning
+    reasoning, template_of = record.reasoning, template.of(record.task)
     if reading == "own":
         if record.teacher_reasoning is None:
             raise ValueError(
@@ -48,19 +57,28 @@ def render(record: Record, template: Template, reading: Reading = "student") -> 
             )
         reasoning = record.teacher_reasoning
     return Segmented(
-        prompt=template.prompt.format(prompt=record.prompt),
-        reasoning=template.reasoning.format(reasoning=reasoning) if reasoning else "",
-        answer=template.answer.format(answer=record.answer),
+        prompt=template_of.prompt.format(prompt=record.prompt),
+        reasoning=template_of.reasoning.format(reasoning=reasoning) if reasoning else "",
+        answer=template_of.answer.format(answer=record.answer),
     )
 
 
-SCHEMA = pa.schema([pa.field(f.name, pa.string(), nullable=f.name == "teacher_reasoning") for f in fields(Record)])
+TYPES = {"choices": pa.list_(pa.string())}
+SCHEMA = pa.schema(
+    [
+        pa.field(f.name, TYPES.get(f.name, pa.string()), nullable=f.name in ("teacher_reasoning", *OPTIONAL))
+        for f in fields(Record)
+    ]
+)
 
 
 def write_records(path: Path, records: list[Record]) -> None:
-    """Write records to one Parquet file."""
+    """Write records to one Parquet file; columns of `OPTIONAL` only where a record has them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist([asdict(r) for r in records], schema=SCHEMA), path)
+    unused = [name for name in OPTIONAL if all(getattr(record, name) is None for record in records)]
+    schema = pa.schema([column for column in SCHEMA if column.name not in unused])
+    rows = [{name: value for name, value in asdict(record).items() if name not in unused} for record in records]
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
 
 
 def read_records(path: Path) -> list[Record]:
@@ -70,7 +88,8 @@ def read_records(path: Path) -> list[Record]:
         ValueError: a column is missing; names the file and the column.
     """
     table = pq.read_table(path)
-    missing = [name for name in SCHEMA.names if name not in table.column_names]
+    missing = [name for name in SCHEMA.names if name not in (*table.column_names, *OPTIONAL)]
     if missing:
         raise ValueError(f"{path}: column(s) {missing} missing (has {table.column_names})")
-    return [Record(**row) for row in table.select(SCHEMA.names).to_pylist()]
+    rows = table.select([name for name in SCHEMA.names if name in table.column_names]).to_pylist()
+    return [Record(**{**row, "choices": tuple(row["choices"]) if row.get("choices") else None}) for row in rows]

@@ -33,6 +33,8 @@ VERSION = 1
 INDEX = "index.json"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 GB = 1e9
+PIECE = 1 << 28
+"""Logits that are looked at side by side: 1 GB in float32."""
 
 
 # ---------------------------------------------------------------- storage types
@@ -215,12 +217,31 @@ def forward_rows(
             for target, tensor in ((out.keys, kv.keys), (out.values, kv.values)):
                 picked = rearrange(tensor[list(key.layers)], "layer batch head time dim -> batch time layer head dim")
                 target[rows] = picked[valid].float().cpu()
-            out.nll[rows] = token_nll(logits, batch.labels)[valid].cpu()
+            nll, ids, logprobs = _next_tokens(logits, batch.labels, top)
+            out.nll[rows] = nll[valid].cpu()
             if out.top_ids is not None and out.top_logprobs is not None:
-                logprobs, ids = logits.float().log_softmax(-1).topk(top, dim=-1)
                 out.top_ids[rows] = ids[valid].int().cpu()
                 out.top_logprobs[rows] = logprobs[valid].half().cpu()
     return out
+
+
+def _next_tokens(
+    logits: Float[Tensor, "batch time vocab"], labels: Int64[Tensor, "batch time"], top: int
+) -> tuple[Float[Tensor, "batch time"], Int64[Tensor, "batch time top"], Float[Tensor, "batch time top"]]:
+    """Nats of every token, and the `top` most likely next ones: ids and log-probabilities.
+
+    Piece by piece over time: in float32 the logits of 32K positions and 152k tokens are 20 GB, each copy again.
+    """
+    nll, ids, logprobs = [], [], []
+    size = max(1, PIECE // (logits.shape[0] * logits.shape[2]))
+    for start in range(0, logits.shape[1], size):
+        first = max(0, start - 1)  # a token is scored by the position before it
+        stop = start + size
+        nll.append(token_nll(logits[:, first:stop], labels[:, first:stop])[:, start - first :])
+        best = logits[:, start:stop].float().log_softmax(-1).topk(top, dim=-1) if top else None
+        ids.append(best.indices if best else labels.new_zeros(*nll[-1].shape, 0))
+        logprobs.append(best.values if best else nll[-1].new_zeros(*nll[-1].shape, 0))
+    return torch.cat(nll, 1), torch.cat(ids, 1), torch.cat(logprobs, 1)
 
 
 def write_index(folder: Path, key: StoreKey, shards: list[Path]) -> None:

@@ -21,11 +21,12 @@ from kvpipe.stats import (
 
 ALL = "all"
 UNTRAINED = "untrained"
+ACCURACY = "accuracy"
 ITEM_METRICS: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
     # the mean over items of these is the ratio of sums over a task: nats per byte of text, not the mean of ratios
     "bits_per_byte": lambda d: d.nll / np.log(2) / d.bytes.mean(),
     "log_perplexity": lambda d: d.nll / d.tokens.mean(),
-    "accuracy": lambda d: d.correct.astype(float),
+    ACCURACY: lambda d: d.correct.astype(float),
     "bits_per_byte_all_text": lambda d: d.nll_all / np.log(2) / d.bytes_all.mean(),
     "log_perplexity_all_text": lambda d: d.nll_all / d.tokens_all.mean(),
 }
@@ -95,7 +96,7 @@ def arm_table(dag: Dag, paths: Paths, arm: str) -> pd.DataFrame:
         cost = json.loads((paths.cell(arm, seed) / "cost.json").read_text(encoding="utf-8"))
         curve = read_curve(paths, arm, seed)
         per_task = {task: {m: f(d).mean() for m, f in ITEM_METRICS.items()} for task, d in items.groupby("task")}
-        macro = {m: float(np.mean([values[m] for values in per_task.values()])) for m in ITEM_METRICS}
+        macro = {m: _macro([values[m] for values in per_task.values()]) for m in ITEM_METRICS}
         for task, values in [*sorted(per_task.items()), (ALL, macro)]:
             rows.append(
                 {
@@ -113,6 +114,12 @@ def arm_table(dag: Dag, paths: Paths, arm: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _macro(means: list[float]) -> float:
+    """The mean over the tasks that have the metric: plain text, for one, has no accuracy."""
+    found = [mean for mean in means if not np.isnan(mean)]
+    return float(np.mean(found)) if found else float("nan")
+
+
 # ---------------------------------------------------------------- score matrices
 class Scores:
     """Per metric and task, every arm's matrix (seed, item); NaN where a cell is missing."""
@@ -128,6 +135,9 @@ class Scores:
         for arm, data in items.items():
             _check_items(arm, data, ids)
         self.tasks = sorted(ids.unique())
+        # answers of a task are scored in all cells or in none
+        scored = {task: any(d.correct[d.task == task].notna().any() for d in present) for task in self.tasks}
+        self.measured = {m: [t for t in self.tasks if m != ACCURACY or scored[t]] for m in ITEM_METRICS}
         self.matrices: dict[tuple[str, str, str], np.ndarray] = {}
         for arm, data in items.items():
             for task in self.tasks:
@@ -169,7 +179,7 @@ class Scores:
         """Matrices whose means are averaged: the task's, or all tasks' for the macro average."""
         if (arm, metric, task) in self.matrices:
             return [self.matrices[arm, metric, task]]
-        return [self.matrices[arm, metric, one] for one in self.tasks]
+        return [self.matrices[arm, metric, one] for one in self.measured[metric]]
 
     def matrix(self, arm: str, metric: str, task: str) -> np.ndarray:
         """One matrix whose mean is the metric: tasks side by side, weighted so that each counts alike."""
@@ -192,7 +202,8 @@ def _check_items(arm: str, data: pd.DataFrame, ids: pd.Series) -> None:
 
 
 def _measures(scores: Scores) -> list[tuple[str, str]]:
-    return [(m, t) for m in ITEM_METRICS for t in (*scores.tasks, ALL)] + [(m, ALL) for m in CURVE_METRICS]
+    measured = [(m, t) for m, tasks in scores.measured.items() if tasks for t in (*tasks, ALL)]
+    return measured + [(m, ALL) for m in CURVE_METRICS]
 
 
 # ---------------------------------------------------------------- statistics
@@ -204,7 +215,10 @@ def arms_table(scores: Scores, config: StatsConfig, untrained: pd.DataFrame | No
             rows.append(_arm_row(arm, metric, task, scores.matrix(arm, metric, task), config))
     if untrained is not None:
         for metric, function in ITEM_METRICS.items():
-            per_task = {t: function(d).to_numpy(float)[None] for t, d in untrained.groupby("task")}
+            measured = untrained[untrained.task.isin(scores.measured[metric])]
+            per_task = {t: function(d).to_numpy(float)[None] for t, d in measured.groupby("task")}
+            if not per_task:
+                continue
             for task, matrix in per_task.items():
                 rows.append(_arm_row(UNTRAINED, metric, task, matrix, config))
             total = sum(m.shape[1] for m in per_task.values())
@@ -220,7 +234,7 @@ def _arm_row(arm: str, metric: str, task: str, matrix: np.ndarray, config: Stats
         interval = crossed_bootstrap(kept, config.resamples, config.confidence, config.seed)
         # a share lies between 0 and 1, whatever a symmetric interval says
         low, high = (
-            np.clip([interval.low, interval.high], 0, 1) if metric == "accuracy" else (interval.low, interval.high)
+            np.clip([interval.low, interval.high], 0, 1) if metric == ACCURACY else (interval.low, interval.high)
         )
         row |= {"mean": interval.estimate, "low": low, "high": high}
     return row | {

@@ -68,11 +68,12 @@ class HiddenRows:
     @torch.no_grad()
     def fetch(self, examples: Int64[np.ndarray, "example"]) -> tuple[Tensor, Tensor]:
         """Hidden states from one forward, twice."""
-        batch = collate(self.encoding, examples, self.pad_id)
+        batch = collate(self.encoding, examples, self.pad_id).to(next(self.model.parameters()).device)
         with Recorder(self.model, hidden=True) as recorder:
             self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         hidden = rearrange(recorder.hidden_states(), "layer batch time width -> batch time layer 1 width")[batch.mask]
-        return hidden.float(), hidden.float()
+        hidden = hidden.float().cpu()
+        return hidden, hidden
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from kvpipe import attempts, checkpoint
+from kvpipe import attempts, card, checkpoint
 from kvpipe.batches import IGNORE, Batch, collate, schedule
 from kvpipe.capture import Recorder
 from kvpipe.cell import Workspace
@@ -385,7 +385,6 @@ class _Run:
             config_hash=digest(self.work.config.model_dump(), 16),
             device=str(self.device),
         )
-        (folder / "README.md").write_text(model_card(self.work, self.arm_name, self.seed, provenance), encoding="utf-8")
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
         (out / "history.jsonl").write_text(lines, encoding="utf-8")
         self._note()
@@ -401,6 +400,7 @@ class _Run:
             "provenance": provenance,
         }
         (out / "cost.json").write_text(json.dumps(cost, indent=2) + "\n", encoding="utf-8")
+        card.write(self.work.dag, self.work.paths, self.arm_name, out)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -417,18 +417,3 @@ def peak_memory(device: torch.device) -> int:
             return int(found[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def model_card(work: Workspace, arm_name: str, seed: int, provenance: dict[str, Any]) -> str:
-    """The student's README.md."""
-    arm = work.dag.arm(arm_name)
-    teachers = ", ".join(arm.teachers) or "none"
-    tasks = ", ".join(source.task for source in work.config.data.sources)
-    return (
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
-        f"# {arm_name}, seed {seed}\n\n"
-        f"A student trained by kvpipe under the arm `{arm_name}` ({arm.label or arm.role}).\n\n"
-        f"- Teachers: {teachers}\n- Tasks: {tasks}\n- Steps: {budget(work.config.train, arm).steps}\n"
-        f"- Configuration: {provenance['config_hash']}\n- Code: {provenance['git_commit']}\n\n"
-        "It loads with `AutoModelForCausalLM.from_pretrained` and needs nothing of kvpipe.\n"
-    )

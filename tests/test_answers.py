@@ -1,9 +1,11 @@
 """Answers: the last match counts, numbers compare as numbers."""
 
+from fractions import Fraction
+
 import pytest
 
-from kvpipe.answers import extract, is_correct, normalise
-from kvpipe.config import EvaluateConfig
+from kvpipe.answers import extract, is_correct, normalise, number
+from kvpipe.config import PRESETS, EvaluateConfig
 
 CONFIG = EvaluateConfig()
 
@@ -72,3 +74,88 @@ def test_pattern_and_stripped_strings_are_the_configurations():
     config = EvaluateConfig(answer_pattern=r"\\boxed\{([^}]*)\}", strip=["°"])
     assert extract(r"so \boxed{40°}", config) == "40°"
     assert is_correct("40°", "40", config) and not is_correct("$40", "40", config)
+
+
+# ---------------------------------------------------------------- several patterns, numbers, LaTeX
+def test_the_first_pattern_that_matches_decides():
+    config = EvaluateConfig(answer_pattern=[r"####\s*(\S+)", r"(\d+)(?:\.\d+)?|(none)"])
+    assert extract("5 then #### 6 or 7", config) == "6"
+    assert extract("5 or 7", config) == "7"
+    assert extract("none", config) == "none" and extract("?", config) is None
+
+
+@pytest.mark.parametrize("pattern", ["[", "no group"])
+def test_a_pattern_that_cannot_give_an_answer_is_refused(pattern):
+    with pytest.raises(ValueError, match=r"no (regular expression|group)"):
+        EvaluateConfig(answer_pattern=pattern)
+
+
+NUMBER = EvaluateConfig(scorer="number")
+
+
+@pytest.mark.parametrize(
+    "answer, value",
+    [
+        ("18", 18),
+        ("+18.", 18),
+        ("$1,234.50 a day", Fraction("1234.5")),
+        ("12 %", 12),
+        ("-3", -3),
+        ("−3", -3),
+        ("3/4", Fraction(3, 4)),
+        ("-3 / 4 cup", Fraction(-3, 4)),
+        ("1 1/2 cups", Fraction(3, 2)),
+        ("-1 1/2", Fraction(-3, 2)),
+        (r"\frac{3}{4}", Fraction(3, 4)),
+        ("1e3", 1000),
+        (".5", Fraction(1, 2)),
+        ("18 apples", 18),
+        ("x = 18", 18),
+        ("5 to 6", None),
+        ("3:30", None),
+        ("1/0", None),
+        ("none", None),
+        ("", None),
+        ("9" * 500, None),
+    ],
+)
+def test_number(answer, value):
+    assert number(answer, NUMBER) == value
+
+
+@pytest.mark.parametrize(
+    "prediction, reference, right",
+    [
+        ("1,280 sacks", "1280", True),
+        ("0.75", "3/4", True),
+        ("-7", "7", False),
+        ("7", "-7", False),
+        ("5 to 6", "5 to 6", True),
+        ("seven", "7", False),
+        (None, "7", False),
+        ("12345678901234567891", "12345678901234567892", False),
+        ("1e99", "1e98", False),
+    ],
+)
+def test_numbers_compare_by_value(prediction, reference, right):
+    assert is_correct(prediction, reference, NUMBER) is right
+
+
+def test_math_compares_by_expression():
+    config = EvaluateConfig(scorer="math")
+    assert is_correct(r"\dfrac{1}{2}", "0.5", config) and not is_correct("0.5", "0.51", config)
+
+
+@pytest.mark.parametrize("preset", ["gsm8k", "math"])
+def test_every_presets_own_answer_is_right(preset):
+    """What the template writes, the pattern finds again and the scorer accepts."""
+    scoring = EvaluateConfig(**PRESETS[preset]["evaluate"])
+    for text in ("7", "1,280", "-3/4") if preset == "gsm8k" else (r"\frac{\sqrt{5}}{2}", r"\{1,2\}", "x^{2}"):
+        written = PRESETS[preset]["template"]["answer"].format(answer=text)
+        assert is_correct(extract(f"so 5.\n{written}", scoring), text, scoring)
+
+
+def test_an_open_brace_costs_no_time():
+    """The pattern of a box is linear: a text that never closes it is refused at once."""
+    scoring = EvaluateConfig(**PRESETS["math"]["evaluate"])
+    assert extract(r"\boxed{" + "{a" * 3000, scoring) is None

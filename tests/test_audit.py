@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from tiny import build, config
 
-from kvpipe.audit import AuditFailure, audit, leaks, ngrams
+from kvpipe.audit import AuditFailure, audit
 from kvpipe.dag import Paths
 from kvpipe.pretrain import pretraining_records
 from kvpipe.records import Record, read_records, write_records
@@ -20,34 +20,6 @@ ARMS = {
 
 def record(number: int, prompt: str, answer: str = "7", task: str = "math") -> Record:
     return Record(f"r{number}", task, prompt, f"because {number}", answer)
-
-
-# ---------------------------------------------------------------- leakage
-def test_ngrams_are_windows_of_words():
-    assert list(ngrams("a b  c\nd", 3)) == [("a", "b", "c"), ("b", "c", "d")]
-    assert list(ngrams("a b", 3)) == [("a", "b")]
-    assert list(ngrams("  ", 3)) == []
-
-
-def test_leaks_by_content_and_by_ngram():
-    words = "one two three four five six seven eight nine ten"
-    train = [record(0, words), record(1, "an apple")]
-    same = record(5, words)
-    overlapping = record(6, f"zero {words} eleven", "12")
-    almost = record(7, "one two three four FIVE six seven eight nine", "12")
-    other_task = Record("r8", "code", words, "", "7")
-    short = record(9, "apple", "pie")
-    assert leaks(train, [same, overlapping, almost, other_task, short], 5) == [
-        ("r5", "same content"),
-        ("r6", "shared 5-gram"),
-        ("r8", "shared 5-gram"),
-    ]
-    assert [name for name, _ in leaks(train, [overlapping, almost], 4)] == ["r6", "r7"]
-    assert leaks(train, [overlapping, almost], 13) == []
-
-
-def test_ids_and_reasoning_do_not_make_a_leak():
-    assert leaks([record(1, "what is three plus four")], [record(1, "what is nine minus two")], 4) == []
 
 
 # ---------------------------------------------------------------- whole audits

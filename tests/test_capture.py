@@ -416,3 +416,15 @@ def test_a_model_without_attention_is_refused_by_name():
 
     with pytest.raises(ValueError, match="'mamba' has no attention heads"):
         kv_geometry(MambaConfig(hidden_size=8, num_hidden_layers=2))
+
+
+def test_layers_on_several_devices_come_to_the_first_ones():
+    """A model spread over devices; `meta` stands for a second one, since tests have a CPU alone."""
+    model = ARCHITECTURES["llama"].build()
+    with Recorder(model) as recorder:
+        model(input_ids=torch.tensor([[3, 1, 4]]))
+    first = recorder._record[0]
+    recorder._record[0] = first.to(torch.device("meta"))
+    assert {entry.key.device.type for entry in recorder._layers()} == {"meta"}
+    recorder._record[0] = first
+    assert {entry.key.device.type for entry in recorder._layers()} == {"cpu"}

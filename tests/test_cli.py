@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 import yaml
 from tiny import values
@@ -107,6 +108,15 @@ def test_an_unknown_model_is_named_with_the_known_ones(files, capsys, monkeypatc
     said = fails(capsys, monkeypatch, command[0], *files, command[1], "gamma")
     assert "gamma" in said
     assert "alpha" in said
+
+
+def test_several_configurations_are_laid_over_each_other(files, tmp_path):
+    path = tmp_path / "over.yaml"
+    path.write_text(
+        "data: {sources: [{kind: embedded, task: math, train: 3, validation: 2, test: 1, difficulty: 1}]}\n"
+    )
+    assert invoke("data", *files, "--config", str(path)).exit_code == 0
+    assert len(pd.read_parquet(tmp_path / "results" / "data" / "train.parquet")) == 3
 
 
 def test_a_full_disk_is_no_traceback(files, capsys, monkeypatch):

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from kvpipe import configdocs
-from kvpipe.config import Arm, Config, ConfigError, assign, json_schema, load, parse
+from kvpipe.config import Arm, Config, ConfigError, StoreConfig, assign, json_schema, load, merge, parse
+from kvpipe.store import estimate_bytes
 
 CONFIG = Path(__file__).parent.parent / "config"
 SHIPPED = [path for path in sorted(CONFIG.glob("*.yaml")) if "arms" in yaml.safe_load(path.read_text("utf-8"))]
@@ -72,6 +73,34 @@ def test_schema_accepts_what_pydantic_accepts():
     validator.validate(EMBEDDED)
     assert not validator.is_valid({**EMBEDDED, "trian": {}})
     assert not validator.is_valid({**EMBEDDED, "train": {"steps": "many"}})
+
+
+@pytest.mark.parametrize("path", sorted((CONFIG / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_recipes_lie_over_the_cluster_configuration(path):
+    """Each resolves, says in its title or its comment what it is, and changes something."""
+    base, config = load(CONFIG / "hpc.yaml"), load([CONFIG / "hpc.yaml", path])
+    assert config != base and path.read_text("utf-8").startswith("# Over config/hpc.yaml: ")
+    assert list(config.arms) == list(base.arms)
+    for name in config.arms:
+        config.arm(name)
+    with pytest.raises(ConfigError):
+        load(path)  # an overlay is no configuration of its own
+
+
+def test_the_cluster_configuration_is_what_it_says():
+    """The figures in its comments that follow from shapes, and the settings of the method."""
+    config = load(CONFIG / "hpc.yaml")
+    shapes = {"qwen": (28, 4, 128), "llama": (32, 8, 128)}
+    text = (CONFIG / "hpc.yaml").read_text("utf-8")
+    for shape, said in ((shapes["qwen"], ("29,120", "57,344")), (shapes["llama"], ("66,560", "131,072"))):
+        for dtype, figure in zip(("int8", "bf16"), said, strict=True):
+            store = StoreConfig(dtype=dtype)
+            assert f"{estimate_bytes(store, shape, shape[0], 1, 0) - 16:,}" == figure and figure in text
+    assert len(config.arms) * len(config.seeds) == 24
+    assert config.arm("exp6").fuse.weights == {"math": [0.7, 0.3], "code": [0.3, 0.7]}
+    assert (config.store.dtype, config.train.precision, config.train.gradient_checkpointing) == ("int8", "bf16", True)
+    large = load([CONFIG / "hpc.yaml", CONFIG / "recipes" / "teacher70b.yaml"])
+    assert large.models["llama"].load.sharded and large.arm("full").projector.mlp_ratio == 2.0
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
@@ -204,3 +233,37 @@ def test_files_that_are_no_configuration(tmp_path):
     with pytest.raises(ConfigError, match=r"--set 'train.steps': expected dotted.key=value"):
         load(CONFIG / "config.yaml", ["train.steps"])
     assert load(CONFIG / "config.yaml", ["train.steps=7", "seeds=[5]"]).train.steps == 7
+
+
+# ---------------------------------------------------------------- several files
+def test_overlays_are_laid_over_in_order_as_snakemake_does(tmp_path):
+    """The reference is Snakemake's own merge of several --configfile."""
+    from snakemake.utils import update_config
+
+    overlays = [
+        {"seeds": [5], "train": {"steps": 7}, "arms": {"exp1": {"set": {"loss": {"lambda_k": 0.5}}}}},
+        {"train": {"batch_size": 3, "steps": 9}, "arms": {"more": {"base": "exp1"}}, "title": "third"},
+    ]
+    paths, expected = [CONFIG / "config.yaml"], parse(EMBEDDED).model_dump(exclude_unset=True)
+    for number, overlay in enumerate(overlays):
+        paths.append(tmp_path / f"{number}.yaml")
+        paths[-1].write_text(yaml.safe_dump(overlay))
+        update_config(expected, overlay)
+    config = load(paths, ["train.warmup=0.25"])
+    assert config.model_dump(exclude_unset=True) == parse(expected, {"train.warmup": 0.25}).model_dump(
+        exclude_unset=True
+    )
+    assert (config.seeds, config.train.steps, config.train.batch_size, config.title) == ([5], 9, 3, "third")
+
+
+def test_merge_leaves_its_arguments_alone():
+    below, over = {"a": {"b": 1}, "c": 2}, {"a": {"d": 3}, "c": {"e": 4}}
+    assert merge(below, over) == {"a": {"b": 1, "d": 3}, "c": {"e": 4}}
+    assert (below, over) == ({"a": {"b": 1}, "c": 2}, {"a": {"d": 3}, "c": {"e": 4}})
+
+
+def test_a_mistake_in_an_overlay_names_the_files(tmp_path):
+    path = tmp_path / "over.yaml"
+    path.write_text("train: {stepps: 3}\n")
+    with pytest.raises(ConfigError, match=r"config\.yaml, .*over\.yaml:\ntrain\.stepps: unknown key"):
+        load([CONFIG / "config.yaml", path])

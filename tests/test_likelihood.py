@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from kvpipe.likelihood import score, scoring_batches
+from kvpipe.config import Template
+from kvpipe.encoding import encode_records
+from kvpipe.likelihood import empty_scores, score, score_long, scoring_batches, windowed_nll
 from kvpipe.models import load_model
+from kvpipe.records import Record
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +83,63 @@ def test_the_models_mode_is_put_back(side):
     score(model, encoding, batches)
     assert model.training
     model.eval()
+
+
+# ---------------------------------------------------------------- long texts
+def brute_windows(model, ids, window, stride):
+    """Each token from its own context, by the definition: a forward pass per token."""
+    out = [0.0]
+    for t in range(1, len(ids)):
+        start = stride * max(0, -(-(t - window) // stride))  # the first window that reads up to t - 1
+        with torch.no_grad():
+            logits = model(torch.from_numpy(ids[start:t].copy())[None]).logits[0, -1]
+        out.append(-logits.log_softmax(-1)[ids[t]].item())
+    return np.array(out)
+
+
+@pytest.mark.parametrize(("window", "stride"), [(7, 7), (7, 3), (7, 1), (13, 5), (41, 41), (60, 9)])
+@pytest.mark.parametrize("chunk", [1, 3, 1024])
+def test_windows_are_the_definition(side, window, stride, chunk):
+    model, _ = side
+    ids = np.random.default_rng(3).integers(5, 300, 41)
+    expected = brute_windows(model, ids, window, stride)
+    found = windowed_nll(model, ids, window, stride, chunk)
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=1e-5)
+    assert found[0] == 0 and (found[1:] > 0).all()
+
+
+def test_a_window_that_holds_the_text_is_plain_likelihood(side):
+    model, encoding = side
+    plain = score(model, encoding, scoring_batches(encoding, 0, 4))
+    windows = empty_scores(encoding)
+    for example in range(len(encoding)):
+        score_long(model, encoding, windows, example, window=500, stride=250)
+    for name in ("nll", "nll_all"):
+        np.testing.assert_allclose(getattr(windows, name), getattr(plain, name), rtol=1e-4)
+    for name in ("tokens", "bytes", "tokens_all", "bytes_all"):
+        assert (getattr(windows, name) == getattr(plain, name)).all()
+
+
+@pytest.mark.parametrize(("window", "stride"), [(3, 4), (3, 0)])
+def test_a_stride_that_leaves_tokens_out_is_refused(side, window, stride):
+    with pytest.raises(ValueError, match=f"stride of {stride} needs"):
+        windowed_nll(side[0], np.arange(9), window, stride)
+
+
+def test_only_the_given_examples_are_scored(side):
+    model, encoding = side
+    some = np.array([0, 3])
+    scores = score(model, encoding, scoring_batches(encoding, 0, 5, some))
+    assert (scores.nll[some] > 0).all() and (np.delete(scores.nll, some) == 0).all()
+
+
+def test_plain_text_counts_the_bytes_that_are_predicted(tiny):
+    """Without a prompt and without BOS nothing predicts the first token: its bytes are in no count."""
+    records = [Record("t", "wiki", "", "Ann has 4 pens and Ben has 5.", "")]
+    template = Template(prompt="{prompt}", reasoning="{reasoning}", answer="{answer}")
+    tokenizer = tiny.student_tokenizer
+    encoding = encode_records(records, tokenizer, template)
+    scores = score(tiny.student(0), encoding, scoring_batches(encoding, 0, 1))
+    first = len(tokenizer.decode(encoding.ids[:1]))
+    assert scores.nll[0] == scores.nll_all[0] > 0 and scores.tokens[0] == len(encoding.ids) - 1
+    assert scores.bytes[0] == scores.bytes_all[0] == len(records[0].reasoning) - first

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from tiny import STUDENT
 
 import kvpipe.models as models
@@ -12,6 +13,7 @@ from kvpipe.cell import token_twins
 from kvpipe.config import TokenizerRecipe
 from kvpipe.models import (
     build_model,
+    check_placement,
     fetch_local,
     has_weights,
     load_config,
@@ -166,6 +168,64 @@ def test_weights_come_from_safetensors_only(tiny, tmp_path):
     assert not has_weights(folder)
     with pytest.raises(OSError, match="safetensors"):
         load_model(folder)
+
+
+# ---------------------------------------------------------------- how a model is held
+def held(tiny, folder, **load):
+    """The teacher `alpha` in a folder whose manifest says how to load it."""
+    fetch_local(tiny.paths.model("alpha"), folder)
+    write_manifest(folder, {"source": "local"}, load=load)
+    return folder
+
+
+def test_a_manifest_says_how_a_model_is_held(tiny, tmp_path):
+    folder = held(tiny, tmp_path, dtype="bf16")
+    assert load_model(folder).dtype == torch.bfloat16
+    assert load_model(folder, dtype=torch.float32).dtype == torch.float32
+    other = tmp_path / "other"
+    other.mkdir()
+    assert manifest_hash(folder) != manifest_hash(held(tiny, other, dtype="fp32")), "its keys and values differ"
+
+
+def test_a_random_twin_is_held_like_its_model(tiny, tmp_path):
+    folder = tmp_path / "own"
+    folder.mkdir()
+    held(tiny, folder, dtype="bf16")
+    randomise(folder, tmp_path, 3)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as handle:
+        assert handle.get_tensor("model.norm.weight").dtype == torch.bfloat16
+
+
+def test_layers_over_all_devices_give_the_same_logits(tiny, tmp_path):
+    ids = torch.tensor([[5, 9, 301, 7]])
+    plain, spread = load_model(tiny.paths.model("alpha")), load_model(held(tiny, tmp_path, sharded=True))
+    assert torch.equal(plain(input_ids=ids).logits, spread(input_ids=ids).logits)
+
+
+def test_layers_that_fit_nowhere_are_named(tmp_path):
+    check_placement(tmp_path, {"model.embed_tokens": 0, "model.layers.0": 1, "lm_head": 1})
+    check_placement(tmp_path, {"": "cpu"})
+    for places in ({"model.layers.0": 0, "model.layers.1": "cpu"}, {"model.layers.0": "cpu", "model.layers.1": "disk"}):
+        with pytest.raises(RuntimeError, match=r"1 of 2 parts do not fit.*model\.layers\.1.*more devices.*quantize"):
+            check_placement(tmp_path, places)
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_quantization_without_its_package_is_named(tiny, tmp_path, bits, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
+    with pytest.raises(ModuleNotFoundError, match=rf"load.quantize {bits} needs the package bitsandbytes"):
+        load_model(held(tiny, tmp_path, quantize=bits))
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end(tiny, tmp_path):
+    """As Llama-3 ships."""
+    fetch_local(tiny.paths.model("alpha"), tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    del settings["pad_token"]
+    path.write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id is not None
 
 
 def test_a_saved_model_loads_as_it_was(tiny):

@@ -44,3 +44,22 @@ def test_content_hash_ignores_the_id_only():
     same = Record("other", "math", RECORD.prompt, "different reasoning", "2")
     assert same.content_hash() == RECORD.content_hash()
     assert Record("a-1", "math", RECORD.prompt, "", "3").content_hash() != RECORD.content_hash()
+
+
+def test_columns_that_no_record_has_are_not_written(tmp_path):
+    plain, full = tmp_path / "plain.parquet", tmp_path / "full.parquet"
+    write_records(plain, [RECORD])
+    assert pq.read_table(plain).column_names == ["id", "task", "prompt", "reasoning", "answer", "teacher_reasoning"]
+    records = [
+        RECORD,
+        Record("c", "code", "p", "", "a", tests="assert a"),
+        Record("d", "arc", "p", "", "a", choices=("a", "b")),
+    ]
+    write_records(full, records)
+    assert read_records(full) == records
+
+
+def test_every_task_has_its_own_template():
+    template = Template(prompt="Q: {prompt}\n", tasks={"code": {"answer": "{answer}", "reasoning": ""}})
+    assert render(Record("x", "code", "p", "r", "a"), template).text == "Q: p\na"
+    assert render(Record("x", "math", "p", "r", "a"), template).text == "Q: p\nr\n#### a\n"

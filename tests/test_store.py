@@ -253,3 +253,23 @@ def test_the_index_is_readable_and_names_what_is_missing(teacher, tmp_path):
     assert index["key"]["layers"] == [0, 2, 4] and index["bytes_per_token"] > 3 * 2 * 2 * 14 * 2
     with pytest.raises(KeyError, match=r"no top_ids.*has.*keys"):
         Store(tmp_path).rows("top_ids")
+
+
+def test_next_tokens_piece_by_piece_are_those_of_the_whole(monkeypatch):
+    """The oracle is one log-softmax over everything."""
+    logits, labels = torch.randn(3, 7, 11), torch.randint(11, (3, 7))
+    labels[1, 5:] = -100
+    logprobs = logits.log_softmax(-1)
+    expected = torch.zeros(3, 7)
+    for b in range(3):
+        for t in range(1, 7):
+            if labels[b, t] >= 0:
+                expected[b, t] = -logprobs[b, t - 1, labels[b, t]]
+    best = logprobs.topk(4, dim=-1)
+    for piece in (1, 3 * 11, 3 * 11 * 2, 3 * 11 * 7, 10**6):
+        monkeypatch.setattr(store, "PIECE", piece)
+        nll, ids, values = store._next_tokens(logits, labels, 4)
+        torch.testing.assert_close(nll, expected)
+        assert torch.equal(ids, best.indices)
+        torch.testing.assert_close(values, best.values)
+        assert store._next_tokens(logits, labels, 0)[1].shape == (3, 7, 0)

@@ -363,3 +363,28 @@ def test_another_seed_of_the_bootstrap_moves_intervals_not_estimates(finished):
     one, two = (tables.arms_table(scores, StatsConfig(resamples=200, seed=seed), None) for seed in (0, 1))
     pd.testing.assert_series_equal(one["mean"], two["mean"])
     assert (one.low != two.low).any()
+
+
+# ---------------------------------------------------------------- tasks that are not scored
+def test_a_task_without_scored_answers_has_no_accuracy(finished):
+    """Plain text among the tasks: accuracy is that of the others, everything else counts it."""
+    dag, paths = finished
+    for arm in ARMS:
+        for seed in SEEDS:
+            table = pd.read_parquet(paths.items(arm, seed))
+            table["correct"] = table["correct"].astype(object).where(table["task"] == "math", None)
+            table.to_parquet(paths.items(arm, seed), index=False)
+    scores = tables.Scores(dag, paths)
+    assert scores.measured["accuracy"] == ["math"] and scores.measured["bits_per_byte"] == ["code", "math"]
+    untrained = pd.read_parquet(paths.items("control", SEEDS[0]))
+    table = tables.arms_table(scores, dag.config.stats, untrained).set_index(["arm", "metric", "task"])
+    assert ("full", "accuracy", "code") not in table.index and ("full", "bits_per_byte", "code") in table.index
+    for arm in ("full", tables.UNTRAINED):
+        assert table.loc[(arm, "accuracy", "all"), "mean"] == table.loc[(arm, "accuracy", "math"), "mean"]
+    assert table.loc[("full", "accuracy", "all"), "n_seeds"] == 3
+    one = tables.arm_table(dag, paths, "full").set_index(["seed", "task"])
+    assert (one.xs("all", level="task").accuracy == one.xs("math", level="task").accuracy).all()
+    assert one.xs("code", level="task").accuracy.isna().all()
+    tables.write_stats(dag, paths, None)
+    found = pd.read_csv(paths.stats / "contrasts.csv")
+    assert set(found[found.metric == "accuracy"].task) == {"math", "all"} and found.estimate.notna().all()

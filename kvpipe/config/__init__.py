@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,23 @@ from kvpipe.config.arms import (
     ScheduleConfig,
     TimeConfig,
 )
-from kvpipe.config.data import DataConfig, EmbeddedData, FileData, Template
+from kvpipe.config.data import (
+    Chat,
+    DataConfig,
+    EmbeddedData,
+    FileData,
+    HubData,
+    RowData,
+    Template,
+    TextTemplate,
+    with_presets,
+)
 from kvpipe.config.models import (
     HubModel,
+    Loading,
     LocalModel,
+    LockedFile,
+    LockedRepo,
     Model,
     PretrainModel,
     RandomModel,
@@ -38,12 +51,15 @@ from kvpipe.config.models import (
     ScratchModel,
     TokenizerRecipe,
 )
+from kvpipe.config.presets import PRESETS
 from kvpipe.config.section import ConfigError, Name, Section
 from kvpipe.config.steps import (
     AuditConfig,
     EvaluateConfig,
     LayerMapConfig,
     LoraConfig,
+    SandboxConfig,
+    ScoringConfig,
     StatsConfig,
     StoreConfig,
     TrainConfig,
@@ -51,9 +67,11 @@ from kvpipe.config.steps import (
 from kvpipe.problems import explain, nearest
 
 __all__ = [
+    "PRESETS",
     "Arm",
     "ArmEntry",
     "AuditConfig",
+    "Chat",
     "Config",
     "ConfigError",
     "DataConfig",
@@ -62,10 +80,14 @@ __all__ = [
     "FileData",
     "FitConfig",
     "FuseConfig",
+    "HubData",
     "HubModel",
     "LayerConfig",
     "LayerMapConfig",
+    "Loading",
     "LocalModel",
+    "LockedFile",
+    "LockedRepo",
     "LoraConfig",
     "LossConfig",
     "Model",
@@ -74,19 +96,27 @@ __all__ = [
     "ProjectorConfig",
     "RandomModel",
     "Recipe",
+    "RowData",
+    "SandboxConfig",
     "ScheduleConfig",
+    "ScoringConfig",
     "ScratchModel",
     "Section",
     "StatsConfig",
     "StoreConfig",
     "Template",
+    "TextTemplate",
     "TimeConfig",
     "TokenizerRecipe",
     "TrainConfig",
     "assign",
     "json_schema",
     "load",
+    "lock_path",
+    "merge",
+    "overridden",
     "parse",
+    "with_lock",
 ]
 
 
@@ -101,6 +131,12 @@ class Config(Section):
     """Name of the model that is trained."""
     models: dict[Name, Model]
     """Every model, by name."""
+    libraries: list[str] = Field(default=[])
+    """Folders of shared models that are searched before anything is downloaded, and only read: Hugging Face caches
+    (`models--owner--name/snapshots/<commit>`) or plain folders (`owner/name`). The machine's own cache comes last."""
+    lock: dict[str, LockedRepo] = Field(default={})
+    """`repo@revision` → commit and files of every hub repository. Written by `kvpipe lock` to `<config>.lock.yaml` beside
+    the (first) configuration file, and read from there."""
     arms: dict[Name, ArmEntry]
     """Every arm, by name. `control` must be among them."""
     data: DataConfig
@@ -118,6 +154,15 @@ class Config(Section):
     audit: AuditConfig = AuditConfig()
     """The fairness audit."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _presets(cls, values: Any) -> Any:
+        data = values.get("data") if isinstance(values, dict) else None
+        if not isinstance(data, dict):
+            return values
+        evaluate = with_presets(values.get("evaluate"), "evaluate", data.get("sources"))
+        return {**values, "evaluate": evaluate} if evaluate else values
+
     @model_validator(mode="after")
     def _names(self):
         if "control" not in self.arms:
@@ -130,11 +175,16 @@ class Config(Section):
                 _known(f"models.{name}.like", model.like, self.models)
                 if not isinstance(self.models[model.like], LocalModel | PretrainModel | HubModel):
                     raise ValueError(f"models.{name}.like: {model.like!r} has no weights of its own")
+            if name == self.student and isinstance(model, LocalModel | HubModel) and model.load != Loading():
+                raise ValueError(f"models.{name}.load: the student is trained, from fp32 weights; set train.precision")
             if isinstance(model, ScratchModel) and name != self.student:
                 raise ValueError(f"models.{name}: source scratch is for the student only")
-        tasks = {source.task for source in self.data.sources}
-        if len(tasks) != len(self.data.sources):
+        tasks = {task for source in self.data.sources for task in source.task_names}
+        if len(tasks) != sum(len(source.task_names) for source in self.data.sources):
             raise ValueError("data.sources: a task occurs twice")
+        for path, section in (("data.template", self.data.template), ("evaluate", self.evaluate)):
+            for task in section.tasks:
+                _known(f"{path}.tasks.{task}", task, sorted(tasks))
         # bases first: the arm that is named is the one that wrote the mistake, not one that inherits it
         for name in sorted(self.arms, key=lambda name: len(_chain(name, self.arms))):
             arm = self.arm(name)
@@ -146,6 +196,19 @@ class Config(Section):
                 missing = tasks - set(arm.fuse.weights)
                 if missing and "default" not in arm.fuse.weights:
                     raise ValueError(f"arms.{name}.set.fuse.weights: no row for {sorted(missing)} and no row 'default'")
+        return self
+
+    @model_validator(mode="after")
+    def _scorers(self):
+        for number, source in enumerate(self.data.sources):
+            for task in sorted(source.task_names):
+                scorer = self.evaluate.of(task).scorer
+                field = {"code": "tests", "choice": "choices"}.get(scorer)
+                if field is not None and field not in getattr(source, "columns", {}):
+                    raise ValueError(
+                        f"evaluate.tasks.{task}.scorer: {scorer} needs the field {field}: map it in "
+                        f"data.sources[{number}].columns, or choose another scorer"
+                    )
         return self
 
     def arm(self, name: str) -> Arm:
@@ -207,15 +270,55 @@ def parse(values: dict, overrides: dict[str, Any] | None = None, origin: str = "
         raise ConfigError(f"{origin}:\n{explain(error, values)}") from None
 
 
-def load(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read and validate a YAML (or JSON) file; `overrides` are `dotted.key=value` with a YAML value."""
-    text = Path(path).read_text(encoding="utf-8")
+def merge(values: dict, over: dict) -> dict:
+    """Lay one nested dictionary over another, key by key; everything that is no mapping is replaced. As Snakemake does
+    with several `--configfile`."""
+    out = dict(values)
+    for key, value in over.items():
+        if isinstance(value, dict):
+            below = out.get(key)
+            value = merge(below if isinstance(below, dict) else {}, value)
+        out[key] = value
+    return out
+
+
+def _read(path: Path) -> dict:
     try:
-        values = yaml.safe_load(text)
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping at the top level")
+    return values
+
+
+def lock_path(path: str | Path) -> Path:
+    """The lock file of a configuration: beside it, `hpc.yaml` → `hpc.lock.yaml`."""
+    return Path(path).with_suffix(".lock.yaml")
+
+
+def with_lock(values: dict, paths: Sequence[str | Path]) -> dict:
+    """The merged values of configuration files, laid over the lock beside the first of them."""
+    path = lock_path(paths[0]) if paths else None
+    return merge(_read(path), values) if path is not None and path.is_file() else values
+
+
+def load(paths: str | Path | Sequence[str | Path], overrides: list[str] | None = None) -> Config:
+    """Read and validate YAML (or JSON) files.
+
+    Args:
+        paths: one file, or a base and overlays, each laid over those before it.
+        overrides: `dotted.key=value` with a YAML value, over all of them.
+    """
+    files = [Path(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
+    values: dict = {}
+    for path in files:
+        values = merge(values, _read(path))
+    return parse(with_lock(values, files), overridden(overrides), origin=", ".join(map(str, files)))
+
+
+def overridden(overrides: Sequence[str] | None) -> dict[str, Any]:
+    """Dotted key → value of `dotted.key=value` texts, the values read as YAML."""
     pairs = {}
     for item in overrides or []:
         key, equals, value = item.partition("=")
@@ -225,7 +328,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
             pairs[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {item!r}: the value is not valid YAML: {error}") from None
-    return parse(values, pairs, origin=str(path))
+    return pairs
 
 
 def json_schema() -> str:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from kvpipe.config.section import Name, Section
+from kvpipe.config.presets import PresetName, merged, preset_of
+from kvpipe.config.section import Name, Section, inherit
+
+FieldName = Literal[
+    "id", "task", "prompt", "reasoning", "answer", "teacher_reasoning", "tests", "choices", "choice", "labels"
+]
 
 
 class EmbeddedData(Section):
@@ -25,39 +31,172 @@ class EmbeddedData(Section):
     difficulty: Annotated[int, Field(ge=1, le=8)] = 2
     """Number of chained operations in a problem."""
 
+    @property
+    def task_names(self) -> set[str]:
+        """Tasks of this source's records."""
+        return {self.task}
 
-class FileData(Section):
+
+class Chat(Section):
+    """A conversation column: the last answer of the assistant becomes column `answer`, all before it `prompt`."""
+
+    column: str = "messages"
+    """Column with the list of messages."""
+    role: str = "role"
+    """Key of a message that says who speaks."""
+    content: str = "content"
+    """Key of a message that holds its text."""
+    assistant: str = "assistant"
+    """Role whose last message is the answer."""
+    turns: dict[str, str] = Field(
+        default={
+            "system": "{content}\n\n",
+            "user": "User: {content}\n",
+            "assistant": "Assistant: {content}\n",
+        }
+    )
+    """Role → how a message of it is written in the prompt."""
+
+
+class RowData(Section):
+    """How rows become records; what `hub` and `files` share."""
+
+    task: Name
+    """Task name written to the records; fusion weights, templates, scoring and metrics are kept per task."""
+    preset: PresetName | None = None
+    """A known data set: fills in all keys below that are not given, and the task's template and scoring."""
+    columns: dict[FieldName, str] = Field(
+        default={"prompt": "prompt", "reasoning": "reasoning", "answer": "answer"}, min_length=1
+    )
+    """Record field → column (`a.b` for a key inside a column), or a text with `{column}` in it. Lists of texts are
+    joined by line ends. `prompt` and `answer` must not be empty where they are mapped. `tests` is code that checks a
+    program; `choices` are the answers to choose from, the right one given by `answer` (its text) or by `choice`: its
+    place, from 0, or its name among `labels`."""
+    split: dict[str, str] = Field(default={})
+    """Column → regular expression that must match in it; its named groups become columns. Applied in order."""
+    remove: dict[FieldName, str] = Field(default={})
+    """Record field → regular expression; what matches is taken out of the field."""
+    chat: Chat | None = None
+    """For conversations: the column with messages."""
+    tasks: dict[str, Name] = Field(default={})
+    """Values of the field `task` → task name, where one data set holds several tasks; other values have `task`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        preset = preset_of(values)
+        if preset is None:
+            return values
+        known = {**preset["rows"], **(preset["hub"] if cls is HubData else {})}
+        return merged(known, values)
+
+    @field_validator("split", "remove")
+    @classmethod
+    def _expressions(cls, expressions: dict[str, str]) -> dict[str, str]:
+        for key, expression in expressions.items():
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise ValueError(f"{key}: {expression!r} is no regular expression: {error}") from None
+        return expressions
+
+    @model_validator(mode="after")
+    def _fields(self):
+        if bool(self.tasks) != ("task" in self.columns):
+            raise ValueError("tasks and columns.task go together: the column and the names of its values")
+        if "labels" in self.columns and "choice" not in self.columns:
+            raise ValueError("columns.labels name the choices for columns.choice, which is not mapped")
+        if "choice" in self.columns and ("answer" in self.columns or "choices" not in self.columns):
+            raise ValueError("columns.choice picks the answer among columns.choices: map these two and no answer")
+        return self
+
+    @property
+    def task_names(self) -> set[str]:
+        """Tasks of this source's records."""
+        return {self.task, *self.tasks.values()}
+
+
+class HubData(RowData):
+    """A data set on the Hugging Face hub, or a local folder laid out like one, read with `datasets`."""
+
+    kind: Literal["hub"] = "hub"
+    """Read with the `datasets` library: downloaded once, then from its cache (all of it offline with HF_HUB_OFFLINE)."""
+    repo: str
+    """`owner/name`, or the path of a local folder (then it begins with `.` or `/`)."""
+    name: str | list[str] | None = None
+    """Configuration of the data set (`main`, `full` …); the rows of several are put together."""
+    revision: str = "main"
+    """Branch, tag or commit; the commit is recorded in `data/sources.json`. Name a commit to pin the data."""
+    train: str | None = "train"
+    """Training split, with an optional slice: `train[:95%]`. None: this source has no training records."""
+    validation: str | None = "validation"
+    """Validation split, such as `train[95%:]`, or none."""
+    test: str | None = "test"
+    """Test split, or none."""
+
+
+class FileData(RowData):
     """Records from local JSONL or Parquet files, columns mapped to prompt, reasoning, answer."""
 
     kind: Literal["files"] = "files"
     """Records read from files."""
-    task: Name
-    """Task name written to every record; fusion weights and metrics are kept per task."""
-    train: str
-    """Path of the training file."""
-    validation: str
-    """Path of the validation file."""
-    test: str
-    """Path of the test file."""
-    columns: dict[str, str] = Field(default={"prompt": "prompt", "reasoning": "reasoning", "answer": "answer"})
-    """Record field → column of the file. `reasoning`, `teacher_reasoning` and `id` are optional."""
+    train: str | None = None
+    """Path of the training file (`.jsonl`, `.parquet`), with an optional slice: `rows.jsonl[:95%]`; or none."""
+    validation: str | None = None
+    """Path of the validation file, or none."""
+    test: str | None = None
+    """Path of the test file, or none."""
 
 
-class Template(Section):
-    """How one record becomes text; the same for every arm."""
+class TextTemplate(Section):
+    """How one record becomes text."""
 
     prompt: str = "{prompt}\n"
-    """Text of the prompt segment."""
+    """Text of the prompt segment: what generation starts from."""
     reasoning: str = "{reasoning}\n"
     """Text of the reasoning segment (omitted when the record has no reasoning)."""
     answer: str = "#### {answer}\n"
     """Text of the answer segment."""
 
 
+class Template(TextTemplate):
+    """How one record becomes text; the same for every arm."""
+
+    tasks: dict[Name, TextTemplate] = Field(default={})
+    """Task → its own template. Keys that are not given there are those above."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit(cls, values: Any) -> Any:
+        return inherit(values, TextTemplate.model_fields)
+
+    def of(self, task: str) -> TextTemplate:
+        """The template of a task."""
+        return self.tasks.get(task, self)
+
+
+def with_presets(values: Any, part: Literal["template", "evaluate"], sources: Any) -> Any:
+    """A section with what the presets of the sources say about their tasks put under its `tasks`."""
+    values = {} if values is None else values
+    if not isinstance(values, dict) or not isinstance(sources, list):
+        return values
+    tasks = values.get("tasks", {})
+    for source in sources:
+        preset = preset_of(source)
+        if preset is None or not isinstance(tasks, dict):
+            continue
+        names = source.get("tasks", {})
+        for task in {source.get("task"): None, **dict.fromkeys(names.values() if isinstance(names, dict) else ())}:
+            given = tasks.get(task, {})
+            if isinstance(given, dict):
+                tasks = {**tasks, task: {**preset[part], **given}}
+    return {**values, "tasks": tasks} if tasks else values
+
+
 class DataConfig(Section):
     """Records and how they become text."""
 
-    sources: list[Annotated[EmbeddedData | FileData, Field(discriminator="kind")]] = Field(min_length=1)
+    sources: list[Annotated[EmbeddedData | HubData | FileData, Field(discriminator="kind")]] = Field(min_length=1)
     """Where the records come from, one entry per task."""
     template: Template = Template()
     """How one record becomes text; the same for every arm."""
@@ -65,3 +204,23 @@ class DataConfig(Section):
     """Seed of the embedded corpora."""
     ngram: PositiveInt = 13
     """Word n-gram length of the train/test leakage audit."""
+    duplicates: Literal["keep", "drop", "error"] = "keep"
+    """Records whose content occurs before in the same split: kept, dropped (the first stays) or an error."""
+    leakage: Literal["report", "drop", "error"] = "error"
+    """Training and validation records that share their content or an n-gram with a test record: told in
+    `data/sources.json` only (the audit after training then fails), dropped, or an error before anything is trained."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _presets(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        template = with_presets(values.get("template"), "template", values.get("sources"))
+        return {**values, "template": template} if template else values
+
+    @model_validator(mode="after")
+    def _splits(self):
+        for split in ("train", "validation", "test"):
+            if all(getattr(source, split) is None for source in self.sources):
+                raise ValueError(f"sources: none has a {split} split")
+        return self

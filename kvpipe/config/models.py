@@ -47,6 +47,17 @@ class Recipe(Section):
     """Seed of initialisation and data order."""
 
 
+class Loading(Section):
+    """How a teacher is held in memory. Recorded in the model's manifest, since its numbers depend on it."""
+
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Type of the weights and of the computation."""
+    quantize: Literal["none", "int8", "int4"] = "none"
+    """Linear layers in 8 or 4 bit by bitsandbytes, which must be installed."""
+    sharded: bool = False
+    """Spread the layers over all visible devices (accelerate's device map): for a model too big for one."""
+
+
 class LocalModel(Section):
     """A Hugging Face folder on disk."""
 
@@ -58,6 +69,8 @@ class LocalModel(Section):
     """How the folder was made, where kvpipe made it: `make teachers` and `source: pretrain` follow it."""
     parameters: PositiveInt | None = None
     """Number of parameters, for the elastic projector's default width; counted when absent."""
+    load: Loading = Loading()
+    """How a teacher is held in memory; the student always trains from fp32 weights (`train.precision`)."""
 
 
 class PretrainModel(Section):
@@ -79,9 +92,36 @@ class HubModel(Section):
     repo: str
     """`owner/name`."""
     revision: str = "main"
-    """Branch, tag or commit; resolved once to a commit and recorded in the manifest."""
+    """Branch, tag or commit. `kvpipe lock` resolves it once; the model is that commit until it is locked again."""
     trust_remote_code: bool = False
     """Run code shipped in the repository. Off unless you have read it."""
+    load: Loading = Loading()
+    """How a teacher is held in memory; the student always trains from fp32 weights (`train.precision`)."""
+
+    @property
+    def pin(self) -> str:
+        """Key of the model in the lock."""
+        return f"{self.repo}@{self.revision}"
+
+
+class LockedFile(Section):
+    """One file of a locked repository."""
+
+    size: Annotated[int, Field(ge=0)]
+    """Bytes."""
+    digest: Annotated[str, Field(pattern=r"^(sha256|git):[0-9a-f]+$")]
+    """What the hub knows of the content: `sha256:…` for large files, `git:…` (a blob's SHA-1) for small ones."""
+
+
+class LockedRepo(Section):
+    """A hub repository at one commit, as `kvpipe lock` found it."""
+
+    commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+    """Commit that the revision stood for."""
+    license: str | None = None
+    """Licence that the repository's card names; carried over to the students' cards."""
+    files: dict[str, LockedFile]
+    """The files that are downloaded: weights in safetensors, configuration, tokenizer."""
 
 
 class ScratchModel(Section):

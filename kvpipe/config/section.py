@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -31,3 +32,12 @@ class Section(BaseModel):
                 "unknown_keys", "unknown keys", {"keys": unknown, "valid": list(cls.model_fields)}
             )
         return values
+
+
+def inherit(values: Any, keys: Container[str]) -> Any:
+    """Put those of a section's own keys under each entry of its `tasks`, which overrides them."""
+    if not isinstance(values, dict) or not isinstance(values.get("tasks"), dict):
+        return values
+    own = {key: value for key, value in values.items() if key in keys}
+    tasks = {name: {**own, **entry} if isinstance(entry, dict) else entry for name, entry in values["tasks"].items()}
+    return {**values, "tasks": tasks}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from kvpipe.config.section import Fraction, Section
+from kvpipe.config.section import Fraction, Name, Section, inherit
 
 
 class StoreConfig(Section):
@@ -92,19 +93,101 @@ class TrainConfig(Section):
     """CPU threads of one cell."""
 
 
-class EvaluateConfig(Section):
-    """Generation and scoring, the same for every arm."""
+class ScoringConfig(Section):
+    """Generation and scoring of one task."""
 
-    batch_size: PositiveInt = 100
-    """Examples generated side by side."""
+    scorer: Literal["exact", "number", "math", "code", "choice", "none"] = "exact"
+    """When an answer is right. `exact`: the same text after normalisation; `number`: the same number (commas, units,
+    signs, fractions); `math`: the same mathematical expression in LaTeX; `code`: the record's tests pass (see
+    `evaluate.sandbox`); `choice`: the right one of the record's choices is the likeliest; `none`: likelihood only,
+    nothing is generated."""
     max_new_tokens: PositiveInt = 80
     """Generation of an example ends after this many tokens at the latest."""
     stop: list[str] = Field(default=[])
     """Generation of an example ends after any of these strings (and at the end-of-text token)."""
-    answer_pattern: str = r"####\s*(.+)"
-    """Regular expression whose first group, last match, is the answer."""
+    answer_pattern: str | list[str] = r"####\s*(.+)"
+    """Regular expression whose first group, last match, is the answer. Of several, the first one that matches."""
     strip: list[str] = Field(default=[",", "$", "%"])
-    """Strings removed from both answers before they are compared."""
+    """Strings removed from both answers before they are compared (`exact` and `number`)."""
+    program: str = "{prompt}{answer}\n{tests}\n"
+    """For `code`: what is run, made of the record's prompt and tests and the answer found in the generated text."""
+    choice_by: Literal["sum", "byte"] = "byte"
+    """For `choice`: the likeliest choice as a whole, or per byte (long choices are not put back)."""
+    window: PositiveInt | None = None
+    """Longest context in tokens; the likelihood of a longer text is that of overlapping windows. By default, what the
+    model's configuration says it can read."""
+    stride: PositiveInt | None = None
+    """Tokens from one window's start to the next; a token has at least `window - stride` before it. By default half
+    the window."""
+
+    @field_validator("answer_pattern")
+    @classmethod
+    def _patterns(cls, patterns: str | list[str]) -> str | list[str]:
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            try:
+                groups = re.compile(pattern).groups
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+            if not groups:
+                raise ValueError(f"{pattern!r} has no group: put the answer's part in parentheses")
+        return patterns
+
+    @model_validator(mode="after")
+    def _windows(self):
+        if self.stride is not None and (self.window is None or self.stride > self.window):
+            raise ValueError(f"stride {self.stride} needs a window that is at least as long (window: {self.window})")
+        return self
+
+
+class SandboxConfig(Section):
+    """How generated programs are run; `docs/evaluation.md` says what this protects from and what not."""
+
+    run_code: bool = False
+    """Run generated programs at all. Off unless you say so: they are written by a model."""
+    seconds: PositiveFloat = 10.0
+    """Longest CPU time of a program; by the clock three times as much."""
+    memory_mb: PositiveInt = 1024
+    """Largest address space of a program."""
+    workers: PositiveInt = 1
+    """Programs that are run at the same time."""
+
+
+class EvaluateConfig(ScoringConfig):
+    """Generation and scoring, the same for every arm."""
+
+    batch_size: PositiveInt = 100
+    """Examples generated side by side."""
+    sandbox: SandboxConfig = SandboxConfig()
+    """How generated programs are run."""
+    tasks: dict[Name, ScoringConfig] = Field(default={})
+    """Task → its own generation and scoring. Keys that are not given there are those above."""
+    lm_eval_tasks: list[str] = Field(default=[])
+    """Tasks of lm-evaluation-harness that every student is scored on as well (package `lm_eval`)."""
+    lm_eval_folder: str | None = None
+    """Folder with task files (YAML) of your own, beside those of the package."""
+    lm_eval_limit: PositiveInt | None = None
+    """Only the first so many items of each of these tasks."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit(cls, values: Any) -> Any:
+        return inherit(values, ScoringConfig.model_fields)
+
+    @model_validator(mode="after")
+    def _code_is_opted_in(self):
+        if self.sandbox.run_code:
+            return self
+        for path, scoring in [("scorer", self), *((f"tasks.{name}.scorer", task) for name, task in self.tasks.items())]:
+            if scoring.scorer == "code":
+                raise ValueError(
+                    f"{path}: code runs programs that a model wrote, which is off: set evaluate.sandbox.run_code: true "
+                    "where they may run (docs/evaluation.md says how they are confined), or another scorer"
+                )
+        return self
+
+    def of(self, task: str) -> ScoringConfig:
+        """Generation and scoring of a task."""
+        return self.tasks.get(task, self)
 
 
 class StatsConfig(Section):

@@ -123,7 +123,7 @@ def samples(results: Results) -> list[dict[str, Any]]:
                     "text": str(frame.loc[record.id, "text"]).strip("\n"),
                 }
                 for name, frame in frames.items()
-                if record.id in frame.index
+                if record.id in frame.index and frame.loc[record.id, "correct"] is not None
             ]
             if answers:
                 text = render(record, results.config.data.template)

@@ -238,13 +238,14 @@ def teacher_rows(results: Results) -> list[dict[str, Any]]:
             continue
         for task in results.tasks:
             part = frame[frame["task"] == task]
-            cells = dict.fromkeys(columns, DASH)
+            cells, scored = dict.fromkeys(columns, DASH), part["correct"].dropna()
             if len(part):
                 cells = {
                     "items": str(len(part)),
                     "bits": number(part["nll"].sum() / part["bytes"].sum() / log(2), 3),
                     "perplexity": number(float(np.exp(part["nll"].sum() / part["tokens"].sum())), 2),
-                    "accuracy": number(100 * float(part["correct"].mean()), 1),
+                    # answers of some tasks are not scored: plain text, conversations
+                    "accuracy": number(100 * float(scored.mean()), 1) if len(scored) else DASH,
                 }
             rows.append({"teacher": teacher, "task": task, **cells})
     return rows

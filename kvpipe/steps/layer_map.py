@@ -12,7 +12,7 @@ from kvpipe.capture import Recorder, kv_geometry
 from kvpipe.cell import Workspace
 from kvpipe.config import TimeConfig
 from kvpipe.losses import masked_mean, token_nll
-from kvpipe.models import has_weights, load_model, load_tokenizer
+from kvpipe.models import has_weights, load_tokenizer, resolve_device
 from kvpipe.teacher import AlignedTeacher, HiddenRows, LiveRows, RowSource, spread
 from kvpipe.timemap import build_time_map
 
@@ -25,8 +25,9 @@ def make_layer_map(work: Workspace, teacher: str) -> None:
     """
     config = work.config.layer_map
     reference = _reference_student(work)
+    device = next(reference.parameters()).device
     folder = work.paths.model(teacher)
-    model, pad_id = load_model(folder), load_tokenizer(folder).pad_token_id
+    model, pad_id = work.teacher_model(teacher), load_tokenizer(folder).pad_token_id
     src = work.teacher_encoding(teacher, "validation", "student")
     dst = work.student_encoding("validation")
     time = build_time_map(TimeConfig(), src, dst)
@@ -42,8 +43,9 @@ def make_layer_map(work: Workspace, teacher: str) -> None:
     for chunk in (examples[i : i + size] for i in range(0, len(examples), size)):
         batch = collate(dst, chunk, work.student_tokenizer.pad_token_id)
         with torch.no_grad(), Recorder(reference, hidden=True) as recorder:
-            reference(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        kv, hidden = recorder.kv(), recorder.hidden_states()
+            moved = batch.to(device)
+            reference(input_ids=moved.input_ids, attention_mask=moved.attention_mask, use_cache=False)
+        kv, hidden = recorder.kv().to("cpu"), recorder.hidden_states().cpu()
         theirs = {name: t.aligned(chunk, batch.input_ids.shape[1]) for name, t in teachers.items()}
         mask = batch.mask & theirs["cache"].mask
         rows += int(mask.sum())
@@ -63,14 +65,15 @@ def _teacher_rows(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def _reference_student(work: Workspace):
-    model = work.student(seed=0)
+    device = resolve_device(work.config.train.device)
+    model = work.student(seed=0).to(device)
     steps = work.config.layer_map.warmup_steps
     if has_weights(work.paths.model(work.config.student)) or steps == 0:
         return model
     encoding = work.student_encoding("train")
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=work.config.train.learning_rate, fused=True)
     for examples in schedule(encoding.lengths, work.config.train.batch_size, steps, seed=0, by_length=True):
-        batch = collate(encoding, examples, work.student_tokenizer.pad_token_id)
+        batch = collate(encoding, examples, work.student_tokenizer.pad_token_id).to(device)
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         masked_mean(token_nll(logits, batch.labels), batch.mask).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
+from kvpipe import hub
 from kvpipe.cell import Workspace
 from kvpipe.config import HubModel, LocalModel, PretrainModel, RandomModel, ScratchModel
-from kvpipe.models import fetch_hub, fetch_local, randomise, write_manifest
+from kvpipe.models import MANIFEST, fetch_local, link_folder, randomise, recorded, write_manifest
 from kvpipe.pretrain import pretrain, student_tokenizer
 
 
@@ -15,20 +17,40 @@ def make_model(work: Workspace, name: str) -> None:
     """One model folder and its manifest."""
     model = work.config.models[name]
     out = work.paths.model(name)
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    if not isinstance(model, HubModel):  # whose complete files are not downloaded again
+        shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MANIFEST).unlink(missing_ok=True)  # it stands for a complete folder
+    how: dict[str, Any] = {}
     match model:
         case LocalModel():
             source = fetch_local(Path(model.path), out)
+            how = {"load": model.load.model_dump()}
         case PretrainModel():
             source = pretrain(model.recipe, work.config.data, out)
         case HubModel():
-            source = fetch_hub(model.repo, model.revision, out)
+            source = _fetch_hub(work, name, model, out)
+            how = {"load": model.load.model_dump(), "trust_remote_code": model.trust_remote_code}
         case RandomModel():
-            source = randomise(work.paths.model(model.like), out, model.seed)
+            like = work.paths.model(model.like)
+            source = randomise(like, out, model.seed)
+            how = {k: v for k, v in recorded(like).items() if k in ("load", "trust_remote_code")}
         case ScratchModel():
             tokenizer = student_tokenizer(model.tokenizer, work.records("train"), work.config.data)
             tokenizer.save_pretrained(out)
             work.student(seed=0).config.save_pretrained(out)
             source = model.model_dump()
-    write_manifest(out, source)
+    write_manifest(out, source, **how)
+
+
+def _fetch_hub(work: Workspace, name: str, model: HubModel, out: Path) -> dict[str, Any]:
+    folder = hub.fetch(name, model, work.config, out)
+    files = work.config.lock[model.pin].files
+    if folder != out:
+        shutil.rmtree(out)
+        out.mkdir()
+        link_folder([folder / file for file in files], out)
+    for path in out.iterdir():  # of another revision
+        if path.name not in files:
+            path.unlink()
+    return hub.source_of(model, work.config)

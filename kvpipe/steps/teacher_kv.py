@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvpipe import store
 from kvpipe.capture import kv_geometry
 from kvpipe.cell import Workspace
-from kvpipe.models import load_config, load_model, load_tokenizer
+from kvpipe.models import load_config, load_tokenizer
 from kvpipe.outofmemory import explained, teacher_advice
 
 
@@ -21,7 +21,8 @@ def make_shard(work: Workspace, teacher: str, reading, shard: int) -> None:
     need = store.estimate_bytes(config, kv_geometry(model_config), len(key.layers), len(encoding.ids), key.top_logits)
     store.check_budget(config, teacher, need, path.parent)
     with explained(f"running {teacher}", teacher_advice(config)):
-        store.build_shard(load_model(folder), encoding, key, config, shard, path, load_tokenizer(folder).pad_token_id)
+        model, pad_id = work.teacher_model(teacher), load_tokenizer(folder).pad_token_id
+        store.build_shard(model, encoding, key, config, shard, path, pad_id)
 
 
 def make_store_index(work: Workspace, teacher: str, reading) -> None:

@@ -275,3 +275,26 @@ def test_statistics_run_again_without_cells(complete):
 def test_settings_of_the_machine_run_nothing(complete):
     jobs = after(complete, "config/config.yaml", setting(lambda v: v["train"].update(checkpoint_every=3, device="cpu")))
     assert jobs == []
+
+
+@pytest.mark.slow
+def test_the_cluster_configuration_plans_offline(copy):
+    """No network, no lock and no model yet: all 24 cells are planned; with a recipe over it too."""
+    base = ["results/report.html", "--configfile", "config/hpc.yaml"]
+    jobs = planned(copy, *base)
+    count = Counter(job.split()[0] for job in jobs)
+    assert (count["train"], count["evaluate"], count["model"], count["teacher_kv_shard"]) == (24, 24, 3, 128)
+    five = Counter(job.split()[0] for job in planned(copy, *base, "config/recipes/five-teachers.yaml"))
+    assert (five["train"], five["model"], five["teacher_kv_shard"]) == (24, 6, 320)
+
+
+@pytest.mark.slow
+def test_a_lock_beside_the_configuration_is_part_of_it(copy):
+    lock = copy / "config" / "hpc.lock.yaml"
+    entry = {"commit": "no commit", "files": {"config.json": {"size": 2, "digest": "git:00"}}}
+    lock.write_text(yaml.safe_dump({"lock": {"Qwen/Qwen2-7B-Instruct@main": entry}}))
+    try:
+        done = python(copy, "-m", "snakemake", "--cores", "1", "-n", "--configfile", "config/hpc.yaml")
+    finally:
+        lock.unlink()
+    assert done.returncode == 1 and "lock.Qwen/Qwen2-7B-Instruct@main.commit" in done.stdout + done.stderr

@@ -14,6 +14,7 @@ if not workflow.config_settings.configfiles:
 
 
 try:
+    config = configuration.with_lock(config, workflow.configfiles)
     PLAN = Dag(configuration.parse(config, origin=", ".join(map(str, workflow.configfiles)) or "configuration"))
 except configuration.ConfigError as error:
     raise WorkflowError(str(error))
@@ -157,6 +158,11 @@ def histories_of(arms):
 
 def arm_cells(wildcards):
     return items_of([wildcards.arm]) + histories_of([wildcards.arm])
+
+
+def lm_eval_results():
+    """Of every cell, where tasks are configured."""
+    return [str(PATHS.lm_eval(a, s)) for a, s in PLAN.cells] if PLAN.config.evaluate.lm_eval_tasks else []
 
 
 def judged_teachers():

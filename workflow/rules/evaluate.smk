@@ -19,6 +19,26 @@ rule evaluate:
         "python -m kvpipe evaluate --model {input.model} --out {output} > {log} 2>&1"
 
 
+rule lm_eval:
+    input:
+        "results/train/{arm}/seed{seed}/model",
+    output:
+        "results/lm_eval/{arm}/seed{seed}.json",
+    log:
+        "results/logs/lm_eval/{arm}/seed{seed}.log",
+    benchmark:
+        "results/benchmarks/lm_eval/{arm}/seed{seed}.tsv"
+    threads: PLAN.config.train.threads
+    resources:
+        mem_mb=16000,
+        runtime=240,
+    params:
+        settings=settings_of("lm_eval"),
+        code=code_of("harness"),
+    shell:
+        "python -m kvpipe lm-eval --model {input} --out {output} > {log} 2>&1"
+
+
 rule teacher_quality:
     input:
         "results/models/{teacher}/MANIFEST.json",

@@ -54,6 +54,7 @@ rule report:
         items_of(PLAN.arms),
         histories_of(PLAN.arms),
         expand("results/arms/{arm}.csv", arm=PLAN.arms),
+        lm_eval_results(),
         expand("results/projector/{fit}.json", fit=PLAN.fits),
         expand("results/teacher_quality/{teacher}.parquet", teacher=judged_teachers()),
         expand("results/layer_map/{teacher}.json", teacher=PLAN.mapped_teachers),

@@ -1,0 +1,40 @@
+"""Multiple choice by likelihood: how likely the model finds each choice as the answer to the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+
+from kvpipe.config import Template
+from kvpipe.encoding import encode_records
+from kvpipe.likelihood import score, scoring_batches
+from kvpipe.records import Record
+
+
+def choice_nll(
+    model, tokenizer, records: Sequence[Record], template: Template, pad_id: int, batch_size: int
+) -> list[list[float]]:
+    """Nats of the answer segment with each choice in it, per record.
+
+    Raises:
+        ValueError: a record has no choices; names it.
+    """
+    variants = []
+    for record in records:
+        if record.choices is None:
+            raise ValueError(f"record {record.id!r} has no choices, which evaluate.…scorer: choice needs")
+        variants += [replace(record, reasoning="", answer=choice) for choice in record.choices]
+    if not variants:
+        return []
+    encoding = encode_records(variants, tokenizer, template)
+    nll = iter(score(model, encoding, scoring_batches(encoding, pad_id, batch_size)).nll.tolist())
+    return [[next(nll) for _ in record.choices or ()] for record in records]
+
+
+def chosen(nll: Sequence[float], choices: Sequence[str], by: Literal["sum", "byte"]) -> str:
+    """The likeliest choice: as a whole, or per byte of its text. Of equals the first."""
+    lengths = [1 if by == "sum" else len(choice.encode()) for choice in choices]
+    return choices[int(np.argmin(np.asarray(nll) / lengths))]

@@ -1,0 +1,176 @@
+"""Known data sets: nothing but values of configuration keys, filled in by `data.sources[].preset`.
+
+`hub` and `rows` go into the source, `template` into `data.template.tasks.<task>`, `evaluate` into
+`evaluate.tasks.<task>`; whatever the configuration says itself comes first.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+PresetName = Literal["gsm8k", "math", "mbpp", "humaneval", "arc", "chat", "text"]
+
+# The argument of \boxed{…}, braces nested up to four deep. `++` does not go back, so an unclosed brace costs no time.
+_BRACED = r"[^{}]"
+for _ in range(4):
+    _BRACED = rf"(?:[^{{}}]++|\{{{_BRACED}*\}})"
+BOXED = rf"\\(?:boxed|fbox)\s*\{{?(?P<final>(?<=\{{){_BRACED}*(?=\}})|(?<!\{{)[^{{$\n][^$\n]*)"
+NUMBER = r"(-?\$?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?)"
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "gsm8k": {
+        "hub": {
+            "repo": "openai/gsm8k",
+            "name": "main",
+            "train": "train[:95%]",
+            "validation": "train[95%:]",
+            "test": "test",
+        },
+        "rows": {
+            "columns": {"prompt": "question", "reasoning": "rationale", "answer": "final"},
+            "split": {"answer": r"(?s)\A(?P<rationale>.*?)\s*####\s*(?P<final>[^\n]+?)\s*\Z"},
+            "remove": {"reasoning": r"<<[^<>]*>>"},
+        },
+        "template": {
+            "prompt": "Question: {prompt}\nAnswer:\n",
+            "reasoning": "{reasoning}\n",
+            "answer": "#### {answer}\n",
+        },
+        "evaluate": {
+            "scorer": "number",
+            "max_new_tokens": 320,
+            "stop": ["\nQuestion:"],
+            "answer_pattern": [r"####\s*([^\n]+)", BOXED, NUMBER],
+        },
+    },
+    "math": {
+        "hub": {
+            "repo": "EleutherAI/hendrycks_math",
+            "name": [
+                "algebra",
+                "counting_and_probability",
+                "geometry",
+                "intermediate_algebra",
+                "number_theory",
+                "prealgebra",
+                "precalculus",
+            ],
+            "train": "train[:95%]",
+            "validation": "train[95%:]",
+            "test": "test",
+        },
+        "rows": {
+            "columns": {"prompt": "problem", "reasoning": "solution", "answer": "final"},
+            "split": {"solution": "(?s).*" + BOXED},
+        },
+        "template": {
+            "prompt": "Problem:\n{prompt}\n\nSolution:\n",
+            "reasoning": "{reasoning}\n",
+            "answer": "The answer is $\\boxed{{{answer}}}$.\n",
+        },
+        "evaluate": {
+            "scorer": "math",
+            "max_new_tokens": 640,
+            "stop": ["\nProblem:"],
+            "answer_pattern": [BOXED, r"(?i)the (?:final )?answer is:?\s*([^\n]+)"],
+        },
+    },
+    "mbpp": {
+        "hub": {
+            "repo": "google-research-datasets/mbpp",
+            "name": "full",
+            "train": "train",
+            "validation": "validation",
+            "test": "test",
+        },
+        "rows": {
+            "columns": {
+                "id": "mbpp-{task_id}",
+                "prompt": "{text}\nThe code must pass these tests:\n{test_list}",
+                "answer": "code",
+                "tests": "{test_setup_code}\n{test_list}",
+            },
+            "remove": {"prompt": "\r", "answer": "\r", "tests": "\r"},
+        },
+        "template": {"prompt": "{prompt}\n```python\n", "reasoning": "", "answer": "{answer}\n```\n"},
+        "evaluate": {
+            "scorer": "code",
+            "max_new_tokens": 320,
+            "stop": ["\n```"],
+            "answer_pattern": [r"(?s)\A(.*?)(?:\n```|\Z)"],
+            "program": "{answer}\n{tests}\n",
+        },
+    },
+    "humaneval": {
+        "hub": {
+            "repo": "openai/openai_humaneval",
+            "name": "openai_humaneval",
+            "train": None,
+            "validation": None,
+            "test": "test",
+        },
+        "rows": {
+            "columns": {
+                "id": "task_id",
+                "prompt": "prompt",
+                "answer": "canonical_solution",
+                "tests": "{test}\ncheck({entry_point})",
+            }
+        },
+        "template": {"prompt": "{prompt}", "reasoning": "", "answer": "{answer}"},
+        "evaluate": {
+            "scorer": "code",
+            "max_new_tokens": 512,
+            "stop": ["\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", "\n```"],
+            "answer_pattern": [r"(?s)\A(.*?)(?=\n(?:class |def |#|if |print|```)|\Z)"],
+            "program": "{prompt}{answer}\n{tests}\n",
+        },
+    },
+    "arc": {
+        "hub": {
+            "repo": "allenai/ai2_arc",
+            "name": "ARC-Challenge",
+            "train": "train",
+            "validation": "validation",
+            "test": "test",
+        },
+        "rows": {
+            "columns": {
+                "id": "id",
+                "prompt": "question",
+                "choices": "choices.text",
+                "labels": "choices.label",
+                "choice": "answerKey",
+            }
+        },
+        "template": {"prompt": "Question: {prompt}\nAnswer:", "reasoning": "", "answer": " {answer}"},
+        "evaluate": {"scorer": "choice"},
+    },
+    "chat": {
+        "hub": {},
+        "rows": {"columns": {"prompt": "prompt", "answer": "answer"}, "chat": {}},
+        "template": {"prompt": "{prompt}Assistant: ", "reasoning": "", "answer": "{answer}\n"},
+        "evaluate": {"scorer": "none"},
+    },
+    "text": {
+        "hub": {},
+        "rows": {"columns": {"reasoning": "text"}},
+        "template": {"prompt": "{prompt}", "reasoning": "{reasoning}", "answer": "{answer}"},
+        "evaluate": {"scorer": "none"},
+    },
+}
+
+
+def preset_of(source: Any) -> dict[str, dict[str, Any]] | None:
+    """The preset that a source, as it is written, names; None where it names none that is known."""
+    name = source.get("preset") if isinstance(source, dict) else None
+    return PRESETS.get(name) if isinstance(name, str) else None
+
+
+def merged(preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The preset's keys under the given ones; of a mapping, key by key."""
+    out = {**preset, **given}
+    for key in preset.keys() & given.keys():
+        if isinstance(preset[key], dict) and isinstance(given[key], dict):
+            out[key] = {**preset[key], **given[key]}
+    return out

@@ -1,0 +1,83 @@
+"""One student from teachers, a student and a file of records, without a configuration file: `kvpipe train --teacher …`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from kvpipe.config import Config, ConfigError, FileData, overridden, parse
+from kvpipe.dag import Paths, digest
+from kvpipe.provenance import digest_of
+from kvpipe.rows import read
+
+ARM = "distil"
+"""The arm that learns from the teachers; `control` trains the same student without them."""
+TASK = "text"
+PARTS = {"train": "[:90%]", "validation": "[90%:95%]", "test": "[95%:]"}
+FIELDS = {"prompt": True, "answer": True, "reasoning": False, "teacher_reasoning": False}
+"""Columns that are read, and whether the file must have them."""
+
+
+def experiment(
+    teachers: list[Path], student: Path, data: Path, out: Path, overrides: list[str] | None = None
+) -> tuple[Config, Paths]:
+    """The configuration of one arm and its control, and the folder of its artefacts below `out`.
+
+    The student's keys and values are regressed on the teachers' (`ridge`), so that the target lies in the space that
+    its own weights work in; `--set` changes this and everything else.
+
+    Args:
+        teachers: model folders.
+        student: a model folder with weights.
+        data: JSONL or Parquet with the columns prompt and answer, and, where there are some, reasoning and
+            teacher_reasoning. The last tenth of the rows is kept for validation and test.
+        out: folder of the cell.
+        overrides: `dotted.key=value`.
+
+    Raises:
+        ConfigError: a folder without a model, or a file without the columns.
+    """
+    for path in (*teachers, student):
+        if not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
+            raise ConfigError(f"{path} is not a model folder: it needs config.json and safetensors")
+    names = _names(teachers)
+    kv = {"teachers": list(names), "loss": {"kind": "kv"}, "fit": {"method": "ridge"}}
+    values = {
+        "title": out.name,
+        "seeds": [0],
+        "student": "student",
+        "models": {
+            name: {"source": "local", "path": str(path)} for name, path in {**names, "student": student}.items()
+        },
+        "data": {"sources": [_source(data)]},
+        "arms": {"control": {"role": "control"}, ARM: {"base": "control", "role": "experiment", "set": kv}},
+        "train": {"learning_rate": 1e-4},  # the student has learnt before
+    }
+    config = parse(values, overridden(overrides), origin="kvpipe train")
+    # what the artefacts are made from: other inputs get another folder
+    made_from = digest([digest_of(data, "sha256"), *(str(p.resolve()) for p in (*teachers, student))])
+    return config, Paths(out / "artefacts" / made_from)
+
+
+def _names(teachers: list[Path]) -> dict[str, Path]:
+    """A name for every teacher: its folder's, with a number where two have the same."""
+    names: dict[str, Path] = {}
+    for path in teachers:
+        base = re.sub(r"[^A-Za-z0-9_.-]", "-", path.resolve().name).lstrip("-_.") or "teacher"
+        name, number = base, 2
+        while name in names or name == "student":
+            name, number = f"{base}-{number}", number + 1
+        names[name] = path
+    return names
+
+
+def _source(data: Path) -> dict[str, Any]:
+    """The file as a source, with the columns that it has."""
+    source = {"kind": "files", "task": TASK, **{split: f"{data}{part}" for split, part in PARTS.items()}}
+    rows = read(FileData.model_validate(source), "train").rows
+    has = set(rows[0]) if rows else set()
+    missing = [name for name, needed in FIELDS.items() if needed and name not in has]
+    if missing:
+        raise ConfigError(f"{data}: no column {', '.join(missing)} (has {', '.join(sorted(has))}); rename the columns")
+    return {**source, "columns": {name: name for name in FIELDS if name in has}}

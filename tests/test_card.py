@@ -1,0 +1,189 @@
+"""The model card says what the results say, and a published model is the one that was trained."""
+
+import json
+import warnings
+
+import pandas as pd
+import pytest
+import yaml
+from hub_server import HubServer
+from tiny import ALPHA, build, save_teacher, values
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from kvpipe import __main__ as cli
+from kvpipe import card
+from kvpipe.config import LockedFile
+from kvpipe.hub import HubError, wanted
+from kvpipe.provenance import digest_of, reachable
+from kvpipe.steps.models import make_model
+from kvpipe.steps.prepare import prepare
+from kvpipe.train import train
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Arm `two` trained; its first teacher is a hub model of a library, the second a folder with a card of its own."""
+    folder = tmp_path_factory.mktemp("card")
+    library = folder / "shared" / "owner" / "alpha"
+    made = values(folder)["models"]
+    save_teacher(library, "alpha", ALPHA, 0)
+    files = {
+        p.name: LockedFile(size=p.stat().st_size, digest=digest_of(p, "sha256")).model_dump()
+        for p in library.iterdir()
+        if wanted(p.name)
+    }
+    locked = {"owner/alpha@main": {"commit": "ab" * 20, "license": "apache-2.0", "files": files}}
+    overrides = {
+        "models": made | {"alpha": {"source": "hub", "repo": "owner/alpha"}},
+        "lock": locked,
+        "libraries": [str(folder / "shared")],
+    }
+    work = build(folder, overrides)
+    (folder / "teachers" / "beta" / "README.md").write_text("---\nlicense: llama3\n---\n# beta\n")
+    make_model(work, "beta")
+    prepare(work, "two", log=lambda line: None)
+    cell = work.paths.cell("two", 0)
+    train(work, "two", 0, cell, folder / "checkpoints", log=lambda line: None)
+    return work, cell
+
+
+def front_matter(text: str) -> dict:
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def statistics(work):
+    work.paths.stats.mkdir(exist_ok=True)
+    row = {"arm": "two", "task": "all", "n_seeds": 2, "n_items": 5, "low": 1.25, "high": 1.75}
+    arms = [
+        {**row, "metric": "bits_per_byte", "mean": 1.5},
+        {**row, "metric": "train_seconds", "mean": 9.875},
+        {**row, "arm": "one", "metric": "bits_per_byte", "mean": 7.125},
+    ]
+    contrast = {
+        **row,
+        "reference": "control",
+        "metric": "bits_per_byte",
+        "estimate": -0.375,
+        "low": -0.5,
+        "high": -0.25,
+    }
+    contrasts = [{**contrast, "p_holm": 0.0123}, {**contrast, "reference": "one", "estimate": 6.5, "p_holm": 1.0}]
+    pd.DataFrame(arms).to_csv(work.paths.stats / "arms.csv", index=False)
+    pd.DataFrame(contrasts).to_csv(work.paths.stats / "contrasts.csv", index=False)
+
+
+def test_a_card_before_and_after_the_statistics(trained):
+    work, cell = trained
+    path = cell / "model" / "README.md"
+    before = path.read_text()
+    assert "Not evaluated yet." in before
+    assert before == card.card(work.dag, work.paths, "two", cell), "written at the end of training"
+    statistics(work)
+    after = card.write(work.dag, work.paths, "two", cell).read_text()
+    assert "| bits per byte | all | 1.5 (1.25, 1.75) |" in after
+    assert "| bits per byte | all | -0.375 (-0.5, -0.25) | 0.0123 |" in after
+    assert not [words for words in ("Not evaluated", "9.875", "7.125", "6.5") if words in after]
+    (work.paths.stats / "arms.csv").unlink()
+    (work.paths.stats / "contrasts.csv").unlink()
+    path.write_text(before)
+
+
+def test_a_card_says_where_it_comes_from(trained):
+    work, cell = trained
+    text = card.card(work.dag, work.paths, "two", cell)
+    assert f"| teacher 1 | alpha | owner/alpha at {'ab' * 20} | apache-2.0 |" in text
+    assert "| teacher 2 | beta | local folder beta | llama3 |" in text
+    head = front_matter(text)
+    assert (head["license"], head["license_name"]) == ("other", card.SEVERAL), "both are carried over"
+    assert head["library_name"] == "transformers" and "base_model" not in head, "a student from scratch has none"
+    settings = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert settings["teachers"] == ["alpha", "beta"] and settings["fit"]["method"] == "joint_pca"
+    cost = json.loads((cell / "cost.json").read_text())
+    assert f"{cost['steps']} steps, {cost['tokens']:,} student tokens" in text
+    assert cost["provenance"]["config_hash"] in text and "| train | 15 math, 13 code |" in text
+    assert str(work.paths.root.parent) not in text, "no path of this machine"
+
+
+def test_one_licence_is_named_and_control_has_none(trained):
+    work, cell = trained
+    assert front_matter(card.card(work.dag, work.paths, "one", cell))["license"] == "apache-2.0"
+    control = card.card(work.dag, work.paths, "control", cell)
+    assert "license" not in front_matter(control) and "carry over" not in control
+
+
+def test_words_of_the_card_train_nothing_again():
+    assert "kvpipe.card" not in reachable("kvpipe.train")
+    assert "kvpipe.hub" not in reachable("kvpipe.train")
+
+
+# ---------------------------------------------------------------- the hub
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """The real client in this process, talking to the local hub."""
+    from huggingface_hub import constants
+
+    with HubServer() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        monkeypatch.setenv("HF_TOKEN", server.TOKEN)
+        yield server
+
+
+def command(trained, tmp_path, *arguments):
+    work, _ = trained
+    path = tmp_path / "config.json"
+    path.write_text(work.config.model_dump_json(exclude_unset=True))
+    files = ["--config", str(path), "--results", str(work.paths.root)]
+    return CliRunner().invoke(cli.app, [*arguments, *files])
+
+
+def test_publish_pushes_the_model_with_its_card_of_today(trained, hub, tmp_path):
+    work, cell = trained
+    before = (cell / "model" / "README.md").read_text()
+    statistics(work)
+    done = command(trained, tmp_path, "publish", "--arm", "two", "--repo", "me/student")
+    assert done.exit_code == 0, done.output + repr(done.exception)
+    repo = hub.repos["models", "me/student"]
+    assert repo.private
+    files = repo.commits[repo.refs["main"]]
+    assert set(files) == {p.name for p in (cell / "model").iterdir() if not p.name.startswith(".")}
+    assert files["model.safetensors"] == (cell / "model" / "model.safetensors").read_bytes()
+    assert "-0.375" in files["README.md"].decode()
+    assert (cell / "model" / "README.md").read_text() == before, "the results are left as they are"
+    assert hub.TOKEN not in done.output
+    again = command(trained, tmp_path, "publish", "--arm", "two", "--repo", "me/student")
+    assert again.exit_code == 0 and len(repo.commits) == 3, "one commit each, after the empty one"
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name, content in files.items():
+        (copy / name).write_bytes(content)
+    AutoModelForCausalLM.from_pretrained(copy)
+
+
+def test_publish_says_what_is_missing(trained, hub, tmp_path, monkeypatch):
+    work, cell = trained
+    with pytest.raises(FileNotFoundError, match=r"no trained model there.*--arm one"):
+        card.publish(work.dag, work.paths, "one", work.paths.cell("one", 0), "me/student")
+    monkeypatch.setenv("HF_TOKEN", "hf_a_wrong_one")
+    with pytest.raises(HubError, match="refuses the token"):
+        card.publish(work.dag, work.paths, "two", cell, "me/student")
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(HubError, match="set HF_TOKEN"):
+        card.publish(work.dag, work.paths, "two", cell, "me/student")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE"):
+        card.publish(work.dag, work.paths, "two", cell, "me/student")
+    assert not hub.repos
+
+
+def test_the_front_matter_is_what_the_hub_reads(trained):
+    from huggingface_hub import ModelCard
+
+    work, cell = trained
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = ModelCard(card.card(work.dag, work.paths, "two", cell))
+    assert loaded.data.pipeline_tag == "text-generation" and "kvpipe" in loaded.data.tags

@@ -1,0 +1,110 @@
+"""Training without a configuration file: folders and a file of records in, a student out."""
+
+import json
+
+import pandas as pd
+import pytest
+from tiny import ALPHA, BETA, save_teacher
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from kvpipe import __main__ as cli
+from kvpipe.config import ConfigError, DataConfig
+from kvpipe.corpus import generate
+from kvpipe.data import build
+from kvpipe.direct import ARM, experiment
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Two teachers whose folders have the same name, a student with weights, 40 records."""
+    root = tmp_path_factory.mktemp("direct")
+    save_teacher(root / "a" / "expert", "alpha", ALPHA, 0)
+    save_teacher(root / "b" / "expert", "beta", BETA, 1)
+    save_teacher(
+        root / "student", "alpha", ALPHA | {"num_hidden_layers": 3, "num_key_value_heads": 2, "head_dim": 6}, 2
+    )
+    records = generate("math", "train", 40, 1, 0)
+    rows = [{"prompt": r.prompt, "reasoning": r.reasoning, "answer": r.answer} for r in records]
+    (root / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def command(place, out, *more):
+    arguments = ["train", "--teacher", place / "a" / "expert", "--student", place / "student"]
+    arguments += ["--data", place / "records.jsonl", "--out", out, "--set", "train.steps=4", *more]
+    return CliRunner().invoke(cli.app, list(map(str, arguments)))
+
+
+def test_a_student_from_folders_and_a_file(place, tmp_path):
+    out = tmp_path / "student"
+    done = command(place, out, "--set", "arms.distil.set.loss.lambda_k=0")
+    assert done.exit_code == 0, done.output + repr(done.exception)
+    AutoModelForCausalLM.from_pretrained(out / "model")
+    lines = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    assert any("v" in line and "k" not in line for line in lines), "the value term alone"
+    assert "expert" in (out / "model" / "README.md").read_text()
+    (made,) = (out / "artefacts").iterdir()
+    sizes = {
+        split: len(pd.read_parquet(made / "data" / f"{split}.parquet")) for split in ("train", "validation", "test")
+    }
+    assert sizes == {"train": 36, "validation": 2, "test": 2}
+    # a second run finds the artefacts; its control is the same student alone
+    again = command(place, out, "--arm", "control")
+    assert again.exit_code == 0 and "KV of" not in again.output and "data …" not in again.output
+    assert "k" not in json.loads((out / "history.jsonl").read_text().splitlines()[-2])
+
+
+def test_several_teachers_and_other_inputs(place, tmp_path):
+    teachers = [place / "a" / "expert", place / "b" / "expert"]
+    config, paths = experiment(teachers, place / "student", place / "records.jsonl", tmp_path)
+    assert config.arm(ARM).teachers == ["expert", "expert-2"]
+    assert [config.models[name].path for name in config.arm(ARM).teachers] == [str(t) for t in teachers]
+    assert config.arm(ARM).fit.method == "ridge" and config.arm("control").teachers == []
+    _, alone = experiment(teachers[:1], place / "student", place / "records.jsonl", tmp_path)
+    assert alone.root != paths.root, "artefacts of other inputs lie elsewhere"
+    other = tmp_path / "other.jsonl"
+    other.write_text(
+        (place / "records.jsonl").read_text() + "\n".join((place / "records.jsonl").read_text().splitlines()[:1])
+    )
+    assert experiment(teachers, place / "student", other, tmp_path)[1].root != paths.root
+
+
+def test_columns_that_are_there_are_read(place, tmp_path):
+    path = tmp_path / "plain.parquet"
+    pd.DataFrame({"prompt": [f"{i} + 1 =" for i in range(40)], "answer": [str(i + 1) for i in range(40)]}).to_parquet(
+        path
+    )
+    config, paths = experiment([place / "a" / "expert"], place / "student", path, tmp_path)
+    assert isinstance(config.data, DataConfig)
+    build(config.data, paths.root)
+    assert pd.read_parquet(paths.root / "test.parquet").answer.tolist() == ["39", "40"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"student": "nowhere"}, "nowhere is not a model folder: it needs config.json and safetensors"),
+        ({"data": "questions.jsonl"}, "no column prompt, answer \\(has question\\); rename the columns"),
+        ({"overrides": ["train.stepps=1"]}, "train.stepps: unknown key; did you mean 'steps'"),
+    ],
+)
+def test_mistakes_are_named(place, tmp_path, change, message):
+    (tmp_path / "questions.jsonl").write_text('{"question": "1 + 1"}\n' * 20)
+    arguments = {"teachers": [place / "a" / "expert"], "student": place / "student", "data": place / "records.jsonl"}
+    arguments |= {"out": tmp_path} | {k: tmp_path / v if k != "overrides" else v for k, v in change.items()}
+    with pytest.raises(ConfigError, match=message):
+        experiment(**arguments)
+
+
+@pytest.mark.parametrize("left_out", ["--student", "--data", "--out"])
+def test_options_that_go_together(place, tmp_path, left_out):
+    given = {"--student": place / "student", "--data": place / "records.jsonl", "--out": tmp_path}
+    rest = [str(part) for name, value in given.items() if name != left_out for part in (name, value)]
+    done = CliRunner().invoke(cli.app, ["train", "--teacher", str(place / "a" / "expert"), *rest])
+    assert done.exit_code == 2 and "--teacher goes with" in done.output
+
+
+def test_neither_an_arm_nor_a_teacher():
+    done = CliRunner().invoke(cli.app, ["train"])
+    assert done.exit_code == 2 and "give either --arm, or" in done.output

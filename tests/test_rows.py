@@ -1,0 +1,157 @@
+"""Rows: slices of local files and folders, and the hub with the real client: first with network, then from the cache."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import data_zoo
+import dataset_hub
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from kvpipe.config import FileData, HubData
+from kvpipe.rows import read
+
+ROOT = Path(__file__).parent.parent
+
+
+def jsonl(path, count):
+    path.write_text("".join(json.dumps({"n": i}) + "\n" for i in range(count)), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    "part, numbers",
+    [
+        ("", range(41)),
+        ("[:95%]", range(39)),
+        ("[95%:]", range(39, 41)),
+        ("[3:7]", range(3, 7)),
+        ("[-2:]", range(39, 41)),
+    ],
+)
+def test_slices_of_a_file(tmp_path, part, numbers):
+    path = jsonl(tmp_path / "rows.jsonl", 41)
+    found = read(FileData(task="t", train=f"{path}{part}"), "train")
+    assert [row["n"] for row in found.rows] == list(numbers)
+    assert found.origin["file"] == path.as_posix() and found.origin["rows_in_file"] == 41
+    assert read(FileData(task="t", train=f"{path}{part}"), "test").rows == []
+
+
+def test_a_line_that_is_no_object(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n[2]\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2: expected an object"):
+        read(FileData(task="t", test=str(path)), "test")
+
+
+@pytest.mark.parametrize("preset", list(data_zoo.ROWS))
+def test_a_local_folder_is_read_like_its_repository(tmp_path, preset):
+    folder = data_zoo.write(tmp_path / preset, preset)
+    # the invented repository has not all subjects
+    more = {"name": ["algebra", "geometry"]} if preset == "math" else {}
+    source = HubData(task="t", preset=preset, repo=str(folder), **more)
+    found = read(source, "test").rows
+    expected = data_zoo.rows(preset, "test") + (data_zoo.rows(preset, "test", 1000) if preset == "math" else [])
+    assert found == expected
+
+
+def test_slices_of_a_split_part_it(tmp_path):
+    source = HubData(task="t", preset="gsm8k", repo=str(data_zoo.write(tmp_path / "g", "gsm8k")))
+    train, validation = read(source, "train"), read(source, "validation")
+    assert train.rows + validation.rows == data_zoo.rows("gsm8k", "train")
+    assert (len(train.rows), len(validation.rows)) == (38, 2)
+    assert train.origin["part"] == "train[:95%]" and train.origin["rows"] == 38
+
+
+def test_a_folder_of_the_same_name_is_not_taken_for_another(tmp_path):
+    """`datasets` names its cache after the folder alone: it would answer with the first one's rows."""
+    for number, offset in enumerate((0, 500)):
+        folder = data_zoo.write(tmp_path / str(number) / "same", "chat")
+        path = next(folder.rglob("test-*"))
+        pq.write_table(pa.Table.from_pylist(data_zoo.rows("chat", "test", offset)), path)
+        found = read(HubData(task="t", preset="chat", repo=str(folder)), "test").rows
+        assert found == data_zoo.rows("chat", "test", offset)
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        ({"repo": "./none"}, r"data\.sources \(t\): \./none is not a folder"),
+        ({"test": "tests"}, r"data\.sources \(t\): .*Unknown split \"tests\"\. Should be one of \['train', 'test'\]"),
+        ({"name": "mian"}, r"data\.sources \(t\): .*'mian' not found\. Available: \['main', 'socratic'\]"),
+    ],
+)
+def test_what_is_not_there_is_named(tmp_path, more, said):
+    repo = str(data_zoo.write(tmp_path / "g", "gsm8k"))
+    with pytest.raises((FileNotFoundError, ValueError), match=said):
+        read(HubData(**{"task": "t", "preset": "gsm8k", "repo": repo, **more}), "test")
+
+
+# ---------------------------------------------------------------- the hub, in processes of their own
+EXPERIMENT = {
+    "student": "s",
+    "models": {"s": {"source": "scratch", "architecture": {"model_type": "llama"}}},
+    "arms": {"control": {}},
+}
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """run(endpoint, offline, **source) → the finished process of `kvpipe data`; its folder; the served repository."""
+    folder = tmp_path_factory.mktemp("hub")
+    repo = data_zoo.write(folder / "repo", "gsm8k")
+
+    def run(endpoint, offline, **more):
+        source = {"kind": "hub", "preset": "gsm8k", "task": "math", "repo": "invented/gsm", "revision": dataset_hub.TAG}
+        config = folder / "config.yaml"
+        config.write_text(yaml.safe_dump({**EXPERIMENT, "data": {"sources": [source | more]}}), encoding="utf-8")
+        environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("HF_")},
+            "HF_ENDPOINT": endpoint,
+            "HF_HOME": str(folder / "home"),
+            "HF_HUB_OFFLINE": str(int(offline)),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
+        command = [
+            sys.executable,
+            "-m",
+            "kvpipe",
+            "data",
+            "--config",
+            str(config),
+            "--results",
+            str(folder / "results"),
+        ]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+    return run, folder, repo
+
+
+def test_downloaded_once_then_read_offline(hub):
+    run, folder, repo = hub
+    commit = dataset_hub.commit_of(repo)
+    with dataset_hub.serve({"invented/gsm": repo}) as (endpoint, requests):
+        done = run(endpoint, offline=False)
+        assert done.returncode == 0, done.stderr
+        downloads = [r for r in requests if r.startswith("GET") and r.endswith(".parquet")]
+        assert len(downloads) == 2 and all(commit in r for r in downloads), "each file of the one configuration, once"
+        failed = run(endpoint, offline=False, revision="v2")
+        assert failed.returncode == 1 and "Revision 'v2' doesn't exist" in failed.stderr
+        assert "Traceback" not in failed.stderr
+    written = (folder / "results" / "data" / "train.parquet").read_bytes()
+    found = json.loads((folder / "results" / "data" / "sources.json").read_text())["sources"]
+    assert {entry["commit"] for entry in found} == {commit} and [e["records"] for e in found] == [38, 2, 7]
+
+    (folder / "results" / "data" / "train.parquet").unlink()
+    again = run(endpoint, offline=True)  # nobody listens there any more
+    assert again.returncode == 0, again.stderr
+    assert (folder / "results" / "data" / "train.parquet").read_bytes() == written
+    other = run(endpoint, offline=True, revision="a" * 40)
+    assert other.returncode == 1 and f"the cache holds commit {commit}" in other.stderr
+    absent = run(endpoint, offline=True, repo="invented/other")
+    assert absent.returncode == 1 and "run `kvpipe data` once on a machine with network" in absent.stderr
