@@ -120,7 +120,7 @@ def samples(results: Results) -> list[dict[str, Any]]:
                 {
                     "arm": name,
                     "correct": bool(frame.loc[record.id, "correct"]),
-                    "text": str(frame.loc[record.id, "text"]).strip("\n"),
+                    "text": _said(frame.loc[record.id]).strip("\n"),
                 }
                 for name, frame in frames.items()
                 if record.id in frame.index and frame.loc[record.id, "correct"] is not None
@@ -130,6 +130,11 @@ def samples(results: Results) -> list[dict[str, Any]]:
                 reference = (text.reasoning + text.answer).strip("\n")
                 out.append({"record": record, "reference": reference, "answers": answers})
     return out
+
+
+def _said(item) -> str:
+    """What was generated; of a multiple choice, where nothing is, the choice."""
+    return item["text"] if isinstance(item["text"], str) else str(item["prediction"])
 
 
 def provenance(results: Results) -> list[tuple[str, list[str]]]:

@@ -67,7 +67,6 @@ def long_text(window: int, stride: int) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1:] == ["long"]:
-        long_text(8192, 4096)
         long_text(LENGTH, LENGTH // 2)
     else:
         generation()
