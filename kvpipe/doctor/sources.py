@@ -26,9 +26,17 @@ def examine_sources(config: Config, paths: Paths) -> list[Finding]:
             out += _local(name, model)
         elif isinstance(model, HubModel):
             out += _hub(name, model, paths.model(name))
-    if any(isinstance(model, HubModel) for model in config.models.values()):
-        out += _cache()
+    hub = {name: model for name, model in config.models.items() if isinstance(model, HubModel)}
+    if hub:
+        out += [_lock([name for name, model in hub.items() if model.pin not in config.lock]), *_cache()]
     return out
+
+
+def _lock(unlocked: list[str]) -> Finding:
+    if not unlocked:
+        return Finding("lock", OK, "every model of the hub is pinned to a commit")
+    detail = f"{', '.join(unlocked)} not pinned to a commit, without which nothing is downloaded"
+    return Finding("lock", FAIL, detail, "on a machine with a network: kvpipe lock")
 
 
 # ---------------------------------------------------------------- folders

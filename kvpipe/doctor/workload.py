@@ -13,20 +13,23 @@ from kvpipe.config import (
     Config,
     EmbeddedData,
     FileData,
+    HubData,
     HubModel,
+    Loading,
     LocalModel,
     PretrainModel,
     RandomModel,
     ScratchModel,
 )
 from kvpipe.dag import Dag, Paths
+from kvpipe.mapping import to_record
 from kvpipe.sizes import Shape, count_parameters, estimate_bytes, shape, teacher_pass_bytes
 
 SAMPLE = 100
 """Records of a file that are read for the mean length of its texts."""
 BYTES_PER_TOKEN = 3.5
 """Of English text and code under tokenizers of tens of thousands of tokens."""
-SEGMENTS, MARKS = ("prompt", "reasoning", "answer"), "\n#### "
+MARKS = "\n#### "
 """A text is about its segments and the template's marks."""
 SMALL_VOCABULARY, BYTES_PER_SMALL_TOKEN = 2000, 1.7
 """Vocabularies like those of the embedded models cut texts into shorter pieces."""
@@ -133,7 +136,11 @@ class Workload:
             return None
         rows = self.tokens(teacher, reading)
         at_once = round(1.5 * rows / self.examples) * min(self.config.store.batch_size, self.examples)
-        return teacher_pass_bytes(found, self.stored_layers(teacher), rows // self.config.store.shards, at_once)
+        model = self.config.models[teacher]
+        model = self.config.models[model.like] if isinstance(model, RandomModel) else model
+        half = getattr(model, "load", Loading()).dtype != "fp32"
+        layers, shards = self.stored_layers(teacher), self.config.store.shards
+        return teacher_pass_bytes(found, layers, rows // shards, at_once, width=2 if half else 4)
 
 
 def _cached_config(model: HubModel) -> Path | None:
@@ -158,18 +165,24 @@ def _tokenizer(folder: Path) -> Any:
         return None
 
 
-def _sampled(source: EmbeddedData | FileData) -> tuple[int, float, dict[str, list[str]]]:
-    """Examples of the training split, the embedded tasks' difficulty, and some texts for each reading."""
+def _sampled(source: EmbeddedData | FileData | HubData) -> tuple[int, float, dict[str, list[str]]]:
+    """Examples of the training split, the embedded tasks' difficulty, and some texts for each reading.
+
+    Nothing of a data set on the hub is known before the data step has fetched it.
+    """
     if isinstance(source, EmbeddedData):
         return source.train, float(source.difficulty), {"student": [], "own": []}
-    path = Path(str(source.train))
-    if not path.is_file():
+    path = Path(str(source.train).partition("[")[0])
+    if isinstance(source, HubData) or source.train is None or not path.is_file():
         return 0, 0.0, {"student": [], "own": []}
     count, rows = _sample(path)
-    own = {**source.columns, "reasoning": source.columns.get("teacher_reasoning", source.columns.get("reasoning", ""))}
+    try:
+        records = [to_record(row, source, str(number)) for number, row in enumerate(rows)]
+    except ValueError:  # the data step names the row
+        records = []
     texts = {
-        reading: ["\n".join(str(row.get(columns.get(field, "")) or "") for field in SEGMENTS) + MARKS for row in rows]
-        for reading, columns in (("student", source.columns), ("own", own))
+        "student": ["\n".join((r.prompt, r.reasoning, r.answer)) + MARKS for r in records],
+        "own": ["\n".join((r.prompt, r.teacher_reasoning or r.reasoning, r.answer)) + MARKS for r in records],
     }
     return count, 0.0, texts
 
