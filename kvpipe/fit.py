@@ -209,7 +209,10 @@ def _linear(xs, out: int, config: FitConfig, student: Rows | None, kind: int, la
         assert own is not None
         return [ridge(x, own, config.ridge) for x in xs]  # the student's own scale is the target's
     maps = normalised(LINEAR[config.method](xs, out, config), xs, config.whiten)
-    return maps if own is None else onto_student(maps, xs, own)
+    if config.basis == "teacher":
+        return maps
+    assert own is not None
+    return onto_student(maps, xs, own)
 
 
 def features(projector: Projector, rows: Rows, kind: int, layer: int) -> Matrix:

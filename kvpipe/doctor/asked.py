@@ -26,8 +26,8 @@ class Request:
     resources: dict[str, Any]
 
     def number(self, key: str) -> int | None:
-        """A resource as a number; of an expression like `720 * attempt` the first factor."""
-        found = re.match(r"\s*(\d+)", str(self.resources.get(key, "")))
+        """A resource as a number; of an expression like `min(720 * attempt, 1440)` what the first attempt has."""
+        found = re.match(r"\s*(?:min\()?\s*(\d+)", str(self.resources.get(key, "")))
         return int(found[1]) if found else None
 
     @property

@@ -22,7 +22,6 @@ from kvpipe.config import (
     ScratchModel,
 )
 from kvpipe.dag import Dag, Paths
-from kvpipe.mapping import to_record
 from kvpipe.sizes import Shape, count_parameters, estimate_bytes, shape, teacher_pass_bytes
 
 SAMPLE = 100
@@ -175,6 +174,8 @@ def _sampled(source: EmbeddedData | FileData | HubData) -> tuple[int, float, dic
     path = Path(str(source.train).partition("[")[0])
     if isinstance(source, HubData) or source.train is None or not path.is_file():
         return 0, 0.0, {"student": [], "own": []}
+    from kvpipe.mapping import to_record  # brings torch, which the embedded experiment does without here
+
     count, rows = _sample(path)
     try:
         records = [to_record(row, source, str(number)) for number, row in enumerate(rows)]

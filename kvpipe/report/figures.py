@@ -285,7 +285,8 @@ def fusion_weights(weights: pd.DataFrame) -> Picture | None:
 
 # ---------------------------------------------------------------- fit
 def explained_variance(results: Results) -> Picture | None:
-    """Share of the teacher's variance that the projected target keeps, per student layer, one panel per fit."""
+    """Share of the teacher's variance that the projected target keeps, and the cosine of the student's attention outputs
+    when the target takes the place of its own cache, per student layer, one panel per fit."""
     fits = {f: d for f, d in results.fits.items() if any(_finite(v) for v in d["explained_variance"].values())}
     if not fits:
         return None
@@ -294,12 +295,14 @@ def explained_variance(results: Results) -> Picture | None:
     everything = [
         x for d in fits.values() for kinds in d["explained_variance"].values() for v in kinds.values() for x in v
     ]
+    everything += [x for d in fits.values() for v in d.get("attention_output_cosine", {}).values() for x in v]
     lowest = float(np.nanmin(np.array(everything, dtype=float)))
     shown = [t for t in results.dag.teachers if any(t in d["explained_variance"] for d in fits.values())]
     colours = {teacher: SERIES[i % 6] for i, teacher in enumerate(shown)}
     kinds: dict[str, dict[str, Any]] = {
         "keys": {"linestyle": DASHES[1], "marker": "o"},
         "values": {"linestyle": "-", "marker": "s"},
+        "attention output": {"linestyle": ":", "marker": "^"},
     }
     with styled():
         figure = Figure(figsize=(WIDTH, 1.75 * rows + 0.55), layout="constrained")
@@ -308,8 +311,11 @@ def explained_variance(results: Results) -> Picture | None:
             users = [name for name, arm in results.dag.arms.items() if _uses(results, arm, fit_id)]
             axes.set_title(textwrap.fill(", ".join(users), 30), size=8.5)
             for teacher, found in document["explained_variance"].items():
+                cosine = document.get("attention_output_cosine", {}).get(teacher)
                 for kind, style in kinds.items():
-                    values = np.array(found[kind], dtype=float)
+                    if kind not in found and cosine is None:
+                        continue
+                    values = np.array(found.get(kind, cosine), dtype=float)
                     axes.plot(range(len(values)), values, color=colours[teacher], markersize=4, clip_on=False, **style)
             axes.set_xticks(range(len(values)))
             axes.grid(axis="y", zorder=-1)
@@ -320,8 +326,10 @@ def explained_variance(results: Results) -> Picture | None:
         handles += [Line2D([], [], color=INK, markersize=4, label=kind, **style) for kind, style in kinds.items()]
         figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), columnspacing=1.6)
         figure.supxlabel("student layer", size=8.5, color=INK)
-        figure.supylabel("explained variance", size=8.5, color=INK)
-        return inline(figure, f"Explained variance per layer of the fits {listed(list(fits))}")
+        figure.supylabel("explained variance, cosine", size=8.5, color=INK)
+        return inline(
+            figure, f"Explained variance and attention-output cosine per layer of the fits {listed(list(fits))}"
+        )
 
 
 def _uses(results: Results, arm, fit_id: str) -> bool:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kvpipe import fit
+from kvpipe.align.rope import Rope
+from kvpipe.attention import output_cosine
 from kvpipe.batches import collate
-from kvpipe.capture import capture
+from kvpipe.capture import Recorder
 from kvpipe.cell import Workspace, save_projectors
 from kvpipe.models import has_weights, resolve_device
+from kvpipe.shapes import KV
 from kvpipe.teacher import spread
 
 
@@ -27,35 +33,45 @@ def make_fit(work: Workspace, fit_id: str) -> None:
     mask = torch.stack([a.mask for a in aligned]).all(0)
     rows = [fit.Rows(a.keys[mask], a.values[mask]) for a in aligned]
     student = None
-    onto_student = arm.fit.method == "ridge" or arm.fit.basis == "student"
-    if onto_student and has_weights(work.paths.model(work.config.student)):
-        student = _student_rows(work, examples, mask)
+    if has_weights(work.paths.model(work.config.student)):
+        queries, own, ropes = _student_cache(work, examples, length)
+        student = fit.Rows(
+            *(
+                rearrange(x, "layer batch head time dim -> batch time layer head dim")[mask]
+                for x in (own.keys, own.values)
+            )
+        )
     torch.manual_seed(arm.fit.seed)  # an elastic encoder begins with random weights
     projectors = work.new_projectors(arm, [teacher.layers for teacher in teachers])
     report = fit.fit(projectors, rows, arm.fit, student)
-    document = {
+    document: dict[str, Any] = {
         "fit": work.dag.fit_spec(arm),
         "rows": int(mask.sum()),
         "explained_variance": dict(zip(arm.teachers, report.explained_variance, strict=True)),
     }
+    if student is not None:
+        with torch.no_grad():
+            targets = [p.eval()(a.keys, a.values) for p, a in zip(projectors, aligned, strict=True)]
+        document["attention_output_cosine"] = {
+            teacher: output_cosine(queries, own, target, ropes, mask)
+            for teacher, target in zip(arm.teachers, targets, strict=True)
+        }
     save_projectors(work.paths.projector(fit_id), arm.teachers, projectors, document)
 
 
-def _student_rows(work: Workspace, examples: np.ndarray, mask: Tensor) -> fit.Rows:
-    """The pretrained student's own keys and values at the masked positions of the examples, in their order."""
+def _student_cache(work: Workspace, examples: np.ndarray, length: int) -> tuple[Tensor, KV, list[Rope]]:
+    """The pretrained student's queries and cache on the examples, padded to `length`, and its layers' rotary embeddings."""
     dst, pad_id = work.student_encoding("train"), work.student_tokenizer.pad_token_id
     device = resolve_device(work.config.train.device)
     model = work.student(0).to(device)
-    parts = []
-    for start in range(0, len(examples), work.config.store.batch_size):
-        rows = slice(start, start + work.config.store.batch_size)
-        batch = collate(dst, examples[rows], pad_id).to(device)
-        here = mask[rows, : batch.input_ids.shape[1]]
-        kv = capture(model, batch.input_ids, batch.attention_mask)
-        parts.append(
-            [
-                rearrange(x, "layer batch head time dim -> batch time layer head dim").cpu()[here]
-                for x in (kv.keys, kv.values)
-            ]
-        )
-    return fit.Rows(*(torch.cat(kind) for kind in zip(*parts, strict=True)))
+    parts: list[list[Tensor]] = []
+    size = work.config.store.batch_size
+    for some in (examples[i : i + size] for i in range(0, len(examples), size)):
+        batch = collate(dst, some, pad_id).to(device)
+        with torch.no_grad(), Recorder(model) as recorder:
+            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        missing = (0, 0, 0, length - batch.input_ids.shape[1])
+        kv = recorder.kv()
+        parts.append([pad(x, missing).cpu() for x in (recorder.queries(), kv.keys, kv.values)])
+    queries, keys, values = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+    return queries, KV(keys, values), recorder.ropes
