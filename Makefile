@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install login image wheelhouse image-offline lock report test test-slow test-cluster torture teachers bench compat lint format config clean
+.PHONY: help install login image wheelhouse image-offline lock report test test-slow test-cluster torture study teachers bench compat lint format config clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
@@ -66,6 +66,12 @@ test-cluster: $(STAMP)  ## the tests on a real one-node SLURM cluster
 
 torture: $(STAMP)  ## kill a training process 20 times at random and compare bit by bit
 	$(WITHIN) python tests/torture.py
+
+# Relative paths of the configuration are those of the checkout.
+study: $(STAMP)  ## the study behind docs/method.md (hours), to build/study/results/report.html
+	mkdir -p build/study
+	ln -sfn ../../config build/study/config
+	$(WITHIN) snakemake --directory build/study --configfile $(CONFIG) config/study.yaml -- results/report.html
 
 teachers: $(STAMP)  ## train the embedded teachers again, into config/embedded
 	$(WITHIN) python -m kvpipe pretrain --config $(CONFIG)

@@ -12,7 +12,7 @@ from kvpipe.config import Arm, Config, ConfigError, StoreConfig, assign, json_sc
 from kvpipe.store import estimate_bytes
 
 CONFIG = Path(__file__).parent.parent / "config"
-SHIPPED = [path for path in sorted(CONFIG.glob("*.yaml")) if "arms" in yaml.safe_load(path.read_text("utf-8"))]
+SHIPPED = [path for path in sorted(CONFIG.glob("*.yaml")) if "student" in yaml.safe_load(path.read_text("utf-8"))]
 EMBEDDED = yaml.safe_load((CONFIG / "config.yaml").read_text("utf-8"))
 
 
@@ -101,6 +101,13 @@ def test_the_cluster_configuration_is_what_it_says():
     assert (config.store.dtype, config.train.precision, config.train.gradient_checkpointing) == ("int8", "bf16", True)
     large = load([CONFIG / "hpc.yaml", CONFIG / "recipes" / "teacher70b.yaml"])
     assert large.models["llama"].load.sharded and large.arm("full").projector.mlp_ratio == 2.0
+
+
+def test_the_study_lies_over_the_embedded_experiment():
+    study = load([CONFIG / "config.yaml", CONFIG / "study.yaml"])
+    assert set(load(CONFIG / "config.yaml").arms) < set(study.arms)
+    for name in study.arms:
+        study.arm(name)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
