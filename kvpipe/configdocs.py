@@ -31,10 +31,10 @@ An arm is another arm (`base`) with some settings changed (`set`), so an ablatio
 
 ```yaml
 arms:
-  values-only:
+  keys-only:
     base: exp1
-    label: exp1 without the key term
-    set: {loss.lambda_k: 0}
+    label: exp1, keys alone
+    set: {loss.lambda_k: 3, loss.lambda_v: 0}
 ```
 
 Its cells, statistics and rows in the report follow by themselves. `control` must be among the arms. A dotted key

@@ -63,8 +63,8 @@ def _flat(path, value):
 def test_the_example_in_the_readme_is_true():
     example = yaml.safe_load(configdocs.ARMS.split("```")[1].removeprefix("yaml"))
     config = parse({**EMBEDDED, "arms": {**EMBEDDED["arms"], **example["arms"]}})
-    arm, base = config.arm("values-only"), config.arm("exp1")
-    assert (arm.loss.lambda_k, arm.loss.lambda_v) == (0, base.loss.lambda_v)
+    arm, base = config.arm("keys-only"), config.arm("exp1")
+    assert (arm.loss.lambda_k, arm.loss.lambda_v) == (3, 0) and base.loss.lambda_k == 0
     assert (arm.role, base.role) == ("ablation", "experiment")
 
 
