@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,14 @@ def pretraining_records(recipe: Recipe, data: DataConfig) -> tuple[list[Record],
     return short, own
 
 
+def interleaved(records: list[Record]) -> list[Record]:
+    """The tasks' records in turn, so that any first part of them holds every task."""
+    tasks: dict[str, list[Record]] = {}
+    for record in records:
+        tasks.setdefault(record.task, []).append(record)
+    return [record for turn in zip_longest(*tasks.values()) for record in turn if record is not None]
+
+
 def tokenizer_texts(records: list[Record], data: DataConfig) -> list[str]:
     """Both readings of records, for training a tokenizer."""
     readings: tuple[Reading, ...] = ("student", "own")
@@ -74,7 +83,8 @@ def student_tokenizer(recipe: TokenizerRecipe, records: list[Record], data: Data
 def pretrain(recipe: Recipe, data: DataConfig, out: Path, log=print) -> dict[str, Any]:
     """Train and save a model folder in bfloat16 (half the bytes); returns the manifest's `source`."""
     short, own = pretraining_records(recipe, data)
-    tokenizer = train_tokenizer(recipe.tokenizer, tokenizer_texts(short[:2000] + own[:2000], data))
+    sample = interleaved(short)[:2000] + interleaved(own)[:2000]
+    tokenizer = train_tokenizer(recipe.tokenizer, tokenizer_texts(sample, data))
     parts: list[tuple[list[Record], Reading]] = [(short, "student"), (own, "own")]
     encodings = [
         encode_records(records, tokenizer, data.template, reading, end=True) for records, reading in parts if records

@@ -258,24 +258,38 @@ def contrasts_table(
     matrix: Callable[[str, str, str], np.ndarray],
     config: StatsConfig,
 ) -> pd.DataFrame:
-    """`contrasts.csv`: paired differences with corrections over the family of contrasts of one metric and task."""
+    """`contrasts.csv`: paired differences with corrections over their family, of one metric and task."""
     rows = []
+    pairs = contrasts(arms, roles)
     for metric, task in measures:
-        family = []
-        for arm, reference in contrasts(arms, roles):
-            difference = matrix(arm, metric, task) - matrix(reference, metric, task)
-            family.append((arm, reference, difference[~np.isnan(difference).any(1)], len(difference)))
-        size = sum(len(kept) > 0 for _, _, kept, _ in family)
-        block = [_contrast_row(*member, metric, task, size, config) for member in family]
-        p = [row["p"] for row in block]
-        for row, bonferroni, holm in zip(block, adjust(p, "bonferroni"), adjust(p, "holm"), strict=True):
-            rows.append(row | {"p_bonferroni": bonferroni, "p_holm": holm, "family_size": size})
+        for name in dict.fromkeys(family_of(pair, roles) for pair in pairs):
+            members = []
+            for arm, reference in (pair for pair in pairs if family_of(pair, roles) == name):
+                difference = matrix(arm, metric, task) - matrix(reference, metric, task)
+                members.append((arm, reference, difference[~np.isnan(difference).any(1)], len(difference)))
+            size = sum(len(kept) > 0 for _, _, kept, _ in members)
+            block = [_contrast_row(*member, metric, task, size, config) for member in members]
+            p = [row["p"] for row in block]
+            for row, bonferroni, holm in zip(block, adjust(p, "bonferroni"), adjust(p, "holm"), strict=True):
+                rows.append(row | {"p_bonferroni": bonferroni, "p_holm": holm, "family": name, "family_size": size})
     return pd.DataFrame(rows)[COLUMNS]
+
+
+def family_of(pair: tuple[str, str], roles: Mapping[str, str]) -> str:
+    """The question that a contrast belongs to; corrections go over its contrasts.
+
+    The method's arms against control are one family, what each component adds to exp1 another; nulls, baselines and a
+    user's ablations against control, and full against the baselines, answer questions of their own.
+    """
+    arm, reference = pair
+    if reference == "control":
+        return f"{roles[arm]}s against control"
+    return f"against {reference}" if reference == "exp1" else f"{arm} against baselines"
 
 
 COLUMNS = [
     "arm", "reference", "metric", "task", "estimate", "low", "high", "p", "p_bonferroni", "p_holm", "effect_size",
-    "n_seeds", "n_items", "low_corrected", "high_corrected", "mde", "family_size", "missing_seeds",
+    "n_seeds", "n_items", "low_corrected", "high_corrected", "mde", "family", "family_size", "missing_seeds",
 ]  # fmt: skip
 
 

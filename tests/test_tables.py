@@ -216,10 +216,12 @@ def contrasts(finished) -> tuple[pd.DataFrame, tables.Scores]:
 def test_families_are_every_arm_against_control_and_components_against_exp1(finished):
     table, _ = contrasts(finished)
     assert list(table.columns)[: len(CONTRACT_CONTRASTS)] == CONTRACT_CONTRASTS
-    expected = [(arm, "control") for arm in list(ARMS)[1:]] + [("exp3", "exp1"), ("full", "exp1")]
-    for _, family in table.groupby(["metric", "task"]):
-        assert list(zip(family.arm, family.reference, strict=True)) == expected
-        assert set(family.family_size) == {len(expected)}
+    expected = {(arm, "control") for arm in list(ARMS)[1:]} | {("exp3", "exp1"), ("full", "exp1")}
+    for _, block in table.groupby(["metric", "task"]):
+        assert set(zip(block.arm, block.reference, strict=True)) == expected and len(block) == len(expected)
+        for name, family in block.groupby("family"):
+            assert set(family.family_size) == {len(family)}
+            assert len(set(family.reference)) == 1, name  # one question
 
 
 def test_estimates_are_differences_of_the_arms_means(finished):
@@ -236,7 +238,7 @@ def test_estimates_are_differences_of_the_arms_means(finished):
 def test_intervals_and_p_are_the_bootstraps_and_corrections_statsmodels(finished):
     table, scores = contrasts(finished)
     stats = finished[0].config.stats
-    for (metric, task), family in table[table.task != "math"].groupby(["metric", "task"]):
+    for (metric, task, _), family in table[table.task != "math"].groupby(["metric", "task", "family"]):
         for _, row in family.iterrows():
             difference = scores.matrix(row.arm, metric, task) - scores.matrix(row.reference, metric, task)
             plain = crossed_bootstrap(difference, stats.resamples, stats.confidence, stats.seed)
