@@ -126,7 +126,8 @@ def test_recording_leaves_the_model_as_it_was(name):
         before = model(input_ids=ids, attention_mask=mask).logits
         with Recorder(model):
             during = model(input_ids=ids, attention_mask=mask).logits
-    assert torch.equal(before, during)
+    # not to the bit: vectorised sums follow the alignment of memory, which differs between any two forwards
+    torch.testing.assert_close(during, before, atol=1e-6, rtol=1e-5)
     assert AttentionInterface.get_interface is transformers_dispatch
     assert model.config.to_dict() == config
     assert not model._forward_hooks
