@@ -160,7 +160,7 @@ def test_offline_without_a_copy_says_where_it_looked(hub, place):
     before = len(hub.requests)
     said = place.fails("models", "--name", "alpha", HF_HUB_OFFLINE="1")
     assert "HF_HUB_OFFLINE" in said and str(place.home) in said and "kvpipe models --name alpha" in said
-    assert "HF_HUB_OFFLINE" in place.fails("lock", HF_HUB_OFFLINE="1")
+    assert "HF_HUB_OFFLINE" in place.fails("lock", "--update", HF_HUB_OFFLINE="1")
     assert len(hub.requests) == before
 
 
