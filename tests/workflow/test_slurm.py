@@ -95,7 +95,7 @@ def test_sbatch_lines_are_the_golden_ones(login):
     rules = {
         r for f in (ROOT / "workflow/rules").glob("*.smk") for r in re.findall(r"^rule (\w+):", f.read_text(), re.M)
     }
-    assert found.keys() == rules
+    assert found.keys() == rules - {"lm_eval"}  # which only evaluate.lm_eval_tasks asks for
     text = "".join(f"{rule}\n    sbatch {line}\n" for rule, line in found.items())
     if os.environ.get("KVPIPE_GOLDEN") == "write":
         GOLDEN.write_text(text, encoding="utf-8")

@@ -42,9 +42,9 @@ os.environ.update(KVPIPE_CONFIG=CONFIG_FILE, KVPIPE_RESULTS=str(PATHS.root))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # For provenance: seen only inside the image, and by a compute node or an image without git.
 if launch.image_digest(IMAGE):
-    os.environ["APPTAINERENV_KVPIPE_IMAGE_DIGEST"] = launch.image_digest(IMAGE)
+    os.environ.update(APPTAINERENV_KVPIPE_IMAGE_DIGEST=launch.image_digest(IMAGE))
 if git_commit():
-    os.environ["KVPIPE_GIT_COMMIT"] = git_commit()
+    os.environ.update(KVPIPE_GIT_COMMIT=git_commit())
 
 
 wildcard_constraints:
