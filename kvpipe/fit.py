@@ -239,6 +239,7 @@ def _reconstruct(
     scaled = [((x - x.mean(0)) / x.var(0).mean().sqrt().clamp(min=1e-12)).float() for x in xs]
     inputs = [x.float() for x in xs]
     anchors = [z.float() for z in zs]
+    spreads = [anchor.var(0).mean().clamp(min=1e-12) for anchor in anchors]
     decoders = []
     for z, x in zip(zs, scaled, strict=True):
         start = ridge(z, x.double(), 1e-6)
@@ -253,9 +254,11 @@ def _reconstruct(
     for _ in range(config.steps):
         batch = torch.randint(len(xs[0]), (min(512, len(xs[0])),), generator=generator)
         loss = torch.zeros(())
-        for encoder, decoder, x, target, anchor in zip(encoders, decoders, inputs, scaled, anchors, strict=True):
+        for encoder, decoder, x, target, anchor, spread in zip(
+            encoders, decoders, inputs, scaled, anchors, spreads, strict=True
+        ):
             z = encoder(x[batch])
-            drift = (z - anchor[batch]).square().mean() / anchor.var(0).mean().clamp(min=1e-12)
+            drift = (z - anchor[batch]).square().mean() / spread
             loss = loss + (decoder(z) - target[batch]).square().mean() + 0.1 * drift
         loss.backward()
         optimizer.step()
