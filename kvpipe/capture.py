@@ -214,6 +214,11 @@ class Recorder:
                     )
         return record
 
+    @property
+    def sees_queries(self) -> bool:
+        """False for families that are recorded through their cache: keys and values alone pass there."""
+        return not self._through_cache
+
     def kv(self, positions: Int[Tensor, "*batch time"] | None = None) -> KV:
         """Unrotated keys, and values, of every layer, with their graph.
 
@@ -228,7 +233,7 @@ class Recorder:
         self, positions: Int[Tensor, "*batch time"] | None = None
     ) -> Float[Tensor, "layer batch query_head time dim"]:
         """Unrotated queries of every layer, with their graph. `positions` as in `kv`."""
-        if self._through_cache:
+        if not self.sees_queries:
             raise ValueError(f"{self._name} is recorded through its cache, which never sees the queries")
         return self._unrotate([entry.query for entry in self._layers() if entry.query is not None], positions)
 

@@ -32,7 +32,7 @@ def make_fit(work: Workspace, fit_id: str) -> None:
     aligned = [teacher.aligned(examples, length) for teacher in teachers]
     mask = torch.stack([a.mask for a in aligned]).all(0)
     rows = [fit.Rows(a.keys[mask], a.values[mask]) for a in aligned]
-    student = None
+    student = queries = None
     if has_weights(work.paths.model(work.config.student)):
         queries, own, ropes = _student_cache(work, examples, length)
         student = fit.Rows(
@@ -49,7 +49,7 @@ def make_fit(work: Workspace, fit_id: str) -> None:
         "rows": int(mask.sum()),
         "explained_variance": dict(zip(arm.teachers, report.explained_variance, strict=True)),
     }
-    if student is not None:
+    if queries is not None:
         with torch.no_grad():
             targets = [p.eval()(a.keys, a.values) for p, a in zip(projectors, aligned, strict=True)]
         document["attention_output_cosine"] = {
@@ -59,8 +59,9 @@ def make_fit(work: Workspace, fit_id: str) -> None:
     save_projectors(work.paths.projector(fit_id), arm.teachers, projectors, document)
 
 
-def _student_cache(work: Workspace, examples: np.ndarray, length: int) -> tuple[Tensor, KV, list[Rope]]:
-    """The pretrained student's queries and cache on the examples, padded to `length`, and its layers' rotary embeddings."""
+def _student_cache(work: Workspace, examples: np.ndarray, length: int) -> tuple[Tensor | None, KV, list[Rope]]:
+    """The pretrained student's queries (None where its family shows none) and cache on the examples, padded to `length`,
+    and its layers' rotary embeddings."""
     dst, pad_id = work.student_encoding("train"), work.student_tokenizer.pad_token_id
     device = resolve_device(work.config.train.device)
     model = work.student(0).to(device)
@@ -72,6 +73,7 @@ def _student_cache(work: Workspace, examples: np.ndarray, length: int) -> tuple[
             model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         missing = (0, 0, 0, length - batch.input_ids.shape[1])
         kv = recorder.kv()
-        parts.append([pad(x, missing).cpu() for x in (recorder.queries(), kv.keys, kv.values)])
-    queries, keys, values = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
-    return queries, KV(keys, values), recorder.ropes
+        seen = [kv.keys, kv.values, *([recorder.queries()] if recorder.sees_queries else [])]
+        parts.append([pad(x, missing).cpu() for x in seen])
+    keys, values, *queries = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+    return queries[0] if queries else None, KV(keys, values), recorder.ropes
