@@ -1,7 +1,7 @@
 """The cluster profiles: the sbatch line of every rule, and dry runs.
 
 SLURM and Apptainer are stand-ins here that record and answer; `make test-cluster` has real ones. The golden lines are
-written anew by `KVPIPE_GOLDEN=write python -m pytest tests/workflow/test_slurm.py -k golden`.
+written anew by `KVPIPE_GOLDEN=write python -m pytest tests/workflow/test_submission.py -k golden`.
 """
 
 import itertools
