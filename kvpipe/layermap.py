@@ -69,7 +69,8 @@ def layer_plan(config: LayerConfig, src_layers: int, dst_layers: int, layer_map:
         similarity = json.loads(layer_map.read_text(encoding="utf-8"))["similarity"]
         k = min(config.k, src_layers)
         measured = KINDS if config.by == "own" else ("hidden", "hidden")
-        weights = torch.stack([top_k_mix(torch.tensor(similarity[kind]), k, config.temperature) for kind in measured])
+        compared = [_near(torch.tensor(similarity[kind]), config.near) for kind in measured]
+        weights = torch.stack([top_k_mix(matrix, k, config.temperature) for matrix in compared])
         beta, index = weights.topk(k, dim=-1)
         return LayerPlan(index, beta, config.combine == "concat")
     chosen = proportional_map(src_layers, dst_layers) if config.kind == "proportional" else list(config.layers or [])
@@ -80,6 +81,16 @@ def layer_plan(config: LayerConfig, src_layers: int, dst_layers: int, layer_map:
         )
     index = torch.tensor(chosen)[None, :, None].expand(2, -1, 1)
     return LayerPlan(index, torch.ones(2, dst_layers, 1), False)
+
+
+def _near(similarity: Float[Tensor, "dst_layer src_layer"], near: int | None) -> Float[Tensor, "dst_layer src_layer"]:
+    """The similarity, with teacher layers further than `near` from the proportional one below all others."""
+    if near is None:
+        return similarity
+    dst_layers, src_layers = similarity.shape
+    centre = torch.tensor(proportional_map(src_layers, dst_layers))
+    far = (torch.arange(src_layers) - centre[:, None]).abs() > near
+    return similarity.masked_fill(far, similarity.min().item() - 1)
 
 
 def write_layer_map(

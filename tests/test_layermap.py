@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from kvpipe.align.layer import proportional_map
 from kvpipe.config import LayerConfig
 from kvpipe.layermap import MEASURED, LayerPlan, layer_plan, write_layer_map
 
@@ -45,6 +46,26 @@ def test_hidden_states_can_choose_for_keys_and_values(tmp_path, similarity):
     plan = layer_plan(LayerConfig(kind="cka", by="hidden", k=2), SRC, DST, tmp_path / "map.json")
     assert torch.equal(plan.index[0], plan.index[1])
     assert plan.index[0].tolist() == similarity["hidden"].topk(2).indices.tolist()
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_only_layers_near_the_proportional_one_are_chosen_and_of_them_the_most_similar(tmp_path, similarity, k):
+    write_layer_map(tmp_path / "map.json", "t", similarity, 11)
+    for temperature in (None, 0.1):
+        config = LayerConfig(kind="cka", k=k, near=1, temperature=temperature)
+        plan = layer_plan(config, SRC, DST, tmp_path / "map.json")
+        for kind, matrix in enumerate((similarity["keys"], similarity["values"])):
+            for layer, centre in enumerate(proportional_map(SRC, DST)):
+                candidates = [i for i in range(SRC) if abs(i - centre) <= 1]
+                best = sorted(candidates, key=lambda i: -matrix[layer, i].item())[:k]
+                assert set(plan.index[kind, layer][plan.beta[kind, layer] > 0].tolist()) <= set(best)
+                assert plan.index[kind, layer, 0] == best[0]
+        torch.testing.assert_close(plan.beta.sum(-1), torch.ones(2, DST))
+
+
+def test_more_layers_than_are_near_is_refused():
+    with pytest.raises(ValueError, match=r"layer.near: 1 leaves 2 teacher layers .* layer.k asks for 3"):
+        LayerConfig(kind="cka", k=3, near=1)
 
 
 def test_a_missing_map_is_named(tmp_path):

@@ -40,12 +40,23 @@ class LayerConfig(Section):
     """What `cka` compares: keys for keys and values for values, or hidden states for both."""
     k: PositiveInt = 2
     """Teacher layers per student layer under `cka`."""
+    near: PositiveInt | None = None
+    """Under `cka`, only teacher layers at most so many from the proportional one; none: all, in whatever order."""
     temperature: PositiveFloat | None = None
     """Softmax temperature of the weights β; none clamps at 0 and normalises."""
     combine: Literal["concat", "mix"] = "concat"
     """`mix`: convex combination of the layers; `concat`: side by side, scaled by √β, before projection."""
     layers: list[int] | None = None
     """Teacher layer of each student layer under `list`."""
+
+    @model_validator(mode="after")
+    def _enough_are_near(self) -> LayerConfig:
+        if self.near is not None and self.k > self.near + 1:
+            raise ValueError(
+                f"layer.near: {self.near} leaves {self.near + 1} teacher layers to the first student layer, "
+                f"and layer.k asks for {self.k}"
+            )
+        return self
 
 
 class ProjectorConfig(Section):
