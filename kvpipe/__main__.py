@@ -43,7 +43,7 @@ def _experiment(config: list[Path], results: Path, overrides: list[str] | None) 
 
 
 def _device(config: Config) -> str:
-    from kvpipe.models import resolve_device
+    from kvpipe.device import resolve_device
 
     return resolve_device(config.train.device)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from kvpipe.capture import kv_geometry
 from kvpipe.config import Arm, Config, ScratchModel
 from kvpipe.dag import Dag, Paths
+from kvpipe.device import resolve_device
 from kvpipe.distill import Distiller, KVDistiller, LogitDistiller, RelationDistiller, TopLogits, build_targets
 from kvpipe.encoding import Encoding, encode_records
 from kvpipe.fuse import build_fusion
@@ -30,7 +31,6 @@ from kvpipe.models import (
     load_tokenizer,
     manifest_hash,
     random_model,
-    resolve_device,
 )
 from kvpipe.project import Geometry, Projector, build_projector
 from kvpipe.records import Record, read_records

@@ -11,6 +11,13 @@ class NoDevice(RuntimeError):
     """A GPU was asked for and torch sees none."""
 
 
+def resolve_device(setting: str) -> str:
+    """`train.device` as a device: `auto` is the accelerator where there is one."""
+    if setting != "auto":
+        return setting
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def check_device(device: str, log=print) -> None:
     """Refuse a named GPU that is not there; say so where a job was given one that torch does not see.
 

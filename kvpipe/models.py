@@ -154,13 +154,6 @@ def load_config(folder: Path) -> Any:
     return AutoConfig.from_pretrained(folder, trust_remote_code=_trusted(folder))
 
 
-def resolve_device(setting: str) -> str:
-    """`train.device` as a device: `auto` is the accelerator where there is one."""
-    if setting != "auto":
-        return setting
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def load_model(folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> PreTrainedModel:
     """The model of a folder in evaluation mode. Weights come from safetensors only.
 

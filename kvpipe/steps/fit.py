@@ -16,7 +16,8 @@ from kvpipe.attention import output_cosine
 from kvpipe.batches import collate
 from kvpipe.capture import Recorder
 from kvpipe.cell import Workspace, save_projectors
-from kvpipe.models import has_weights, resolve_device
+from kvpipe.device import resolve_device
+from kvpipe.models import has_weights
 from kvpipe.shapes import KV
 from kvpipe.teacher import spread
 

@@ -11,8 +11,9 @@ from kvpipe.batches import collate, schedule
 from kvpipe.capture import Recorder, kv_geometry
 from kvpipe.cell import Workspace
 from kvpipe.config import TimeConfig
+from kvpipe.device import resolve_device
 from kvpipe.losses import masked_mean, token_nll
-from kvpipe.models import has_weights, load_tokenizer, resolve_device
+from kvpipe.models import has_weights, load_tokenizer
 from kvpipe.teacher import AlignedTeacher, HiddenRows, LiveRows, RowSource, spread
 from kvpipe.timemap import build_time_map
 
