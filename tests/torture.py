@@ -118,6 +118,7 @@ def main() -> int:
         cell = Cell(root / f"kill{number}", results, options.arm)
         while (status := cell.kill(sent, starting, delay)) == 0:
             delay *= 0.5  # it was done before the signal came (the machine was busier at first): that is no kill
+            assert delay > 0.01, f"{sent.name} does not end a process that starts"
             shutil.rmtree(cell.folder)
             cell.folder.mkdir()
         cell.finish()
@@ -143,4 +144,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    # a shell ignores SIGINT in what it starts in the background, and the cells would inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())
