@@ -125,9 +125,13 @@ class Site:
 
     # ------------------------------------------------------------ cells
     def drop(self, arm: str, seed: int) -> None:
-        """Remove a cell, so that it, what follows from it and nothing else run again."""
+        """Remove a cell and the report, so that the cell and what follows from it run again, and nothing else.
+
+        While the report is there and newer than its inputs, Snakemake does not ask after what those were made from.
+        """
         shutil.rmtree(self.outside / f"results/train/{arm}/seed{seed}", ignore_errors=True)
         (self.outside / f"results/evaluate/{arm}/seed{seed}.parquet").unlink(missing_ok=True)
+        (self.outside / REPORT).unlink(missing_ok=True)
 
     def cost(self, arm: str, seed: int) -> dict:
         """The cost sheet of a cell."""

@@ -240,6 +240,14 @@ def test_a_new_seed_runs_the_new_cells_only(complete):
     assert jobs == sorted([*tables, *END, *cells("evaluate", seeds=[5]), *cells("train", seeds=[5])])
 
 
+def test_a_cell_removed_with_the_report_runs_again_alone(complete):
+    shutil.rmtree(complete / "results/train/exp3/seed0")
+    (complete / "results/report.html").unlink()
+    assert planned(complete, "results/report.html") == sorted(
+        ["arm arm=exp3", *END, "evaluate arm=exp3 seed=0", "train arm=exp3 seed=0"]
+    )
+
+
 def test_code_of_the_evaluation_retrains_nothing(complete):
     jobs = after(complete, "kvpipe/evaluate.py", lambda text: text + "\n\nCHANGED = 1\n")
     assert {j.split()[0] for j in jobs} == {"evaluate", "untrained", "teacher_quality", "arm", *END}
