@@ -105,8 +105,7 @@ def test_the_whole_dag_has_one_job_per_cell(copy):
     # exp5 and exp6, full and null-shuffled share a fit; both teachers are mapped, for full
     assert (count["fit"], count["layer_map"], count["model"], count["teacher_quality"]) == (5, 2, 3, 2)
     assert [j for j in jobs if j.startswith("teacher_kv")] == [
-        f"teacher_kv reading={reading} teacher={teacher}"
-        for reading, teacher in (("own", "code"), ("own", "math"), ("student", "code"), ("student", "math"))
+        f"teacher_kv reading=student teacher={teacher}" for teacher in ("code", "math")
     ]
 
 
@@ -240,12 +239,16 @@ def test_a_new_seed_runs_the_new_cells_only(complete):
     assert jobs == sorted([*tables, *END, *cells("evaluate", seeds=[5]), *cells("train", seeds=[5])])
 
 
-def test_a_cell_removed_with_the_report_runs_again_alone(complete):
-    shutil.rmtree(complete / "results/train/exp3/seed0")
-    (complete / "results/report.html").unlink()
-    assert planned(complete, "results/report.html") == sorted(
-        ["arm arm=exp3", *END, "evaluate arm=exp3 seed=0", "train arm=exp3 seed=0"]
-    )
+def test_a_cell_removed_with_the_report_runs_again_alone(complete, tmp_path):
+    removed = [complete / "results/train/exp3/seed0", complete / "results/report.html"]
+    for path in removed:
+        shutil.move(path, tmp_path / path.name)
+    try:
+        jobs = planned(complete, "results/report.html")
+    finally:
+        for path in removed:
+            shutil.move(tmp_path / path.name, path)
+    assert jobs == sorted(["arm arm=exp3", *END, *cells("evaluate", ["exp3"], [0]), *cells("train", ["exp3"], [0])])
 
 
 def test_code_of_the_evaluation_retrains_nothing(complete):
