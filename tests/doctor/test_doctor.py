@@ -164,6 +164,13 @@ def test_a_login_node_needs_snakemake_and_the_plugin_but_no_torch(saved, site, p
     assert plugin.fix.startswith('pip install "snakemake-executor-plugin-slurm')
 
 
+def test_make_login_installs_what_the_doctor_looks_for_on_a_login_node():
+    lines = (ROOT / "containers" / "login.txt").read_text(encoding="utf-8").splitlines()
+    installed = {line for line in lines if not line.startswith("#")}
+    assert versions.LOGIN | {versions.PLUGIN} <= installed
+    assert "huggingface_hub" in versions.LOGIN, "kvpipe lock asks the hub, from the login node"
+
+
 # ---------------------------------------------------------------- storage
 @pytest.mark.parametrize(("free", "status"), [(5e9, "ok"), (1e9, "warning"), (10.0, "would fail")])
 def test_free_disk_against_the_stores(saved, laptop, tmp_path, monkeypatch, free, status):
