@@ -122,13 +122,13 @@ def test_image(site, profile, tmp_path, monkeypatch):
     image.touch()
     monkeypatch.setenv("KVPIPE_IMAGE", str(image))
     site.apptainer(start="echo 'FATAL: fuse: device not found' >&2; exit 255")
-    said = {"The image does not start": show(examine_container(profile()))}
+    said = {"The image does not start": show(examine_container(profile(), Paths(tmp_path / "results")))}
     site.apptainer(labels=json.dumps({LABEL: "0" * 64}))
-    said["The image is older than the lock"] = show(examine_container(profile()))
+    said["The image is older than the lock"] = show(examine_container(profile(), Paths(tmp_path / "results")))
     spaced = tmp_path / "my checkout"
     spaced.mkdir()
     monkeypatch.chdir(spaced)
-    said["A space in the path of the checkout"] = show(examine_container(profile()))
+    said["A space in the path of the checkout"] = show(examine_container(profile(), Paths(tmp_path / "results")))
     assert set(said) == IMAGE
     for title, message in said.items():
         assert matches(title, message), (title, message)
