@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 PACKAGES = (
     "datasets safetensors tokenizers numpy scipy pandas pyarrow matplotlib pydantic yaml jaxtyping einops jinja2 rich "
-    "typer peft psutil snakemake"
+    "typer peft psutil huggingface_hub snakemake"
 )
 
 for name in PACKAGES.split():

@@ -317,16 +317,15 @@ def untrained(
     import torch
 
     from kvpipe.evaluate import evaluate_model
+    from kvpipe.outofmemory import evaluation_advice, explained
 
     work = _workspace(config, results, overrides)
     torch.set_num_threads(work.config.train.threads)
-    table = evaluate_model(
-        work.student(work.config.seeds[0]).eval(),
-        work.student_tokenizer,
-        work.records("test"),
-        work.config.data.template,
-        work.config.evaluate,
-    )
+    student = work.student(work.config.seeds[0]).to(_device(work.config)).eval()
+    with explained("scoring", evaluation_advice(work.config.evaluate)):
+        table = evaluate_model(
+            student, work.student_tokenizer, work.records("test"), work.config.data.template, work.config.evaluate
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     table.to_parquet(out, index=False)
 

@@ -148,7 +148,7 @@ def _sound(path: Path) -> dict[str, Any] | None:
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         whole = sha256((path / TENSORS).read_bytes()).hexdigest() == state["tensors_sha256"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:  # TypeError: JSON, but no mapping
         print(f"checkpoint {path} cannot be read ({error}); trying the one before")
         return None
     if not whole:

@@ -249,10 +249,11 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(stopped, capsys, file, damage
     assert (out / "model" / "model.safetensors").read_bytes() == weights
 
 
-def test_without_a_sound_checkpoint_the_run_begins_again(stopped):
+@pytest.mark.parametrize("state", ["{", "[]"])
+def test_without_a_sound_checkpoint_the_run_begins_again(stopped, state):
     folder, go = stopped
     for path in folder.glob("*/" + checkpoint.STATE):
-        path.write_text("{")
+        path.write_text(state)
     lines = []
     go(log=lines.append)
     assert lines[0].startswith("step 0/6")

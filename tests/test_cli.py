@@ -7,7 +7,7 @@ import sys
 import pandas as pd
 import pytest
 import yaml
-from tiny import values
+from tiny import build, values
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -184,6 +184,21 @@ def test_steps_in_order_without_snakemake(tiny, tmp_path):
     assert header.startswith("arm,reference,metric,task,estimate,low,high,p,")
     step("train", "--arm", "one", "--set", "train.steps=2", "--out", str(tmp_path / "elsewhere"))
     assert (tmp_path / "elsewhere" / "model" / "model.safetensors").is_file()
+
+
+def test_the_untrained_student_is_scored_on_the_configured_device(files, tmp_path, monkeypatch):
+    """`meta` stands for a GPU."""
+    build(tmp_path)
+    seen = []
+
+    def scored(model, *arguments):
+        seen.append({parameter.device.type for parameter in model.parameters()})
+        return pd.DataFrame()
+
+    monkeypatch.setattr("kvpipe.evaluate.evaluate_model", scored)
+    shown = invoke("untrained", *files, "--set", "train.device=meta", "--out", str(tmp_path / "untrained.parquet"))
+    assert shown.exit_code == 0, shown.output
+    assert seen == [{"meta"}]
 
 
 @pytest.mark.slow

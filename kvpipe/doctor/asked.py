@@ -57,15 +57,24 @@ class Asked:
     profile: Path | None
     settings: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The profile's resources for rules that say nothing."""
+        return _resources(self.settings.get("default-resources"))
+
+    @property
+    def own(self) -> dict[str, dict[str, Any]]:
+        """Rule → the resources that the profile sets for it."""
+        return {rule: _resources(values) for rule, values in (self.settings.get("set-resources") or {}).items()}
+
     @cached_property
     def requests(self) -> list[Request]:
         """One request per rule of the workflow."""
-        defaults = _resources(self.settings.get("default-resources"))
-        own = self.settings.get("set-resources") or {}
+        defaults = self.defaults
         threads = self.settings.get("set-threads") or {}
         found = {rule: {**defaults, **values} for rule, values in _rules().items()}
-        for rule, values in own.items():
-            found[rule] = {**found.get(rule, defaults), **_resources(values)}
+        for rule, values in self.own.items():
+            found[rule] = {**found.get(rule, defaults), **values}
         for rule, count in threads.items():
             found[rule] = {**found.get(rule, defaults), "threads": count}
         return [Request(rule, values) for rule, values in found.items()]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
+from kvpipe.dag import Paths
 from kvpipe.doctor.asked import Asked
 from kvpipe.doctor.finding import FAIL, OK, WARNING, Answer, Finding, ask, inside_a_job
 from kvpipe.provenance import PACKAGE
@@ -45,7 +47,7 @@ def image_path() -> Path:
     return Path(os.environ.get("KVPIPE_IMAGE", IMAGE))
 
 
-def examine_container(asked: Asked) -> list[Finding]:
+def examine_container(asked: Asked, paths: Paths) -> list[Finding]:
     """Findings on Apptainer and the image; none where jobs run without."""
     if inside_a_job() or not (asked.containers and shutil.which("sbatch")):
         return []
@@ -53,7 +55,7 @@ def examine_container(asked: Asked) -> list[Finding]:
     if program is None:
         detail = "apptainer is not on the PATH; Snakemake needs it on the login node too, even for a dry run"
         return [Finding("apptainer", FAIL, detail, "module load apptainer")]
-    return [*_version(program), *_image(program, image_path()), *_paths()]
+    return [*_version(program), *_image(program, image_path(), asked, paths), *_paths()]
 
 
 def _version(program: str) -> Iterator[Finding]:
@@ -70,7 +72,7 @@ def _version(program: str) -> Iterator[Finding]:
         yield Finding("apptainer", OK, said)
 
 
-def _image(program: str, image: Path) -> Iterator[Finding]:
+def _image(program: str, image: Path, asked: Asked, paths: Paths) -> Iterator[Finding]:
     if not image.exists():
         yield Finding("image", FAIL, f"{image} does not exist", BUILD)
         return
@@ -80,6 +82,28 @@ def _image(program: str, image: Path) -> Iterator[Finding]:
         return
     yield Finding("image", OK, f"{image} starts")
     yield from _lock(program, image)
+    options = str(asked.settings.get("apptainer-args", "")).strip()
+    cache = os.environ.get("HF_HOME")
+    for name, folder in (("HF_HOME", cache and Path(cache).expanduser()), ("results", paths.root)):
+        if folder:
+            yield from _seen(name, folder.resolve(), program, image, options)
+
+
+def _seen(name: str, folder: Path, program: str, image: Path, options: str) -> Iterator[Finding]:
+    """Whether a folder outside the working directory is the same one in the image: asked of the image, since a site's own
+    configuration may bind more than the profile does."""
+    here = Path.cwd()
+    if folder.is_relative_to(here):
+        return
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    # as Snakemake starts it; --home takes the place of the user's home
+    start = ("exec", "--home", str(here), *shlex.split(options), str(image))
+    answer = ask(program, *start, "stat", "-c", "%d:%i", str(nearest), patience=START)
+    known = nearest.stat()
+    if answer is None or answer.out.strip() != f"{known.st_dev}:{known.st_ino}":
+        make = "" if folder.exists() else f"mkdir -p {folder}; "
+        fix = f'{make}in the profile: apptainer-args: "{f"{options} --bind {folder}".strip()}"'
+        yield Finding(f"{name} in the image", WARNING, f"jobs do not see {folder}", fix)
 
 
 def cure(answer: Answer | None) -> str:

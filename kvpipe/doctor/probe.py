@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -197,7 +198,7 @@ def _state(job: str) -> tuple[str, str]:
 
 # ---------------------------------------------------------------- the profile
 def profile_text(site: Site, seen: dict[str, Any] | None, asked: Asked) -> str:
-    """A site profile to lay beside profiles/slurm; every number is one that the cluster accepted."""
+    """A whole site profile: the one that was read, with what jobs ask for as the cluster accepted it."""
     gpu = (seen or {}).get("gpu") or {}
     limit = f"{site.minutes}" if site.minutes else "none"
     ran = f"job {seen['job']} ran on {seen['host']}" if seen else "no job has run: accepted by sbatch --test-only"
@@ -208,27 +209,46 @@ def profile_text(site: Site, seen: dict[str, Any] | None, asked: Asked) -> str:
     if gpu.get("name"):
         lines.append(f"# GPU: {gpu['name']}, {(gpu.get('memory') or 0) / 1e9:.0f} GB, driver {gpu.get('driver')}.")
     lines += [f"# refused: {complaint}" for complaint in site.refused]
-    lines += ["default-resources:", f"  - slurm_partition={site.partition.name}"]
-    if site.account:
-        lines.append(f"  - slurm_account={site.account}")
-    lines += [f"  - mem_mb={min(8000, site.mem_mb)}", f"  - runtime={min(60, site.minutes or 60)}"]
-    entries = {request.rule: _fitted(request, site) for request in asked.requests}
-    if any(entries.values()):
-        lines.append("set-resources:")
-    for rule, resources in entries.items():
-        lines += [f"  {rule}:", *(f"    {entry}" for entry in resources)] if resources else []
-    return "\n".join(lines) + "\n"
+    defaults: dict[str, Any] = {"slurm_partition": site.partition.name} | (
+        {"slurm_account": site.account} if site.account else {}
+    )
+    defaults |= {"mem_mb": min(8000, site.mem_mb), "runtime": min(60, site.minutes or 60)}
+    defaults = defaults | {key: value for key, value in asked.defaults.items() if key not in defaults}
+    entries = {request.rule: _fitted(request, asked.own.get(request.rule, {}), site) for request in asked.requests}
+    rules = [
+        line for rule, own in entries.items() if own for line in (f"  {rule}:", *(f"    {entry}" for entry in own))
+    ]
+    text = asked.profile.read_text(encoding="utf-8") if asked.profile else ""
+    text = _replaced(text, "default-resources", [f"  - {key}={value}" for key, value in defaults.items()])
+    return "\n".join(lines) + "\n\n" + _replaced(text, "set-resources", rules)
 
 
-def _fitted(request: Request, site: Site) -> list[str]:
-    """What one rule asks for, brought within the limits; empty where the defaults do."""
+def _replaced(text: str, key: str, block: list[str]) -> str:
+    """A profile's text with another block under a key; comments at the margin stay."""
+    new = "\n".join([f"{key}:", *block]) + "\n" if block else ""
+    found = re.search(rf"^{key}:.*\n?(?:[ \t-].*\n?)*", text, flags=re.MULTILINE)
+    return text[: found.start()] + new + text[found.end() :] if found else text + new
+
+
+def _fitted(request: Request, own: dict[str, Any], site: Site) -> list[str]:
+    """What the profile says of one rule, brought within the limits; empty where the defaults do."""
     out = list(site.syntax.profile) if request.gpus and site.syntax else []
-    for key, limit in (("mem_mb", site.mem_mb), ("runtime", site.minutes), ("cpus_per_task", site.cpus)):
+    limits = {"mem_mb": site.mem_mb, "runtime": site.minutes, "cpus_per_task": site.cpus}
+    for key, limit in limits.items():
         wanted = request.cpus if key == "cpus_per_task" else request.number(key) or 0
         if limit is not None and wanted > limit:
             resumes = key == "runtime" and request.rule == "train"
             note = "; a cell goes on from its checkpoint in the next attempt" if resumes else ""
             out.append(f"{key}: {limit}   # of {wanted} wanted{note}")
-        elif out and wanted and key != "cpus_per_task":
-            out.append(f"{key}: {wanted}")
-    return out
+        elif key in own:
+            out.append(f"{key}: {_grown(str(own[key]), wanted, limit)}")
+    gpus = ("gpu", "gpu_model", "gres")
+    return out + [f"{key}: {json.dumps(value)}" for key, value in own.items() if key not in (*limits, *gpus)]
+
+
+def _grown(value: str, first: int, limit: int | None) -> str:
+    """A value that grows with the attempt goes on doing so, to its own cap or the cluster's limit."""
+    if "attempt" not in value or limit is None:
+        return value
+    cap = re.search(r"min\(.*,\s*(\d+)\s*\)", value)
+    return f"min({first} * attempt, {min(limit, int(cap[1])) if cap else limit})"

@@ -129,7 +129,7 @@ def _status_command(config: dict[str, str], asked: Asked) -> Iterator[Finding]:
             detail = "accounting is off, but the executor would ask sacct: it would lose its jobs and wait for ever"
             yield Finding("accounting", FAIL, detail, f"in the profile: {SQUEUE_LINE}")
         else:
-            detail = f"{state}, the executor asks sacct, which never reports `CANCELLED by <user>` as an end"
+            detail = f"{state}, the executor asks sacct, by which `CANCELLED by <user>` is a job that still runs"
             yield Finding("accounting", WARNING, detail, f"in the profile: {SQUEUE_LINE}")
         return
     yield Finding("accounting", OK, f"{state}, the executor asks squeue")

@@ -23,12 +23,22 @@ def examine_storage(config: Config, paths: Paths) -> list[Finding]:
     sizes = {pair: work.store_bytes(*pair) for pair in unmade}
     need = float(sum(size or 0 for size in sizes.values()))
     nearest = next(path for path in (paths.root.absolute(), *paths.root.absolute().parents) if path.exists())
-    return [*_disk(nearest, need), *_quota(nearest, need), *_budget(config, sizes)]
+    known = None not in sizes.values() and not work.unread
+    return [*_data(work), *_disk(nearest, need, known), *_quota(nearest, need), *_budget(config, sizes)]
 
 
-def _disk(folder: Path, need: float) -> Iterator[Finding]:
+def _data(work: Workload) -> Iterator[Finding]:
+    if work.unread:
+        detail = (
+            f"{', '.join(work.unread)}: size not known before the data step; stores and memory are estimated without"
+        )
+        yield Finding("data", WARNING, detail, "run the data step (docs/hpc.md), then the doctor again")
+
+
+def _disk(folder: Path, need: float, known: bool) -> Iterator[Finding]:
     free = shutil.disk_usage(folder).free
-    detail = f"{free / GB:.1f} GB free under {folder}, stores to make take about {need / GB:.2f} GB"
+    stores = f"stores to make take about {need / GB:.2f} GB" if known else "the size of the stores is not known yet"
+    detail = f"{free / GB:.1f} GB free under {folder}, {stores}"
     if need > free:
         yield Finding("disk", FAIL, detail, f"snakemake --directory <scratch>, free some space, or {SMALLER}")
     elif free < need + LEAST_FREE:
@@ -95,5 +105,5 @@ def _budget(config: Config, sizes: dict[tuple[str, str], int | None]) -> Iterato
     unknown = [f"{teacher}/{reading}" for (teacher, reading), size in sizes.items() if size is None]
     if unknown:
         yield Finding(
-            "stores", OK, f"size of {', '.join(unknown)} known once the models are here; the build checks it first"
+            "stores", OK, f"size of {', '.join(unknown)} known once models and data are here; the build checks it first"
         )

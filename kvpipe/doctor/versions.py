@@ -15,7 +15,7 @@ from kvpipe.doctor.finding import FAIL, OK, WARNING, Finding, inside_a_job
 from kvpipe.provenance import PACKAGE
 
 PLUGIN = "snakemake-executor-plugin-slurm"
-LOGIN = {"snakemake", "pydantic", "pyyaml", "typer", "rich"}
+LOGIN = {"snakemake", "pydantic", "pyyaml", "typer", "rich", "huggingface_hub"}
 """Packages of a login node whose jobs run in the image: the others are in there."""
 SHOWN = ("snakemake", "torch", "transformers", "accelerate")
 

@@ -78,8 +78,17 @@ class Workload:
         """Training examples."""
         return sum(count for count, _, _ in self._sources)
 
+    @property
+    def unread(self) -> list[str]:
+        """Data sets of the hub that the data step has not fetched yet: nothing is known of their size."""
+        hub = [source.repo for source in self.config.data.sources if isinstance(source, HubData) and source.train]
+        return [] if self.paths.data("train").is_file() else hub
+
     @cached_property
     def _sources(self) -> list[tuple[int, float, dict[str, list[str]]]]:
+        written = self.paths.data("train")
+        if written.is_file() and any(isinstance(source, HubData) for source in self.config.data.sources):
+            return [_written(written)]
         return [_sampled(source) for source in self.config.data.sources]
 
     def tokens(self, name: str, reading: str = "student") -> int:
@@ -174,18 +183,34 @@ def _sampled(source: EmbeddedData | FileData | HubData) -> tuple[int, float, dic
     path = Path(str(source.train).partition("[")[0])
     if isinstance(source, HubData) or source.train is None or not path.is_file():
         return 0, 0.0, {"student": [], "own": []}
-    from kvpipe.mapping import to_record  # brings torch, which the embedded experiment does without here
+    try:
+        from kvpipe.mapping import to_record
+    except ImportError:  # a login node without pyarrow: lines can be counted all the same
+        return (0 if path.suffix == ".parquet" else _sample(path)[0]), 0.0, {"student": [], "own": []}
 
     count, rows = _sample(path)
     try:
         records = [to_record(row, source, str(number)) for number, row in enumerate(rows)]
     except ValueError:  # the data step names the row
         records = []
-    texts = {
+    return count, 0.0, _texts(records)
+
+
+def _written(path: Path) -> tuple[int, float, dict[str, list[str]]]:
+    """The same of the split that the data step wrote; texts from all over it, since its tasks stand one after the other."""
+    try:
+        from kvpipe.records import read_records
+    except ImportError:
+        return 0, 0.0, {"student": [], "own": []}
+    records = read_records(path)
+    return len(records), 0.0, _texts(records[:: max(1, len(records) // SAMPLE)])
+
+
+def _texts(records: list[Any]) -> dict[str, list[str]]:
+    return {
         "student": ["\n".join((r.prompt, r.reasoning, r.answer)) + MARKS for r in records],
         "own": ["\n".join((r.prompt, r.teacher_reasoning or r.reasoning, r.answer)) + MARKS for r in records],
     }
-    return count, 0.0, texts
 
 
 def _sample(path: Path) -> tuple[int, list[dict[str, Any]]]:

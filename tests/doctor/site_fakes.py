@@ -25,7 +25,14 @@ class Site:
         self.answers.mkdir()
         for name in ("config", "partitions", "sinfo", "version"):
             (self.answers / name).write_text((OUTPUTS / version / f"{name}.txt").read_text())
-        for name in ("SLURM_JOB_ID", "APPTAINER_CONTAINER", "SINGULARITY_CONTAINER", "KVPIPE_IMAGE", "HF_HUB_OFFLINE"):
+        for name in (
+            "SLURM_JOB_ID",
+            "APPTAINER_CONTAINER",
+            "SINGULARITY_CONTAINER",
+            "KVPIPE_IMAGE",
+            "HF_HUB_OFFLINE",
+            "HF_HOME",
+        ):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("PATH", f"{self.folder}:/usr/bin:/bin")
         self.program("sinfo", f"cat {self.answers}/sinfo")

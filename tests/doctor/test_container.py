@@ -2,9 +2,12 @@
 
 import json
 from hashlib import sha256
+from pathlib import Path
 
 import pytest
+from conftest import PROFILE
 
+from kvpipe.dag import Paths
 from kvpipe.doctor.container import LABEL, examine_container
 from kvpipe.provenance import PACKAGE
 
@@ -32,8 +35,8 @@ def image(site, tmp_path, monkeypatch):
     return path
 
 
-def found(asked):
-    return {f.name: f for f in examine_container(asked)}
+def found(asked, results=Path("results")):
+    return {f.name: f for f in examine_container(asked, Paths(results))}
 
 
 def test_a_sound_image(site, image, profile):
@@ -100,3 +103,49 @@ def test_a_working_directory_with_a_space(site, image, profile, tmp_path, monkey
     folder.mkdir()
     monkeypatch.chdir(folder)
     assert found(profile())["working directory"].status == "would fail"
+
+
+# ---------------------------------------------------------------- what the image sees of the machine
+# an image that shows the working directory and what is bound by --bind, and of the rest empty folders of its own
+SEES = """
+while [ $# -gt 0 ] && [ "$1" != stat ]; do
+    case "$1" in --home|--bind) shown="$shown $2";; esac
+    shift
+done
+for folder in $shown; do case "$4" in "$folder"*) exec "$@";; esac; done
+echo 7:7"""
+
+
+@pytest.fixture
+def scratch(site, image, tmp_path, monkeypatch):
+    """A checkout, and a folder beside it that is not below."""
+    for name in ("checkout", "scratch"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "checkout")
+    site.apptainer(start=SEES, labels=json.dumps({LABEL: LOCK}))
+    return tmp_path / "scratch"
+
+
+def test_a_cache_that_the_image_does_not_see(scratch, profile, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(scratch / "huggingface"))
+    finding = found(profile())["HF_HOME in the image"]
+    assert finding.status == "warning"
+    assert finding.fix.startswith(f"mkdir -p {scratch}/huggingface; in the profile: apptainer-args: ")
+    (scratch / "huggingface").mkdir()
+    finding = found(profile(PROFILE + 'apptainer-args: "--nv"\n'))["HF_HOME in the image"]
+    line = f'apptainer-args: "--nv --bind {scratch}/huggingface"'
+    assert finding.fix == f"in the profile: {line}"
+    assert "HF_HOME in the image" not in found(profile(f"{PROFILE}{line}\n"))
+
+
+def test_results_as_a_link_to_where_the_image_does_not_see(scratch, profile):
+    Path("results").symlink_to(scratch)
+    finding = found(profile())["results in the image"]
+    assert finding.status == "warning"
+    assert str(scratch) in finding.detail
+    assert "results in the image" not in found(profile(f'{PROFILE}apptainer-args: "--bind {scratch}"\n'))
+
+
+def test_what_lies_in_the_working_directory_is_seen(scratch, profile, monkeypatch):
+    monkeypatch.setenv("HF_HOME", "cache")
+    assert {f.status for f in found(profile()).values()} == {"ok"}

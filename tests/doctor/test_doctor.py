@@ -19,6 +19,7 @@ from kvpipe.doctor import gpu, memory, storage, versions
 from kvpipe.doctor.asked import Asked, Request, read_profile
 from kvpipe.doctor.workload import Workload
 from kvpipe.provenance import PACKAGE
+from kvpipe.records import Record, write_records
 from kvpipe.sizes import Shape, training_bytes
 
 ROOT = PACKAGE.parent
@@ -164,6 +165,13 @@ def test_a_login_node_needs_snakemake_and_the_plugin_but_no_torch(saved, site, p
     assert plugin.fix.startswith('pip install "snakemake-executor-plugin-slurm')
 
 
+def test_make_login_installs_what_the_doctor_looks_for_on_a_login_node():
+    lines = (ROOT / "containers" / "login.txt").read_text(encoding="utf-8").splitlines()
+    installed = {line for line in lines if not line.startswith("#")}
+    assert versions.LOGIN | {versions.PLUGIN} <= installed
+    assert "huggingface_hub" in versions.LOGIN, "kvpipe lock asks the hub, from the login node"
+
+
 # ---------------------------------------------------------------- storage
 @pytest.mark.parametrize(("free", "status"), [(5e9, "ok"), (1e9, "warning"), (10.0, "would fail")])
 def test_free_disk_against_the_stores(saved, laptop, tmp_path, monkeypatch, free, status):
@@ -233,6 +241,40 @@ def test_tokens_of_files_are_counted_by_the_tokenizer(tmp_path, saved):
     tokenizer = Tokenizer.from_file(str(saved / "teachers" / "alpha" / "tokenizer.json"))
     exact = sum(len(tokenizer.encode(f"{r['q']}\n{r['r']}\n#### {r['a']}\n").ids) for r in rows)
     assert exact * 0.9 < work.tokens("alpha") < exact * 1.1
+
+
+HUB_DATA = {
+    "data.sources": [{"kind": "hub", "task": "math", "preset": "gsm8k"}],
+    "arms.task.set.fuse.weights": {"default": [0.5, 0.5]},
+}
+
+
+def test_data_of_the_hub_is_unknown_until_it_is_written(tmp_path, saved, laptop):
+    settings, paths = config(saved, HUB_DATA), Paths(tmp_path)
+    found = by_name(storage.examine_storage(settings, paths))
+    assert found["data"].status == "warning"
+    assert "openai/gsm8k" in found["data"].detail
+    assert "not known yet" in found["disk"].detail
+    short = [Record(str(i), "math", "1 + 1?", "", "2") for i in range(150)]
+    long = [Record(f"long {i}", "code", "1 + 1? " * 90, "", "2") for i in range(150)]
+    write_records(paths.data("train"), short + long)
+    work = Workload(settings, paths)
+    assert work.examples == 300
+    exact = sum(len(record.prompt) for record in short + long)
+    assert exact / 4 < work.tokens("alpha") < exact, "both tasks are in the mean"
+    found = by_name(storage.examine_storage(settings, paths))
+    assert "data" not in found
+    assert "stores to make take about" in found["disk"].detail
+
+
+def test_lines_are_counted_where_pyarrow_is_missing(tmp_path, saved, monkeypatch):
+    """As on a login node; the mean of the texts is then the constants'."""
+    (tmp_path / "train.jsonl").write_text('{"q": "a"}\n' * 120)
+    files = dict.fromkeys(("train", "validation", "test"), str(tmp_path / "train.jsonl"))
+    source = {"kind": "files", "task": "math", "columns": {"prompt": "q", "answer": "q"}} | files
+    settings = config(saved, HUB_DATA | {"data.sources": [source]})
+    monkeypatch.setitem(sys.modules, "kvpipe.mapping", None)
+    assert Workload(settings, Paths(tmp_path)).examples == 120
 
 
 # ---------------------------------------------------------------- memory

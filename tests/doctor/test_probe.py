@@ -10,6 +10,7 @@ from site_fakes import REFUSED, TAKEN
 from kvpipe.dag import Paths
 from kvpipe.doctor import probe as probing
 from kvpipe.doctor.probe import ProbeError, probe
+from kvpipe.provenance import PACKAGE
 
 SEEN = {
     "host": "node7",
@@ -58,7 +59,7 @@ def test_the_plainest_syntax_that_is_taken(site, cluster, profile):
     cluster()
     shown, values, _ = run(site, profile)
     assert values["default-resources"] == ["slurm_partition=gpu", "mem_mb=8000", "runtime=60"]
-    assert values["set-resources"]["train"] == {"gpu": 1, "mem_mb": 9000, "runtime": 100}
+    assert values["set-resources"]["train"] == {"gpu": 1, "mem_mb": 9000, "runtime": "min(100 * attempt, 120)"}
     assert "A100-SXM4-80GB, 86 GB, driver 550.54.15" in shown
     written = json.loads((site.results.root / "probe.json").read_text())
     assert written["job"] == "41"
@@ -98,6 +99,28 @@ def test_a_longer_runtime_than_the_partition_allows(site, cluster, profile):
     cluster()
     _, values, _ = run(site, profile, text=PROFILE.replace("100 * attempt", "720"))
     assert values["set-resources"]["train"]["runtime"] == 120
+
+
+def test_the_shipped_profile_comes_out_whole(site, cluster, profile):
+    """Ready to be profiles/site: only what jobs ask for is another."""
+    cluster()
+    text = (PACKAGE.parent / "profiles" / "slurm" / "config.yaml").read_text()
+    before = yaml.safe_load(text)
+    shown, values, _ = run(site, profile, text=text)
+    asked = {"default-resources", "set-resources"}
+    assert {k: v for k, v in values.items() if k not in asked} == {k: v for k, v in before.items() if k not in asked}
+    assert values["set-resources"].keys() == before["set-resources"].keys()
+    assert values["set-resources"]["fit"] == {"gpu": 1, "mem_mb": 10000, "runtime": "min(60 * attempt, 120)"}
+    assert values["set-resources"]["train"] == {"gpu": 1, "runtime": 120}
+    assert {line for line in text.splitlines() if line.startswith("#")} <= set(shown.splitlines()), "the reasons stay"
+
+
+def test_what_a_rule_asks_for_besides_stays(site, cluster, profile):
+    cluster()
+    text = PROFILE.replace("gpu: 1, mem_mb", "gpu: 1, qos: long, mem_mb") + "retries: 2\n"
+    _, values, _ = run(site, profile, text=text)
+    assert values["set-resources"]["train"]["qos"] == "long"
+    assert values["retries"] == 2
 
 
 def test_another_partition_where_the_first_takes_nothing(site, cluster, profile):

@@ -4,6 +4,9 @@ import errno
 import json
 import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,7 @@ from kvpipe.doctor.container import LABEL, examine_container
 from kvpipe.doctor.probe import ProbeError, probe
 from kvpipe.doctor.slurm import examine_slurm
 from kvpipe.doctor.sources import examine_sources
+from kvpipe.doctor.storage import examine_storage
 from kvpipe.layermap import layer_plan
 from kvpipe.losses import check_finite
 from kvpipe.provenance import PACKAGE
@@ -29,7 +33,7 @@ from kvpipe.steps.prepare import prepare
 
 DOCUMENT = PACKAGE.parent / "docs" / "troubleshooting.md"
 # messages of other programs; what was run to see them is in the entry
-OTHERS = {"DOS line ends", "Apptainer on the login node", "The directory is locked"}
+OTHERS = {"DOS line ends"}
 
 
 def entries() -> dict[str, str]:
@@ -122,16 +126,48 @@ def test_image(site, profile, tmp_path, monkeypatch):
     image.touch()
     monkeypatch.setenv("KVPIPE_IMAGE", str(image))
     site.apptainer(start="echo 'FATAL: fuse: device not found' >&2; exit 255")
-    said = {"The image does not start": show(examine_container(profile()))}
+    said = {"The image does not start": show(examine_container(profile(), Paths(tmp_path / "results")))}
     site.apptainer(labels=json.dumps({LABEL: "0" * 64}))
-    said["The image is older than the lock"] = show(examine_container(profile()))
+    said["The image is older than the lock"] = show(examine_container(profile(), Paths(tmp_path / "results")))
     spaced = tmp_path / "my checkout"
     spaced.mkdir()
     monkeypatch.chdir(spaced)
-    said["A space in the path of the checkout"] = show(examine_container(profile()))
+    said["A space in the path of the checkout"] = show(examine_container(profile(), Paths(tmp_path / "results")))
     assert set(said) == IMAGE
     for title, message in said.items():
         assert matches(title, message), (title, message)
+
+
+# ---------------------------------------------------------------- the disk, before anything is written; Snakemake
+QUOTA = {"The quota is smaller than the stores"}
+
+
+def test_quota(site, saved, tmp_path):
+    site.program("lfs", "echo '     /scratch 10000000* 8000000 10000000       6d       1       0       0       -'")
+    said = show(examine_storage(config(saved), Paths(tmp_path)))
+    assert matches(*QUOTA, said), said
+
+
+SNAKEMAKE = {"Apptainer on the login node", "The directory is locked"}
+
+
+def test_snakemake(tmp_path):
+    """Its own words, of the version that is installed."""
+    (tmp_path / "Snakefile").write_text("container: 'no.sif'\nrule a:\n    output: 'a'\n    shell: 'touch a'\n")
+
+    def said(*arguments: str) -> str:
+        call = [sys.executable, "-m", "snakemake", "--cores", "1", *arguments]
+        environment = os.environ | {"PATH": "/usr/bin:/bin"}
+        done = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode
+        return done.stdout + done.stderr
+
+    if shutil.which("apptainer", path="/usr/bin:/bin") is None:
+        assert matches("Apptainer on the login node", said("-n", "--sdm", "apptainer"))
+    locks = tmp_path / ".snakemake" / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    (locks / "0.output.lock").write_text("a\n")
+    assert matches("The directory is locked", said())
 
 
 # ---------------------------------------------------------------- GPUs and models
@@ -317,7 +353,7 @@ def test_training(cell, capsys, monkeypatch, tmp_path):
 
 
 def test_every_entry_is_provoked():
-    assert set(entries()) == OTHERS | CLUSTER | IMAGE | GPUS | MODELS | TRAINING
+    assert set(entries()) == OTHERS | CLUSTER | IMAGE | QUOTA | SNAKEMAKE | GPUS | MODELS | TRAINING
     assert all("…" not in title for title in entries())
 
 

@@ -49,6 +49,7 @@ rule teacher_quality:
         "results/logs/teacher_quality/{teacher}.log",
     benchmark:
         "results/benchmarks/teacher_quality/{teacher}.tsv"
+    threads: PLAN.config.train.threads
     resources:
         mem_mb=16000,
         runtime=240,
@@ -69,6 +70,7 @@ rule untrained:
         "results/logs/evaluate/untrained.log",
     benchmark:
         "results/benchmarks/evaluate/untrained.tsv"
+    threads: PLAN.config.train.threads
     resources:
         mem_mb=8000,
         runtime=120,
