@@ -261,9 +261,19 @@ def parse(values: dict, overrides: dict[str, Any] | None = None, origin: str = "
     Raises:
         ConfigError: one line per problem, each with the key's path and the nearest valid name.
     """
-    values = copy.deepcopy(values)
-    for dotted, value in (overrides or {}).items():
+    values, overrides = copy.deepcopy(values), overrides or {}
+    names = ("steps", "max_steps")  # of one setting; the second is what other trainers call it
+    train = values.get("train")
+    if isinstance(train, dict) and any(f"train.{name}" in overrides for name in names):
+        # an override takes the place of the file's value, whichever of its names that has
+        values["train"] = {key: value for key, value in train.items() if key not in names}
+    for dotted, value in overrides.items():
         assign(values, dotted, value)
+    train = values.get("train")
+    if isinstance(train, dict) and "max_steps" in train:
+        if "steps" in train:
+            raise ConfigError(f"{origin}:\ntrain: steps and max_steps are two names of one setting; give one of them")
+        values["train"] = {"steps" if key == "max_steps" else key: value for key, value in train.items()}
     try:
         return Config.model_validate(values)
     except ValidationError as error:
