@@ -76,7 +76,7 @@ def _source(data: Path) -> dict[str, Any]:
     """The file as a source, with the columns that it has."""
     source = {"kind": "files", "task": TASK, **{split: f"{data}{part}" for split, part in PARTS.items()}}
     rows = read(FileData.model_validate(source), "train").rows
-    has = set(rows[0]) if rows else set()
+    has = {name for row in rows for name in row}
     missing = [name for name, needed in FIELDS.items() if needed and name not in has]
     if missing:
         raise ConfigError(f"{data}: no column {', '.join(missing)} (has {', '.join(sorted(has))}); rename the columns")

@@ -63,7 +63,9 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}: expected an object with columns, got {line[:60]}")
         rows.append(row)
-    return rows
+    # a table, as Parquet is one: what only some rows have is None in the others
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    return [{name: row.get(name) for name in columns} for row in rows]
 
 
 def _bounds(part: str, count: int) -> tuple[int, int]:

@@ -81,6 +81,18 @@ def test_columns_that_are_there_are_read(place, tmp_path):
     assert pd.read_parquet(paths.root / "test.parquet").answer.tolist() == ["39", "40"]
 
 
+def test_a_column_that_the_first_row_lacks_is_read(place, tmp_path):
+    rows: list[dict] = [{"prompt": f"{i} + 1 =", "answer": str(i + 1)} for i in range(40)]
+    rows[3]["reasoning"], rows[5]["teacher_reasoning"] = "one more than 3", "count from 5"
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config, paths = experiment([place / "a" / "expert"], place / "student", path, tmp_path)
+    build(config.data, paths.root)
+    train = pd.read_parquet(paths.root / "train.parquet")
+    assert train.reasoning.tolist() == ["", "", "", "one more than 3"] + [""] * 32
+    assert train.teacher_reasoning.dropna().tolist() == ["count from 5"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

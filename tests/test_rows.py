@@ -49,6 +49,14 @@ def test_a_line_that_is_no_object(tmp_path):
         read(FileData(task="t", test=str(path)), "test")
 
 
+def test_a_column_that_only_some_rows_have(tmp_path):
+    """None in the others, within the part and beyond it, as in a Parquet file."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2, "b": "x"}\n{"a": 3, "c": "y"}\n', encoding="utf-8")
+    found = read(FileData(task="t", train=f"{path}[:2]"), "train").rows
+    assert found == [{"a": 1, "b": None, "c": None}, {"a": 2, "b": "x", "c": None}]
+
+
 @pytest.mark.parametrize("preset", list(data_zoo.ROWS))
 def test_a_local_folder_is_read_like_its_repository(tmp_path, preset):
     folder = data_zoo.write(tmp_path / preset, preset)
