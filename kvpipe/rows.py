@@ -55,14 +55,17 @@ def _file(source: FileData, split: str, spec: str) -> Rows:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not valid JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: expected an object with columns, got {line[:60]}")
-        rows.append(row)
+    with path.open(encoding="utf-8") as file:  # str.splitlines would also break at U+2028, which JSON has within strings
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not valid JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: expected an object with columns, got {line.strip()[:60]}")
+            rows.append(row)
     # a table, as Parquet is one: what only some rows have is None in the others
     columns = list(dict.fromkeys(name for row in rows for name in row))
     return [{name: row.get(name) for name in columns} for row in rows]

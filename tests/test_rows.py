@@ -49,6 +49,18 @@ def test_a_line_that_is_no_object(tmp_path):
         read(FileData(task="t", test=str(path)), "test")
 
 
+def test_lines_end_where_the_file_says(tmp_path):
+    """A line separator within a string is text, blank lines are none, and an error counts the file's lines."""
+    path = tmp_path / "rows.jsonl"
+    texts = ["one\u2028line", "another\x85one\u2029"]
+    lines = [json.dumps({"a": text}, ensure_ascii=False) for text in texts]
+    path.write_text(f"{lines[0]}\r\n\r\n{lines[1]}\n\n  \n", encoding="utf-8", newline="")
+    assert [row["a"] for row in read(FileData(task="t", test=str(path)), "test").rows] == texts
+    path.write_text(f"{lines[0]}\n\n{{\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 3: not valid JSON"):
+        read(FileData(task="t", test=str(path)), "test")
+
+
 def test_a_column_that_only_some_rows_have(tmp_path):
     """None in the others, within the part and beyond it, as in a Parquet file."""
     path = tmp_path / "rows.jsonl"
