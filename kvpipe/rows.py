@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import tempfile
 from dataclasses import dataclass, field
@@ -92,7 +93,9 @@ def _hub(source: HubData, split: str) -> Rows:
             if _is_folder(source):
                 rows += _folder(datasets, source, name, split)
             else:
-                builder = datasets.load_dataset_builder(source.repo, name, revision=source.revision)
+                # never one from a file, as for models
+                token = os.environ.get("HF_TOKEN") or False
+                builder = datasets.load_dataset_builder(source.repo, name, revision=source.revision, token=token)
                 _check_commit(source, builder.hash)
                 rows += _prepared(builder, split)
                 origin |= {"revision": source.revision, "commit": builder.hash}

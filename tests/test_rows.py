@@ -126,7 +126,10 @@ def hub(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
     repo = data_zoo.write(folder / "repo", "gsm8k")
 
-    def run(endpoint, offline, **more):
+    (folder / "home").mkdir()
+    (folder / "home" / "token").write_text("hf_from_a_file")
+
+    def run(endpoint, offline, token=None, **more):
         source = {"kind": "hub", "preset": "gsm8k", "task": "math", "repo": "invented/gsm", "revision": dataset_hub.TAG}
         config = folder / "config.yaml"
         config.write_text(yaml.safe_dump({**EXPERIMENT, "data": {"sources": [source | more]}}), encoding="utf-8")
@@ -136,6 +139,7 @@ def hub(tmp_path_factory):
             "HF_HOME": str(folder / "home"),
             "HF_HUB_OFFLINE": str(int(offline)),
             "HF_HUB_DISABLE_TELEMETRY": "1",
+            **({"HF_TOKEN": token} if token else {}),
         }
         command = [
             sys.executable,
@@ -160,7 +164,9 @@ def test_downloaded_once_then_read_offline(hub):
         assert done.returncode == 0, done.stderr
         downloads = [r for r in requests if r.startswith("GET") and r.endswith(".parquet")]
         assert len(downloads) == 2 and all(commit in r for r in downloads), "each file of the one configuration, once"
-        failed = run(endpoint, offline=False, revision="v2")
+        assert not any(r.startswith("Bearer") for r in requests), "a token from a file is not used"
+        failed = run(endpoint, offline=False, revision="v2", token="hf_mine")
+        assert {r for r in requests if r.startswith("Bearer")} == {"Bearer hf_mine"}
         assert failed.returncode == 1 and "Revision 'v2' doesn't exist" in failed.stderr
         assert "Traceback" not in failed.stderr
     written = (folder / "results" / "data" / "train.parquet").read_bytes()
