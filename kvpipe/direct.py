@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ TASK = "text"
 PARTS = {"train": "[:90%]", "validation": "[90%:95%]", "test": "[95%:]"}
 FIELDS = {"prompt": True, "answer": True, "reasoning": False, "teacher_reasoning": False}
 """Columns that are read, and whether the file must have them."""
+KEPT = "experiment.json"
 
 
 def experiment(
@@ -58,6 +60,25 @@ def experiment(
     # what the artefacts are made from: other inputs get another folder
     made_from = digest([digest_of(data, "sha256"), *(str(p.resolve()) for p in (*teachers, student))])
     return config, Paths(out / "artefacts" / made_from)
+
+
+def keep(config: Config, paths: Paths, out: Path) -> None:
+    """Write what a trained cell was made by into its folder, where `kvpipe card` and `kvpipe publish` look for it."""
+    document = {
+        "results": paths.root.relative_to(out).as_posix(),
+        "config": config.model_dump(mode="json", exclude_unset=True),
+    }
+    (out / KEPT).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def kept(cell: Path, overrides: list[str] | None = None) -> tuple[Config, Paths] | None:
+    """The experiment of a cell that was trained without a configuration file; None for every other."""
+    path = cell / KEPT
+    if not path.is_file():
+        return None
+    document = json.loads(path.read_text(encoding="utf-8"))
+    config = parse(document["config"], overridden(overrides), origin=str(path))
+    return config, Paths(cell / document["results"])
 
 
 def _names(teachers: list[Path]) -> dict[str, Path]:

@@ -199,6 +199,7 @@ def own_cache() -> Path:
 
 def candidates(repo: str, pinned: LockedRepo, libraries: list[str]) -> Iterator[Path]:
     """Folders of the libraries, and last of the machine's cache, that may hold a locked repository."""
+
     def inside(library: Path) -> Iterator[Path]:
         cached = library / f"models--{repo.replace('/', '--')}" / "snapshots" / pinned.commit
         return (folder for folder in (cached, library / repo) if folder.is_dir())

@@ -138,7 +138,12 @@ def test_gpus_of_a_request(resources, gpus, model):
 @pytest.mark.parametrize(
     ("package", "setting", "key", "line"),
     [
-        ("lm_eval", {"evaluate.lm_eval_tasks": ["arc_easy"]}, "evaluate.lm_eval_tasks", 'pip install "kvpipe[lm-eval]"'),
+        (
+            "lm_eval",
+            {"evaluate.lm_eval_tasks": ["arc_easy"]},
+            "evaluate.lm_eval_tasks",
+            'pip install "kvpipe[lm-eval]"',
+        ),
         (
             "bitsandbytes",
             {"models.beta.load": {"quantize": "int4"}},
