@@ -106,6 +106,9 @@ def lock(
 
     settings, paths = _experiment(config, results, overrides)
     found = lock(settings, update)
+    if not found:
+        typer.echo("nothing to lock: no cell needs a model of the hub (source: hub)")
+        return
     path = lock_path(config[0])
     write_lock(path, found)
     missing = to_download(settings.model_copy(update={"lock": found}), paths)
@@ -243,10 +246,10 @@ def train(
 
     if teacher:
         work, arm = _direct(teacher, student, data, out, arm, overrides)
+    elif arm is None or student or data:
+        raise typer.BadParameter("give either --arm, or --teacher, --student, --data and --out")
     else:
         work = _workspace(config, results, overrides)
-    if arm is None or (not teacher and (student or data)):
-        raise typer.BadParameter("give either --arm, or --teacher, --student, --data and --out")
     prepare(work, arm, log=typer.echo)
     folder = out or work.paths.cell(arm, seed)
     kept = checkpoints or (folder.with_name(folder.name + ".checkpoints") if out else work.paths.checkpoints(arm, seed))

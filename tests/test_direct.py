@@ -142,6 +142,8 @@ def test_options_that_go_together(place, tmp_path, left_out):
     assert done.exit_code == 2 and "--teacher goes with" in done.output
 
 
-def test_neither_an_arm_nor_a_teacher():
-    done = CliRunner().invoke(cli.app, ["train"])
+@pytest.mark.parametrize("more", [[], ["--student", "s", "--data", "d", "--out", "o"], ["--arm", "one", "--data", "d"]])
+def test_neither_an_arm_nor_a_teacher(tmp_path, monkeypatch, more):
+    monkeypatch.chdir(tmp_path)  # usage comes first, whether there is a configuration or not
+    done = CliRunner().invoke(cli.app, ["train", *more])
     assert done.exit_code == 2 and "give either --arm, or" in done.output

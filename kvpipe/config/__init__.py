@@ -295,6 +295,11 @@ def merge(values: dict, over: dict) -> dict:
 def _read(path: Path) -> dict:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path}: no such configuration file; name yours with --config, or run this in kvpipe's own folder, where "
+            "config/config.yaml is the embedded experiment"
+        ) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
