@@ -106,6 +106,9 @@ def lock(
 
     settings, paths = _experiment(config, results, overrides)
     found = lock(settings, update)
+    if not found:
+        typer.echo("nothing to lock: no cell needs a model of the hub (source: hub)")
+        return
     path = lock_path(config[0])
     write_lock(path, found)
     missing = to_download(settings.model_copy(update={"lock": found}), paths)
@@ -237,19 +240,22 @@ def train(
     overrides: Overrides = None,
 ) -> None:
     """Train one cell; what it needs and is not there yet is made first."""
+    from kvpipe.direct import keep
     from kvpipe.steps.prepare import prepare
     from kvpipe.train import train as train_cell
 
     if teacher:
         work, arm = _direct(teacher, student, data, out, arm, overrides)
+    elif arm is None or student or data:
+        raise typer.BadParameter("give either --arm, or --teacher, --student, --data and --out")
     else:
         work = _workspace(config, results, overrides)
-    if arm is None or (not teacher and (student or data)):
-        raise typer.BadParameter("give either --arm, or --teacher, --student, --data and --out")
     prepare(work, arm, log=typer.echo)
     folder = out or work.paths.cell(arm, seed)
     kept = checkpoints or (folder.with_name(folder.name + ".checkpoints") if out else work.paths.checkpoints(arm, seed))
     train_cell(work, arm, seed, folder, kept, log=typer.echo)
+    if teacher:
+        keep(work.config, work.paths, folder)
 
 
 def _direct(teacher, student, data, out, arm, overrides):
@@ -389,6 +395,13 @@ def report(
 Cell = Annotated[Path | None, typer.Option(help="Folder of the trained cell; under the results by default.")]
 
 
+def _trained(cell: Path | None, config: list[Path], results: Path, overrides: list[str] | None) -> tuple[Config, Paths]:
+    """The experiment that a cell belongs to: one of `kvpipe train --teacher` has it in its folder."""
+    from kvpipe.direct import kept
+
+    return (kept(cell, overrides) if cell else None) or _experiment(config, results, overrides)
+
+
 @app.command("card")
 def model_card(
     arm: Annotated[str, typer.Option(help="Name of the arm.")],
@@ -401,7 +414,7 @@ def model_card(
     """Write a student's model card again, with the metrics that exist by now."""
     from kvpipe.card import write
 
-    settings, paths = _experiment(config, results, overrides)
+    settings, paths = _trained(cell, config, results, overrides)
     typer.echo(write(Dag(settings), paths, arm, cell or paths.cell(arm, seed)))
 
 
@@ -419,7 +432,7 @@ def publish(
     """Push a student and its card to the hub, with the token in HF_TOKEN."""
     from kvpipe.card import publish
 
-    settings, paths = _experiment(config, results, overrides)
+    settings, paths = _trained(cell, config, results, overrides)
     publish(Dag(settings), paths, arm, cell or paths.cell(arm, seed), repo, private=not public, log=typer.echo)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ TASK = "text"
 PARTS = {"train": "[:90%]", "validation": "[90%:95%]", "test": "[95%:]"}
 FIELDS = {"prompt": True, "answer": True, "reasoning": False, "teacher_reasoning": False}
 """Columns that are read, and whether the file must have them."""
+KEPT = "experiment.json"
 
 
 def experiment(
@@ -60,6 +62,25 @@ def experiment(
     return config, Paths(out / "artefacts" / made_from)
 
 
+def keep(config: Config, paths: Paths, out: Path) -> None:
+    """Write what a trained cell was made by into its folder, where `kvpipe card` and `kvpipe publish` look for it."""
+    document = {
+        "results": paths.root.relative_to(out).as_posix(),
+        "config": config.model_dump(mode="json", exclude_unset=True),
+    }
+    (out / KEPT).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def kept(cell: Path, overrides: list[str] | None = None) -> tuple[Config, Paths] | None:
+    """The experiment of a cell that was trained without a configuration file; None for every other."""
+    path = cell / KEPT
+    if not path.is_file():
+        return None
+    document = json.loads(path.read_text(encoding="utf-8"))
+    config = parse(document["config"], overridden(overrides), origin=str(path))
+    return config, Paths(cell / document["results"])
+
+
 def _names(teachers: list[Path]) -> dict[str, Path]:
     """A name for every teacher: its folder's, with a number where two have the same."""
     names: dict[str, Path] = {}
@@ -76,7 +97,7 @@ def _source(data: Path) -> dict[str, Any]:
     """The file as a source, with the columns that it has."""
     source = {"kind": "files", "task": TASK, **{split: f"{data}{part}" for split, part in PARTS.items()}}
     rows = read(FileData.model_validate(source), "train").rows
-    has = set(rows[0]) if rows else set()
+    has = {name for row in rows for name in row}
     missing = [name for name, needed in FIELDS.items() if needed and name not in has]
     if missing:
         raise ConfigError(f"{data}: no column {', '.join(missing)} (has {', '.join(sorted(has))}); rename the columns")

@@ -183,7 +183,7 @@ def fit(
             if len(xs[0]) <= max(x.shape[1] for x in xs):
                 raise ValueError(
                     f"fit: {len(xs[0])} aligned rows for {max(x.shape[1] for x in xs)} features in {kind} of student "
-                    f"layer {layer}; raise fit.examples"
+                    f"layer {layer}; raise fit.examples or, if the training split has no more, give more data"
                 )
             if isinstance(projectors[0], HeadsProjector):
                 outputs = [p(*r_batch(r)) for p, r in zip(projectors, rows, strict=True)]

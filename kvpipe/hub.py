@@ -199,9 +199,14 @@ def own_cache() -> Path:
 
 def candidates(repo: str, pinned: LockedRepo, libraries: list[str]) -> Iterator[Path]:
     """Folders of the libraries, and last of the machine's cache, that may hold a locked repository."""
-    for library in [*map(Path, libraries), own_cache()]:
+
+    def inside(library: Path) -> Iterator[Path]:
         cached = library / f"models--{repo.replace('/', '--')}" / "snapshots" / pinned.commit
-        yield from (folder for folder in (cached, library / repo) if folder.is_dir())
+        return (folder for folder in (cached, library / repo) if folder.is_dir())
+
+    for library in libraries:
+        yield from inside(Path(library))
+    yield from inside(own_cache())
 
 
 def locate(repo: str, pinned: LockedRepo, libraries: list[str], log=print) -> Path | None:

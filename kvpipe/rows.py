@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import tempfile
 from dataclasses import dataclass, field
@@ -55,15 +56,22 @@ def _file(source: FileData, split: str, spec: str) -> Rows:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not valid JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: expected an object with columns, got {line[:60]}")
-        rows.append(row)
-    return rows
+    with path.open(
+        encoding="utf-8"
+    ) as file:  # str.splitlines would also break at U+2028, which JSON has within strings
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not valid JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: expected an object with columns, got {line.strip()[:60]}")
+            rows.append(row)
+    # a table, as Parquet is one: what only some rows have is None in the others
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    return [{name: row.get(name) for name in columns} for row in rows]
 
 
 def _bounds(part: str, count: int) -> tuple[int, int]:
@@ -87,7 +95,9 @@ def _hub(source: HubData, split: str) -> Rows:
             if _is_folder(source):
                 rows += _folder(datasets, source, name, split)
             else:
-                builder = datasets.load_dataset_builder(source.repo, name, revision=source.revision)
+                # never one from a file, as for models
+                token = os.environ.get("HF_TOKEN") or False
+                builder = datasets.load_dataset_builder(source.repo, name, revision=source.revision, token=token)
                 _check_commit(source, builder.hash)
                 rows += _prepared(builder, split)
                 origin |= {"revision": source.revision, "commit": builder.hash}

@@ -43,6 +43,8 @@ def serve(repos: dict[str, Path]):
         def answer(self) -> None:
             path = unquote(urlsplit(self.path).path)
             requests.append(f"{self.command} {path}")
+            if "Authorization" in self.headers:
+                requests.append(self.headers["Authorization"])
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             parts = path.removeprefix("/api").strip("/").split("/")
             repo = "/".join(parts[1:3])

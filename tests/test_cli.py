@@ -92,8 +92,14 @@ def test_a_wrong_setting_is_one_message(files, capsys, monkeypatch, override, wo
 
 def test_a_missing_configuration_is_named(capsys, monkeypatch, tmp_path):
     said = fails(capsys, monkeypatch, "data", "--config", str(tmp_path / "nope.yaml"))
-    assert "nope.yaml" in said
-    assert said.startswith("FileNotFoundError")
+    assert "nope.yaml: no such configuration file; name yours with --config" in said
+    assert said.startswith("FileNotFoundError") and "Errno" not in said
+
+
+def test_without_hub_models_no_lock_is_written(files, tmp_path):
+    done = invoke("lock", *files)
+    assert done.exit_code == 0 and "nothing to lock" in done.output
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
 @pytest.mark.parametrize("command", ["train", "fit", "arm"])

@@ -242,6 +242,22 @@ def test_files_that_are_no_configuration(tmp_path):
     assert load(CONFIG / "config.yaml", ["train.steps=7", "seeds=[5]"]).train.steps == 7
 
 
+def test_max_steps_is_another_name_of_steps(tmp_path):
+    assert load(CONFIG / "config.yaml", ["train.max_steps=7"]).train.steps == 7, "over the file's steps"
+    renamed = {**EMBEDDED, "train": {"max_steps": 9}}
+    assert parse(renamed).train.steps == 9 and parse(renamed) == parse({**EMBEDDED, "train": {"steps": 9}})
+    for name in ("steps", "max_steps"):
+        assert parse(renamed, {f"train.{name}": 5}).train.steps == 5
+    for values, overrides in (
+        ({**EMBEDDED, "train": {"steps": 3, "max_steps": 3}}, {}),
+        (EMBEDDED, {"train.steps": 3, "train.max_steps": 3}),
+    ):
+        with pytest.raises(ConfigError, match=r"train: steps and max_steps are two names of one setting; give one"):
+            parse(values, overrides)
+    with pytest.raises(ConfigError, match=r"train\.steps.*many"):
+        parse(EMBEDDED, {"train.max_steps": "many"})
+
+
 # ---------------------------------------------------------------- several files
 def test_overlays_are_laid_over_in_order_as_snakemake_does(tmp_path):
     """The reference is Snakemake's own merge of several --configfile."""

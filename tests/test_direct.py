@@ -4,6 +4,7 @@ import json
 
 import pandas as pd
 import pytest
+from hub_server import HubServer
 from tiny import ALPHA, BETA, save_teacher
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -49,10 +50,34 @@ def test_a_student_from_folders_and_a_file(place, tmp_path):
         split: len(pd.read_parquet(made / "data" / f"{split}.parquet")) for split in ("train", "validation", "test")
     }
     assert sizes == {"train": 36, "validation": 2, "test": 2}
+    # card and publish know the cell by its folder
+    written = (out / "model" / "README.md").read_text()
+    (out / "model" / "README.md").unlink()
+    shown = CliRunner().invoke(cli.app, ["card", "--arm", ARM, "--cell", str(out)])
+    assert shown.exit_code == 0, repr(shown.exception)
+    assert (out / "model" / "README.md").read_text() == written
     # a second run finds the artefacts; its control is the same student alone
     again = command(place, out, "--arm", "control")
     assert again.exit_code == 0 and "KV of" not in again.output and "data …" not in again.output
     assert "k" not in json.loads((out / "history.jsonl").read_text().splitlines()[-2])
+
+
+def test_a_cell_is_published_from_its_folder(place, tmp_path, monkeypatch):
+    out = tmp_path / "student"
+    assert command(place, out, "--arm", "control").exit_code == 0
+    monkeypatch.chdir(tmp_path)  # no config/config.yaml here
+    with HubServer() as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        monkeypatch.setenv("HF_TOKEN", hub.TOKEN)
+        done = CliRunner().invoke(cli.app, ["publish", "--arm", "control", "--cell", str(out), "--repo", "me/student"])
+        assert done.exit_code == 0, done.output + repr(done.exception)
+        repo = hub.repos["models", "me/student"]
+        files = repo.commits[repo.refs["main"]]
+    assert files["model.safetensors"] == (out / "model" / "model.safetensors").read_bytes()
+    assert "local folder student" in files["README.md"].decode() and str(place) not in files["README.md"].decode()
 
 
 def test_several_teachers_and_other_inputs(place, tmp_path):
@@ -81,6 +106,18 @@ def test_columns_that_are_there_are_read(place, tmp_path):
     assert pd.read_parquet(paths.root / "test.parquet").answer.tolist() == ["39", "40"]
 
 
+def test_a_column_that_the_first_row_lacks_is_read(place, tmp_path):
+    rows: list[dict] = [{"prompt": f"{i} + 1 =", "answer": str(i + 1)} for i in range(40)]
+    rows[3]["reasoning"], rows[5]["teacher_reasoning"] = "one more than 3", "count from 5"
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config, paths = experiment([place / "a" / "expert"], place / "student", path, tmp_path)
+    build(config.data, paths.root)
+    train = pd.read_parquet(paths.root / "train.parquet")
+    assert train.reasoning.tolist() == ["", "", "", "one more than 3"] + [""] * 32
+    assert train.teacher_reasoning.dropna().tolist() == ["count from 5"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -105,6 +142,8 @@ def test_options_that_go_together(place, tmp_path, left_out):
     assert done.exit_code == 2 and "--teacher goes with" in done.output
 
 
-def test_neither_an_arm_nor_a_teacher():
-    done = CliRunner().invoke(cli.app, ["train"])
+@pytest.mark.parametrize("more", [[], ["--student", "s", "--data", "d", "--out", "o"], ["--arm", "one", "--data", "d"]])
+def test_neither_an_arm_nor_a_teacher(tmp_path, monkeypatch, more):
+    monkeypatch.chdir(tmp_path)  # usage comes first, whether there is a configuration or not
+    done = CliRunner().invoke(cli.app, ["train", *more])
     assert done.exit_code == 2 and "give either --arm, or" in done.output

@@ -49,6 +49,26 @@ def test_a_line_that_is_no_object(tmp_path):
         read(FileData(task="t", test=str(path)), "test")
 
 
+def test_lines_end_where_the_file_says(tmp_path):
+    """A line separator within a string is text, blank lines are none, and an error counts the file's lines."""
+    path = tmp_path / "rows.jsonl"
+    texts = ["one\u2028line", "another\x85one\u2029"]
+    lines = [json.dumps({"a": text}, ensure_ascii=False) for text in texts]
+    path.write_text(f"{lines[0]}\r\n\r\n{lines[1]}\n\n  \n", encoding="utf-8", newline="")
+    assert [row["a"] for row in read(FileData(task="t", test=str(path)), "test").rows] == texts
+    path.write_text(f"{lines[0]}\n\n{{\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 3: not valid JSON"):
+        read(FileData(task="t", test=str(path)), "test")
+
+
+def test_a_column_that_only_some_rows_have(tmp_path):
+    """None in the others, within the part and beyond it, as in a Parquet file."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2, "b": "x"}\n{"a": 3, "c": "y"}\n', encoding="utf-8")
+    found = read(FileData(task="t", train=f"{path}[:2]"), "train").rows
+    assert found == [{"a": 1, "b": None, "c": None}, {"a": 2, "b": "x", "c": None}]
+
+
 @pytest.mark.parametrize("preset", list(data_zoo.ROWS))
 def test_a_local_folder_is_read_like_its_repository(tmp_path, preset):
     folder = data_zoo.write(tmp_path / preset, preset)
@@ -106,7 +126,10 @@ def hub(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
     repo = data_zoo.write(folder / "repo", "gsm8k")
 
-    def run(endpoint, offline, **more):
+    (folder / "home").mkdir()
+    (folder / "home" / "token").write_text("hf_from_a_file")
+
+    def run(endpoint, offline, token=None, **more):
         source = {"kind": "hub", "preset": "gsm8k", "task": "math", "repo": "invented/gsm", "revision": dataset_hub.TAG}
         config = folder / "config.yaml"
         config.write_text(yaml.safe_dump({**EXPERIMENT, "data": {"sources": [source | more]}}), encoding="utf-8")
@@ -116,6 +139,7 @@ def hub(tmp_path_factory):
             "HF_HOME": str(folder / "home"),
             "HF_HUB_OFFLINE": str(int(offline)),
             "HF_HUB_DISABLE_TELEMETRY": "1",
+            **({"HF_TOKEN": token} if token else {}),
         }
         command = [
             sys.executable,
@@ -140,7 +164,9 @@ def test_downloaded_once_then_read_offline(hub):
         assert done.returncode == 0, done.stderr
         downloads = [r for r in requests if r.startswith("GET") and r.endswith(".parquet")]
         assert len(downloads) == 2 and all(commit in r for r in downloads), "each file of the one configuration, once"
-        failed = run(endpoint, offline=False, revision="v2")
+        assert not any(r.startswith("Bearer") for r in requests), "a token from a file is not used"
+        failed = run(endpoint, offline=False, revision="v2", token="hf_mine")
+        assert {r for r in requests if r.startswith("Bearer")} == {"Bearer hf_mine"}
         assert failed.returncode == 1 and "Revision 'v2' doesn't exist" in failed.stderr
         assert "Traceback" not in failed.stderr
     written = (folder / "results" / "data" / "train.parquet").read_bytes()

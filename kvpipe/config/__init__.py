@@ -261,9 +261,19 @@ def parse(values: dict, overrides: dict[str, Any] | None = None, origin: str = "
     Raises:
         ConfigError: one line per problem, each with the key's path and the nearest valid name.
     """
-    values = copy.deepcopy(values)
-    for dotted, value in (overrides or {}).items():
+    values, overrides = copy.deepcopy(values), overrides or {}
+    names = ("steps", "max_steps")  # of one setting; the second is what other trainers call it
+    train = values.get("train")
+    if isinstance(train, dict) and any(f"train.{name}" in overrides for name in names):
+        # an override takes the place of the file's value, whichever of its names that has
+        values["train"] = {key: value for key, value in train.items() if key not in names}
+    for dotted, value in overrides.items():
         assign(values, dotted, value)
+    train = values.get("train")
+    if isinstance(train, dict) and "max_steps" in train:
+        if "steps" in train:
+            raise ConfigError(f"{origin}:\ntrain: steps and max_steps are two names of one setting; give one of them")
+        values["train"] = {"steps" if key == "max_steps" else key: value for key, value in train.items()}
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -285,6 +295,11 @@ def merge(values: dict, over: dict) -> dict:
 def _read(path: Path) -> dict:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path}: no such configuration file; name yours with --config, or run this in kvpipe's own folder, where "
+            "config/config.yaml is the embedded experiment"
+        ) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):

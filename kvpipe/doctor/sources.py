@@ -11,6 +11,7 @@ from pathlib import Path
 from kvpipe.config import Config, HubModel, LocalModel
 from kvpipe.dag import Paths
 from kvpipe.doctor.finding import FAIL, OK, WARNING, Finding, inside_a_job
+from kvpipe.hub import candidates, missing_bytes, token
 from kvpipe.sizes import read_header
 
 NEEDED = ("config.json", "tokenizer.json")
@@ -25,7 +26,7 @@ def examine_sources(config: Config, paths: Paths) -> list[Finding]:
         if isinstance(model, LocalModel):
             out += _local(name, model)
         elif isinstance(model, HubModel):
-            out += _hub(name, model, paths.model(name))
+            out += _hub(name, model, paths.model(name), copy_of(model, config))
     hub = {name: model for name, model in config.models.items() if isinstance(model, HubModel)}
     if hub:
         out += [_lock([name for name, model in hub.items() if model.pin not in config.lock]), *_cache()]
@@ -82,7 +83,20 @@ def _local(name: str, model: LocalModel) -> Iterator[Finding]:
 
 
 # ---------------------------------------------------------------- hub
-def _hub(name: str, model: HubModel, folder: Path) -> Iterator[Finding]:
+def copy_of(model: HubModel, config: Config) -> Path | None:
+    """A complete copy of a locked model in a library or the machine's cache, by the sizes of its files: reading them takes
+    minutes, and `kvpipe models` does."""
+    pinned = config.lock.get(model.pin)
+    if pinned is None:
+        return None
+    folders = candidates(model.repo, pinned, config.libraries)
+    try:
+        return next((folder for folder in folders if not missing_bytes(folder, pinned.files)), None)
+    except ModuleNotFoundError:  # only huggingface_hub, which a login node may lack, knows where the machine's cache is
+        return None
+
+
+def _hub(name: str, model: HubModel, folder: Path, copy: Path | None = None) -> Iterator[Finding]:
     label, where = f"model {name}", f"{model.repo} at {model.revision}"
     step = f"on a machine with a network: kvpipe models --name {name}"
     if (folder / "MANIFEST.json").is_file():
@@ -91,6 +105,9 @@ def _hub(name: str, model: HubModel, folder: Path) -> Iterator[Finding]:
             yield Finding(label, FAIL, f"{folder}: {', '.join(missing)}", f"rm -r {folder}; {step}")
         else:
             yield Finding(label, OK, f"{where} is complete in {folder}")
+        return
+    if copy is not None:
+        yield Finding(label, OK, f"{where} is in {copy}: nothing to download")
         return
     if inside_a_job():
         yield Finding(label, OK, f"{where}, examined from the login node only")
@@ -107,27 +124,27 @@ def _hub(name: str, model: HubModel, folder: Path) -> Iterator[Finding]:
 
 
 def _online(label: str, model: HubModel, where: str, step: str) -> Iterator[Finding]:
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     # the HTTP library's own error, whichever library this generation of the hub's uses
     errors: tuple[type[Exception], ...] = (HfHubHTTPError, HfHubHTTPError.__mro__[1], OSError)  # type: ignore[assignment]
 
-    token = "a token is set" if get_token() else "no token is set"
+    known = "a token is set" if token() else "no token is set"
     set_token = "export HF_TOKEN=… (a token of yours that may read it)"
     try:
-        api = HfApi()
+        api = HfApi(token=token())  # that of `kvpipe lock`, which takes none from a file
         info = api.model_info(model.repo, revision=model.revision, timeout=10)
         if info.gated:
             api.auth_check(model.repo)
     except GatedRepoError:
         fix = f"ask for access on the model's page, then {set_token}"
-        yield Finding(label, FAIL, f"{model.repo} is gated and not open to you; {token}", fix)
+        yield Finding(label, FAIL, f"{model.repo} is gated and not open to you; {known}", fix)
     except RevisionNotFoundError:
         yield Finding(label, FAIL, f"{model.repo} has no revision {model.revision!r}", "correct models: revision")
     except RepositoryNotFoundError:
         fix = f"correct models: repo; if it is private, {set_token}"
-        yield Finding(label, FAIL, f"there is no {model.repo}, or it is private; {token}", fix)
+        yield Finding(label, FAIL, f"there is no {model.repo}, or it is private; {known}", fix)
     except errors as error:
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         yield Finding(label, FAIL, f"{where}: the hub cannot be reached from here: {said}", step)

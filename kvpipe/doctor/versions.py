@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement
 
-from kvpipe.config import Config
+from kvpipe.config import Config, HubModel, LocalModel, Model
 from kvpipe.doctor.asked import Asked
 from kvpipe.doctor.finding import FAIL, OK, WARNING, Finding, inside_a_job
 from kvpipe.provenance import PACKAGE
@@ -29,6 +29,8 @@ def examine_versions(config: Config, asked: Asked) -> list[Finding]:
     elif config.train.lora is None:
         needed = [r for r in needed if r.name != "peft"]
     found = [*_packages(needed)]
+    if not (on_login_node and asked.containers):  # else they are in the image, where the run's own doctor looks
+        found += _asked_for(config)
     if on_login_node and asked.settings.get("executor", "slurm") == "slurm":
         found += _packages([plugin], "slurm plugin", f'pip install "{plugin}"')
     return found
@@ -45,6 +47,22 @@ def _requirements() -> tuple[list[Requirement], Requirement]:
     listed = [Requirement(text.split(";")[0]) for text in texts if "extra" not in text or PLUGIN in text]
     plugin = next(requirement for requirement in listed if requirement.name == PLUGIN)
     return [requirement for requirement in listed if requirement is not plugin], plugin
+
+
+def _asked_for(config: Config) -> Iterator[Finding]:
+    """Packages that nobody needs but by a setting: without one of them a step would fail, hours later."""
+    if config.evaluate.lm_eval_tasks and installed("lm_eval") is None:
+        detail = "evaluate.lm_eval_tasks needs lm_eval, which is not installed"
+        yield Finding("package lm_eval", FAIL, detail, 'pip install "kvpipe[lm-eval]"')
+    quantized = [name for name, model in config.models.items() if _quantize(model) != "none"]
+    if quantized and installed("bitsandbytes") is None:
+        keys = ", ".join(f"models.{name}.load.quantize" for name in quantized)
+        detail = f"{keys} needs bitsandbytes, which is not installed"
+        yield Finding("package bitsandbytes", FAIL, detail, "pip install bitsandbytes")
+
+
+def _quantize(model: Model) -> str:
+    return model.load.quantize if isinstance(model, HubModel | LocalModel) else "none"
 
 
 def _packages(

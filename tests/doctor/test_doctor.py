@@ -136,6 +136,34 @@ def test_gpus_of_a_request(resources, gpus, model):
 
 
 # ---------------------------------------------------------------- versions
+@pytest.mark.parametrize(
+    ("package", "setting", "key", "line"),
+    [
+        (
+            "lm_eval",
+            {"evaluate.lm_eval_tasks": ["arc_easy"]},
+            "evaluate.lm_eval_tasks",
+            'pip install "kvpipe[lm-eval]"',
+        ),
+        (
+            "bitsandbytes",
+            {"models.beta.load": {"quantize": "int4"}},
+            "models.beta.load.quantize",
+            "pip install bitsandbytes",
+        ),
+    ],
+)
+def test_a_package_that_a_setting_asks_for(saved, laptop, monkeypatch, package, setting, key, line):
+    def findings(version, overrides=None):
+        monkeypatch.setattr(versions, "installed", lambda name: version if name == package else real(name))
+        return by_name(versions.examine_versions(config(saved, overrides), Asked(None)))
+
+    real, name = versions.installed, f"package {package}"
+    finding = findings(None, setting)[name]
+    assert (finding.status, finding.fix) == ("would fail", line) and key in finding.detail
+    assert name not in findings("1.0", setting) and name not in findings(None)
+
+
 def test_missing_and_other_versions(saved, laptop, monkeypatch):
     real = versions.installed
     monkeypatch.setattr(versions, "installed", lambda name: {"snakemake": None}.get(name, real(name)))

@@ -96,6 +96,31 @@ def test_offline_and_not_downloaded(folder, monkeypatch):
     assert "kvpipe models --name alpha" in finding.fix
 
 
+@pytest.mark.parametrize("place", ["some/model", f"models--some--model/snapshots/{'a' * 40}"])
+@pytest.mark.parametrize("client", [True, False])
+def test_a_locked_model_in_a_library_needs_no_hub(folder, monkeypatch, place, client):
+    """Nor the hub's client, which a login node may lack; a file that is cut off there is no copy."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def cache():
+        if not client:
+            raise ModuleNotFoundError("huggingface_hub")
+        return folder / "no cache"
+
+    monkeypatch.setattr("kvpipe.hub.own_cache", cache)
+    copy = folder / "shared" / place
+    copy.parent.mkdir(parents=True)
+    (folder / "teachers" / "alpha").rename(copy)
+    files = {p.name: {"size": p.stat().st_size, "digest": "git:00"} for p in copy.iterdir()}
+    locked = {"lock": {"some/model@main": {"commit": "a" * 40, "files": files}}, "libraries": [str(folder / "shared")]}
+    found = examine(folder, hub_model(folder) | locked)
+    assert found["model alpha"].status == found["lock"].status == "ok"
+    assert str(copy) in found["model alpha"].detail
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert "HF_HUB_OFFLINE=1 forbids it" in examine(folder, hub_model(folder) | locked)["model alpha"].detail
+
+
 def test_a_hf_home_that_cannot_be_written(folder, monkeypatch):
     monkeypatch.setenv("HF_HOME", "/proc/none")
     monkeypatch.setattr(os, "access", lambda path, mode: not str(path).startswith("/proc"))
@@ -143,7 +168,10 @@ print(json.dumps(vars(finding)))
 
 
 def ask_hub(endpoint: str, tmp_path) -> dict:
-    """The finding, from a process of its own: the hub's address is read when its library is imported."""
+    """The finding, from a process of its own: the hub's address is read when its library is imported.
+
+    There is a token in a file, which counts no more than for `kvpipe lock`."""
+    (tmp_path / "token").write_text("hf_from_a_file")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS", "SLURM"))}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "no_proxy": "*"}
     command = [sys.executable, "-c", EXAMINE, str(tmp_path), str(tmp_path)]
@@ -155,9 +183,11 @@ def ask_hub(endpoint: str, tmp_path) -> dict:
 @pytest.mark.parametrize("name", ANSWERS)
 def test_the_hub(name, tmp_path):
     info, auth, status, words = ANSWERS[name]
+    sent: list[str | None] = []
 
     class Hub(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
+            sent.append(self.headers["Authorization"])
             code, error, body = (*auth, {}) if "auth-check" in self.path else info
             data = json.dumps(body).encode()
             self.send_response(code)
@@ -174,6 +204,7 @@ def test_the_hub(name, tmp_path):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         finding = ask_hub(f"http://127.0.0.1:{server.server_port}", tmp_path)
         server.shutdown()
+    assert set(sent) == {None}
     assert (finding["status"], words in finding["detail"]) == (status, True), finding
 
 
