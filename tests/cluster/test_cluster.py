@@ -58,7 +58,7 @@ def test_scancel_of_a_running_cell(site):
         run = site.start()
         site.freeze(*CELL)
         job = site.job(*CELL)
-        assert "gres/gpu=1" in site.cluster.run(f"scontrol show job {job}"), "the cell has its GPU"
+        assert "TresPerJob=gres/gpu:1" in site.cluster.run(f"scontrol show job {job}"), "the cell has its GPU"
         site.cluster.run(f"scancel {job}")
         row.happened = f"{site.wait_state(job, 'CANCELLED', 'FAILED')} after saving, tried again"
         assert site.finish(run) == 0, site.tell()
