@@ -8,6 +8,7 @@ model      layers  KV heads head dim  tokenizer
 =========  ======  =======  ========  ==========================
 `alpha`    4       3        8         byte-level BPE
 `beta`     5       2        14        unigram (spaces as ▁, BOS)
+`gamma`    2       5        10        BPE with spaces as ▁ (only where a test asks for it)
 `student`  3       2        6         byte-level BPE, own training
 =========  ======  =======  ========  ==========================
 
@@ -58,6 +59,16 @@ BETA: dict[str, Any] = {
     "head_dim": 14,
     "max_position_embeddings": 512,
 }
+GAMMA: dict[str, Any] = {
+    "model_type": "qwen2",
+    "hidden_size": 50,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 5,
+    "max_position_embeddings": 512,
+}
+TEACHERS = {"alpha": ALPHA, "beta": BETA, "gamma": GAMMA}
 STUDENT: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 24,
@@ -71,6 +82,7 @@ STUDENT: dict[str, Any] = {
 TOKENIZERS = {
     "alpha": TokenizerRecipe(kind="byte_bpe", vocab_size=330, split_digits=False),
     "beta": TokenizerRecipe(kind="unigram", vocab_size=340),
+    "gamma": TokenizerRecipe(kind="metaspace_bpe", vocab_size=320),
     "student": TokenizerRecipe(kind="byte_bpe", vocab_size=300),
 }
 ARMS: dict[str, Any] = {
@@ -151,12 +163,17 @@ def save_teacher(folder: Path, name: str, architecture: dict[str, Any], seed: in
     tokenizer.save_pretrained(folder)
 
 
-def build(folder: Path, overrides: dict[str, Any] | None = None) -> Workspace:
+def build(
+    folder: Path, overrides: dict[str, Any] | None = None, teachers: tuple[str, ...] = ("alpha", "beta")
+) -> Workspace:
     """A workspace under `folder` with data and models made (about two seconds), nothing else."""
-    for seed, (name, architecture) in enumerate((("alpha", ALPHA), ("beta", BETA))):
-        save_teacher(folder / "teachers" / name, name, architecture, seed)
+    overrides = dict(overrides or {})
+    for seed, name in enumerate(teachers):
+        path = folder / "teachers" / name
+        save_teacher(path, name, TEACHERS[name], seed)
+        overrides[f"models.{name}"] = {"source": "local", "path": str(path)}
     work = Workspace(config(folder, overrides), Paths(folder / "results"))
     data.build(work.config.data, work.paths.data("train").parent)
-    for name in ("alpha", "beta", "student"):
+    for name in (*teachers, "student"):
         make_model(work, name)
     return work
