@@ -68,10 +68,12 @@ torture: $(STAMP)  ## kill a training process 20 times at random and compare bit
 	$(WITHIN) python tests/torture.py
 
 # Relative paths of the configuration are those of the checkout.
-study: $(STAMP)  ## the study behind docs/method.md (hours), to build/study/results/report.html
-	mkdir -p build/study
+study: $(STAMP)  ## the study behind docs/method.md (hours), to build/study/results/report.html and build/study-20000/
+	mkdir -p build/study build/study-20000
 	ln -sfn ../../config build/study/config
+	ln -sfn ../../config build/study-20000/config
 	$(WITHIN) snakemake --directory build/study --configfile $(CONFIG) config/study.yaml -- results/report.html
+	$(WITHIN) snakemake --directory build/study-20000 --configfile $(CONFIG) config/study-20000.yaml -- results/arms/control.csv results/arms/full.csv
 
 teachers: $(STAMP)  ## train the embedded teachers again, into config/embedded
 	$(WITHIN) python -m kvpipe pretrain --config $(CONFIG)
