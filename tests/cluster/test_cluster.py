@@ -4,7 +4,7 @@ import json
 
 import pytest
 from checkout import thaw
-from cluster import wait_for
+from cluster import ROOT, wait_for
 
 pytestmark = pytest.mark.cluster
 
@@ -30,6 +30,12 @@ def test_dag_in_the_container_gives_the_results_of_a_local_run(site):
     digest = next((site.outside / "containers").glob("*.sha256")).read_text().split()[0]
     assert provenance["container"] == f"sha256:{digest}"
     assert provenance["host"] == "localhost", "the cell did not run on the cluster's node"
+
+
+def test_dos_line_ends_are_refused_as_documented(cluster):
+    said = cluster.run(r"printf '#!/bin/bash\r\ntrue\r\n' > dos.sh; sbatch dos.sh 2>&1 || true")
+    entry = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").partition("### DOS line ends")[2]
+    assert said.strip() == entry.split("```")[1].removeprefix("text").strip()
 
 
 def test_second_call_finds_nothing_to_do(site):

@@ -32,7 +32,7 @@ from kvpipe.steps import teacher_kv
 from kvpipe.steps.prepare import prepare
 
 DOCUMENT = PACKAGE.parent / "docs" / "troubleshooting.md"
-# messages of other programs; what was run to see them is in the entry
+# provoked on a real cluster (tests/cluster/test_cluster.py)
 OTHERS = {"DOS line ends"}
 
 
