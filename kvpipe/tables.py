@@ -244,23 +244,27 @@ def _arm_row(arm: str, metric: str, task: str, matrix: np.ndarray, config: Stats
     }
 
 
-def contrasts(arms: list[str], roles: Mapping[str, str]) -> list[tuple[str, str]]:
-    """(arm, reference): every arm against control, those that add to exp1 against it, and full against the baselines."""
+def contrasts(arms: list[str], roles: Mapping[str, str], bases: Mapping[str, str | None]) -> list[tuple[str, str]]:
+    """(arm, reference): every arm against control, those that add to exp1 against it, full against the baselines, and a
+    user's ablations against the arms that they change."""
     pairs = [(arm, "control") for arm in arms if arm != "control"]
     pairs += [(arm, "exp1") for arm in WITHIN if arm in arms and "exp1" in arms]
-    return pairs + [("full", arm) for arm in arms if "full" in arms and roles[arm] == "baseline"]
+    pairs += [("full", arm) for arm in arms if "full" in arms and roles[arm] == "baseline"]
+    changed = ((arm, bases[arm]) for arm in arms if roles[arm] == "ablation")
+    return pairs + [(arm, base) for arm, base in changed if base in arms and base != "control"]
 
 
 def contrasts_table(
     arms: list[str],
     roles: Mapping[str, str],
+    bases: Mapping[str, str | None],
     measures: list[tuple[str, str]],
     matrix: Callable[[str, str, str], np.ndarray],
     config: StatsConfig,
 ) -> pd.DataFrame:
     """`contrasts.csv`: paired differences with corrections over their family, of one metric and task."""
     rows = []
-    pairs = contrasts(arms, roles)
+    pairs = contrasts(arms, roles, bases)
     for metric, task in measures:
         for name in dict.fromkeys(family_of(pair, roles) for pair in pairs):
             members = []
@@ -279,11 +283,14 @@ def family_of(pair: tuple[str, str], roles: Mapping[str, str]) -> str:
     """The question that a contrast belongs to; corrections go over its contrasts.
 
     The method's arms against control are one family, what each component adds to exp1 another; nulls, baselines and a
-    user's ablations against control, and full against the baselines, answer questions of their own.
+    user's ablations against control, full against the baselines, and ablations against the arm that they change answer
+    questions of their own.
     """
     arm, reference = pair
     if reference == "control":
         return f"{roles[arm]}s against control"
+    if roles[arm] == "ablation":
+        return f"ablations of {reference}"
     return f"against {reference}" if reference == "exp1" else f"{arm} against baselines"
 
 
@@ -324,7 +331,8 @@ def write_stats(dag: Dag, paths: Paths, untrained: Path | None) -> None:
     base = pd.read_parquet(untrained) if untrained is not None else None
     paths.stats.mkdir(parents=True, exist_ok=True)
     arms_table(scores, config, base).to_csv(paths.stats / "arms.csv", index=False)
-    table = contrasts_table(scores.arms, roles, _measures(scores), scores.matrix, config)
+    bases = {name: dag.config.arms[name].base for name in dag.arms}
+    table = contrasts_table(scores.arms, roles, bases, _measures(scores), scores.matrix, config)
     table.to_csv(paths.stats / "contrasts.csv", index=False)
 
     costs = _costs(dag, paths)
@@ -337,7 +345,7 @@ def write_stats(dag: Dag, paths: Paths, untrained: Path | None) -> None:
             for metric, task in measures
         ]
     ).to_csv(paths.cost / "arms.csv", index=False)
-    contrasts_table(scores.arms, roles, measures, lambda *key: costs[key], config).to_csv(
+    contrasts_table(scores.arms, roles, bases, measures, lambda *key: costs[key], config).to_csv(
         paths.cost / "contrasts.csv", index=False
     )
 

@@ -210,7 +210,8 @@ def contrasts(finished) -> tuple[pd.DataFrame, tables.Scores]:
     scores = tables.Scores(dag, paths)
     measures = [(m, t) for m in tables.ITEM_METRICS for t in ("math", "code", "all")]
     roles = {name: arm.role for name, arm in dag.arms.items()}
-    return tables.contrasts_table(scores.arms, roles, measures, scores.matrix, dag.config.stats), scores
+    bases = {name: dag.config.arms[name].base for name in dag.arms}
+    return tables.contrasts_table(scores.arms, roles, bases, measures, scores.matrix, dag.config.stats), scores
 
 
 def test_families_are_every_arm_against_control_and_components_against_exp1(finished):
@@ -222,6 +223,16 @@ def test_families_are_every_arm_against_control_and_components_against_exp1(fini
         for name, family in block.groupby("family"):
             assert set(family.family_size) == {len(family)}
             assert len(set(family.reference)) == 1, name  # one question
+
+
+def test_an_ablation_is_compared_with_the_arm_that_it_changes():
+    arms = ["control", "exp1", "mine", "longer", "other"]
+    roles = {"control": "control", "exp1": "experiment", "mine": "ablation", "longer": "ablation", "other": "ablation"}
+    bases = {"control": None, "exp1": "control", "mine": "exp1", "longer": "control", "other": "absent"}
+    pairs = tables.contrasts(arms, roles, bases)
+    assert [pair for pair in pairs if pair[1] != "control"] == [("mine", "exp1")]
+    assert len(pairs) == len(set(pairs)) == len(arms), "what changes control is compared with it once"
+    assert tables.family_of(("mine", "exp1"), roles) == "ablations of exp1"
 
 
 def test_estimates_are_differences_of_the_arms_means(finished):
