@@ -167,12 +167,11 @@ def build(
     folder: Path, overrides: dict[str, Any] | None = None, teachers: tuple[str, ...] = ("alpha", "beta")
 ) -> Workspace:
     """A workspace under `folder` with data and models made (about two seconds), nothing else."""
-    overrides = dict(overrides or {})
-    for seed, name in enumerate(teachers):
-        path = folder / "teachers" / name
+    paths = {name: folder / "teachers" / name for name in teachers}
+    for seed, (name, path) in enumerate(paths.items()):
         save_teacher(path, name, TEACHERS[name], seed)
-        overrides[f"models.{name}"] = {"source": "local", "path": str(path)}
-    work = Workspace(config(folder, overrides), Paths(folder / "results"))
+    models = {f"models.{name}": {"source": "local", "path": str(path)} for name, path in paths.items()}
+    work = Workspace(config(folder, models | (overrides or {})), Paths(folder / "results"))
     data.build(work.config.data, work.paths.data("train").parent)
     for name in (*teachers, "student"):
         make_model(work, name)

@@ -111,7 +111,7 @@ def test_the_shipped_profile_comes_out_whole(site, cluster, profile):
     assert {k: v for k, v in values.items() if k not in asked} == {k: v for k, v in before.items() if k not in asked}
     assert values["set-resources"].keys() == before["set-resources"].keys()
     assert values["set-resources"]["fit"] == {"gpu": 1, "mem_mb": 10000, "runtime": "min(60 * attempt, 120)"}
-    assert values["set-resources"]["train"] == {"gpu": 1, "runtime": 120}
+    assert values["set-resources"]["train"] == {"gpu": 1, "mem_mb": 10000, "runtime": 120}
     assert {line for line in text.splitlines() if line.startswith("#")} <= set(shown.splitlines()), "the reasons stay"
 
 
