@@ -56,9 +56,8 @@ def _file(source: FileData, split: str, spec: str) -> Rows:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     rows = []
-    with path.open(
-        encoding="utf-8"
-    ) as file:  # str.splitlines would also break at U+2028, which JSON has within strings
+    # line by line: str.splitlines would also break at U+2028, which JSON has within strings
+    with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
