@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install login image wheelhouse image-offline lock report test test-slow test-cluster torture study teachers bench compat lint format config clean
+.PHONY: help install login image wheelhouse image-offline lock report test test-slow test-lm-eval test-cluster torture study teachers bench compat lint format config clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
@@ -60,6 +60,17 @@ test: $(STAMP)  ## the quick tests
 
 test-slow: $(STAMP)  ## the tests that take minutes
 	$(WITHIN) python -m pytest -m "slow and not cluster and not gpu"
+
+# The extra lowers a locked package (python-dateutil), so it gets an environment of its own, laid over .venv by a .pth file.
+LM_EVAL := build/lm-eval
+$(LM_EVAL)/installed: $(STAMP)
+	$(BIN)/python -m venv $(LM_EVAL)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(echo $(LM_EVAL)/lib/python3*/site-packages)/kvpipe.pth
+	$(LM_EVAL)/bin/python -m pip install --disable-pip-version-check --quiet "$$(grep -o 'lm_eval>=[0-9.]*' pyproject.toml)"
+	@touch $@
+
+test-lm-eval: $(LM_EVAL)/installed  ## kvpipe's scores against those of lm-evaluation-harness
+	$(LM_EVAL)/bin/python -m pytest tests/test_harness.py
 
 test-cluster: $(STAMP)  ## the tests on a real one-node SLURM cluster
 	$(WITHIN) python -m pytest -m cluster

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -13,11 +12,16 @@ from kvpipe.encoding import encode_records
 from kvpipe.likelihood import score, scoring_batches
 from kvpipe.records import Record
 
+MARK = "\0"
+PLAIN = Template(prompt="{prompt}", reasoning="", answer="{answer}")
+
 
 def choice_nll(
     model, tokenizer, records: Sequence[Record], template: Template, pad_id: int, batch_size: int
 ) -> list[list[float]]:
-    """Nats of the answer segment with each choice in it, per record.
+    """Nats of each choice behind everything the template writes before it, per record.
+
+    White space before a choice counts with it, as in lm-evaluation-harness; what the template writes behind it is left out.
 
     Raises:
         ValueError: a record has no choices; names it.
@@ -26,10 +30,15 @@ def choice_nll(
     for record in records:
         if record.choices is None:
             raise ValueError(f"record {record.id!r} has no choices, which evaluate.…scorer: choice needs")
-        variants += [replace(record, reasoning="", answer=choice) for choice in record.choices]
+        prompt = template.of(record.task).prompt.format(prompt=record.prompt)
+        lead, _, _ = template.of(record.task).answer.format(answer=MARK).partition(MARK)
+        # what all choices share must not be in their nats: divided by the bytes of each it would favour the longest
+        context = (prompt + lead).rstrip()
+        space = (prompt + lead)[len(context) :]
+        variants += [Record(record.id, record.task, context, "", space + choice) for choice in record.choices]
     if not variants:
         return []
-    encoding = encode_records(variants, tokenizer, template)
+    encoding = encode_records(variants, tokenizer, PLAIN)
     nll = iter(score(model, encoding, scoring_batches(encoding, pad_id, batch_size)).nll.tolist())
     return [[next(nll) for _ in record.choices or ()] for record in records]
 

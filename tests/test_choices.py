@@ -9,6 +9,11 @@ from kvpipe.models import load_model, load_tokenizer
 from kvpipe.records import Record
 
 TEMPLATE = Template(prompt="Q: {prompt}\nA:", reasoning="", answer=" {answer}")
+TEMPLATES = [
+    TEMPLATE,
+    Template(prompt="Q: {prompt}\n", answer="A: {answer}\n"),
+    Template(prompt="Q: {prompt}\nA: ", answer="{answer}."),
+]
 RECORDS = [
     Record("a", "t", "how many pens", "", "four", choices=("one", "four", "a great many")),
     Record("b", "t", "which", "because", "x", choices=("x", "yes it is")),
@@ -17,10 +22,12 @@ RECORDS = [
 
 @pytest.mark.parametrize("name", ["alpha", "beta"])
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_nats_are_those_of_each_choice_alone(tiny, name, batch_size):
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_nats_are_those_of_each_choice_alone(tiny, name, batch_size, template):
+    """Wherever the template has its own words: in the prompt or in the answer, before the choice or behind it."""
     folder = tiny.paths.model(name)
     model, tokenizer = load_model(folder), load_tokenizer(folder)
-    found = choice_nll(model, tokenizer, RECORDS, TEMPLATE, 0, batch_size)
+    found = choice_nll(model, tokenizer, RECORDS, template, 0, batch_size)
     assert [len(nll) for nll in found] == [3, 2]
     for record, nll in zip(RECORDS, found, strict=True):
         for choice, value in zip(record.choices, nll, strict=True):
