@@ -8,8 +8,10 @@
 #
 # usage: build.sh CACHE PYTHON    (the Python whose pip fetches wheels and whose version the base has: 3.11)
 #
-# What is complete is kept; remove a folder to build it again.
+# What is complete is kept; remove a folder to build it again. Exit status 69 where Debian's packages cannot be fetched.
 set -euo pipefail
+
+UNAVAILABLE=69
 
 cache=$1
 python=$2
@@ -36,12 +38,12 @@ build_root() {
     begin root
     debootstrap --variant=minbase \
         --include=ca-certificates,make,python3,python3-venv,slurmctld,slurmd,slurm-client,munge,squashfs-tools,uidmap \
-        trixie root
+        trixie root || exit $UNAVAILABLE
     # Apptainer is in no release: it comes from unstable, pinned low so that nothing else does
     sed s/trixie/sid/ root/etc/apt/sources.list > root/etc/apt/sources.list.d/sid.list
     printf 'Package: *\nPin: release n=sid\nPin-Priority: 100\n' > root/etc/apt/preferences.d/sid
     # a mirror may lag behind unstable's two weeks of validity
-    chroot root apt-get -o Acquire::Check-Valid-Until=false update
+    chroot root apt-get -o Acquire::Check-Valid-Until=false update || exit $UNAVAILABLE
     DEBIAN_FRONTEND=noninteractive chroot root apt-get install -y --no-install-recommends apptainer squashfuse fuse2fs
     configure_root
     done_with root
@@ -74,7 +76,7 @@ build_login() {
 
 build_base() {
     begin base
-    debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm base
+    debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm base || exit $UNAVAILABLE
     rm -rf base/var/cache/apt/archives/*.deb
     # an ordinary user can neither read nor make device nodes
     find base/dev base/proc base/sys -mindepth 1 -delete
