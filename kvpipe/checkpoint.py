@@ -79,6 +79,8 @@ def save(
             json.dump(state, handle)
             handle.flush()
             os.fsync(handle.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         kept = sorted(path.name for path in folder.glob("step-*"))
@@ -89,8 +91,6 @@ def save(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
     _flush(folder)
     for old in sorted(folder.glob("step-*"))[:-KEPT]:
         shutil.rmtree(old)

@@ -126,6 +126,7 @@ def drive(root: Path, jobs: dict[str, tuple[int, str, float]]) -> tuple[dict[str
         capture_output=True,
         text=True,
         check=False,
+        timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
@@ -426,7 +427,7 @@ def full_disk(tensors, path):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("where", ["save_file", "json"])
+@pytest.mark.parametrize("where", ["save_file", "json", "rename"])
 def test_a_full_disk_leaves_the_old_checkpoint_and_says_where(tmp_path, monkeypatch, where):
     modules, optimizer = parts()
     save(tmp_path, 1, modules, optimizer)
@@ -434,6 +435,8 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_says_where(tmp_path, monkeypa
     advance(modules, optimizer)
     if where == "save_file":
         monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    elif where == "rename":  # a quota counts folders too
+        monkeypatch.setattr(Path, "rename", lambda path, to: full_disk(None, path / "x"))
     else:
         monkeypatch.setattr(checkpoint.os, "fsync", lambda handle: full_disk(None, tmp_path / "step-00000001" / "x"))
     with pytest.raises(checkpoint.CheckpointNotWritten) as error:

@@ -60,7 +60,9 @@ class Cell:
 
     def begun(self, process: subprocess.Popen) -> None:
         """Wait for the first line of training."""
+        end = time.monotonic() + PATIENCE
         while process.poll() is None and not BEGUN.search(self.log.read_text()):
+            assert time.monotonic() < end, f"no training within {PATIENCE} s:\n{self.log.read_text()}"
             time.sleep(0.02)
 
     def finish(self) -> tuple[float, float]:

@@ -115,6 +115,7 @@ class Site:
         for run in self.runs:
             if run.poll() is None:
                 self.kill(run)
+        self.cluster.restore()
         self.cluster.run("scancel --me")
         for process in self.cluster.processes():
             if process.status() == psutil.STATUS_STOPPED:

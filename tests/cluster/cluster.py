@@ -162,5 +162,12 @@ class Cluster:
         self.control(name)
         wait_for("the controller to answer", lambda: "UP" in self.run("scontrol ping || true"), 60)
 
+    def restore(self) -> None:
+        """Controller running and node in service, where a test has left them otherwise."""
+        if not self._alive("slurmctld"):
+            self.start_daemon("slurmctld")
+        if "down" in self.run("sinfo --noheader --format %T"):
+            self.control("scontrol update nodename=localhost state=resume")
+
     def _alive(self, name: str) -> bool:
         return self.control(f"kill -0 $(cat /run/{name}.pid) 2> /dev/null && echo alive || true").strip() == "alive"
