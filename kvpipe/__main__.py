@@ -28,7 +28,7 @@ CONFIG = [Path("config/config.yaml")]
 RESULTS = Path("results")
 PROFILE = Path("profiles/slurm")
 # what a user can mend is told without a traceback
-USER_ERRORS = (ConfigError, OSError, KeyError, ValueError, RuntimeError, ArithmeticError)
+USER_ERRORS = (ConfigError, OSError, KeyError, ValueError, RuntimeError, ArithmeticError, ModuleNotFoundError)
 
 
 def _workspace(config: list[Path], results: Path, overrides: list[str] | None):

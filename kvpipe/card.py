@@ -16,6 +16,7 @@ import yaml
 from kvpipe import hub
 from kvpipe.config import Arm
 from kvpipe.dag import Dag, Paths
+from kvpipe.data import SOURCES
 
 METRICS = {
     "bits_per_byte": "bits per byte",
@@ -144,13 +145,27 @@ def _repo(source: Any) -> str | None:
 
 
 def _data(dag: Dag, paths: Paths) -> str:
-    sources = "\n".join(f"- {source.task}: {_repo(source) or source.kind}" for source in dag.config.data.sources)
+    commits = _commits(paths)
+    sources = "\n".join(
+        f"- {source.task}: {_repo(source) or source.kind}{commits.get(source.task, '')}"
+        for source in dag.config.data.sources
+    )
     counts = []
     for split in ("train", "validation", "test"):
         if paths.data(split).is_file():
             tasks = pd.read_parquet(paths.data(split), columns=["task"]).task.value_counts(sort=False)
             counts.append(f"| {split} | " + ", ".join(f"{n:,} {task}" for task, n in tasks.items()) + " |")
     return f"{sources}\n\n| split | records |\n|---|---|\n" + "\n".join(counts) + "\n"
+
+
+def _commits(paths: Paths) -> dict[str, str]:
+    """Task → the commits of its data set, as the data step found them; files and embedded tasks have none."""
+    path = paths.data("train").parent / SOURCES
+    found: dict[str, list[str]] = {}
+    for origin in json.loads(path.read_text(encoding="utf-8"))["sources"] if path.is_file() else []:
+        if "commit" in origin and origin["commit"] not in found.setdefault(origin["task"], []):
+            found[origin["task"]].append(origin["commit"])
+    return {task: f" at {', '.join(commits)}" for task, commits in found.items()}
 
 
 def _results(paths: Paths, arm_name: str, arm: Arm) -> str:

@@ -82,10 +82,10 @@ def kept(cell: Path, overrides: list[str] | None = None) -> tuple[Config, Paths]
 
 
 def _names(teachers: list[Path]) -> dict[str, Path]:
-    """A name for every teacher: its folder's, with a number where two have the same."""
+    """A name for every teacher: its folder's, with a number where two have the same and no dot, which parts keys in --set."""
     names: dict[str, Path] = {}
     for path in teachers:
-        base = re.sub(r"[^A-Za-z0-9_.-]", "-", path.resolve().name).lstrip("-_.") or "teacher"
+        base = re.sub(r"[^A-Za-z0-9_-]", "-", path.resolve().name).lstrip("-_") or "teacher"
         name, number = base, 2
         while name in names or name == "student":
             name, number = f"{base}-{number}", number + 1

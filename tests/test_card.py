@@ -105,6 +105,22 @@ def test_a_card_says_where_it_comes_from(trained):
     assert str(work.paths.root.parent) not in text, "no path of this machine"
 
 
+def test_a_card_names_the_commit_of_its_data(trained):
+    work, cell = trained
+    path = work.paths.data("train").parent / "sources.json"
+    before = path.read_text()
+    document = json.loads(before)
+    for origin in document["sources"]:
+        if origin["task"] == "math":
+            origin["commit"] = "cd" * 20
+    path.write_text(json.dumps(document))
+    try:
+        text = card.card(work.dag, work.paths, "two", cell)
+    finally:
+        path.write_text(before)
+    assert f"- math: embedded at {'cd' * 20}\n- code: embedded\n" in text
+
+
 def test_one_licence_is_named_and_control_has_none(trained):
     work, cell = trained
     assert front_matter(card.card(work.dag, work.paths, "one", cell))["license"] == "apache-2.0"

@@ -133,6 +133,12 @@ def test_a_full_disk_is_no_traceback(files, capsys, monkeypatch):
     assert "No space left on device" in fails(capsys, monkeypatch, "data", *files)
 
 
+def test_a_missing_extra_is_no_traceback(files, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    arguments = ["--model", "m", "--out", "o", "--config", files[1], "--set", "evaluate.lm_eval_tasks=[arc_easy]"]
+    assert 'pip install "kvpipe[lm-eval]"' in fails(capsys, monkeypatch, "lm-eval", *arguments)
+
+
 def test_the_traceback_is_there_on_request(files, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["kvpipe", "data", *files, "--set", "title=[1"])
     monkeypatch.setenv("KVPIPE_TRACEBACK", "1")

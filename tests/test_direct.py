@@ -1,6 +1,7 @@
 """Training without a configuration file: folders and a file of records in, a student out."""
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -78,6 +79,18 @@ def test_a_cell_is_published_from_its_folder(place, tmp_path, monkeypatch):
         files = repo.commits[repo.refs["main"]]
     assert files["model.safetensors"] == (out / "model" / "model.safetensors").read_bytes()
     assert "local folder student" in files["README.md"].decode() and str(place) not in files["README.md"].decode()
+
+
+def test_a_folder_with_a_dot_can_be_set(place, tmp_path):
+    shutil.copytree(place / "a" / "expert", tmp_path / "TinyLlama-1.1B")
+    config, _ = experiment(
+        [tmp_path / "TinyLlama-1.1B"],
+        place / "student",
+        place / "records.jsonl",
+        tmp_path,
+        ["models.TinyLlama-1-1B.load.dtype=bf16"],
+    )
+    assert config.models["TinyLlama-1-1B"].load.dtype == "bf16"
 
 
 def test_several_teachers_and_other_inputs(place, tmp_path):

@@ -103,7 +103,7 @@ class ScoringConfig(Section):
     nothing is generated."""
     max_new_tokens: PositiveInt = 80
     """Generation of an example ends after this many tokens at the latest."""
-    stop: list[str] = Field(default=[])
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(default=[])
     """Generation of an example ends after any of these strings (and at the end-of-text token)."""
     answer_pattern: str | list[str] = r"####\s*(.+)"
     """Regular expression whose first group, last match, is the answer. Of several, the first one that matches."""
