@@ -155,6 +155,11 @@ def test_every_presets_own_answer_is_right(preset):
         assert is_correct(extract(f"so 5.\n{written}", scoring), text, scoring)
 
 
+@pytest.mark.parametrize(("text", "answer"), [("so 5-3", "3"), ("so f(x)-3", "3"), ("it is -3", "-3"), ("= $-4", "-4")])
+def test_the_last_number_of_gsm8k_has_its_own_sign(text, answer):
+    assert extract(text, EvaluateConfig(**PRESETS["gsm8k"]["evaluate"])) == answer
+
+
 def test_an_open_brace_costs_no_time():
     """The pattern of a box is linear: a text that never closes it is refused at once."""
     scoring = EvaluateConfig(**PRESETS["math"]["evaluate"])

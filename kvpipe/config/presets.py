@@ -15,7 +15,8 @@ _BRACED = r"[^{}]"
 for _ in range(4):
     _BRACED = rf"(?:[^{{}}]++|\{{{_BRACED}*\}})"
 BOXED = rf"\\(?:boxed|fbox)\s*\{{?(?P<final>(?<=\{{){_BRACED}*(?=\}})|(?<!\{{)[^{{$\n][^$\n]*)"
-NUMBER = r"(-?\$?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?)"
+# The minus of a difference (5-3) is no sign.
+NUMBER = r"((?:(?<![\d)])-)?\$?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?)"
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "gsm8k": {
