@@ -49,6 +49,35 @@ def processes(resources: Mapping[str, Any]) -> tuple[int, int]:
     return gpus, nodes
 
 
+def lacking(resources: Mapping[str, Any]) -> list[str]:
+    """Lines that the profile lacks for a cell on several nodes, whose job calls srun itself.
+
+    Without `mpi` the executor plugin starts the job by an srun of its own, and the one inside waits for ever for the GPUs
+    that the outer holds. `tasks` is what the plugin demands beside it, and it makes --ntasks-per-gpu of it unless
+    `tasks_per_gpu` says otherwise.
+    """
+    nodes = int(resources.get("nodes") or 1)
+    if nodes == 1:
+        return []
+    lines = [] if resources.get("mpi") else ["mpi: srun"]
+    lines += [] if resources.get("tasks") or resources.get("tasks_per_node") else [f"tasks: {nodes}"]
+    return lines + ([] if resources.get("tasks_per_gpu") is not None else ["tasks_per_gpu: 0"])
+
+
+def check_nodes(resources: Mapping[str, Any]) -> None:
+    """Refuse a cell on several nodes that would wait for ever.
+
+    Raises:
+        ValueError: lines are missing in the profile; the message has them.
+    """
+    lines = lacking(resources)
+    if lines:
+        raise ValueError(
+            f"a cell on {resources['nodes']} nodes calls srun itself, which would wait for ever for the GPUs of the srun "
+            f"around it; add to set-resources: train: in the profile: {', '.join(lines)}"
+        )
+
+
 def command(gpus: int, nodes: int = 1, container: str = "") -> str:
     """What stands before the subcommand: one process, one per GPU of a node, or one per GPU of several nodes.
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from kvpipe import launch
 from kvpipe.config import Config
 from kvpipe.dag import Paths
 from kvpipe.doctor.asked import Asked
@@ -33,9 +34,9 @@ def examine_gpu(config: Config, paths: Paths, asked: Asked) -> list[Finding]:
         if not asked.of("train").gpus:
             return []
         if not probed.is_file():
-            return [Finding("GPU", OK, "no job has looked for one yet", "kvpipe doctor --probe")]
+            return [*_nodes(asked), Finding("GPU", OK, "no job has looked for one yet", "kvpipe doctor --probe")]
         seen = json.loads(probed.read_text(encoding="utf-8"))
-        return [*judge(seen.get("gpu"), config, f"in job {seen.get('job')}")]
+        return [*_nodes(asked), *judge(seen.get("gpu"), config, f"in job {seen.get('job')}")]
     seen = seen_here()
     if seen is None:
         if config.train.device.startswith("cuda"):
@@ -43,6 +44,14 @@ def examine_gpu(config: Config, paths: Paths, asked: Asked) -> list[Finding]:
             return [Finding("GPU", FAIL, f"train.device is {config.train.device}, nvidia-smi shows no GPU here", fix)]
         return []
     return [*judge(seen, config, "on this machine")]
+
+
+def _nodes(asked: Asked) -> Iterator[Finding]:
+    request = asked.of("train")
+    lines = launch.lacking(request.resources | {"nodes": request.number("nodes")})
+    if lines:
+        detail = f"a cell on {request.number('nodes')} nodes calls srun itself; Snakemake refuses it without {', '.join(lines)}"
+        yield Finding("nodes", FAIL, detail, f"in the profile under set-resources, train: {', '.join(lines)}")
 
 
 def seen_here() -> dict[str, Any] | None:

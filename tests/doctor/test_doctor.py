@@ -429,6 +429,15 @@ def test_a_login_node_without_a_gpu_is_no_fault(saved, site, profile, tmp_path):
     assert gpu.examine_gpu(config(saved), Paths(tmp_path), profile())[0].status == "would fail"
 
 
+def test_a_cell_on_several_nodes_without_the_lines_for_srun(saved, site, profile, tmp_path):
+    text = PROFILE.replace("gpu: 1", "gpu: 2, nodes: 2")
+    finding = by_name(gpu.examine_gpu(config(saved), Paths(tmp_path), profile(text)))["nodes"]
+    lines = "mpi: srun, tasks: 2, tasks_per_gpu: 0"
+    assert (finding.status, finding.fix) == ("would fail", f"in the profile under set-resources, train: {lines}")
+    found = gpu.examine_gpu(config(saved), Paths(tmp_path), profile(text.replace("nodes: 2", f"nodes: 2, {lines}")))
+    assert "nodes" not in by_name(found)
+
+
 def test_drivers_that_do_not_know_the_compute_capability(site):
     site.program("nvidia-smi", "case \"$*\" in *compute_cap*) exit 2;; esac; echo 'Tesla V100, 450.51.06, 16160'")
     seen = gpu.seen_here()

@@ -133,6 +133,13 @@ def test_a_cell_on_several_nodes_starts_the_image_on_each(login):
     )
 
 
+def test_a_cell_on_several_nodes_that_would_wait_for_ever_is_refused(login):
+    resources = ["train:gpu=4", "train:nodes=2"]
+    done = login[1]("-n", "--set-resources", *resources, "--forceall", "--", "results/train/full/seed0/history.jsonl")
+    assert done.returncode == 1
+    assert "in the profile: mpi: srun, tasks: 2, tasks_per_gpu: 0" in done.stdout + done.stderr
+
+
 def test_every_line_of_the_profiles_says_why():
     for profile in PROFILES:
         lines = (ROOT / "profiles" / profile / "config.yaml").read_text(encoding="utf-8").splitlines()
