@@ -209,6 +209,19 @@ def test_free_disk_against_the_stores(saved, laptop, tmp_path, monkeypatch, free
     assert str(tmp_path) in finding.detail
 
 
+def test_the_results_move_to_scratch_as_a_full_disk_is_told(saved, laptop, tmp_path, monkeypatch):
+    """The commands of the fix, run; tests/workflow/test_workflow.py runs a rule where results/ is such a link."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("results/models", "scratch"):
+        Path(name).mkdir(parents=True)
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: Usage(9e9, 9e9, 10.0))
+    fix = by_name(storage.examine_storage(config(saved), Paths(Path("results"))))["disk"].fix
+    assert "--directory" not in fix and "--bind <scratch>" in fix
+    commands = fix.partition("on scratch: ")[2].partition("   (")[0].replace("<scratch>", str(tmp_path / "scratch"))
+    subprocess.run(["bash", "-ec", commands], check=True)
+    assert Path("results/models").resolve() == tmp_path / "scratch" / "results" / "models"
+
+
 def test_a_store_over_its_budget(saved, laptop, tmp_path):
     small = {"store.budget_gb": 1e-5}
     found = by_name(storage.examine_storage(config(saved, small), Paths(tmp_path)))
