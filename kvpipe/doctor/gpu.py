@@ -20,6 +20,8 @@ from kvpipe.doctor.memory import PROBED
 
 DRIVERS = {11: 450, 12: 525, 13: 580}
 """CUDA's major version → the least NVIDIA driver that runs it (minor versions are compatible)."""
+OLDER = "VARIANT=cu126 TORCH_INDEX=https://download.pytorch.org/whl/cu126 make image"
+"""The image with a torch for CUDA 12, under a name of its own: that of the first would be up to date."""
 BF16 = (8, 0)
 """Compute capability from which a GPU computes bf16 itself."""
 
@@ -83,7 +85,9 @@ def judge(seen: dict[str, Any] | None, config: Config, where: str) -> Iterator[F
         fix = "VARIANT=cuda make image, or install a CUDA build of torch"
         yield Finding("GPU", FAIL, f"{shown}: it would train on the CPU", fix)
     elif _major(seen["driver"]) < least:
-        fix = f"ask for nodes with driver {least} or later, or make image with torch for an older CUDA (TORCH_INDEX)"
+        fix = f"ask for nodes with driver {least} or later"
+        if _major(seen["driver"]) >= DRIVERS[12] and least > DRIVERS[12]:
+            fix += f", or an image for CUDA 12: {OLDER}"
         yield Finding("GPU", FAIL, f"{shown}, which needs driver {least}", fix)
     elif seen.get("available") is False:
         fix = "apptainer-args: --nv in the profile; is CUDA_VISIBLE_DEVICES empty in the job?"

@@ -409,7 +409,10 @@ def test_a_driver_older_than_the_images_cuda(saved):
     assert finding.status == "would fail"
     assert "driver 470.82.01, torch for CUDA 12.8, which needs driver 525" in finding.detail
     assert judged(saved, torch_cuda="12.8", driver="525.60.13")["GPU"].status == "ok"
-    assert judged(saved, torch_cuda="13.0", driver="575.1")["GPU"].status == "would fail"
+    assert "make image" not in finding.fix, "torch for CUDA 11 is older than the lock"
+    finding = judged(saved, torch_cuda="13.0", driver="575.1")["GPU"]
+    assert finding.status == "would fail"
+    assert "VARIANT=cu126 TORCH_INDEX=https://download.pytorch.org/whl/cu126 make image" in finding.fix
 
 
 def test_a_cpu_build_and_a_gpu_that_torch_does_not_see(saved):
