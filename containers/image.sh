@@ -8,8 +8,8 @@
 #
 # Snakemake tracks an image by its path only, so the path holds the hash of what the image is made from: a new lock is a
 # new file, and what was computed in the old one runs again. `containers/kvpipe.sif` points to the image in use.
-# VARIANT names the build of torch (cuda, cpu, …) and is part of the name, TORCH_INDEX is an index that has that build,
-# APPTAINER_OPTIONS go to apptainer.
+# VARIANT names the build of torch (cuda, cpu, …) and is part of the file's name, TORCH_INDEX is an index that has it,
+# APPTAINER_OPTIONS go to the build.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -39,7 +39,7 @@ build() {
     local target partial wheels=$1
     shift
     [[ $wheels != *[[:space:]]* ]] ||
-        { echo "apptainer cannot copy from a path with a space: '$wheels'; set WHEELHOUSE (online: TMPDIR) to one without" >&2; exit 1; }
+        { echo "apptainer copies from no path with a space: '$wheels'; set WHEELHOUSE (online: TMPDIR)" >&2; exit 1; }
     target=$(name)
     partial=$target.partial
     command -v "$APPTAINER" > /dev/null ||

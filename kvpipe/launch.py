@@ -52,8 +52,8 @@ def processes(resources: Mapping[str, Any]) -> tuple[int, int]:
 def lacking(resources: Mapping[str, Any]) -> list[str]:
     """Lines that the profile lacks for a cell on several nodes, whose job calls srun itself.
 
-    Without `mpi` the executor plugin starts the job by an srun of its own, and the one inside waits for ever for the GPUs
-    that the outer holds. `tasks` is what the plugin demands beside it, and it makes --ntasks-per-gpu of it unless
+    Without `mpi` the executor plugin starts the job by an srun of its own, and the one inside waits for ever for the
+    GPUs that the outer holds. `tasks` is what the plugin demands beside it, and it makes --ntasks-per-gpu of it unless
     `tasks_per_gpu` says otherwise.
     """
     nodes = int(resources.get("nodes") or 1)
@@ -73,8 +73,8 @@ def check_nodes(resources: Mapping[str, Any]) -> None:
     lines = lacking(resources)
     if lines:
         raise ValueError(
-            f"a cell on {resources['nodes']} nodes calls srun itself, which would wait for ever for the GPUs of the srun "
-            f"around it; add to set-resources: train: in the profile: {', '.join(lines)}"
+            f"a cell on {resources['nodes']} nodes calls srun itself, which would wait for ever for the GPUs of the "
+            f"srun around it; add to set-resources: train: in the profile: {', '.join(lines)}"
         )
 
 

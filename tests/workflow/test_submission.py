@@ -17,6 +17,7 @@ from kvpipe.launch import command
 
 PROFILES = sorted(path.parent.name for path in (ROOT / "profiles").glob("*/config.yaml"))
 CONFIGS = sorted(p.name for p in (ROOT / "config").glob("*.yaml") if "\nstudent:" in p.read_text(encoding="utf-8"))
+RULES = {r for f in (ROOT / "workflow/rules").glob("*.smk") for r in re.findall(r"^rule (\w+):", f.read_text(), re.M)}
 GOLDEN = ROOT / "tests" / "golden" / "sbatch.txt"
 SBATCH = """
 while read -r output; do  # every file that the job might have to make
@@ -95,10 +96,7 @@ def test_sbatch_lines_are_the_golden_ones(login):
     done = run("--slurm-init-seconds-before-status-checks", "1", "--latency-wait", "1", *targets)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = lines_by_rule(record, folder)
-    rules = {
-        r for f in (ROOT / "workflow/rules").glob("*.smk") for r in re.findall(r"^rule (\w+):", f.read_text(), re.M)
-    }
-    assert found.keys() == rules
+    assert found.keys() == RULES
     text = "".join(f"{rule}\n    sbatch {line}\n" for rule, line in found.items())
     if os.environ.get("KVPIPE_GOLDEN") == "write":
         GOLDEN.write_text(text, encoding="utf-8")
@@ -145,4 +143,14 @@ def test_every_line_of_the_profiles_says_why():
         lines = (ROOT / "profiles" / profile / "config.yaml").read_text(encoding="utf-8").splitlines()
         for before, line in itertools.pairwise(lines):
             top = re.match(r"[a-z]", line)
-            assert not top or before.startswith("#") or before.endswith(":"), f"{profile}: no reason above {line!r}"
+            assert not top or before.startswith("#"), f"{profile}: no reason above {line!r}"
+            # one comment for both lines of a list
+            told = "memory" in before and "time" in before
+            assert line != "default-resources:" or told, f"{profile}: above {line!r} stands the reason of something else"
+
+
+def test_every_rule_that_may_run_into_its_limit_has_more_time_in_the_next_attempt():
+    settings = yaml.safe_load((ROOT / "profiles" / "slurm" / "config.yaml").read_text(encoding="utf-8"))
+    rules = {r: v for r, v in settings["set-resources"].items() if re.search(r"min\(\d+ \* attempt, \d+\)", v["runtime"])}
+    # `doctor` looks, for seconds
+    assert rules.keys() | {"doctor"} == RULES
