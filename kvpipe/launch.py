@@ -43,8 +43,8 @@ def processes(resources: Mapping[str, Any]) -> tuple[int, int]:
     gpus = nodes * each if gres[0] == "gpu" else int(resources.get("gpu") or 0)
     if gpus % nodes or (nodes > 1 and not gpus):
         raise ValueError(
-            f"{gpus} GPUs on {nodes} nodes: every node needs the same number. `gpu` counts those of the whole job, "
-            f"for example gpu: {max(gpus, 1) * nodes} with nodes: {nodes}"
+            f"{gpus} GPUs on {nodes} nodes: every node needs the same number. `gpu` counts those of the whole job, `gres` "
+            f"those of every node: in the profile gres: gpu:{-(-gpus // nodes) or 1} in place of gpu, with nodes: {nodes}"
         )
     return gpus, nodes
 
