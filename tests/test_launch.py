@@ -12,6 +12,7 @@ from kvpipe.launch import check_nodes, command, image_digest, image_path, proces
     [
         ({}, (0, 1)),
         ({"gpu": 1}, (1, 1)),
+        ({"gpu": 4}, (4, 1)),
         ({"gpu": 4, "nodes": 1}, (4, 1)),
         ({"gpu": 6, "nodes": 3}, (6, 3)),
         ({"gres": "gpu:2"}, (2, 1)),
