@@ -167,11 +167,15 @@ def test_every_line_of_the_profiles_says_why():
             assert not top or before.startswith("#"), f"{profile}: no reason above {line!r}"
             # one comment for both lines of a list
             told = "memory" in before and "time" in before
-            assert line != "default-resources:" or told, f"{profile}: above {line!r} stands the reason of something else"
+            assert line != "default-resources:" or told, (
+                f"{profile}: above {line!r} stands the reason of something else"
+            )
 
 
 def test_every_rule_that_may_run_into_its_limit_has_more_time_in_the_next_attempt():
     settings = yaml.safe_load((ROOT / "profiles" / "slurm" / "config.yaml").read_text(encoding="utf-8"))
-    rules = {r: v for r, v in settings["set-resources"].items() if re.search(r"min\(\d+ \* attempt, \d+\)", v["runtime"])}
+    rules = {
+        r: v for r, v in settings["set-resources"].items() if re.search(r"min\(\d+ \* attempt, \d+\)", v["runtime"])
+    }
     # `doctor` looks, for seconds
     assert rules.keys() | {"doctor"} == RULES
