@@ -42,10 +42,10 @@ image:  ## the Apptainer image, from a registry; containers/image.sh says what c
 	containers/image.sh online
 
 wheelhouse:  ## the wheels for `make image-offline`, on a machine with a network
-	PYTHON=$(PYTHON) containers/image.sh wheelhouse
+	PYTHON="$(PYTHON)" containers/image.sh wheelhouse
 
 image-offline:  ## the image from a wheelhouse and BASE=, a folder or SIF; no network
-	containers/image.sh offline $(BASE)
+	containers/image.sh offline "$(BASE)"
 
 lock: $(STAMP)  ## rewrite requirements.lock from what is installed in .venv
 	$(BIN)/python .ci/lock.py

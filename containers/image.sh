@@ -8,10 +8,15 @@
 #
 # Snakemake tracks an image by its path only, so the path holds the hash of what the image is made from: a new lock is a
 # new file, and what was computed in the old one runs again. `containers/kvpipe.sif` points to the image in use.
-# VARIANT names the build of torch (cuda, cpu, …), TORCH_INDEX an index that has it, APPTAINER_OPTIONS go to the build.
+# VARIANT names the build of torch (cuda, cpu, …) and is part of the file's name, TORCH_INDEX is an index that has it,
+# APPTAINER_OPTIONS go to the build.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+[[ -z ${TORCH_INDEX:-} || -n ${VARIANT:-} || ${1:-} == wheelhouse ]] || {
+    echo "TORCH_INDEX is another build of torch, which needs another name: VARIANT=cu126 TORCH_INDEX=…" >&2
+    exit 1
+}
 VARIANT=${VARIANT:-cuda}
 APPTAINER=${APPTAINER:-apptainer}
 WHEELHOUSE=${WHEELHOUSE:-containers/wheelhouse}
@@ -31,7 +36,10 @@ wheelhouse() {
 }
 
 build() {
-    local target partial
+    local target partial wheels=$1
+    shift
+    [[ $wheels != *[[:space:]]* ]] ||
+        { echo "apptainer copies from no path with a space: '$wheels'; set WHEELHOUSE (online: TMPDIR)" >&2; exit 1; }
     target=$(name)
     partial=$target.partial
     command -v "$APPTAINER" > /dev/null ||
@@ -42,8 +50,9 @@ build() {
         # shellcheck disable=SC2086  # several options
         "$APPTAINER" build --force ${APPTAINER_OPTIONS:-} \
             --build-arg variant="$VARIANT" --build-arg torch_index="${TORCH_INDEX:-default}" \
-            --build-arg commit="$(git rev-parse HEAD 2> /dev/null || echo unknown)" \
+            --build-arg wheelhouse="$wheels" --build-arg commit="$(git rev-parse HEAD 2> /dev/null || echo unknown)" \
             "$@" "$partial" containers/kvpipe.def
+        rm -f "$target.sha256" # of an image that was here before
         mv "$partial" "$target"
     fi
     # read by the Snakefile into every artefact's provenance
@@ -58,7 +67,7 @@ case "${1:-}" in
     online)
         empty=$(mktemp -d)
         trap 'rmdir "$empty"' EXIT
-        build --build-arg wheelhouse="$empty"
+        build "$empty"
         ;;
     offline)
         base=${2:-}
@@ -66,10 +75,10 @@ case "${1:-}" in
             { echo "make image-offline needs BASE=, a folder or SIF with Python 3.11 or later; '$base' is none" >&2; exit 1; }
         compgen -G "$WHEELHOUSE/*.whl" > /dev/null ||
             { echo "$WHEELHOUSE has no wheels: run make wheelhouse on a machine with a network and bring the folder along" >&2; exit 1; }
-        build --build-arg bootstrap=localimage --build-arg from="$base" --build-arg wheelhouse="$WHEELHOUSE"
+        build "$WHEELHOUSE" --build-arg bootstrap=localimage --build-arg from="$base"
         ;;
     *)
-        sed -n '2,12s/^# \{0,1\}//p' "$0" >&2
+        sed -n '2,13s/^# \{0,1\}//p' "$0" >&2
         exit 2
         ;;
 esac

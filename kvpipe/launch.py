@@ -43,10 +43,39 @@ def processes(resources: Mapping[str, Any]) -> tuple[int, int]:
     gpus = nodes * each if gres[0] == "gpu" else int(resources.get("gpu") or 0)
     if gpus % nodes or (nodes > 1 and not gpus):
         raise ValueError(
-            f"{gpus} GPUs on {nodes} nodes: every node needs the same number. `gpu` counts those of the whole job, "
-            f"for example gpu: {max(gpus, 1) * nodes} with nodes: {nodes}"
+            f"{gpus} GPUs on {nodes} nodes: every node needs the same number. `gpu` counts those of the whole job, `gres` "
+            f"those of every node: in the profile gres: gpu:{-(-gpus // nodes) or 1} in place of gpu, with nodes: {nodes}"
         )
     return gpus, nodes
+
+
+def lacking(resources: Mapping[str, Any]) -> list[str]:
+    """Lines that the profile lacks for a cell on several nodes, whose job calls srun itself.
+
+    Without `mpi` the executor plugin starts the job by an srun of its own, and the one inside waits for ever for the
+    GPUs that the outer holds. `tasks` is what the plugin demands beside it, and it makes --ntasks-per-gpu of it unless
+    `tasks_per_gpu` says otherwise.
+    """
+    nodes = int(resources.get("nodes") or 1)
+    if nodes == 1:
+        return []
+    lines = [] if resources.get("mpi") else ["mpi: srun"]
+    lines += [] if resources.get("tasks") or resources.get("tasks_per_node") else [f"tasks: {nodes}"]
+    return lines + ([] if resources.get("tasks_per_gpu") is not None else ["tasks_per_gpu: 0"])
+
+
+def check_nodes(resources: Mapping[str, Any]) -> None:
+    """Refuse a cell on several nodes that would wait for ever.
+
+    Raises:
+        ValueError: lines are missing in the profile; the message has them.
+    """
+    lines = lacking(resources)
+    if lines:
+        raise ValueError(
+            f"a cell on {resources['nodes']} nodes calls srun itself, which would wait for ever for the GPUs of the "
+            f"srun around it; add to set-resources: train: in the profile: {', '.join(lines)}"
+        )
 
 
 def command(gpus: int, nodes: int = 1, container: str = "") -> str:

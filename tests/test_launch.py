@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from kvpipe.launch import command, image_digest, image_path, processes
+from kvpipe.launch import check_nodes, command, image_digest, image_path, processes
 
 
 @pytest.mark.parametrize(
@@ -13,6 +13,7 @@ from kvpipe.launch import command, image_digest, image_path, processes
         ({}, (0, 1)),
         ({"gpu": 1}, (1, 1)),
         ({"gpu": 4}, (4, 1)),
+        ({"gpu": 4, "nodes": 1}, (4, 1)),
         ({"gpu": 6, "nodes": 3}, (6, 3)),
         ({"gres": "gpu:2"}, (2, 1)),
         ({"gres": "gpu"}, (1, 1)),
@@ -28,6 +29,22 @@ def test_processes_follow_the_resources(resources, expected):
 def test_gpus_that_do_not_divide_by_the_nodes_are_refused(resources):
     with pytest.raises(ValueError, match="every node needs the same number"):
         processes(resources)
+
+
+NODES = {"gres": "gpu:2", "nodes": 3, "mpi": "srun", "tasks": 3, "tasks_per_gpu": 0}
+
+
+@pytest.mark.parametrize(
+    ("without", "lines"),
+    [("mpi", "mpi: srun"), ("tasks", "tasks: 3"), ("tasks_per_gpu", "tasks_per_gpu: 0")],
+)
+def test_a_cell_on_several_nodes_has_the_lines_that_let_it_call_srun(without, lines):
+    check_nodes(NODES)
+    check_nodes({"gpu": 4})
+    with pytest.raises(ValueError, match=rf"a cell on 3 nodes .*profile: {lines}$"):
+        check_nodes({key: value for key, value in NODES.items() if key != without})
+    with pytest.raises(ValueError, match=r"mpi: srun, tasks: 2, tasks_per_gpu: 0$"):
+        check_nodes({"gpu": 4, "nodes": 2})
 
 
 @pytest.mark.parametrize("gpus", [0, 1])

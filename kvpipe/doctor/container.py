@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
+from kvpipe import launch
 from kvpipe.dag import Paths
 from kvpipe.doctor.asked import Asked
 from kvpipe.doctor.finding import FAIL, OK, WARNING, Answer, Finding, ask, inside_a_job
@@ -136,6 +137,10 @@ def _lock(program: str, image: Path) -> Iterator[Finding]:
 
 def _paths() -> Iterator[Finding]:
     """Snakemake hands the working directory to Apptainer unquoted."""
+    image = launch.image_path(str(image_path()))  # followed one link, as the Snakefile does
+    if re.search(r"\s", image):
+        detail = f"the path {image!r} has a space: Snakemake takes no such image"
+        yield Finding("image", FAIL, detail, "move it, and export KVPIPE_IMAGE=<a path without spaces>")
     here = Path.cwd()
     if re.search(r"\s", str(here)):
         detail = f"the working directory {str(here)!r} has a space: Snakemake passes it to Apptainer unquoted"

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from kvpipe import launch
 from kvpipe.config import Config
 from kvpipe.dag import Paths
 from kvpipe.doctor.asked import Asked
@@ -19,6 +20,8 @@ from kvpipe.doctor.memory import PROBED
 
 DRIVERS = {11: 450, 12: 525, 13: 580}
 """CUDA's major version → the least NVIDIA driver that runs it (minor versions are compatible)."""
+OLDER = "VARIANT=cu126 TORCH_INDEX=https://download.pytorch.org/whl/cu126 make image"
+"""The image with a torch for CUDA 12, under a name of its own: that of the first would be up to date."""
 BF16 = (8, 0)
 """Compute capability from which a GPU computes bf16 itself."""
 
@@ -33,9 +36,9 @@ def examine_gpu(config: Config, paths: Paths, asked: Asked) -> list[Finding]:
         if not asked.of("train").gpus:
             return []
         if not probed.is_file():
-            return [Finding("GPU", OK, "no job has looked for one yet", "kvpipe doctor --probe")]
+            return [*_nodes(asked), Finding("GPU", OK, "no job has looked for one yet", "kvpipe doctor --probe")]
         seen = json.loads(probed.read_text(encoding="utf-8"))
-        return [*judge(seen.get("gpu"), config, f"in job {seen.get('job')}")]
+        return [*_nodes(asked), *judge(seen.get("gpu"), config, f"in job {seen.get('job')}")]
     seen = seen_here()
     if seen is None:
         if config.train.device.startswith("cuda"):
@@ -43,6 +46,14 @@ def examine_gpu(config: Config, paths: Paths, asked: Asked) -> list[Finding]:
             return [Finding("GPU", FAIL, f"train.device is {config.train.device}, nvidia-smi shows no GPU here", fix)]
         return []
     return [*judge(seen, config, "on this machine")]
+
+
+def _nodes(asked: Asked) -> Iterator[Finding]:
+    request = asked.of("train")
+    lines = launch.lacking(request.resources | {"nodes": request.number("nodes")})
+    if lines:
+        detail = f"a cell on {request.number('nodes')} nodes calls srun itself; Snakemake refuses it without {', '.join(lines)}"
+        yield Finding("nodes", FAIL, detail, f"in the profile under set-resources, train: {', '.join(lines)}")
 
 
 def seen_here() -> dict[str, Any] | None:
@@ -74,7 +85,9 @@ def judge(seen: dict[str, Any] | None, config: Config, where: str) -> Iterator[F
         fix = "VARIANT=cuda make image, or install a CUDA build of torch"
         yield Finding("GPU", FAIL, f"{shown}: it would train on the CPU", fix)
     elif _major(seen["driver"]) < least:
-        fix = f"ask for nodes with driver {least} or later, or make image with torch for an older CUDA (TORCH_INDEX)"
+        fix = f"ask for nodes with driver {least} or later"
+        if _major(seen["driver"]) >= DRIVERS[12] and least > DRIVERS[12]:
+            fix += f", or an image for CUDA 12: {OLDER}"
         yield Finding("GPU", FAIL, f"{shown}, which needs driver {least}", fix)
     elif seen.get("available") is False:
         fix = "apptainer-args: --nv in the profile; is CUDA_VISIBLE_DEVICES empty in the job?"

@@ -135,14 +135,26 @@ def _most(limit: int, taken: Callable[[int], bool]) -> int:
 # ---------------------------------------------------------------- one real job
 def _script(asked: Asked) -> str:
     """The job: the same call with and without an image."""
-    image, code = image_path(), Path(look.__file__).read_text(encoding="utf-8")
-    program = next((name for name in ("apptainer", "singularity") if shutil.which(name)), None)
-    if asked.containers and program and image.exists():
+    code, program = Path(look.__file__).read_text(encoding="utf-8"), _program()
+    if asked.containers and program and not _outside(asked):
         options = shlex.split(str(asked.settings.get("apptainer-args", "--nv")))
-        call = [program, "exec", *options, str(image.absolute()), "python3", "-c", code]
+        call = [program, "exec", *options, str(image_path().absolute()), "python3", "-c", code]
     else:
         call = [sys.executable, "-c", code]
     return f"#!/bin/bash\n{shlex.join(call)}\n"
+
+
+def _program() -> str | None:
+    return next((name for name in ("apptainer", "singularity") if shutil.which(name)), None)
+
+
+def _outside(asked: Asked) -> str | None:
+    """Why the job looks outside the image that the profile's jobs run in; None where it does not."""
+    if not asked.containers:
+        return None
+    if _program() is None:
+        return "outside the image: apptainer is not on the PATH (module load apptainer)"
+    return None if image_path().exists() else f"outside the image: {image_path()} does not exist (make image)"
 
 
 def _run(site: Site, asked: Asked, paths: Paths, log: Callable[[str], None], wait: float) -> dict[str, Any] | None:
@@ -156,6 +168,8 @@ def _run(site: Site, asked: Asked, paths: Paths, log: Callable[[str], None], wai
     if answer is None or answer.code:
         raise ProbeError(f"{shlex.join(command)}: {answer.said if answer else 'no sbatch'}")
     job = answer.out.strip().split(";")[0]
+    if reason := _outside(asked):
+        log(f"job {job} looks {reason}: its Python and torch are not those of the jobs")
     log(f"job {job} submitted, {MINUTES} minutes at most: {shlex.join(options)}")
     state = _await(job, log, wait)
     output = folder / f"{job}.log"
@@ -208,6 +222,8 @@ def profile_text(site: Site, seen: dict[str, Any] | None, asked: Asked) -> str:
     ]
     if gpu.get("name"):
         lines.append(f"# GPU: {gpu['name']}, {(gpu.get('memory') or 0) / 1e9:.0f} GB, driver {gpu.get('driver')}.")
+    if seen and (reason := _outside(asked)):
+        lines.append(f"# Seen {reason}.")
     lines += [f"# refused: {complaint}" for complaint in site.refused]
     defaults: dict[str, Any] = {"slurm_partition": site.partition.name} | (
         {"slurm_account": site.account} if site.account else {}

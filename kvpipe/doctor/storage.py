@@ -13,6 +13,11 @@ from kvpipe.doctor.finding import FAIL, GB, OK, WARNING, Finding, ask
 from kvpipe.doctor.workload import Workload
 
 LEAST_FREE = 2 * GB
+# not snakemake --directory: configuration, image and kvpipe are looked for below the working directory
+ELSEWHERE = (
+    "have the results on scratch: mv results <scratch>/results && ln -s <scratch>/results results   "
+    "(and --bind <scratch> in the profile's apptainer-args)"
+)
 SMALLER = "set store.dtype: int8, store.layers: needed, or store.mode: live"
 
 
@@ -40,7 +45,7 @@ def _disk(folder: Path, need: float, known: bool) -> Iterator[Finding]:
     stores = f"stores to make take about {need / GB:.2f} GB" if known else "the size of the stores is not known yet"
     detail = f"{free / GB:.1f} GB free under {folder}, {stores}"
     if need > free:
-        yield Finding("disk", FAIL, detail, f"snakemake --directory <scratch>, free some space, or {SMALLER}")
+        yield Finding("disk", FAIL, detail, f"free some space, {SMALLER}, or {ELSEWHERE}")
     elif free < need + LEAST_FREE:
         yield Finding(
             "disk",
@@ -58,7 +63,7 @@ def _quota(folder: Path, need: float) -> Iterator[Finding]:
         return
     detail = f"{left / GB:.1f} GB of your quota are left there"
     if left < need + LEAST_FREE:
-        fix = f"work on scratch (snakemake --directory <scratch>), or {SMALLER}"
+        fix = f"{SMALLER}, or {ELSEWHERE}"
         yield Finding("quota", FAIL if left < need else WARNING, f"{detail}, stores take about {need / GB:.2f} GB", fix)
     else:
         yield Finding("quota", OK, detail)

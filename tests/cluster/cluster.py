@@ -22,7 +22,8 @@ TOOLS = ("debootstrap", "unshare", "nsenter", "setpriv", "pivot_root")
 def cache_folder() -> Path:
     """Where root, base, wheels and image are kept: KVPIPE_CLUSTER_CACHE, or a folder of the user's cache."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kvpipe-cluster"
-    return Path(os.environ.get("KVPIPE_CLUSTER_CACHE", default))
+    # build.sh changes into it, and names files in it afterwards
+    return Path(os.environ.get("KVPIPE_CLUSTER_CACHE", default)).expanduser().absolute()
 
 
 def unavailable() -> str | None:

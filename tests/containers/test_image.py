@@ -70,10 +70,54 @@ def test_what_is_built_is_not_built_again(checkout):
     assert len((checkout / "calls").read_text(encoding="utf-8").splitlines()) == 1
 
 
+def test_digest_is_that_of_the_image_that_was_built_again(checkout):
+    image(checkout, "online")
+    name = image(checkout, "name").stdout.strip()
+    (checkout / name).unlink()
+    (checkout / "apptainer").write_text(APPTAINER.replace("an image", "another image"), encoding="utf-8")
+    assert image(checkout, "online").returncode == 0
+    digest = (checkout / f"{name}.sha256").read_text(encoding="ascii").split()[0]
+    assert digest == sha256(b"another image\n").hexdigest()
+
+
+def test_another_build_of_torch_has_a_name_of_its_own(checkout):
+    """Under the name of the first, what is there would be up to date."""
+    index = "https://download.pytorch.org/whl/cu126"
+    done = image(checkout, "online", VARIANT="", TORCH_INDEX=index)
+    assert done.returncode == 1 and "VARIANT=cu126" in done.stderr
+    assert image(checkout, "online").returncode == 0
+    assert image(checkout, "online", VARIANT="cu126", TORCH_INDEX=index).returncode == 0
+    assert f"torch_index={index}" in (checkout / "calls").read_text(encoding="utf-8").splitlines()[1]
+    assert "kvpipe-cu126-" in (checkout / "containers" / "kvpipe.sif").readlink().name
+
+
+def test_make_passes_a_base_with_a_space_on(checkout):
+    add_wheel(checkout)
+    shutil.copy(ROOT / "Makefile", checkout / "Makefile")
+    (checkout / "my base.sif").touch()
+    environment = os.environ | {"APPTAINER": "./apptainer", "VARIANT": "cpu"}
+    line = ["make", "image-offline", "BASE=my base.sif"]
+    done = subprocess.run(line, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "from=my base.sif" in (checkout / "calls").read_text(encoding="utf-8")
+
+
 def test_failed_build_leaves_no_image(checkout):
     (checkout / "apptainer").write_text("#!/bin/sh\nexit 3\n", encoding="utf-8")
     assert image(checkout, "online").returncode == 3
     assert not list((checkout / "containers").glob("*.sif"))
+
+
+def test_wheels_below_a_path_with_a_space_are_refused(checkout):
+    """The definition's %files splits at it."""
+    (checkout / "my wheels").mkdir()
+    (checkout / "my wheels" / "torch-0-py3-none-any.whl").touch()
+    offline = image(checkout, "offline", "containers", WHEELHOUSE="my wheels")
+    online = image(checkout, "online", TMPDIR=str(checkout / "my wheels"))
+    for done, said in ((offline, "'my wheels'; set WHEELHOUSE"), (online, "(online: TMPDIR)")):
+        assert done.returncode == 1 and said in done.stderr
+    assert [path.name for path in (checkout / "my wheels").iterdir()] == ["torch-0-py3-none-any.whl"]
+    assert not (checkout / "calls").exists()
 
 
 @pytest.mark.parametrize(

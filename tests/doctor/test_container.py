@@ -105,6 +105,19 @@ def test_a_working_directory_with_a_space(site, image, profile, tmp_path, monkey
     assert found(profile())["working directory"].status == "would fail"
 
 
+def test_an_image_below_a_path_with_a_space(site, image, profile, monkeypatch):
+    spaced = image.with_name("my image.sif")
+    spaced.touch()
+    monkeypatch.setenv("KVPIPE_IMAGE", str(spaced))
+    finding = found(profile())["image"]
+    assert finding.status == "would fail"
+    assert "my image.sif' has a space" in finding.detail
+    link = image.with_name("link.sif")
+    link.symlink_to(spaced)
+    monkeypatch.setenv("KVPIPE_IMAGE", str(link))
+    assert found(profile())["image"].status == "would fail", "the Snakefile follows it"
+
+
 # ---------------------------------------------------------------- what the image sees of the machine
 # an image that shows the working directory and what is bound by --bind, and of the rest empty folders of its own
 SEES = """

@@ -209,6 +209,19 @@ def test_free_disk_against_the_stores(saved, laptop, tmp_path, monkeypatch, free
     assert str(tmp_path) in finding.detail
 
 
+def test_the_results_move_to_scratch_as_a_full_disk_is_told(saved, laptop, tmp_path, monkeypatch):
+    """The commands of the fix, run; tests/workflow/test_workflow.py runs a rule where results/ is such a link."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("results/models", "scratch"):
+        Path(name).mkdir(parents=True)
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: Usage(9e9, 9e9, 10.0))
+    fix = by_name(storage.examine_storage(config(saved), Paths(Path("results"))))["disk"].fix
+    assert "--directory" not in fix and "--bind <scratch>" in fix
+    commands = fix.partition("on scratch: ")[2].partition("   (")[0].replace("<scratch>", str(tmp_path / "scratch"))
+    subprocess.run(["bash", "-ec", commands], check=True)
+    assert Path("results/models").resolve() == tmp_path / "scratch" / "results" / "models"
+
+
 def test_a_store_over_its_budget(saved, laptop, tmp_path):
     small = {"store.budget_gb": 1e-5}
     found = by_name(storage.examine_storage(config(saved, small), Paths(tmp_path)))
@@ -396,7 +409,10 @@ def test_a_driver_older_than_the_images_cuda(saved):
     assert finding.status == "would fail"
     assert "driver 470.82.01, torch for CUDA 12.8, which needs driver 525" in finding.detail
     assert judged(saved, torch_cuda="12.8", driver="525.60.13")["GPU"].status == "ok"
-    assert judged(saved, torch_cuda="13.0", driver="575.1")["GPU"].status == "would fail"
+    assert "make image" not in finding.fix, "torch for CUDA 11 is older than the lock"
+    finding = judged(saved, torch_cuda="13.0", driver="575.1")["GPU"]
+    assert finding.status == "would fail"
+    assert "VARIANT=cu126 TORCH_INDEX=https://download.pytorch.org/whl/cu126 make image" in finding.fix
 
 
 def test_a_cpu_build_and_a_gpu_that_torch_does_not_see(saved):
@@ -427,6 +443,15 @@ def test_a_login_node_without_a_gpu_is_no_fault(saved, site, profile, tmp_path):
     assert "Tesla V100 in job 41" in finding.detail
     (tmp_path / "probe.json").write_text(json.dumps({"job": "41", "gpu": None}))
     assert gpu.examine_gpu(config(saved), Paths(tmp_path), profile())[0].status == "would fail"
+
+
+def test_a_cell_on_several_nodes_without_the_lines_for_srun(saved, site, profile, tmp_path):
+    text = PROFILE.replace("gpu: 1", "gpu: 2, nodes: 2")
+    finding = by_name(gpu.examine_gpu(config(saved), Paths(tmp_path), profile(text)))["nodes"]
+    lines = "mpi: srun, tasks: 2, tasks_per_gpu: 0"
+    assert (finding.status, finding.fix) == ("would fail", f"in the profile under set-resources, train: {lines}")
+    found = gpu.examine_gpu(config(saved), Paths(tmp_path), profile(text.replace("nodes: 2", f"nodes: 2, {lines}")))
+    assert "nodes" not in by_name(found)
 
 
 def test_drivers_that_do_not_know_the_compute_capability(site):

@@ -115,6 +115,23 @@ def test_the_shipped_profile_comes_out_whole(site, cluster, profile):
     assert {line for line in text.splitlines() if line.startswith("#")} <= set(shown.splitlines()), "the reasons stay"
 
 
+def test_a_job_that_looks_outside_the_image_says_so(site, cluster, profile, tmp_path, monkeypatch):
+    cluster()
+    image = tmp_path / "kvpipe.sif"
+    monkeypatch.setenv("KVPIPE_IMAGE", str(image))
+    shown, _, said = run(site, profile)
+    assert "looks outside the image: " in said[1]
+    assert "# Seen outside the image: " in shown
+    site.apptainer()
+    shown, _, said = run(site, profile)
+    assert f"job 41 looks outside the image: {image} does not exist" in said[1]
+    assert f"# Seen outside the image: {image} does not exist (make image).\n" in shown
+    image.touch()
+    shown, _, said = run(site, profile)
+    assert not any("outside" in line for line in [shown, *said])
+    assert "exec --nv" in (site.answers / "script").read_text()
+
+
 def test_what_a_rule_asks_for_besides_stays(site, cluster, profile):
     cluster()
     text = PROFILE.replace("gpu: 1, mem_mb", "gpu: 1, qos: long, mem_mb") + "retries: 2\n"

@@ -17,6 +17,7 @@ from kvpipe.launch import command
 
 PROFILES = sorted(path.parent.name for path in (ROOT / "profiles").glob("*/config.yaml"))
 CONFIGS = sorted(p.name for p in (ROOT / "config").glob("*.yaml") if "\nstudent:" in p.read_text(encoding="utf-8"))
+RULES = {r for f in (ROOT / "workflow/rules").glob("*.smk") for r in re.findall(r"^rule (\w+):", f.read_text(), re.M)}
 GOLDEN = ROOT / "tests" / "golden" / "sbatch.txt"
 SBATCH = """
 while read -r output; do  # every file that the job might have to make
@@ -29,6 +30,11 @@ flock 9
 echo "$*" | sed "s/ --wrap=.*//" >> "$RECORD"
 wc -l < "$RECORD"
 """
+CELLS = {
+    "several GPUs": ["gpu: 4", "nodes: 1"],
+    "several nodes": ["gres: gpu:2", "nodes: 2", "mpi: srun", "tasks: 2", "tasks_per_gpu: 0"],
+}
+"""Cells of docs/hpc.md: what stands in the profile in place of `gpu: 1`."""
 TOOLS = {
     "apptainer": "echo 'apptainer version 1.4.5'",
     "sbatch": SBATCH,
@@ -84,7 +90,15 @@ def lines_by_rule(record: Path, folder: Path) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def test_sbatch_lines_are_the_golden_ones(login):
+def with_resources(folder: Path, *lines: str) -> None:
+    """The shipped profile with other lines in place of a cell's `gpu: 1`."""
+    text = (ROOT / "profiles" / "slurm" / "config.yaml").read_text(encoding="utf-8")
+    new = "\n    ".join(["  train:", *lines])
+    assert "  train:\n    gpu: 1\n" in text
+    (folder / "config.yaml").write_text(text.replace("  train:\n    gpu: 1", new), encoding="utf-8")
+
+
+def test_sbatch_lines_are_the_golden_ones(login, tmp_path):
     folder, run, record = login
     # no report asks for the second one unless evaluate.lm_eval_tasks names some
     targets = ["results/report.html", "results/lm_eval/control/seed0.json"]
@@ -95,10 +109,15 @@ def test_sbatch_lines_are_the_golden_ones(login):
     done = run("--slurm-init-seconds-before-status-checks", "1", "--latency-wait", "1", *targets)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = lines_by_rule(record, folder)
-    rules = {
-        r for f in (ROOT / "workflow/rules").glob("*.smk") for r in re.findall(r"^rule (\w+):", f.read_text(), re.M)
-    }
-    assert found.keys() == rules
+    assert found.keys() == RULES
+    for name, lines in CELLS.items():
+        with_resources(tmp_path, *lines)
+        record.write_text("", encoding="utf-8")
+        target = "results/train/control/seed0/history.jsonl"
+        quick = ["--slurm-init-seconds-before-status-checks", "1", "--latency-wait", "1"]
+        done = run(*quick, "--forcerun", "train", "--", target, profile=str(tmp_path))
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        found[f"train on {name} ({', '.join(lines)})"] = lines_by_rule(record, folder)["train"]
     text = "".join(f"{rule}\n    sbatch {line}\n" for rule, line in found.items())
     if os.environ.get("KVPIPE_GOLDEN") == "write":
         GOLDEN.write_text(text, encoding="utf-8")
@@ -118,11 +137,11 @@ def test_the_other_profile_plans_the_same_jobs(login):
     assert "rule report:" in done.stdout
 
 
-def test_a_cell_on_several_nodes_starts_the_image_on_each(login):
+def test_a_cell_on_several_nodes_starts_the_image_on_each(login, tmp_path):
     """The resources of docs/hpc.md, through the profile and the rule; kvpipe/launch.py has the other cases."""
-    resources = ["gpu=4", "nodes=2", "mpi=srun", "tasks=2", "tasks_per_gpu=0"]
+    with_resources(tmp_path, *CELLS["several nodes"])
     target = "results/train/full/seed0/history.jsonl"
-    done = login[1]("-n", "-p", "--set-resources", *[f"train:{r}" for r in resources], "--forceall", "--", target)
+    done = login[1]("-n", "-p", "--forceall", "--", target, profile=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     line = re.search(r"Shell command: (.* train .*)", done.stdout)
     assert line and line[1] == (
@@ -133,9 +152,30 @@ def test_a_cell_on_several_nodes_starts_the_image_on_each(login):
     )
 
 
+def test_a_cell_on_several_nodes_that_would_wait_for_ever_is_refused(login):
+    resources = ["train:gpu=4", "train:nodes=2"]
+    done = login[1]("-n", "--set-resources", *resources, "--forceall", "--", "results/train/full/seed0/history.jsonl")
+    assert done.returncode == 1
+    assert "in the profile: mpi: srun, tasks: 2, tasks_per_gpu: 0" in done.stdout + done.stderr
+
+
 def test_every_line_of_the_profiles_says_why():
     for profile in PROFILES:
         lines = (ROOT / "profiles" / profile / "config.yaml").read_text(encoding="utf-8").splitlines()
         for before, line in itertools.pairwise(lines):
             top = re.match(r"[a-z]", line)
-            assert not top or before.startswith("#") or before.endswith(":"), f"{profile}: no reason above {line!r}"
+            assert not top or before.startswith("#"), f"{profile}: no reason above {line!r}"
+            # one comment for both lines of a list
+            told = "memory" in before and "time" in before
+            assert line != "default-resources:" or told, (
+                f"{profile}: above {line!r} stands the reason of something else"
+            )
+
+
+def test_every_rule_that_may_run_into_its_limit_has_more_time_in_the_next_attempt():
+    settings = yaml.safe_load((ROOT / "profiles" / "slurm" / "config.yaml").read_text(encoding="utf-8"))
+    rules = {
+        r: v for r, v in settings["set-resources"].items() if re.search(r"min\(\d+ \* attempt, \d+\)", v["runtime"])
+    }
+    # `doctor` looks, for seconds
+    assert rules.keys() | {"doctor"} == RULES

@@ -270,6 +270,22 @@ def test_words_in_the_code_run_nothing(complete):
     assert after(complete, "kvpipe/train.py", words) == []
 
 
+# ---------------------------------------------------------------- where a checkout may lie
+def test_a_rule_runs_below_a_path_with_a_space_and_results_as_a_link(copy, tmp_path):
+    """Without an image. docs/troubleshooting.md says so of the path, and the doctor of the link, for a full disk."""
+    checkout, scratch = tmp_path / "a b é" / "kvpipe", tmp_path / "scratch ü"
+    checkout.mkdir(parents=True)
+    (scratch / "results").mkdir(parents=True)
+    for name in ("kvpipe", "workflow", "config"):
+        shutil.copytree(copy / name, checkout / name)
+    (checkout / "results").symlink_to(scratch / "results")
+    assert "rule report:" in snakemake(checkout, "-n", "results/report.html")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = python(checkout, "-m", "snakemake", "--cores", "1", "results/data/train.parquet", PATH=path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (scratch / "results" / "data" / "train.parquet").stat().st_size > 1000
+
+
 @pytest.mark.parametrize("file", ["kvpipe/report/wording.py", "kvpipe/report/template.html"])
 def test_text_of_the_report_renders_the_report(complete, file):
     addition = "\n<!-- more -->\n" if file.endswith("html") else "\n\nCHANGED = 'more'\n"

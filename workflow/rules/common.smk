@@ -96,6 +96,7 @@ def cell_image():
 
 def cell_launcher(wildcards, resources):
     """One process, or accelerate's launcher."""
+    launch.check_nodes(resources)
     start = f"apptainer exec --home $PWD {workflow.deployment_settings.apptainer_args} {IMAGE}" if APPTAINER else ""
     return launch.command(*launch.processes(resources), container=start)
 
