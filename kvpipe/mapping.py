@@ -112,7 +112,9 @@ def _said(message: Mapping[str, Any], chat: Chat, number: int) -> str:
     """A message's text: its content, or the texts of a list of parts `{"type": "text", "text": …}`."""
     content, where = message.get(chat.content), f"message {number} in column {chat.column!r}"
     if content is None:
-        raise ValueError(f"{where} has no {chat.content!r} (has {sorted(message)}); leave the row out or name chat.content")
+        raise ValueError(
+            f"{where} has no {chat.content!r} (has {sorted(message)}); leave the row out or name chat.content"
+        )
     if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
         others = sorted({str(part.get("type")) for part in content if part.get("type") != "text"})
         if others:
@@ -149,7 +151,9 @@ def _text(value: Any, column: str) -> str:
             try:
                 value.encode()
             except UnicodeEncodeError as error:  # half of a pair, as \ud800 in JSON
-                raise ValueError(f"column {column!r} holds {_short(value)}, which is no Unicode text: {error}") from None
+                raise ValueError(
+                    f"column {column!r} holds {_short(value)}, which is no Unicode text: {error}"
+                ) from None
             return value
         case Mapping():
             raise ValueError(f"column {column!r} holds keys {sorted(value)}; name one as `{column}.key`")

@@ -57,7 +57,9 @@ def _file(source: FileData, split: str, spec: str) -> Rows:
     if not path.is_file():
         raise FileNotFoundError(f"{_key(source, split)} file {path} does not exist")
     if path.suffix not in READERS:
-        raise ValueError(f"{_key(source, split)} file {path}: only .jsonl (one JSON object a line) and .parquet are read")
+        raise ValueError(
+            f"{_key(source, split)} file {path}: only .jsonl (one JSON object a line) and .parquet are read"
+        )
     rows, places = READERS[path.suffix](path)
     origin: dict[str, Any] = {"file": path.as_posix(), "rows_in_file": len(rows)}
     if part is not None:
