@@ -31,6 +31,20 @@ PROFILE = Path("profiles/slurm")
 USER_ERRORS = (ConfigError, OSError, KeyError, ValueError, RuntimeError, ArithmeticError, ModuleNotFoundError)
 
 
+def _writable_file(out: Path | None) -> Path | None:
+    """`--out` where a file can be: said before hours of work, not after them."""
+    for path in () if out is None else out.parents:
+        if path.exists() and not path.is_dir():
+            raise typer.BadParameter(f"{out}: {path} is a file, not a folder")
+    return out
+
+
+def _writable_folder(out: Path | None) -> Path | None:
+    if out is not None:
+        _writable_file(out / "file")
+    return out
+
+
 def _workspace(config: list[Path], results: Path, overrides: list[str] | None):
     # torch and transformers take seconds to import: only steps that compute pay for them
     from kvpipe.cell import Workspace
@@ -62,7 +76,7 @@ def doctor(
     profile: Annotated[
         Path | None, typer.Option(envvar="SNAKEMAKE_PROFILE", help="Snakemake profile of the cluster.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the findings here as JSON.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the findings here as JSON.", callback=_writable_file)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     probe: Annotated[bool, typer.Option("--probe", help="Run a five-minute job; print a site profile.")] = False,
 ) -> None:
@@ -230,7 +244,9 @@ def fit(
 def train(
     arm: Annotated[str | None, typer.Option(help="Name of the arm; with --teacher `distil` or `control`.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the cell.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Folder of the cell; under the results by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the cell; under the results by default.", callback=_writable_folder)
+    ] = None,
     checkpoints: Annotated[Path | None, typer.Option(help="Folder of checkpoints.")] = None,
     teacher: Annotated[list[Path] | None, typer.Option(help="Instead of a configuration: model folder(s).")] = None,
     student: Annotated[Path | None, typer.Option(help="With --teacher: the student's model folder.")] = None,
@@ -270,7 +286,7 @@ def _direct(teacher, student, data, out, arm, overrides):
 @app.command()
 def evaluate(
     model: Annotated[Path, typer.Option(help="Model folder.")],
-    out: Annotated[Path, typer.Option(help="Parquet file, one row per item.")],
+    out: Annotated[Path, typer.Option(help="Parquet file, one row per item.", callback=_writable_file)],
     split: Annotated[str, typer.Option(help="Split that is scored.")] = "test",
     config: ConfigFile = CONFIG,
     results: Results = RESULTS,
@@ -295,7 +311,7 @@ def evaluate(
 @app.command("lm-eval")
 def lm_eval(
     model: Annotated[Path, typer.Option(help="Model folder.")],
-    out: Annotated[Path, typer.Option(help="JSON file: metrics per task, and every item's.")],
+    out: Annotated[Path, typer.Option(help="JSON file: metrics per task, and every item's.", callback=_writable_file)],
     config: ConfigFile = CONFIG,
     overrides: Overrides = None,
 ) -> None:
@@ -314,7 +330,7 @@ def lm_eval(
 
 @app.command()
 def untrained(
-    out: Annotated[Path, typer.Option(help="Parquet file, one row per item.")],
+    out: Annotated[Path, typer.Option(help="Parquet file, one row per item.", callback=_writable_file)],
     config: ConfigFile = CONFIG,
     results: Results = RESULTS,
     overrides: Overrides = None,
@@ -383,7 +399,7 @@ def report(
     config: ConfigFile = CONFIG,
     results: Results = RESULTS,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="HTML file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="HTML file.", callback=_writable_file)] = None,
 ) -> None:
     """Render the report."""
     from kvpipe.report.render import write_report

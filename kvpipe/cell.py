@@ -161,7 +161,8 @@ class Workspace:
         if self.config.store.mode == "stored":
             return StoredRows(self.store(teacher, arm.time.text), src.offsets)
         pad_id = load_tokenizer(self.paths.model(teacher)).pad_token_id
-        return LiveRows(self.teacher_model(teacher), src, self.wanted_layers(teacher), pad_id)
+        size = self.config.store.batch_size
+        return LiveRows(self.teacher_model(teacher), src, self.wanted_layers(teacher), pad_id, size)
 
     def aligned_teacher(self, arm: Arm, teacher: str, seed: int = 0) -> AlignedTeacher:
         """A teacher's cache of the training split on the student's positions."""

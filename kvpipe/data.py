@@ -84,9 +84,9 @@ def _records(
         return generate(source.task, split, getattr(source, split), source.difficulty, config.seed), {}
     found = read(source, split)
     records = []
-    for number, row in enumerate(found.rows, start=1):
+    for number, (row, place) in enumerate(zip(found.rows, found.places, strict=True)):
         try:
-            records.append(to_record(row, source, f"{source.task}-{split}-{number - 1:05d}"))
+            records.append(to_record(row, source, f"{source.task}-{split}-{number:05d}"))
         except ValueError as error:
-            raise ValueError(f"{found.name}, row {number}: {error}") from None
+            raise ValueError(f"{place}: {error}") from None
     return records, found.origin

@@ -15,6 +15,8 @@ from kvpipe.rows import read
 ARM = "distil"
 """The arm that learns from the teachers; `control` trains the same student without them."""
 TASK = "text"
+FEWEST = 20
+"""Rows of a file, so that each of its parts has one."""
 PARTS = {"train": "[:90%]", "validation": "[90%:95%]", "test": "[95%:]"}
 FIELDS = {"prompt": True, "answer": True, "reasoning": False, "teacher_reasoning": False}
 """Columns that are read, and whether the file must have them."""
@@ -38,11 +40,12 @@ def experiment(
         overrides: `dotted.key=value`.
 
     Raises:
-        ConfigError: a folder without a model, or a file without the columns.
+        ConfigError: a folder without a model, a file without the columns, or fewer rows than a batch.
     """
     for path in (*teachers, student):
         if not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
             raise ConfigError(f"{path} is not a model folder: it needs config.json and safetensors")
+    source, count = _source(data)
     names = _names(teachers)
     kv = {"teachers": list(names), "loss": {"kind": "kv"}, "fit": {"method": "ridge"}}
     values = {
@@ -52,11 +55,16 @@ def experiment(
         "models": {
             name: {"source": "local", "path": str(path)} for name, path in {**names, "student": student}.items()
         },
-        "data": {"sources": [_source(data)]},
+        "data": {"sources": [source]},
         "arms": {"control": {"role": "control"}, ARM: {"base": "control", "role": "experiment", "set": kv}},
         "train": {"learning_rate": 1e-4},  # the student has learnt before
     }
     config = parse(values, overridden(overrides), origin="kvpipe train")
+    if count < config.train.batch_size:
+        raise ConfigError(
+            f"{data}: {count} rows to train on are fewer than train.batch_size, {config.train.batch_size}; "
+            f"give more or --set train.batch_size={count}"
+        )
     # what the artefacts are made from: other inputs get another folder
     made_from = digest([digest_of(data, "sha256"), *(str(p.resolve()) for p in (*teachers, student))])
     return config, Paths(out / "artefacts" / made_from)
@@ -93,12 +101,17 @@ def _names(teachers: list[Path]) -> dict[str, Path]:
     return names
 
 
-def _source(data: Path) -> dict[str, Any]:
-    """The file as a source, with the columns that it has."""
+def _source(data: Path) -> tuple[dict[str, Any], int]:
+    """The file as a source, with the columns that it has, and how many of its rows are to train on."""
     source = {"kind": "files", "task": TASK, **{split: f"{data}{part}" for split, part in PARTS.items()}}
-    rows = read(FileData.model_validate(source), "train").rows
+    rows = read(FileData.model_validate({**source, "train": str(data)}), "train").rows
+    if len(rows) < FEWEST:
+        raise ConfigError(
+            f"{data} has {len(rows)} rows; a tenth is kept for validation and test: give {FEWEST} or more"
+        )
     has = {name for row in rows for name in row}
     missing = [name for name, needed in FIELDS.items() if needed and name not in has]
     if missing:
         raise ConfigError(f"{data}: no column {', '.join(missing)} (has {', '.join(sorted(has))}); rename the columns")
-    return {**source, "columns": {name: name for name in FIELDS if name in has}}
+    count = len(read(FileData.model_validate(source), "train").rows)
+    return {**source, "columns": {name: name for name in FIELDS if name in has}}, count

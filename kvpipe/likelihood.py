@@ -10,7 +10,7 @@ from jaxtyping import Float64, Int64
 
 from kvpipe.batches import IGNORE, Batch, collate
 from kvpipe.encoding import Encoding
-from kvpipe.losses import token_nll
+from kvpipe.losses import token_nll_by_pieces
 
 CHUNK = 1024
 """Tokens of a window that are read at once."""
@@ -59,7 +59,7 @@ def score(model, encoding: Encoding, batches: list[Batch]) -> Scores:
     for batch in batches:
         moved = batch.to(device)
         logits = model(input_ids=moved.input_ids, attention_mask=moved.attention_mask, use_cache=False).logits
-        losses = token_nll(logits, moved.labels).double().cpu()
+        losses = token_nll_by_pieces(logits, moved.labels).double().cpu()
         counted = batch.labels != IGNORE
         counted[:, 0] = False  # nothing predicts the first token
         starts = torch.from_numpy(encoding.segments[batch.examples, 0, 1])

@@ -19,6 +19,8 @@ from torch.nn import functional as F
 
 IGNORED = -100
 """The label of a position that has no loss, as in transformers."""
+PIECE = 1 << 28
+"""Logits that are looked at side by side: 1 GB in float32."""
 
 
 def kv_loss(
@@ -106,6 +108,19 @@ def token_nll(
     scores = rearrange(logits[:, :-1].float(), "batch time vocab -> (batch time) vocab")
     nll = F.cross_entropy(scores, labels[:, 1:].flatten().long(), ignore_index=IGNORED, reduction="none")
     return F.pad(rearrange(nll, "(batch time) -> batch time", batch=len(labels)), (1, 0))
+
+
+def token_nll_by_pieces(
+    logits: Float[Tensor, "batch time vocab"], labels: Integer[Tensor, "batch time"], piece: int = PIECE
+) -> Float[Tensor, "batch time"]:
+    """`token_nll`, the same numbers, of at most `piece` logits at a time: each of its two copies in float32 would be
+    20 GB for 64 texts of 500 tokens and 152k words."""
+    size = max(1, piece // (logits.shape[0] * logits.shape[2]))
+    parts = []
+    for start in range(0, logits.shape[1], size):
+        first, stop = max(0, start - 1), start + size  # a token is scored by the position before it
+        parts.append(token_nll(logits[:, first:stop], labels[:, first:stop])[:, start - first :])
+    return torch.cat(parts, 1)
 
 
 def relation_loss(

@@ -6,6 +6,7 @@ become the record's fields, and what is to be removed is taken out of them.
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections.abc import Mapping
@@ -40,7 +41,7 @@ def to_record(row: Mapping[str, Any], source: RowData, name: str) -> Record:
     fields: dict[str, Any] = {}
     for field, spec in source.columns.items():
         if field in LISTS:
-            fields[field] = _texts(lookup(columns, spec, field), field)
+            fields[field] = _texts(lookup(columns, spec, field), spec, field)
         else:
             fields[field] = fill(spec, columns, field)
     for field, expression in source.remove.items():
@@ -81,12 +82,12 @@ def lookup(columns: Mapping[str, Any], path: str, field: str) -> Any:
 def fill(spec: str, columns: Mapping[str, Any], field: str) -> str:
     """A column's text, or a text with `{column}` in it."""
     if "{" not in spec:
-        return _text(lookup(columns, spec, field))
+        return _text(lookup(columns, spec, field), spec)
     parts = []
     for literal, path, _, _ in string.Formatter().parse(spec):
         parts.append(literal)
         if path is not None:
-            parts.append(_text(lookup(columns, path, field)))
+            parts.append(_text(lookup(columns, path, field), path))
     return "".join(parts)
 
 
@@ -95,40 +96,75 @@ def conversation(columns: Mapping[str, Any], chat: Chat) -> dict[str, str]:
     messages = lookup(columns, chat.column, "chat")
     if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
         raise ValueError(f"column {chat.column!r} is no list of messages")
-    said = [(_text(m.get(chat.role)), _text(m.get(chat.content))) for m in messages]
-    last = max((i for i, (role, _) in enumerate(said) if role == chat.assistant), default=None)
+    roles = [_text(m.get(chat.role), f"{chat.column}.{chat.role}") for m in messages]
+    last = max((i for i, role in enumerate(roles) if role == chat.assistant), default=None)
     if last is None:
-        raise ValueError(f"no message of {chat.assistant!r} in column {chat.column!r} (roles {[r for r, _ in said]})")
-    unknown = sorted({role for role, _ in said[:last]} - chat.turns.keys())
+        raise ValueError(f"no message of {chat.assistant!r} in column {chat.column!r} (roles {roles})")
+    unknown = sorted(set(roles[:last]) - chat.turns.keys())
     if unknown:
         raise ValueError(f"role(s) {unknown} have no entry in chat.turns (has {sorted(chat.turns)})")
-    turns = [chat.turns[role].replace("{content}", content) for role, content in said[:last]]
-    return {"prompt": "".join(turns), "answer": said[last][1]}
+    said = [_said(message, chat, number) for number, message in enumerate(messages[: last + 1], start=1)]
+    turns = [chat.turns[role].replace("{content}", content) for role, content in zip(roles[:last], said, strict=False)]
+    return {"prompt": "".join(turns), "answer": said[last]}
+
+
+def _said(message: Mapping[str, Any], chat: Chat, number: int) -> str:
+    """A message's text: its content, or the texts of a list of parts `{"type": "text", "text": …}`."""
+    content, where = message.get(chat.content), f"message {number} in column {chat.column!r}"
+    if content is None:
+        raise ValueError(
+            f"{where} has no {chat.content!r} (has {sorted(message)}); leave the row out or name chat.content"
+        )
+    if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
+        others = sorted({str(part.get("type")) for part in content if part.get("type") != "text"})
+        if others:
+            raise ValueError(f"{where} has parts of type {', '.join(others)}; only text is read")
+        content = [part.get("text") for part in content]
+    return _text(content, f"{chat.column}.{chat.content}")
 
 
 def _split(columns: Mapping[str, Any], column: str, expression: str) -> dict[str, str]:
-    text = _text(lookup(columns, column, "split"))
+    text = _text(lookup(columns, column, "split"), column)
     match = re.search(expression, text)
     if match is None:
-        shown = text if len(text) <= 60 else text[:57] + "…"
-        raise ValueError(f"column {column!r} does not match {expression!r}: {shown!r}")
+        named = ", ".join(re.compile(expression).groupindex)
+        raise ValueError(f"column {column!r} does not match {_short(expression)}, which finds {named}: {_short(text)}")
     return {name: value or "" for name, value in match.groupdict().items()}
 
 
-def _text(value: Any) -> str:
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "…")
+
+
+def _text(value: Any, column: str) -> str:
+    """A value as text; None is none, and the texts of a list are joined by line ends."""
     match value:
         case None:
             return ""
         case list():
-            return "\n".join(map(_text, value))
-        case _:
+            return "\n".join(_text(item, column) for item in value)
+        case float() if not math.isfinite(value):
+            raise ValueError(f"column {column!r} holds {value}, which is no number; leave the row out")
+        case bool() | int() | float():
             return str(value)
+        case str():
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:  # half of a pair, as \ud800 in JSON
+                raise ValueError(
+                    f"column {column!r} holds {_short(value)}, which is no Unicode text: {error}"
+                ) from None
+            return value
+        case Mapping():
+            raise ValueError(f"column {column!r} holds keys {sorted(value)}; name one as `{column}.key`")
+        case _:
+            raise ValueError(f"column {column!r} holds {type(value).__name__}; text, numbers or lists of them are read")
 
 
-def _texts(value: Any, field: str) -> list[str]:
+def _texts(value: Any, column: str, field: str) -> list[str]:
     if not isinstance(value, list) or len(value) < 2:
         raise ValueError(f"{field} is no list of at least two texts: {value!r}")
-    return [_text(item) for item in value]
+    return [_text(item, column) for item in value]
 
 
 def _chosen(fields: Mapping[str, Any]) -> str:

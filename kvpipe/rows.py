@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kvpipe.config import FileData, HubData
@@ -19,10 +20,11 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one split, the words that name them in an error, and where they come from."""
+    """Rows of one split, the place of each in its file or data set, and where they come from."""
 
     rows: list[dict[str, Any]]
-    name: str
+    places: list[str]
+    """`file.jsonl, line 7`, counted in the whole file: what an error about the row begins with."""
     origin: dict[str, Any] = field(default_factory=dict)
 
 
@@ -31,12 +33,20 @@ def read(source: FileData | HubData, split: str) -> Rows:
 
     Raises:
         FileNotFoundError: no such file, data set or split, or (offline) nothing of it in the cache.
-        ValueError: a line is not valid JSON (names it), or the cache holds another commit than the one asked for.
+        ValueError: a file that cannot be read (names the line), no rows, or the cache holds another commit than the one
+            asked for.
     """
     spec = getattr(source, split)
     if spec is None:
-        return Rows([], f"{source.task}, {split}")
-    return _file(source, split, spec) if isinstance(source, FileData) else _hub(source, spec)
+        return Rows([], [])
+    found = _file(source, split, spec) if isinstance(source, FileData) else _hub(source, spec)
+    if not found.rows:
+        raise ValueError(f"{_key(source, split)} {spec} has no rows; name more of it, or set {split}: null")
+    return found
+
+
+def _key(source: FileData | HubData, split: str) -> str:
+    return f"data.sources ({source.task}): {split}"
 
 
 # ---------------------------------------------------------------- files
@@ -45,32 +55,56 @@ def _file(source: FileData, split: str, spec: str) -> Rows:
     assert match is not None
     path, part = Path(match[1]), match[2]
     if not path.is_file():
-        raise FileNotFoundError(f"data.sources ({source.task}): {split} file {path} does not exist")
-    rows = pq.read_table(path).to_pylist() if path.suffix == ".parquet" else _lines(path)
+        raise FileNotFoundError(f"{_key(source, split)} file {path} does not exist")
+    if path.suffix not in READERS:
+        raise ValueError(
+            f"{_key(source, split)} file {path}: only .jsonl (one JSON object a line) and .parquet are read"
+        )
+    rows, places = READERS[path.suffix](path)
     origin: dict[str, Any] = {"file": path.as_posix(), "rows_in_file": len(rows)}
     if part is not None:
-        start, stop = _bounds(part, len(rows))
-        rows, origin["part"] = rows[start:stop], part
-    return Rows(rows, str(path), origin)
+        try:
+            start, stop = _bounds(part, len(rows))
+        except ValueError as error:
+            raise ValueError(f"{_key(source, split)} {spec}: {error}; slices are [:95%], [95%:], [3:7]") from None
+        rows, places, origin["part"] = rows[start:stop], places[start:stop], part
+    return Rows(rows, places, origin)
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    rows = []
+def _table(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    try:
+        rows = pq.read_table(path).to_pylist()
+    except pa.ArrowException as error:
+        raise ValueError(f"{path}: cannot be read as Parquet: {error}") from None
+    return rows, [f"{path}, row {number}" for number in range(1, len(rows) + 1)]
+
+
+def _lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    rows, places = [], []
     # line by line: str.splitlines would also break at U+2028, which JSON has within strings
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
+            place = f"{path}, line {number}"
             try:
-                row = json.loads(line)
+                # some editors begin a file with a byte order mark
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                row = json.loads(text) if text else None
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{place}: not UTF-8: {error}; save the file as UTF-8") from None
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not valid JSON: {error}") from None
+                raise ValueError(f"{place}: not valid JSON: {error}") from None
+            if not text:
+                continue
             if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: expected an object with columns, got {line.strip()[:60]}")
+                raise ValueError(f"{place}: expected an object with columns, got {text[:60]}")
             rows.append(row)
+            places.append(place)
     # a table, as Parquet is one: what only some rows have is None in the others
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    return [{name: row.get(name) for name in columns} for row in rows]
+    return [{name: row.get(name) for name in columns} for row in rows], places
+
+
+READERS = {".jsonl": _lines, ".parquet": _table}
 
 
 def _bounds(part: str, count: int) -> tuple[int, int]:
@@ -89,29 +123,32 @@ def _hub(source: HubData, split: str) -> Rows:
     datasets.disable_progress_bars()
     origin: dict[str, Any] = {"repo": source.repo, "name": source.name, "part": split}
     rows: list[dict[str, Any]] = []
+    places: list[str] = []
     for name in source.name if isinstance(source.name, list) else [source.name]:
         try:
             if _is_folder(source):
-                rows += _folder(datasets, source, name, split)
+                found = _folder(datasets, source, name, split)
             else:
                 # never one from a file, as for models
                 token = os.environ.get("HF_TOKEN") or False
                 builder = datasets.load_dataset_builder(source.repo, name, revision=source.revision, token=token)
                 _check_commit(source, builder.hash)
-                rows += _prepared(builder, split)
+                found = _prepared(builder, split)
                 origin |= {"revision": source.revision, "commit": builder.hash}
         except (OSError, datasets.exceptions.DatasetsError) as error:
             raise FileNotFoundError(_advice(source, error, datasets.config.HF_HUB_OFFLINE)) from error
         except ValueError as error:
             raise ValueError(f"data.sources ({source.task}): {source.repo}: {error}") from None
-    return Rows(rows, f"{source.repo}, {split}", {**origin, "rows": len(rows)})
+        rows += found[0]
+        places += [f"{source.repo}{f' ({name})' if name else ''}, {place}" for place in found[1]]
+    return Rows(rows, places, {**origin, "rows": len(rows)})
 
 
 def _is_folder(source: HubData) -> bool:
     return source.repo.startswith((".", "/"))
 
 
-def _folder(datasets, source: HubData, name: str | None, split: str) -> list[dict[str, Any]]:
+def _folder(datasets, source: HubData, name: str | None, split: str) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows of a local folder. The library names its cache after the folder's last name and not after what is in it: a
     cache of its own, for this once, cannot be that of another folder or of yesterday's files."""
     if not Path(source.repo).is_dir():
@@ -120,9 +157,20 @@ def _folder(datasets, source: HubData, name: str | None, split: str) -> list[dic
         return _prepared(datasets.load_dataset_builder(source.repo, name, cache_dir=cache), split)
 
 
-def _prepared(builder, split: str) -> list[dict[str, Any]]:
+def _prepared(builder, split: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows of a split, such as `train[:95%]`, and each one's name and number in the whole of it."""
+    from datasets import ReadInstruction
+
     builder.download_and_prepare()
-    return builder.as_dataset(split=split).to_list()
+    rows = builder.as_dataset(split=split).to_list()
+    parts = ReadInstruction.from_spec(split).to_absolute({n: s.num_examples for n, s in builder.info.splits.items()})
+    places = [
+        f"{part.splitname}, row {number + 1}"
+        for part in parts
+        for number in range(*slice(part.from_, part.to).indices(builder.info.splits[part.splitname].num_examples))
+    ]
+    assert len(places) == len(rows)
+    return rows, places
 
 
 def _check_commit(source: HubData, commit: str | None) -> None:

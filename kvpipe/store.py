@@ -26,15 +26,13 @@ from kvpipe.batches import collate
 from kvpipe.capture import Recorder, kv_geometry
 from kvpipe.config import StoreConfig
 from kvpipe.encoding import Encoding, concatenated_ranges
-from kvpipe.losses import token_nll
+from kvpipe.losses import PIECE, token_nll
 from kvpipe.sizes import estimate_bytes as estimate_bytes
 
 VERSION = 1
 INDEX = "index.json"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 GB = 1e9
-PIECE = 1 << 28
-"""Logits that are looked at side by side: 1 GB in float32."""
 
 
 # ---------------------------------------------------------------- storage types

@@ -48,13 +48,14 @@ class StoredRows:
 class LiveRows:
     """Rows computed by the teacher when they are asked for; the same tensors as a store's, unrounded."""
 
-    def __init__(self, model, encoding: Encoding, layers: tuple[int, ...], pad_id: int):
+    def __init__(self, model, encoding: Encoding, layers: tuple[int, ...], pad_id: int, batch_size: int):
         self.model, self.encoding, self.layers, self.pad_id = model, encoding, layers, pad_id
+        self.batch_size = batch_size
         self._key = StoreKey("live", "live", layers, "live", "live", 0, 0)
 
     def fetch(self, examples: Int64[np.ndarray, "example"]) -> tuple[Tensor, Tensor]:
-        """Keys and values from one forward."""
-        found = forward_rows(self.model, self.encoding, examples, self._key, len(examples), self.pad_id)
+        """Keys and values from forwards of `batch_size` examples."""
+        found = forward_rows(self.model, self.encoding, examples, self._key, self.batch_size, self.pad_id)
         return found.keys, found.values
 
 

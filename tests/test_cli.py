@@ -220,3 +220,22 @@ def test_as_a_module(files):
     assert done.returncode == 1
     assert done.stderr.startswith("ConfigError: ")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "--arm", "one", "--out"],
+        ["train", "--arm", "one", "--out", "x"],
+        ["evaluate", "--model", "m", "--out", "x.parquet"],
+        ["untrained", "--out", "x.parquet"],
+        ["report", "--out", "x.html"],
+    ],
+    ids=" ".join,
+)
+def test_an_output_below_a_file_is_refused_at_once(files, tmp_path, command):
+    (tmp_path / "taken").write_text("")
+    *command, name = [*command, ""] if command[-1] == "--out" else command
+    done = invoke(*command, str(tmp_path / "taken" / name), *files)
+    assert done.exit_code == 2 and "is a file, not a folder" in " ".join(done.output.replace("│", "").split())
+    assert not (tmp_path / "results").exists()

@@ -9,6 +9,7 @@ import yaml
 
 from kvpipe import configdocs
 from kvpipe.config import Arm, Config, ConfigError, StoreConfig, assign, json_schema, load, merge, parse
+from kvpipe.losses import PIECE
 from kvpipe.store import estimate_bytes
 
 CONFIG = Path(__file__).parent.parent / "config"
@@ -85,6 +86,25 @@ def test_recipes_lie_over_the_cluster_configuration(path):
         config.arm(name)
     with pytest.raises(ConfigError):
         load(path)  # an overlay is no configuration of its own
+
+
+@pytest.mark.parametrize("path", [None, *sorted((CONFIG / "recipes").glob("*.yaml"))], ids=lambda p: p and p.name)
+def test_shipped_fits_and_scores_have_room(path):
+    """What a fit gathers, fp32, if every text were the longest; logits and weights of one teacher while it is scored."""
+    config = load([CONFIG / "hpc.yaml", *([path] if path else [])])
+    # layers, KV heads x dimension, vocabulary, GB of weights
+    shapes = {"qwen": (28, 512, 152_064, 15.2), "llama": (32, 1024, 128_256, 16.1)}
+    shapes |= {"qwen-math": shapes["qwen"], "qwen-coder": shapes["qwen"], "mistral": (32, 1024, 32_768, 14.5)}
+    if path and path.name == "teacher70b.yaml":
+        shapes["llama"] = (80, 1024, 128_256, 141 / 2)  # one of 2 GPUs
+    for name in config.arms:
+        arm = config.arm(name)
+        row = sum(shapes[teacher][0] * shapes[teacher][1] * 2 * 4 for teacher in arm.teachers)
+        assert row * arm.fit.examples * config.train.max_length <= 100e9, name
+    card = 24e9 if path and path.name == "gpu24.yaml" else 80e9
+    for _, _, vocabulary, weights in shapes.values():
+        tokens = config.evaluate.batch_size * (500 if config.train.max_length <= 2048 else config.train.max_length)
+        assert weights * 1e9 + tokens * vocabulary * 2 + 2 * PIECE * 4 < 0.95 * card
 
 
 def test_the_cluster_configuration_is_what_it_says():

@@ -1,7 +1,10 @@
 """The data step: embedded and file sources, with row numbers in errors."""
 
 import json
+import re
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from kvpipe.config import DataConfig
@@ -45,8 +48,8 @@ def test_columns_are_mapped(tmp_path):
     ("rows", "message"),
     [
         (['{"prompt": '], "line 1: not valid JSON"),
-        ([{"prompt": "p", "reasoning": ""}], "row 1: no column 'answer'"),
-        ([ROW, ROW | {"prompt": " "}], "row 2: prompt is empty"),
+        ([{"prompt": "p", "reasoning": ""}], r"rows\.jsonl, line 1: no column 'answer'"),
+        ([ROW, ROW | {"prompt": " "}], "line 2: prompt is empty"),
         ([ROW | {"id": "1"}] * 2, "id '1' occurs twice"),
     ],
 )  # fmt: skip
@@ -56,6 +59,21 @@ def test_errors_name_file_and_row(tmp_path, rows, message):
         columns["id"] = "id"
     with pytest.raises(ValueError, match=message):
         build(file_source(tmp_path, rows, columns=columns), tmp_path / "out")
+
+
+def test_an_error_counts_the_whole_file(tmp_path):
+    """A slice begins where it begins, and blank lines are lines."""
+    rows = [ROW | {"prompt": f"p{i}"} for i in range(40)]
+    rows[37] |= {"answer": ""}
+    for name, lead, expected in (("rows.jsonl", "\n\n", "line 40"), ("rows.parquet", None, "row 38")):
+        path = tmp_path / name
+        if lead is None:
+            pq.write_table(pa.Table.from_pylist(rows), path)
+        else:
+            path.write_text(lead + "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        parts = {"train": f"{path}[:90%]", "validation": f"{path}[90%:95%]", "test": f"{path}[95%:]"}
+        with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}, {expected}: answer is empty$"):
+            build(DataConfig(sources=[{"kind": "files", "task": "qa", **parts}]), tmp_path / "out")
 
 
 def test_missing_file_is_named(tmp_path):

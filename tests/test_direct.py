@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from kvpipe import __main__ as cli
-from kvpipe.config import ConfigError, DataConfig
+from kvpipe.config import DataConfig
 from kvpipe.corpus import generate
 from kvpipe.data import build
 from kvpipe.direct import ARM, experiment
@@ -131,19 +131,46 @@ def test_a_column_that_the_first_row_lacks_is_read(place, tmp_path):
     assert train.teacher_reasoning.dropna().tolist() == ["count from 5"]
 
 
+def test_a_column_of_the_last_rows_alone_is_read(place, tmp_path):
+    rows: list[dict] = [{"prompt": f"{i} + 1 =", "answer": str(i + 1)} for i in range(40)]
+    rows[39]["reasoning"] = "one more than 39"
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config, paths = experiment([place / "a" / "expert"], place / "student", path, tmp_path)
+    build(config.data, paths.root)
+    assert pd.read_parquet(paths.root / "test.parquet").reasoning.tolist() == ["", "one more than 39"]
+
+
+@pytest.mark.parametrize("count", [20, 23, 25, 30, 50])
+def test_every_part_of_a_small_file_has_rows(place, tmp_path, count):
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{i} + 1 =", "answer": str(i)}) + "\n" for i in range(count)))
+    given = [place / "a" / "expert"], place / "student", path, tmp_path
+    config, paths = experiment(*given, overrides=["train.batch_size=4"])
+    build(config.data, paths.root)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"student": "nowhere"}, "nowhere is not a model folder: it needs config.json and safetensors"),
         ({"data": "questions.jsonl"}, "no column prompt, answer \\(has question\\); rename the columns"),
+        ({"data": "empty.jsonl"}, "empty.jsonl has no rows"),
+        ({"data": "five.jsonl"}, "five.jsonl has 5 rows; a tenth is kept for validation and test: give 20 or more"),
+        (
+            {"overrides": ["train.batch_size=37"]},
+            "36 rows to train on are fewer than train.batch_size, 37; give more or --set train.batch_size=36",
+        ),
         ({"overrides": ["train.stepps=1"]}, "train.stepps: unknown key; did you mean 'steps'"),
     ],
 )
 def test_mistakes_are_named(place, tmp_path, change, message):
     (tmp_path / "questions.jsonl").write_text('{"question": "1 + 1"}\n' * 20)
+    (tmp_path / "five.jsonl").write_text('{"prompt": "1 + 1", "answer": "2"}\n' * 5)
+    (tmp_path / "empty.jsonl").write_text("")
     arguments = {"teachers": [place / "a" / "expert"], "student": place / "student", "data": place / "records.jsonl"}
     arguments |= {"out": tmp_path} | {k: tmp_path / v if k != "overrides" else v for k, v in change.items()}
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ValueError, match=message):
         experiment(**arguments)
 
 

@@ -1,9 +1,12 @@
 """Likelihood: transformers' own loss on one example, whatever batch the example is in."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
+from kvpipe import likelihood, losses
 from kvpipe.config import Template
 from kvpipe.encoding import encode_records
 from kvpipe.likelihood import empty_scores, score, score_long, scoring_batches, windowed_nll
@@ -50,6 +53,25 @@ def test_batch_size_does_not_matter_and_every_example_is_scored_once(side):
         assert (getattr(one, name) == getattr(many, name)).all()
     seen = np.concatenate([b.examples for b in scoring_batches(encoding, 0, 4)])
     assert sorted(seen) == list(range(len(encoding)))
+
+
+def test_scores_hold_a_piece_of_the_logits_in_float32(side, monkeypatch):
+    """And are the same numbers, whatever its size."""
+    model, encoding = side
+    batches = scoring_batches(encoding, 0, 4)
+    whole, seen, plain = score(model, encoding, batches), [], losses.token_nll
+
+    def watched(logits, labels):
+        seen.append(logits.numel())
+        return plain(logits, labels)
+
+    piece = 4 * model.config.vocab_size * 5
+    monkeypatch.setattr(losses, "token_nll", watched)
+    monkeypatch.setattr(likelihood, "token_nll_by_pieces", partial(losses.token_nll_by_pieces, piece=piece))
+    pieces = score(model, encoding, batches)
+    # one position more: the one that predicts a piece's first token
+    assert max(seen) <= piece + 4 * model.config.vocab_size and len(seen) > len(batches)
+    assert (pieces.nll == whole.nll).all() and (pieces.nll_all == whole.nll_all).all()
 
 
 def test_the_end_token_is_not_counted(tiny):

@@ -155,6 +155,27 @@ REFUSED = [
     ),
     ({"messages": []}, {"chat": {}, "columns": {"prompt": "prompt", "answer": "answer"}}, "no message of 'assistant'"),
     ({"messages": "x"}, {"chat": {}}, "no list of messages"),
+    ({"p": "q", "a": float("nan")}, {}, "column 'a' holds nan"),
+    ({"p": "q", "a": [1, float("-inf")]}, {}, "column 'a' holds -inf"),
+    ({"p": "q", "a": b"x"}, {}, "column 'a' holds bytes; text, numbers or lists of them are read"),
+    ({"p": "q", "a": {"b": 1}}, {}, "column 'a' holds keys ['b']; name one as `a.key`"),
+    ({"p": "q", "a": [{"b": 1}]}, {}, "column 'a' holds keys ['b']"),
+    ({"p": "half \ud800", "a": "x"}, {}, "column 'p' holds 'half \\ud800', which is no Unicode text"),
+    (
+        {"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "y"}]},
+        {"chat": {}},
+        "message 1 in column 'messages' has no 'content' (has ['content', 'role'])",
+    ),
+    (
+        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "text": "y"}]},
+        {"chat": {}},
+        "message 2 in column 'messages' has no 'content' (has ['role', 'text'])",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, {"role": "assistant", "content": "y"}]},
+        {"chat": {}},
+        "message 1 in column 'messages' has parts of type image_url; only text is read",
+    ),
     (
         {"messages": [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "y"}]},
         {"chat": {}},
@@ -168,6 +189,21 @@ def test_what_is_no_record_is_refused_in_words(row, more, said):
     with pytest.raises(ValueError) as caught:
         to_record(row, source(**{"columns": QA, **more}), "x")
     assert said in str(caught.value)
+
+
+def test_a_long_expression_is_not_repeated():
+    with pytest.raises(ValueError) as caught:
+        to_record(data_zoo.hendrycks(1) | {"solution": "no box " * 40}, source("math"), "x")
+    assert "column 'solution' does not match" in str(caught.value) and "which finds final" in str(caught.value)
+    assert len(str(caught.value)) < 220
+
+
+def test_messages_in_parts_are_their_texts():
+    parts = [{"type": "text", "text": text} for text in ("a", "b")]
+    row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": parts[:1]}]}
+    # what follows the answer is left out, whatever it is
+    row["messages"].append({"role": "user", "content": None})
+    assert conversation(row, Chat()) == {"prompt": "User: a\nb\n", "answer": "a"}
 
 
 def test_a_choice_by_its_place():

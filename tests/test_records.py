@@ -4,10 +4,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kvpipe.config import Template
+from kvpipe.config import ConfigError, Template, parse
 from kvpipe.records import Record, read_records, render, write_records
 
 RECORD = Record("a-1", "math", "Wie viele? ½", "1+1=2.", "2", "Erst 1, dann 1: 1+1=2.")
+
+
+def overridden_template(given):
+    minimal = {"student": "s", "models": {"s": {"source": "scratch", "architecture": {}}}, "arms": {"control": {}}}
+    return parse({**minimal, "data": {"template": given, "sources": [{"kind": "embedded", "task": "code"}]}})
 
 
 def test_segments_join_to_the_text_and_own_reading_differs_in_reasoning_only():
@@ -57,6 +62,30 @@ def test_columns_that_no_record_has_are_not_written(tmp_path):
     ]
     write_records(full, records)
     assert read_records(full) == records
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"prompt": "{question}\n"}, r"prompt: .*must have \{prompt\} and no other field; \{\{ and \}\} write braces"),
+        ({"prompt": "hello"}, r"prompt: 'hello' must have \{prompt\}"),
+        ({"prompt": "{prompt.x}"}, r"prompt: '\{prompt\.x\}' must have"),
+        ({"reasoning": "{prompt}{reasoning}"}, r"reasoning: .*must have \{reasoning\} and no other field"),
+        ({"answer": "{answer} {}"}, r"answer: '\{answer\} \{\}' must have \{answer\}"),
+        ({"answer": "{answer!r}"}, r"answer: .*must have"),
+        ({"answer": "{answer"}, r"answer: '\{answer': expected '\}'"),
+        ({"answer": "\\boxed{answer}"}, r"without its braces; .* write braces: \\boxed\{\{\{answer\}\}\}"),
+        ({"tasks": {"code": {"answer": "x"}}}, r"tasks\.code\.answer: 'x' must have \{answer\}"),
+    ],
+)
+def test_a_template_has_its_own_field(given, said):
+    with pytest.raises(ConfigError, match=said):
+        overridden_template(given)
+
+
+def test_braces_are_written_and_a_segment_may_be_left_out():
+    template = Template(reasoning="", answer="\\boxed{{{answer}}} {{}}")
+    assert render(RECORD, template).text == "Wie viele? ½\n\\boxed{2} {}"
 
 
 def test_every_task_has_its_own_template():

@@ -61,6 +61,30 @@ def test_lines_end_where_the_file_says(tmp_path):
         read(FileData(task="t", test=str(path)), "test")
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": "é"}\n', encoding="utf-8-sig")
+    assert read(FileData(task="t", test=str(path)), "test").rows == [{"a": "é"}]
+
+
+@pytest.mark.parametrize(
+    "name, content, part, said",
+    [
+        ("r.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', "", r"r\.jsonl, line 2: not UTF-8: .*; save the file as UTF-8"),
+        ("r.jsonl", b"", "", r"data\.sources \(t\): test .*r\.jsonl has no rows; .* set test: null"),
+        ("r.jsonl", b'{"a": 1}\n', "[:0]", r"data\.sources \(t\): test .*r\.jsonl\[:0\] has no rows"),
+        ("r.jsonl", b'{"a": 1}\n', "[:x%]", r"data\.sources \(t\): test .*r\.jsonl\[:x%\]: .*; slices are \[:95%\]"),
+        ("r.csv", b"a\n1\n", "", r"test file .*r\.csv: only \.jsonl \(one JSON object a line\) and \.parquet are read"),
+        ("r.json", b'[{"a": 1}]', "", r"r\.json: only \.jsonl"),
+        ("r.parquet", b"no table", "", r"r\.parquet: cannot be read as Parquet"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, part, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        read(FileData(task="t", test=f"{tmp_path / name}{part}"), "test")
+
+
 def test_a_column_that_only_some_rows_have(tmp_path):
     """None in the others, within the part and beyond it, as in a Parquet file."""
     path = tmp_path / "rows.jsonl"
@@ -86,6 +110,19 @@ def test_slices_of_a_split_part_it(tmp_path):
     assert train.rows + validation.rows == data_zoo.rows("gsm8k", "train")
     assert (len(train.rows), len(validation.rows)) == (38, 2)
     assert train.origin["part"] == "train[:95%]" and train.origin["rows"] == 38
+
+
+def test_rows_of_a_repository_are_counted_in_the_whole_split(tmp_path):
+    gsm8k = HubData(task="t", preset="gsm8k", repo=str(data_zoo.write(tmp_path / "g", "gsm8k")))
+    places = read(gsm8k, "validation").places
+    assert places == [f"{gsm8k.repo} (main), train, row {n}" for n in (39, 40)]
+    repo = str(data_zoo.write(tmp_path / "m", "math"))
+    names = ["algebra", "geometry"]
+    both = HubData(task="t", preset="math", repo=repo, name=names, test="train[-1:]+test[:2]")
+    found = read(both, "test")
+    last = len(data_zoo.rows("math", "train"))
+    counted = [f"train, row {last}", "test, row 1", "test, row 2"]
+    assert found.places == [f"{repo} ({name}), {place}" for name in names for place in counted]
 
 
 def test_a_folder_of_the_same_name_is_not_taken_for_another(tmp_path):

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from tiny import build
 
+from kvpipe import store
 from kvpipe.config import TimeConfig
 from kvpipe.models import load_model, load_tokenizer
 from kvpipe.steps.prepare import prepare
@@ -18,7 +20,7 @@ LAYERS = (1, 3, 4)
 def sides(tiny):
     folder = tiny.paths.model("beta")
     src = tiny.teacher_encoding("beta", "train", "student")
-    live = LiveRows(load_model(folder), src, LAYERS, load_tokenizer(folder).pad_token_id)
+    live = LiveRows(load_model(folder), src, LAYERS, load_tokenizer(folder).pad_token_id, 4)
     return live, src, tiny.student_encoding("train")
 
 
@@ -86,11 +88,27 @@ def test_stored_and_live_rows_agree(tiny):
     src = tiny.teacher_encoding("alpha", "train", "student")
     folder = tiny.paths.model("alpha")
     stored = StoredRows(tiny.store("alpha", "student"), src.offsets)
-    live = LiveRows(load_model(folder), src, stored.layers, load_tokenizer(folder).pad_token_id)
+    live = LiveRows(load_model(folder), src, stored.layers, load_tokenizer(folder).pad_token_id, 4)
     examples = np.array([8, 1, 20])
     for a, b in zip(stored.fetch(examples), live.fetch(examples), strict=True):
         assert a.shape == b.shape == (src.lengths[examples].sum(), 4, 3, 8)
         assert ((a - b).abs() <= b.abs() * 2**-8 + 2e-3).all()
+
+
+def test_live_rows_read_no_more_texts_at_once_than_the_store_does(tmp_path, monkeypatch):
+    """A fit asks for all its examples in one call."""
+    changed = {"store": {"mode": "live", "batch_size": 3}, "arms.one.set.fit": {"method": "pca", "examples": 8}}
+    work = build(tmp_path, changed)
+    read = []
+    collate = store.collate
+
+    def counted(encoding, examples, pad_id):
+        read.append(len(examples))
+        return collate(encoding, examples, pad_id)
+
+    monkeypatch.setattr(store, "collate", counted)
+    prepare(work, "one", log=lambda *_: None)
+    assert read[-3:] == [3, 3, 2] and max(read) == 3
 
 
 def test_spread_covers_both_ends_evenly():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import string
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
@@ -149,7 +150,8 @@ class FileData(RowData):
 
 
 class TextTemplate(Section):
-    """How one record becomes text."""
+    """How one record becomes text: `{prompt}` in the prompt, `{reasoning}` in the reasoning, `{answer}` in the answer
+    (`{{` and `}}` write braces). An empty text leaves its segment out."""
 
     prompt: str = "{prompt}\n"
     """Text of the prompt segment: what generation starts from."""
@@ -157,6 +159,23 @@ class TextTemplate(Section):
     """Text of the reasoning segment (omitted when the record has no reasoning)."""
     answer: str = "#### {answer}\n"
     """Text of the answer segment."""
+
+    @field_validator("prompt", "reasoning", "answer")
+    @classmethod
+    def _own_field(cls, text: str, info) -> str:
+        own = info.field_name
+        braces = rf"; {{{{ and }}}} write braces: \boxed{{{{{{{own}}}}}}}"
+        try:
+            parts = list(string.Formatter().parse(text))
+        except ValueError as error:
+            raise ValueError(f"{text!r}: {error}{braces}") from None
+        fields = [(name, spec, conversion) for _, name, spec, conversion in parts if name is not None]
+        if text and (not fields or any(field != (own, "", None) for field in fields)):
+            raise ValueError(f"{text!r} must have {{{own}}} and no other field{braces}")
+        # one `{` less than meant: format would write \boxed42
+        if any(name and re.search(r"\\[A-Za-z]+$", literal) for literal, name, *_ in parts):
+            raise ValueError(f"{text!r} would be written without its braces{braces}")
+        return text
 
 
 class Template(TextTemplate):

@@ -32,15 +32,15 @@ def make_layer_map(work: Workspace, teacher: str) -> None:
     src = work.teacher_encoding(teacher, "validation", "student")
     dst = work.student_encoding("validation")
     time = build_time_map(TimeConfig(), src, dst)
+    size = work.config.store.batch_size
     sources: dict[str, RowSource] = {
-        "cache": LiveRows(model, src, tuple(range(kv_geometry(model.config).layers)), pad_id),
+        "cache": LiveRows(model, src, tuple(range(kv_geometry(model.config).layers)), pad_id, size),
         "hidden": HiddenRows(model, src, pad_id),
     }
     teachers = {n: AlignedTeacher(teacher, rows, src.offsets, dst.offsets, time) for n, rows in sources.items()}
     examples = spread(len(dst), config.examples)
     streams = {kind: StreamingCKA() for kind in layermap.MEASURED}
     rows = 0
-    size = work.config.store.batch_size
     for chunk in (examples[i : i + size] for i in range(0, len(examples), size)):
         batch = collate(dst, chunk, work.student_tokenizer.pad_token_id)
         with torch.no_grad(), Recorder(reference, hidden=True) as recorder:
