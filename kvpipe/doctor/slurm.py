@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from kvpipe.doctor.asked import Asked, Request, parse_gpus
@@ -196,17 +196,23 @@ def show(partition: Partition) -> str:
 def _requests(partitions: list[Partition], asked: Asked) -> Iterator[Finding]:
     refused: dict[tuple[str, str], list[str]] = {}
     for request in asked.requests:
-        problem = refusal(request, partitions)
+        problem = refusal(request, partitions, asked.attempts)
         if problem:
             refused.setdefault(problem, []).append(request.rule)
     for (detail, fix), rules in refused.items():
         yield Finding("requests", FAIL, f"{', '.join(rules)}: {detail}", fix)
-    if asked.requests and partitions and not refused:
+    unread = {f"{r.rule} {key}: {value}" for r in asked.requests for key, value in r.unread.items()}
+    if unread:
+        detail = (
+            f"{'; '.join(sorted(unread))}: not known before the job is submitted, so not compared with the partitions"
+        )
+        yield Finding("requests", WARNING, detail, "numbers, or expressions of `attempt` and `threads`, can be")
+    if asked.requests and partitions and not refused and not unread:
         yield Finding("requests", OK, f"every rule's job fits into its partition ({len(asked.requests)} rules)")
 
 
-def refusal(request: Request, partitions: list[Partition]) -> tuple[str, str] | None:
-    """Why Slurm would refuse the job or leave it pending, and the fix; None where it fits."""
+def refusal(request: Request, partitions: list[Partition], attempts: Iterable[int] = (1,)) -> tuple[str, str] | None:
+    """Why Slurm would refuse the job at one of its attempts or leave it pending, and the fix; None where it fits."""
     if not partitions:
         return None
     name = request.resources.get("slurm_partition")
@@ -216,17 +222,43 @@ def refusal(request: Request, partitions: list[Partition]) -> tuple[str, str] | 
         known = ", ".join(p.name for p in partitions)
         what = f"no partition {name}" if name else "no partition is the default and the profile names none"
         return what, f"in the profile under default-resources: slurm_partition={partitions[0].name}   # of: {known}"
-    problems = [_unfit(request, partition) for partition in found]
-    return None if None in problems else problems[0]
+    for attempt in attempts:
+        problems = [_unfit(request.at(attempt), partition) for partition in found]
+        if problems[0] is not None and None not in problems:
+            detail, fix = problems[0]
+            return f"{detail}{f' (attempt {attempt})' if attempt > 1 else ''}", fix
+    return None
 
 
 def _unfit(request: Request, partition: Partition) -> tuple[str, str] | None:
     mem, minutes = request.number("mem_mb") or 0, request.number("runtime") or 0
-    room = sum(partition.gpus.values()) if request.gpu_model is None else partition.gpus.get(request.gpu_model, 0)
-    nodes = request.number("nodes") or 1
     where = f"partition {partition.name}"
     if not partition.up:
         return f"{where} is down", "name another: slurm_partition=…"
+    problem = _unfit_gpus(request, partition, where)
+    if problem:
+        return problem
+    if request.cpus > partition.cpus:
+        fix = f"cpus_per_task: {partition.cpus} in the profile, or fewer train.threads"
+        return f"asks for {request.cpus} CPUs, a node of {where} has {partition.cpus}", fix
+    if mem > partition.mem_mb:
+        fix = f"in the profile: {_capped(request, 'mem_mb', partition.mem_mb)}"
+        return f"asks for {mem} MB, a node of {where} has {partition.mem_mb}", fix
+    if partition.minutes is not None and minutes > partition.minutes:
+        line = _capped(request, "runtime", partition.minutes)
+        fix = f"in the profile: {line}   # a cell goes on from its checkpoint in the next attempt"
+        return f"asks for {minutes} min, {where} allows {partition.minutes}", fix
+    return None
+
+
+def _unfit_gpus(request: Request, partition: Partition, where: str) -> tuple[str, str] | None:
+    try:
+        if request.rule == "train":  # the only one that several processes start
+            _ = request.processes
+    except ValueError as error:
+        return str(error), "in the profile, under set-resources: train"
+    kind, nodes = request.gpu_model, request.number("nodes") or 1
+    room = sum(partition.gpus.values()) if kind is None else partition.gpus.get(kind, 0)
     if request.gpus and not partition.gpus:
         return f"{where} has no GPU", "in the profile: slurm_partition=… one that has (see partitions)"
     if request.gpus and not room:
@@ -234,18 +266,16 @@ def _unfit(request: Request, partition: Partition) -> tuple[str, str] | None:
         fix = (
             f"in the profile: gpu_model: {next(iter(partition.gpus))}" if any(partition.gpus) else "take gpu_model out"
         )
-        return f"GPU type {request.gpu_model} is not in {where} (has {types})", fix
+        return f"GPU type {kind} is not in {where} (has {types})", fix
     if request.gpus > room * nodes:
-        return f"asks for {request.gpus} GPUs, a node of {where} has {room}", f"in the profile: gpu: {room}"
-    if request.cpus > partition.cpus:
-        fix = f"cpus_per_task: {partition.cpus} in the profile, or fewer train.threads"
-        return f"asks for {request.cpus} CPUs, a node of {where} has {partition.cpus}", fix
-    if mem > partition.mem_mb:
-        return (
-            f"asks for {mem} MB, a node of {where} has {partition.mem_mb}",
-            f"in the profile: mem_mb: {partition.mem_mb}",
-        )
-    if partition.minutes is not None and minutes > partition.minutes:
-        fix = f"in the profile: runtime: {partition.minutes}   # a cell goes on from its checkpoint in the next attempt"
-        return f"asks for {minutes} min, {where} allows {partition.minutes}", fix
+        # gres counts those of a node, gpu those of all
+        line = f'gres: "gpu:{f"{kind}:" if kind else ""}{room}"' if request.gres else f"gpu: {room * nodes}"
+        each = f" on {nodes} nodes" if nodes > 1 else ""
+        return f"asks for {request.gpus} GPUs{each}, a node of {where} has {room}", f"in the profile: {line}"
     return None
+
+
+def _capped(request: Request, key: str, limit: int) -> str:
+    """The profile's line for a resource that grows with the attempt up to a limit, or is the limit from the first on."""
+    first = request.at(1).number(key) or limit
+    return f"{key}: {limit}" if first >= limit else f"{key}: min({first} * attempt, {limit})"

@@ -128,11 +128,50 @@ def test_a_profile_that_is_not_there(tmp_path, laptop, monkeypatch):
         ({"gres": "gpu:3"}, 3, None),
         ({"gres": "gpu:a100:2"}, 2, "a100"),
         ({"gres": "shard:2"}, 0, None),
+        ({"gres": "gpu:4", "nodes": 2}, 8, None),
+        ({"gpu": 4, "nodes": 2}, 4, None),
     ],
 )
 def test_gpus_of_a_request(resources, gpus, model):
     request = Request("train", resources)
     assert (request.gpus, request.gpu_model) == (gpus, model)
+
+
+LISTS = """
+default-resources: ["mem=2GB", "runtime=1h"]
+set-resources: ["train:gpu=1", "train:mem=500GB", "train:runtime=attempt * 1440", "fit:mem_mib=1000 * attempt"]
+set-threads: ["train=8"]
+"""
+MAPPINGS = """
+default-resources: {mem: 2GB, runtime: 1h}
+set-resources: {train: {gpu: 1, mem: 500GB, runtime: attempt * 1440}, fit: {mem_mib: 1000 * attempt}}
+set-threads: {train: 8}
+"""
+
+
+@pytest.mark.parametrize("text", [LISTS, MAPPINGS])
+def test_resources_as_snakemake_reads_them(text, tmp_path, monkeypatch):
+    """Units and expressions; a profile's memory takes the place of the rule's, in whichever unit."""
+    monkeypatch.setattr("kvpipe.doctor.asked._rules", lambda: {"train": {"mem_mb": "4000"}, "fit": {"mem_mb": "4000"}})
+    (tmp_path / "config.yaml").write_text(text)
+    asked = read_profile(tmp_path)
+    train, fit = asked.of("train").at(2), asked.of("fit").at(2)
+    assert train.values == {"gpu": 1, "mem_mb": 500000, "runtime": 2880, "threads": 8}
+    assert train.cpus == 8
+    assert fit.values == {"mem_mb": 2097, "runtime": 60}
+
+
+@pytest.mark.parametrize("entry", ["set-resources: [gpu=1]", "set-threads: [train]", "default-resources: 5"])
+def test_resources_that_snakemake_refuses(entry, tmp_path):
+    (tmp_path / "config.yaml").write_text(entry)
+    with pytest.raises(ValueError, match=r"config\.yaml: the profile has .*NAME=VALUE"):
+        read_profile(tmp_path)
+
+
+def test_plain_numbers_are_read_without_snakemake(monkeypatch):
+    monkeypatch.setitem(sys.modules, "snakemake.resources", None)
+    request = Request("train", {"mem_mb": " 9000", "gpu": 2, "runtime": "60 * attempt"})
+    assert (request.number("mem_mb"), request.gpus, request.number("runtime")) == (9000, 2, None)
 
 
 # ---------------------------------------------------------------- versions

@@ -1,5 +1,7 @@
 """The cluster as the doctor sees it: every finding is produced by what it warns of."""
 
+import json
+
 import pytest
 from conftest import PROFILE
 
@@ -121,13 +123,21 @@ def test_an_account_without_accounting(site, profile):
         ({"gpu": 1, "gpu_model": "v100"}, "GPU type v100 is not in partition gpu (has a100)", "gpu_model: a100"),
         ({"gres": "gpu:v100:1"}, "GPU type v100 is not", "gpu_model: a100"),
         ({"gpu": 3}, "asks for 3 GPUs, a node of partition gpu has 2", "gpu: 2"),
-        ({"gres": "gpu:5"}, "asks for 5 GPUs", "gpu: 2"),
+        ({"gres": "gpu:5"}, "asks for 5 GPUs", 'gres: "gpu:2"'),
+        ({"gres": "gpu:8", "nodes": 2}, "asks for 16 GPUs on 2 nodes, a node of partition gpu has 2", 'gres: "gpu:2"'),
+        ({"gpu": 6, "nodes": 2}, "asks for 6 GPUs on 2 nodes", "gpu: 4"),
+        ({"gpu": 3, "nodes": 2}, "3 GPUs on 2 nodes: every node needs the same number", "set-resources: train"),
         ({"threads": 3}, "asks for 3 CPUs, a node of partition gpu has 2", "cpus_per_task: 2"),
         ({"mem_mb": "10001"}, "asks for 10001 MB, a node of partition gpu has 10000", "mem_mb: 10000"),
         ({"runtime": "121 * attempt"}, "asks for 121 min, partition gpu allows 120", "runtime: 120"),
+        ({"runtime": "2d"}, "asks for 2880 min, partition gpu allows 120", "runtime: 120"),
+        ({"runtime": "attempt * 1440"}, "asks for 1440 min", "runtime: 120"),
+        ({"runtime": "max(121, 60*attempt)"}, "asks for 121 min", "runtime: 120"),
+        ({"mem": "500GB"}, "asks for 500000 MB", "mem_mb: 10000"),
+        ({"threads": 3, "mem_mb": "4000 * threads"}, "asks for 3 CPUs", "cpus_per_task: 2"),
         ({"slurm_partition": "fat"}, "no partition fat", "slurm_partition=gpu"),
         ({"slurm_partition": "long", "runtime": 9999, "gpu": 2, "mem_mb": 10000}, None, None),
-        ({"gpu": 3, "nodes": 2, "gpu_model": "a100"}, None, None),
+        ({"gpu": 4, "nodes": 2, "gpu_model": "a100", "mpi": "srun", "tasks": 2, "tasks_per_gpu": 0}, None, None),
         ({"gres": "gpu", "cpus_per_task": 2, "runtime": 120}, None, None),
     ],
 )
@@ -138,6 +148,36 @@ def test_requests_against_the_partition(site, resources, detail, fix):
     else:
         assert detail in problem[0]
         assert fix in problem[1]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "detail", "fixed"),
+    [
+        ("runtime", "50 * attempt", "asks for 150 min, partition gpu allows 120 (attempt 3)", "min(50 * attempt, 120)"),
+        ("runtime", "min(120 * attempt, 240)", "asks for 240 min, partition gpu allows 120 (attempt 2)", "120"),
+        ("mem_mb", "4000 * attempt", "asks for 12000 MB, a node of partition gpu has 10000 (attempt 3)", "min(4000 * "),
+    ],
+)
+def test_a_later_attempt_that_does_not_fit(site, profile, key, value, detail, fixed):
+    """Without EnforcePartLimits it would be pending for ever."""
+
+    def requests(value, more="retries: 2\n"):
+        resources = json.dumps({"gpu": 1, "mem_mb": 9000, "runtime": 100} | {key: value})
+        text = changed("{gpu: 1, mem_mb: 9000, runtime: 100 * attempt}", resources)
+        return found(profile(text + more))["requests"]
+
+    assert requests(value, "").status == "ok"
+    finding = requests(value)
+    assert (finding.status, finding.detail) == ("would fail", f"train: {detail}")
+    line = finding.fix.removeprefix("in the profile: ").split("   #")[0]
+    assert line.startswith(f"{key}: {fixed}")
+    assert requests(line.removeprefix(f"{key}: ")).status == "ok", "the line to paste helps"
+
+
+def test_a_value_that_only_the_job_knows(site, profile):
+    finding = found(profile(changed("9000", "2 * input.size_mb")))["requests"]
+    assert finding.status == "warning"
+    assert "train mem_mb: 2 * input.size_mb: not known before" in finding.detail
 
 
 def test_rules_with_one_fault_are_one_finding(site, profile):
