@@ -1,6 +1,7 @@
 """The cluster as the doctor sees it: every finding is produced by what it warns of."""
 
 import json
+import re
 
 import pytest
 from conftest import PROFILE
@@ -76,37 +77,85 @@ def test_the_default_status_command_is_sacct_where_it_is_on_the_path(site, profi
 
 
 def test_with_accounting_sacct_is_a_warning(site, profile):
-    before = next(
-        line for line in (site.answers / "config").read_text().splitlines() if "AccountingStorageType" in line
-    )
-    site.change("config", before, "AccountingStorageType   = accounting_storage/slurmdbd")
+    switch_on_accounting(site)
     finding = found(profile(changed("squeue", "sacct")))["accounting"]
     assert finding.status == "warning"
     assert "CANCELLED by" in finding.detail
 
 
-def test_jobs_that_leave_squeue_too_soon(site, profile):
-    """The executor then asks sacct all the same, whatever the profile says."""
-    site.change("config", "MinJobAge               = 300 sec", "MinJobAge               = 60 sec")
-    finding = found(profile())["MinJobAge"]
-    assert finding.status == "would fail"
-    assert finding.fix == "in the profile: slurm-init-seconds-before-status-checks: 20"
-    with_fix = PROFILE + "slurm-init-seconds-before-status-checks: 20\n"
-    assert found(profile(with_fix))["MinJobAge"].status == "ok"
+def switch_on_accounting(site):
+    lines = (site.answers / "config").read_text().splitlines()
+    before = next(line for line in lines if "AccountingStorageType" in line)
+    site.change("config", before, "AccountingStorageType   = accounting_storage/slurmdbd")
+
+
+def test_sacct_that_is_not_on_the_path_is_not_asked(site, profile):
+    """The executor then takes squeue, for which MinJobAge counts."""
     site.without("sacct")
-    assert found(profile())["MinJobAge"].status == "warning"
+    site.change("config", "MinJobAge               = 300 sec", "MinJobAge               = 130 sec")
+    findings = found(profile(changed("squeue", "sacct")))
+    assert findings["accounting"].detail == "accounting is off, the executor asks squeue"
+    assert findings["MinJobAge"].status == "would fail"
 
 
-def test_preemption_that_cancels_hangs(site, profile):
-    line = next(x for x in (site.answers / "config").read_text().splitlines() if x.startswith("PreemptMode"))
-    site.change("config", line, "PreemptMode             = CANCEL")
-    site.change("partitions", "PreemptMode=OFF", "PreemptMode=CANCEL")
-    finding = found(profile())["preemption"]
+def test_a_first_interval_for_which_the_executor_does_not_trust_squeue(site, profile):
+    """It then asks sacct all the same, whatever the profile says."""
+    text = PROFILE + "slurm-init-seconds-before-status-checks: "
+    finding = found(profile(f"{text}101\n"))["MinJobAge"]
+    assert finding.status == "would fail"
+    assert finding.fix == "in the profile: slurm-init-seconds-before-status-checks: 100"
+    assert found(profile(f"{text}100\n"))["MinJobAge"].status == "ok"
+    site.without("sacct")
+    assert found(profile(f"{text}101\n"))["MinJobAge"].status == "ok", "nothing to fall back on"
+    assert found(profile(f"{text}241\n"))["MinJobAge"].status == "would fail"
+
+
+@pytest.mark.parametrize("age", [30, 130, 239])
+def test_jobs_that_leave_squeue_between_two_checks(site, profile, age):
+    """The interval grows to 180 s, and a job that is not shown counts as running: no line of the profile helps."""
+    site.change("config", "MinJobAge               = 300 sec", f"MinJobAge               = {age} sec")
+    for first in (10, 40):
+        text = f"{PROFILE}slurm-init-seconds-before-status-checks: {first}\n"
+        finding = found(profile(text))["MinJobAge"]
+        assert finding.status == "would fail"
+        assert "no line of the profile helps below 240 s" in finding.fix
+    switch_on_accounting(site)
+    finding = found(profile())["MinJobAge"]
+    assert finding.status == ("warning" if age < 120 else "would fail"), "below, the executor takes sacct by itself"
+    assert finding.fix == "in the profile: slurm-status-command: sacct"
+
+
+@pytest.mark.parametrize("age", [240, 0])
+def test_jobs_that_stay_in_squeue_long_enough(site, profile, age):
+    site.without("sacct")
+    site.change("config", "MinJobAge               = 300 sec", f"MinJobAge               = {age} sec")
+    assert found(profile())["MinJobAge"].status == "ok"
+
+
+def preempts(site, mode):
+    """The cluster's PreemptMode, and its partitions'."""
+    for name in ("config", "partitions"):
+        text = (site.answers / name).read_text()
+        text = re.sub(r"^(PreemptMode +=).*", rf"\1 {mode}", text, flags=re.MULTILINE)
+        (site.answers / name).write_text(re.sub(r"PreemptMode=\S+", f"PreemptMode={mode}", text))
+
+
+@pytest.mark.parametrize("mode", ["CANCEL", "GANG,CANCEL"])
+def test_preemption_that_cancels_hangs(site, profile, mode):
+    preempts(site, mode)
+    finding = found(profile(PROFILE + "slurm-requeue: true\n"))["preemption"]
     assert finding.status == "would fail"
     assert "PreemptMode CANCEL (gpu)" in finding.detail
-    site.change("config", "= CANCEL", "= REQUEUE")
-    site.change("partitions", "PreemptMode=CANCEL", "PreemptMode=REQUEUE")
+
+
+def test_preemption_that_requeues(site, profile):
+    preempts(site, "REQUEUE")
     assert found(profile())["preemption"].status == "warning"
+    text = (site.answers / "config").read_text()
+    (site.answers / "config").write_text(re.sub(r"^JobRequeue .*", "JobRequeue = 0", text, flags=re.MULTILINE))
+    finding = found(profile())["preemption"]
+    assert (finding.status, finding.fix) == ("would fail", "in the profile: slurm-requeue: true")
+    assert "JobRequeue = 0: a preempted job (gpu REQUEUE) is cancelled" in finding.detail
     assert found(profile(PROFILE + "slurm-requeue: true\n"))["preemption"].status == "ok"
 
 

@@ -81,8 +81,11 @@ def cluster_messages(site, profile) -> dict[str, str]:
         "More time than the partition allows": asks(runtime=3000),
         "An account where there is no accounting": slurm(PROFILE.replace("runtime=60", "runtime=60, slurm_account=a")),
     }
-    site.change("config", "MinJobAge               = 300 sec", "MinJobAge               = 30 sec")
-    said["The executor goes back to sacct by itself"] = slurm()
+    said["The executor goes back to sacct by itself"] = slurm(
+        PROFILE + "slurm-init-seconds-before-status-checks: 101\n"
+    )
+    site.change("config", "MinJobAge               = 300 sec", "MinJobAge               = 130 sec")
+    said["A job's end is missed"] = slurm()
     site.change("partitions", "Default=YES", "Default=NO")
     said["No partition"] = slurm()
     site.change("partitions", "Default=NO", "Default=YES")
@@ -100,6 +103,7 @@ def cluster_messages(site, profile) -> dict[str, str]:
 CLUSTER = {
     "Nothing happens after the jobs have ended",
     "The executor goes back to sacct by itself",
+    "A job's end is missed",
     "A preempted job is waited for without end",
     "The GPU type is refused",
     "More CPUs than a node has",
