@@ -258,6 +258,9 @@ def test_a_store_over_its_budget(saved, laptop, tmp_path):
 
 QUOTAS = {  # what the programs print: used, soft and hard limit in kB
     "lfs": "     /scratch 9000000* 8000000 10000000       6d       1       0       0       -\n",
+    "lfs, of a mount point that takes a line": (
+        "/lustre/scratch/projects\n     9000000* 8000000 10000000       6d       1       0       0       -\n"
+    ),
     "quota": (
         "Disk quotas for user ann (uid 1000): \n"
         "     Filesystem  blocks   quota   limit   grace   files   quota   limit   grace\n"
@@ -271,7 +274,7 @@ QUOTAS = {  # what the programs print: used, soft and hard limit in kB
 def test_quota(saved, site, tmp_path, program):
     device = subprocess.run(["df", "--output=source", str(tmp_path)], capture_output=True, text=True, check=True)
     text = QUOTAS[program].format(device=device.stdout.split()[-1])
-    site.program(program, f"cat <<'END'\n{text}END")
+    site.program(program.split(",")[0], f"cat <<'END'\n{text}END")
     assert storage.quota_left(tmp_path) == 1000000 * 1024
     assert by_name(storage.examine_storage(config(saved), Paths(tmp_path)))["quota"].status == "warning"
 
@@ -476,6 +479,13 @@ def test_drivers_that_do_not_know_the_compute_capability(site):
     site.program("nvidia-smi", "echo 'NVIDIA H100, 550.1, 81559, 9.0'")
     assert gpu.seen_here()["capability"] == "9.0"
     site.program("nvidia-smi", "echo 'NVIDIA-SMI has failed'; exit 9")
+    assert gpu.seen_here() is None
+
+
+@pytest.mark.parametrize("said", ["true", "echo", "echo 'No devices were found'"])
+def test_an_nvidia_smi_that_shows_no_gpu(site, said):
+    """Some drivers end with exit status 0 all the same."""
+    site.program("nvidia-smi", said)
     assert gpu.seen_here() is None
 
 
