@@ -22,6 +22,7 @@ from kvpipe.config import (
     ScratchModel,
 )
 from kvpipe.dag import Dag, Paths
+from kvpipe.doctor.sources import data_files
 from kvpipe.sizes import Shape, count_parameters, estimate_bytes, shape, teacher_pass_bytes
 
 SAMPLE = 100
@@ -180,8 +181,8 @@ def _sampled(source: EmbeddedData | FileData | HubData) -> tuple[int, float, dic
     """
     if isinstance(source, EmbeddedData):
         return source.train, float(source.difficulty), {"student": [], "own": []}
-    path = Path(str(source.train).partition("[")[0])
-    if isinstance(source, HubData) or source.train is None or not path.is_file():
+    path = None if isinstance(source, HubData) else data_files(source).get("train")
+    if path is None or not path.is_file():
         return 0, 0.0, {"student": [], "own": []}
     try:
         from kvpipe.mapping import to_record
