@@ -85,6 +85,11 @@ def _local(name: str, model: LocalModel) -> Iterator[Finding]:
 
 
 # ---------------------------------------------------------------- data
+def is_folder(source: HubData) -> bool:
+    """Whether it is a local folder, laid out as on the hub."""
+    return source.repo.startswith((".", "/"))
+
+
 def data_files(source: FileData) -> dict[str, Path]:
     """Split → the file that it is read from."""
     named = {split: getattr(source, split) for split in SPLITS}
@@ -100,7 +105,7 @@ def _data(config: Config) -> Iterator[Finding]:
             if gone:
                 detail = ", ".join(f"{split} file {file} does not exist" for split, file in gone.items())
                 yield Finding(label, FAIL, detail, f"correct data.sources ({source.task}), or put the file there")
-        elif isinstance(source, HubData) and source.repo.startswith((".", "/")):
+        elif isinstance(source, HubData) and is_folder(source):
             if not Path(source.repo).is_dir():
                 yield Finding(
                     label, FAIL, f"{source.repo} is not a folder", f"correct data.sources ({source.task}): repo"

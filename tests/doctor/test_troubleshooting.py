@@ -130,13 +130,19 @@ def test_image(site, profile, tmp_path, monkeypatch):
     image.touch()
     monkeypatch.setenv("KVPIPE_IMAGE", str(image))
     site.apptainer(start="echo 'FATAL: fuse: device not found' >&2; exit 255")
-    said = {"The image does not start": show(examine_container(profile(), Paths(tmp_path / "results")))}
+    said = {
+        "The image does not start": show(examine_container(config(tmp_path), Paths(tmp_path / "results"), profile()))
+    }
     site.apptainer(labels=json.dumps({LABEL: "0" * 64}))
-    said["The image is older than the lock"] = show(examine_container(profile(), Paths(tmp_path / "results")))
+    said["The image is older than the lock"] = show(
+        examine_container(config(tmp_path), Paths(tmp_path / "results"), profile())
+    )
     spaced = tmp_path / "my checkout"
     spaced.mkdir()
     monkeypatch.chdir(spaced)
-    said["A space in the path of the checkout"] = show(examine_container(profile(), Paths(tmp_path / "results")))
+    said["A space in the path of the checkout"] = show(
+        examine_container(config(tmp_path), Paths(tmp_path / "results"), profile())
+    )
     assert set(said) == IMAGE
     for title, message in said.items():
         assert matches(title, message), (title, message)
