@@ -407,6 +407,23 @@ def test_gpu_memory_by_what_a_probe_saw(saved, site, profile, tmp_path):
     assert by_name(memory.examine_memory(config(saved, LARGE), Paths(tmp_path), profile()))["GPU memory"].status == "ok"
 
 
+def test_gpu_memory_of_a_teacher(saved, site, profile, tmp_path, monkeypatch):
+    """A teacher of 8 billion parameters in bf16 takes 16 GB on the GPU, in int4 a quarter; no shard is kept there."""
+    monkeypatch.setattr(Workload, "shape", lambda self, name: Shape(32, 4096, 8, 128, 14336, 32000, 8_000_000_000))
+    text = f"{PROFILE}  teacher_kv: {{gpu: 1}}\n".replace("slurm-status-command: squeue\n", "")
+    (tmp_path / "probe.json").write_text(json.dumps({"gpu": {"memory": 12e9}}))
+
+    def findings(load, text=text):
+        settings = config(saved, {f"models.{name}.load": load for name in ("alpha", "beta")})
+        return by_name(memory.examine_memory(settings, Paths(tmp_path), profile(text)))
+
+    finding = findings({"dtype": "bf16"})["GPU memory of teacher KV"]
+    assert (finding.status, "a GPU has 12.0 GB" in finding.detail) == ("would fail", True)
+    assert "load: {dtype: bf16} or {quantize: int8}" in finding.fix
+    assert findings({"quantize": "int4"})["GPU memory of teacher KV"].status == "ok"
+    assert "GPU memory of teacher KV" not in findings({"dtype": "bf16"}, PROFILE), "its rule asks for no GPU"
+
+
 def test_what_the_estimate_says_of_the_advice():
     """Every setting that the advice names makes the estimate smaller."""
     student = Shape(22, 2048, 4, 64, 5632, 32000, 1_100_000_000)

@@ -9,6 +9,9 @@ from conftest import PROFILE
 from kvpipe.doctor.asked import Request, parse_gpus
 from kvpipe.doctor.slurm import examine_slurm, parse_minutes, read_partitions, refusal
 
+# a cell on two nodes
+MPI = {"nodes": 2, "mpi": "srun", "tasks": 2, "tasks_per_gpu": 0}
+
 
 def found(asked):
     return {f.name: f for f in examine_slurm(asked)}
@@ -173,9 +176,9 @@ def test_an_account_without_accounting(site, profile):
         ({"gres": "gpu:v100:1"}, "GPU type v100 is not", "gpu_model: a100"),
         ({"gpu": 3}, "asks for 3 GPUs, a node of partition gpu has 2", "gpu: 2"),
         ({"gres": "gpu:5"}, "asks for 5 GPUs", 'gres: "gpu:2"'),
-        ({"gres": "gpu:8", "nodes": 2}, "asks for 16 GPUs on 2 nodes, a node of partition gpu has 2", 'gres: "gpu:2"'),
-        ({"gpu": 6, "nodes": 2}, "asks for 6 GPUs on 2 nodes", "gpu: 4"),
-        ({"gpu": 3, "nodes": 2}, "3 GPUs on 2 nodes: every node needs the same number", "set-resources: train"),
+        (MPI | {"gres": "gpu:8"}, "asks for 16 GPUs on 2 nodes, a node of partition gpu has 2", 'gres: "gpu:2"'),
+        (MPI | {"gpu": 6}, "asks for 6 GPUs on 2 nodes", "gpu: 4"),
+        (MPI | {"gpu": 3}, "3 GPUs on 2 nodes: every node needs the same number", "set-resources: train"),
         ({"threads": 3}, "asks for 3 CPUs, a node of partition gpu has 2", "cpus_per_task: 2"),
         ({"mem_mb": "10001"}, "asks for 10001 MB, a node of partition gpu has 10000", "mem_mb: 10000"),
         ({"runtime": "121 * attempt"}, "asks for 121 min, partition gpu allows 120", "runtime: 120"),
@@ -186,7 +189,8 @@ def test_an_account_without_accounting(site, profile):
         ({"threads": 3, "mem_mb": "4000 * threads"}, "asks for 3 CPUs", "cpus_per_task: 2"),
         ({"slurm_partition": "fat"}, "no partition fat", "slurm_partition=gpu"),
         ({"slurm_partition": "long", "runtime": 9999, "gpu": 2, "mem_mb": 10000}, None, None),
-        ({"gpu": 4, "nodes": 2, "gpu_model": "a100", "mpi": "srun", "tasks": 2, "tasks_per_gpu": 0}, None, None),
+        (MPI | {"gpu": 4, "gpu_model": "a100"}, None, None),
+        (MPI | {"gres": "gpu:2"}, None, None),
         ({"gres": "gpu", "cpus_per_task": 2, "runtime": 120}, None, None),
     ],
 )
