@@ -104,8 +104,8 @@ def training_bytes(student: Shape, config: TrainConfig, tokens: int) -> int:
     return 4 * student.parameters + 12 * trained + activations + logits
 
 
-def teacher_pass_bytes(teacher: Shape, layers: int, rows: int, tokens: int, width: int = 4) -> int:
+def teacher_pass_bytes(teacher: Shape, layers: int, rows: int, tokens: int, width: float = 4.0) -> int:
     """Memory of building a shard: the teacher in `width` bytes a weight, the shard's rows (float32) and what is packed of
     them, and the logits of one batch of `tokens`."""
     cache = rows * 2 * layers * teacher.kv_heads * teacher.head_dim * (4 + 2)
-    return width * teacher.parameters + cache + 2 * 4 * tokens * teacher.vocab
+    return round(width * teacher.parameters) + cache + 2 * 4 * tokens * teacher.vocab

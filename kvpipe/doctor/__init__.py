@@ -34,7 +34,7 @@ def examine(config: Config, paths: Paths, asked: Asked | None = None) -> list[Fi
     return [
         *examine_versions(config, asked),
         *examine_slurm(asked),
-        *examine_container(asked, paths),
+        *examine_container(config, paths, asked),
         *examine_gpu(config, paths, asked),
         *examine_sources(config, paths),
         *examine_storage(config, paths),

@@ -3,32 +3,55 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from kvpipe import launch
 from kvpipe.doctor.finding import inside_a_job
 from kvpipe.provenance import PACKAGE
 
 RULES = PACKAGE.parent / "workflow" / "rules"
 PROFILES = (Path(), Path("~/.config/snakemake").expanduser(), Path("/etc/xdg/snakemake"))
 """Where Snakemake looks for a profile."""
+NUMBERS = ("gpu", "nodes", "threads", "cpus_per_task", "mem_mb", "runtime")
+"""Resources that are compared with what a partition has."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What one rule's job asks for, at its first attempt."""
+    """What one rule's job asks for, at one of its attempts."""
 
     rule: str
     resources: dict[str, Any]
+    """As written: a value may be an expression, `min(720 * attempt, 1440)`."""
+    attempt: int = 1
+
+    def at(self, attempt: int) -> Request:
+        """The same job at another attempt."""
+        return replace(self, attempt=attempt)
+
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """The resources as Snakemake reads them."""
+        return evaluate(self.resources, self.attempt)
 
     def number(self, key: str) -> int | None:
-        """A resource as a number; of an expression like `min(720 * attempt, 1440)` what the first attempt has."""
-        found = re.match(r"\s*(?:min\()?\s*(\d+)", str(self.resources.get(key, "")))
-        return int(found[1]) if found else None
+        """A resource as a number; None where it is not set, or not known before the job is submitted."""
+        value = self.values.get(key)
+        # an explicit string in a profile, "16000"
+        value = int(value) if isinstance(value, str) and value.isdecimal() else value
+        return value if isinstance(value, int) else None
+
+    @property
+    def unread(self) -> dict[str, Any]:
+        """What is written and cannot be compared with a limit: it depends on the job's input, or is no number."""
+        written = {key: self.resources[key] for key in NUMBERS if self.resources.get(key) is not None}
+        return {key: value for key, value in written.items() if self.number(key) is None}
 
     @property
     def cpus(self) -> int:
@@ -36,18 +59,31 @@ class Request:
         return self.number("cpus_per_task") or self.number("threads") or 1
 
     @property
+    def processes(self) -> tuple[int, int]:
+        """GPUs over all nodes, and nodes, as a cell's launcher counts them.
+
+        Raises:
+            ValueError: it cannot start on them.
+        """
+        return launch.processes(self.values | {key: self.number(key) for key in ("gpu", "nodes")})
+
+    @property
     def gpus(self) -> int:
-        """GPUs, in whichever way they are asked for."""
-        return self.number("gpu") or sum(parse_gpus(self._gres).values()) or int(self.gpu_model is not None)
+        """GPUs over all nodes, in whichever way they are asked for."""
+        try:
+            return self.processes[0] or int(self.gpu_model is not None)
+        except ValueError:  # a finding of its own
+            return self.number("gpu") or 0
 
     @property
     def gpu_model(self) -> str | None:
         """Type of GPU, where one is named."""
-        return self.resources.get("gpu_model") or next(filter(None, parse_gpus(self._gres)), None)
+        return self.values.get("gpu_model") or next(filter(None, parse_gpus(self.gres)), None)
 
     @property
-    def _gres(self) -> str:
-        return str(self.resources.get("gres", ""))
+    def gres(self) -> str:
+        """Generic resources of every node."""
+        return str(self.values.get("gres") or "")
 
 
 @dataclass(frozen=True)
@@ -58,6 +94,11 @@ class Asked:
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def attempts(self) -> range:
+        """Numbers of a job's attempts: `retries` come after the first."""
+        return range(1, 2 + int(self.settings.get("retries") or self.settings.get("restart-times") or 0))
+
+    @property
     def defaults(self) -> dict[str, Any]:
         """The profile's resources for rules that say nothing."""
         return _resources(self.settings.get("default-resources"))
@@ -65,17 +106,22 @@ class Asked:
     @property
     def own(self) -> dict[str, dict[str, Any]]:
         """Rule → the resources that the profile sets for it."""
-        return {rule: _resources(values) for rule, values in (self.settings.get("set-resources") or {}).items()}
+        written = self.settings.get("set-resources")
+        if isinstance(written, dict):
+            return {rule: _resources(values) for rule, values in written.items()}
+        listed: dict[str, list[str]] = {}
+        for rule, assignment in _pairs(written, ":"):
+            listed.setdefault(rule, []).append(assignment)
+        return {rule: _resources(assignments) for rule, assignments in listed.items()}
 
     @cached_property
     def requests(self) -> list[Request]:
         """One request per rule of the workflow."""
         defaults = self.defaults
-        threads = self.settings.get("set-threads") or {}
         found = {rule: {**defaults, **values} for rule, values in _rules().items()}
         for rule, values in self.own.items():
             found[rule] = {**found.get(rule, defaults), **values}
-        for rule, count in threads.items():
+        for rule, count in _mapping(self.settings.get("set-threads")).items():
             found[rule] = {**found.get(rule, defaults), "threads": count}
         return [Request(rule, values) for rule, values in found.items()]
 
@@ -112,7 +158,12 @@ def read_profile(profile: Path | None) -> Asked:
         raise ValueError(f"{files[0]}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{files[0]}: expected a mapping at the top level")
-    return Asked(files[0], values)
+    asked = Asked(files[0], values)
+    try:
+        asked.requests, asked.attempts  # noqa: B018 - read here, so that the message names the file
+    except ValueError as error:
+        raise ValueError(f"{files[0]}: {error}") from None
+    return asked
 
 
 def parse_gpus(gres: str) -> dict[str, int]:
@@ -127,12 +178,54 @@ def parse_gpus(gres: str) -> dict[str, int]:
     return out
 
 
+def evaluate(resources: Mapping[str, Any], attempt: int) -> dict[str, Any]:
+    """Resource → its value at an attempt, by Snakemake's own reading: units (`2d`, `500GB`) and Python expressions. None
+    where that fails, as it does for an expression of the job's input."""
+    try:
+        from snakemake.exceptions import WorkflowError
+        from snakemake.resources import Resources
+    except ImportError:  # a finding of its own; plain numbers can be read all the same
+        return {key: int(value) if str(value).strip().isdecimal() else value for key, value in resources.items()}
+    out: dict[str, Any] = {}
+    # threads first: the others may be expressions of them
+    for key, value in sorted(resources.items(), key=lambda item: item[0] != "threads"):
+        try:
+            ((name, parsed),) = Resources.parse([f"{key}={value}"], allow_expressions=True).items()
+            given = {"input": (), "attempt": attempt, "threads": out.get("threads") or 1, "async_run": None}
+            out[name] = parsed.evaluate(None, **given, rulename="").value
+        except (WorkflowError, TypeError):
+            out[key] = None
+    return out
+
+
+def _pairs(values: Any, sign: str) -> list[tuple[str, str]]:
+    """`left<sign>right` of a list, or of a string with spaces between."""
+    items = values.split() if isinstance(values, str) else values or []
+    out = []
+    for item in items if isinstance(items, list) else [items]:
+        left, found, right = str(item).partition(sign)
+        if not found:
+            raise ValueError(f"the profile has {item!r}; Snakemake expects {'RULE:' if sign == ':' else ''}NAME=VALUE")
+        out.append((left, right))
+    return out
+
+
+def _mapping(values: Any) -> dict[str, Any]:
+    """A mapping, however the profile writes it: as one, or as a list or string of `name=value`."""
+    return values if isinstance(values, dict) else dict(_pairs(values, "="))
+
+
 def _resources(values: Any) -> dict[str, Any]:
-    """Resources as a mapping, however the profile writes them: a mapping, or a list or string of `name=value`."""
-    if isinstance(values, dict):
-        return values
-    listed = values.split() if isinstance(values, str) else values or []
-    return dict(item.split("=", 1) for item in listed)
+    """Resources as written, but every memory as mem_mb: what the profile sets replaces what the rule says in another unit."""
+    out = {}
+    for name, value in _mapping(values).items():
+        if name in ("mem", "mem_mib"):
+            read = evaluate({name: value}, 1).get("mem_mb")
+            times = "" if name == "mem" else "1.048576 * "
+            # an expression stays one, with its attempt
+            name, value = "mem_mb", f"round({times}({value}))" if "attempt" in str(value) else read or value
+        out[name] = value
+    return out
 
 
 def _rules() -> dict[str, dict[str, Any]]:
@@ -145,5 +238,5 @@ def _rules() -> dict[str, dict[str, Any]]:
                 section = re.search(r"^ {4}resources:\n((?: {8}.*\n)+)", block, flags=re.MULTILINE)
                 pairs = re.findall(r"(\w+)\s*=\s*([^,\n]+)", section[1]) if section else []
                 threads = re.findall(r"^ {4}threads:\s*(\d+)", block, flags=re.MULTILINE)
-                found[named[1]] = {**dict(pairs), **({"threads": threads[0]} if threads else {})}
+                found[named[1]] = {**_resources(dict(pairs)), **({"threads": threads[0]} if threads else {})}
     return found

@@ -12,12 +12,15 @@ from hashlib import sha256
 from pathlib import Path
 
 from kvpipe import launch
+from kvpipe.config import Config, FileData, HubData, HubModel, LocalModel
 from kvpipe.dag import Paths
 from kvpipe.doctor.asked import Asked
 from kvpipe.doctor.finding import FAIL, OK, WARNING, Answer, Finding, ask, inside_a_job
+from kvpipe.doctor.sources import data_files, is_folder
 from kvpipe.provenance import PACKAGE
 
 IMAGE = "containers/kvpipe.sif"
+CACHES = ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")
 LABEL = "kvpipe.lock-sha256"
 """The image's label that holds the hash of the lock file it was built from."""
 LEAST = (1, 1)
@@ -48,7 +51,7 @@ def image_path() -> Path:
     return Path(os.environ.get("KVPIPE_IMAGE", IMAGE))
 
 
-def examine_container(asked: Asked, paths: Paths) -> list[Finding]:
+def examine_container(config: Config, paths: Paths, asked: Asked) -> list[Finding]:
     """Findings on Apptainer and the image; none where jobs run without."""
     if inside_a_job() or not (asked.containers and shutil.which("sbatch")):
         return []
@@ -56,7 +59,7 @@ def examine_container(asked: Asked, paths: Paths) -> list[Finding]:
     if program is None:
         detail = "apptainer is not on the PATH; Snakemake needs it on the login node too, even for a dry run"
         return [Finding("apptainer", FAIL, detail, "module load apptainer")]
-    return [*_version(program), *_image(program, image_path(), asked, paths), *_paths()]
+    return [*_version(program), *_image(program, image_path(), config, paths, asked), *_paths()]
 
 
 def _version(program: str) -> Iterator[Finding]:
@@ -73,7 +76,7 @@ def _version(program: str) -> Iterator[Finding]:
         yield Finding("apptainer", OK, said)
 
 
-def _image(program: str, image: Path, asked: Asked, paths: Paths) -> Iterator[Finding]:
+def _image(program: str, image: Path, config: Config, paths: Paths, asked: Asked) -> Iterator[Finding]:
     if not image.exists():
         yield Finding("image", FAIL, f"{image} does not exist", BUILD)
         return
@@ -83,28 +86,68 @@ def _image(program: str, image: Path, asked: Asked, paths: Paths) -> Iterator[Fi
         return
     yield Finding("image", OK, f"{image} starts")
     yield from _lock(program, image)
-    options = str(asked.settings.get("apptainer-args", "")).strip()
-    cache = os.environ.get("HF_HOME")
-    for name, folder in (("HF_HOME", cache and Path(cache).expanduser()), ("results", paths.root)):
-        if folder:
-            yield from _seen(name, folder.resolve(), program, image, options)
+    yield from _seen(places(config, paths), program, image, str(asked.settings.get("apptainer-args", "")).strip())
+    yield from _home(config)
 
 
-def _seen(name: str, folder: Path, program: str, image: Path, options: str) -> Iterator[Finding]:
-    """Whether a folder outside the working directory is the same one in the image: asked of the image, since a site's own
+def places(config: Config, paths: Paths) -> dict[str, Path]:
+    """What jobs read and write → its folder, links followed: of models and data those that are there."""
+    found = {key: Path(os.environ[key]).expanduser() for key in CACHES if os.environ.get(key)}
+    found["results"] = paths.root
+    there = {f"library {library}": Path(library) for library in config.libraries}
+    there |= {
+        f"model {name}": Path(model.path) for name, model in config.models.items() if isinstance(model, LocalModel)
+    }
+    for source in config.data.sources:
+        if isinstance(source, FileData):
+            # the folder of the file itself, which may be a link to another place
+            there |= {f"data {source.task}, {s}": file.resolve().parent for s, file in data_files(source).items()}
+        elif isinstance(source, HubData) and is_folder(source):
+            there[f"data {source.task}"] = Path(source.repo)
+    found |= {name: folder for name, folder in there.items() if folder.exists()}
+    return {name: folder.resolve() for name, folder in found.items()}
+
+
+def _seen(folders: dict[str, Path], program: str, image: Path, options: str) -> Iterator[Finding]:
+    """Whether folders outside the working directory are the same ones in the image: asked of the image, since a site's own
     configuration may bind more than the profile does."""
     here = Path.cwd()
-    if folder.is_relative_to(here):
+    nearest = {
+        folder: next(path for path in (folder, *folder.parents) if path.exists())
+        for folder in folders.values()
+        if not folder.is_relative_to(here)
+    }
+    if not nearest:
         return
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
     # as Snakemake starts it; --home takes the place of the user's home
     start = ("exec", "--home", str(here), *shlex.split(options), str(image))
-    answer = ask(program, *start, "stat", "-c", "%d:%i", str(nearest), patience=START)
-    known = nearest.stat()
-    if answer is None or answer.out.strip() != f"{known.st_dev}:{known.st_ino}":
-        make = "" if folder.exists() else f"mkdir -p {folder}; "
-        fix = f'{make}in the profile: apptainer-args: "{f"{options} --bind {folder}".strip()}"'
-        yield Finding(f"{name} in the image", WARNING, f"jobs do not see {folder}", fix)
+    answer = ask(program, *start, "stat", "-c", "%d:%i %n", *map(str, dict.fromkeys(nearest.values())), patience=START)
+    said = set(answer.out.splitlines()) if answer else set()
+    unseen = [
+        folder for folder, path in nearest.items() if f"{path.stat().st_dev}:{path.stat().st_ino} {path}" not in said
+    ]
+    # one line for all of them: a second one would take the place of the first
+    line = " ".join([*filter(None, [options]), *(f"--bind {folder}" for folder in unseen)])
+    make = "".join(f"mkdir -p {folder}; " for folder in unseen if not folder.exists())
+    for folder in unseen:
+        names = ", ".join(name for name, place in folders.items() if place == folder)
+        yield Finding(
+            f"{names} in the image",
+            WARNING,
+            f"jobs do not see {folder}",
+            f'{make}in the profile: apptainer-args: "{line}"',
+        )
+
+
+def _home(config: Config) -> Iterator[Finding]:
+    """Snakemake starts the image with the working directory as home: the cache in the user's own is not there."""
+    models = any(isinstance(model, HubModel) for model in config.models.values())
+    data = any(isinstance(source, HubData) and not is_folder(source) for source in config.data.sources)
+    lacking = [key for key, used in (("HF_HUB_CACHE", models), ("HF_DATASETS_CACHE", data)) if used]
+    if "HF_HOME" not in os.environ and not all(key in os.environ for key in lacking):
+        detail = "not set: jobs have the working directory as home and see nothing of ~/.cache/huggingface"
+        fix = "export HF_HOME=<a folder on scratch>   (or ~/.cache/huggingface), then the doctor again"
+        yield Finding("HF_HOME in the image", WARNING, detail, fix)
 
 
 def cure(answer: Answer | None) -> str:
@@ -119,7 +162,11 @@ def cure(answer: Answer | None) -> str:
 def _lock(program: str, image: Path) -> Iterator[Finding]:
     lock = PACKAGE.parent / "requirements.lock"
     answer = ask(program, "inspect", "--json", "--labels", str(image))
-    if answer is None or answer.code or not lock.is_file():
+    if not lock.is_file():
+        return
+    if answer is None or answer.code:
+        said = answer.said if answer else "absent"
+        yield Finding("image and lock", WARNING, f"{program} inspect does not tell the image's labels: {said}", BUILD)
         return
     try:
         labels = json.loads(answer.out)["data"]["attributes"]["labels"] or {}

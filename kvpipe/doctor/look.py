@@ -26,7 +26,10 @@ def nvidia() -> dict | None:
             continue
     else:
         return None
-    name, driver, memory, *capability = (part.strip() for part in out.splitlines()[0].split(","))
+    columns = [part.strip() for part in (out.splitlines() or [""])[0].split(",")]
+    if len(columns) < 3:  # "No devices were found", which some drivers say with exit status 0
+        return None
+    name, driver, memory, *capability = columns
     # a card that shares the host's memory has none of its own to tell
     size = int(memory) * 2**20 if memory.isdigit() else None
     return {"name": name, "driver": driver, "capability": capability[0] if capability else None, "memory": size}

@@ -19,6 +19,10 @@ from kvpipe.sizes import Shape, training_bytes
 MIB = float(2**20)
 BASE = 1.5 * GB
 """Python, torch and transformers themselves."""
+SMALLER = (
+    "train.accumulate × 2 (the same batch in smaller parts), train.gradient_checkpointing: true, "
+    "train.precision: bf16 or train.lora"
+)
 PROBED = "probe.json"
 """What `kvpipe doctor --probe` saw, under the results."""
 
@@ -42,8 +46,8 @@ def examine_memory(config: Config, paths: Paths, asked: Asked) -> list[Finding]:
     host = BASE + held + (4 * student.parameters if on_gpu else training)
     return [
         *_host("memory of training", where, host, asked, "train"),
-        *_gpu(float(training), where, paths, asked),
-        *_teachers(work, asked),
+        *_gpu("GPU memory", where, float(training), SMALLER, paths, asked, "train"),
+        *_teachers(work, paths, asked),
     ]
 
 
@@ -88,24 +92,18 @@ def _round(need: float) -> int:
     return math.ceil(1.25 * need / GB) * 1000
 
 
-def _gpu(need: float, where: str, paths: Paths, asked: Asked) -> Iterator[Finding]:
+def _gpu(name: str, where: str, need: float, fix: str, paths: Paths, asked: Asked, rule: str) -> Iterator[Finding]:
     room = gpu_memory(paths)
     if room is None:
-        if asked.of("train").gpus and shutil.which("sbatch"):
-            fix = "kvpipe doctor --probe looks into a job"
-            yield Finding(
-                "GPU memory", OK, f"{where}: about {need / GB:.1f} GB; the GPUs' memory is not known yet", fix
-            )
+        if rule == "train" and asked.of(rule).gpus and shutil.which("sbatch"):
+            unknown = f"{where}: about {need / GB:.1f} GB; the GPUs' memory is not known yet"
+            yield Finding(name, OK, unknown, "kvpipe doctor --probe looks into a job")
         return
     about = f"{where}: about {need / GB:.1f} GB, a GPU has {room / GB:.1f} GB"
     if need > 0.95 * room:
-        fix = (
-            "train.accumulate × 2 (the same batch in smaller parts), train.gradient_checkpointing: true, "
-            "train.precision: bf16 or train.lora"
-        )
-        yield Finding("GPU memory", _grade(need, room), about, fix)
+        yield Finding(name, _grade(need, room), about, fix)
     else:
-        yield Finding("GPU memory", OK, about)
+        yield Finding(name, OK, about)
 
 
 def gpu_memory(paths: Paths) -> float | None:
@@ -122,11 +120,20 @@ def gpu_memory(paths: Paths) -> float | None:
     return float(first[0]) * 2**20 if first and first[0].isdigit() else None
 
 
-def _teachers(work: Workload, asked: Asked) -> Iterator[Finding]:
-    """One finding, on the store that takes most."""
+def _teachers(work: Workload, paths: Paths, asked: Asked) -> Iterator[Finding]:
+    """One finding each on host and GPU, on the store that takes most there."""
     rule = "teacher_kv_shard" if work.config.store.shards > 1 else "teacher_kv"
     unmade = [pair for pair in work.stores if not (work.paths.store(*pair) / "index.json").is_file()]
     known = {pair: need for pair in unmade if (need := work.pass_bytes(*pair)) is not None}
-    if known:
-        pair = max(known, key=known.__getitem__)
-        yield from _host("memory of teacher KV", f"the largest, {'/'.join(pair)}", BASE + known[pair], asked, rule)
+    if not known:
+        return
+    pair = max(known, key=known.__getitem__)
+    yield from _host("memory of teacher KV", f"the largest, {'/'.join(pair)}", BASE + known[pair], asked, rule)
+    # a sharded teacher is on all the GPUs that there are
+    whole = [pair for pair in known if not work.loading(pair[0]).sharded]
+    if whole and (asked.of(rule).gpus or not shutil.which("sbatch")):
+        on_gpu = {pair: float(work.pass_bytes(*pair, on_gpu=True) or 0) for pair in whole}
+        pair = max(on_gpu, key=on_gpu.__getitem__)
+        where, load = f"the largest, {'/'.join(pair)}", f"models.{pair[0]}.load"
+        fix = f"{load}: {{dtype: bf16}} or {{quantize: int8}}, or a lower store.batch_size"
+        yield from _gpu("GPU memory of teacher KV", where, on_gpu[pair], fix, paths, asked, rule)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from kvpipe.doctor.asked import Asked, Request, parse_gpus
@@ -12,6 +12,10 @@ from kvpipe.doctor.finding import FAIL, OK, WARNING, Finding, ask, inside_a_job
 
 POLL = 40
 """Seconds before the executor's first status check, if the profile does not say."""
+LONGEST_POLL = 180
+"""Seconds to which the executor's interval grows, by ten after every check that found no job ended."""
+MARGIN = 60
+"""Seconds that a check may be late: squeue's own time, and the controller's while it is busy."""
 SQUEUE_LINE = "slurm-status-command: squeue"
 
 
@@ -120,12 +124,11 @@ def _status_command(config: dict[str, str], asked: Asked) -> Iterator[Finding]:
     # without slurmdbd it is accounting_storage/none, since Slurm 23 shown as (null)
     accounting = config.get("AccountingStorageType", "(null)") not in ("accounting_storage/none", "(null)", "none")
     has_sacct = shutil.which("sacct") is not None
-    command = asked.settings.get("slurm-status-command") or ("sacct" if has_sacct else "squeue")
-    age = _count(config.get("MinJobAge", "0"))
-    poll = int(asked.settings.get("slurm-init-seconds-before-status-checks", POLL))
+    # without it the executor takes squeue, whatever the profile says
+    command = asked.settings.get("slurm-status-command", "sacct") if has_sacct else "squeue"
     state = "accounting is on" if accounting else "accounting is off"
     if command == "sacct":
-        if not accounting and has_sacct:
+        if not accounting:
             detail = "accounting is off, but the executor would ask sacct: it would lose its jobs and wait for ever"
             yield Finding("accounting", FAIL, detail, f"in the profile: {SQUEUE_LINE}")
         else:
@@ -133,15 +136,37 @@ def _status_command(config: dict[str, str], asked: Asked) -> Iterator[Finding]:
             yield Finding("accounting", WARNING, detail, f"in the profile: {SQUEUE_LINE}")
         return
     yield Finding("accounting", OK, f"{state}, the executor asks squeue")
-    if age >= 3 * poll:
-        yield Finding("MinJobAge", OK, f"{age} s, status checks begin after {poll} s")
-        return
-    detail = f"finished jobs leave squeue after MinJobAge = {age} s, less than 3 × {poll} s between status checks"
-    if has_sacct and not accounting:
-        detail += "; the executor would fall back on sacct, which is off, and wait for ever"
-    line = f"slurm-init-seconds-before-status-checks: {max(1, age // 3)}"
-    status = FAIL if has_sacct and not accounting else WARNING
-    yield Finding("MinJobAge", status, detail, f"in the profile: {line}")
+    yield _min_job_age(_count(config.get("MinJobAge", "0")), asked, has_sacct, accounting)
+
+
+def _min_job_age(age: int, asked: Asked, has_sacct: bool, accounting: bool) -> Finding:
+    """Whether the executor, by squeue, still finds a job that has ended: one that is not there counts as running."""
+    poll = int(asked.settings.get("slurm-init-seconds-before-status-checks", POLL))
+    least = max(poll, LONGEST_POLL) + MARGIN
+    falls_back = has_sacct and age < 3 * poll  # the executor's own rule, by which it prefers sacct
+    # 0: nothing is ever forgotten
+    if not falls_back and (age == 0 or age >= least):
+        return Finding(
+            "MinJobAge", OK, f"{age} s, status checks begin after {poll} s and are {least - MARGIN} s apart at most"
+        )
+    use_sacct = "in the profile: slurm-status-command: sacct"
+    if falls_back and accounting:
+        detail = f"{age} s is less than 3 × {poll} s, the first status check: the executor asks sacct all the same"
+        return Finding("MinJobAge", WARNING, detail, use_sacct)
+    if falls_back and age >= LONGEST_POLL + MARGIN:
+        detail = f"{age} s is less than 3 × {poll} s, the first status check: the executor would fall back on sacct, "
+        line = f"in the profile: slurm-init-seconds-before-status-checks: {age // 3}"
+        return Finding("MinJobAge", FAIL, f"{detail}which is off, and wait for ever", line)
+    detail = f"finished jobs leave squeue after {age} s, status checks are up to {least - MARGIN} s apart: the executor would "
+    site = (
+        f"ask the site for MinJobAge = 300, or for accounting (slurmdbd): no line of the profile helps below {least} s"
+    )
+    return Finding(
+        "MinJobAge",
+        FAIL,
+        f"{detail}miss a job's end and wait for ever",
+        use_sacct if accounting and has_sacct else site,
+    )
 
 
 def _account(config: dict[str, str], asked: Asked) -> Iterator[Finding]:
@@ -157,17 +182,22 @@ def _preemption(config: dict[str, str], partitions: list[Partition], asked: Aske
     used = [p for p in partitions if (p.name in wanted if wanted else p.default)]
     modes = {p.name: p.preempt_mode.upper() for p in used}
     overall = config.get("PreemptMode", "OFF").upper()
-    deadly = [name for name, mode in modes.items() if mode == "CANCEL"]
+    # GANG may stand beside each of them
+    deadly = [name for name, mode in modes.items() if "CANCEL" in mode.split(",")]
+    requeued = any("REQUEUE" in mode.split(",") for mode in modes.values() or [overall])
+    requeue = asked.settings.get("slurm-requeue")
+    shown = ", ".join(f"{name} {mode}" for name, mode in modes.items()) or overall
     if overall == "OFF":
         yield Finding("preemption", OK, "jobs are not preempted")
-    elif deadly or (overall == "CANCEL" and not modes):
+    elif deadly or ("CANCEL" in overall.split(",") and not modes):
         detail = f"PreemptMode CANCEL ({', '.join(deadly) or 'everywhere'}): the executor waits for ever for such a job"
         fix = "in the profile: slurm_partition=… one that is not preempted, or ask the site for PreemptMode=REQUEUE"
         yield Finding("preemption", FAIL, detail, fix)
+    elif requeued and config.get("JobRequeue", "1") == "0" and not requeue:
+        detail = f"JobRequeue = 0: a preempted job ({shown}) is cancelled, and the executor waits for ever for it"
+        yield Finding("preemption", FAIL, detail, "in the profile: slurm-requeue: true")
     else:
-        shown = ", ".join(f"{name} {mode}" for name, mode in modes.items()) or overall
         detail = f"jobs may be preempted ({shown}); a requeued cell goes on from its checkpoint"
-        requeue = asked.settings.get("slurm-requeue")
         yield Finding(
             "preemption", OK if requeue else WARNING, detail, "" if requeue else "in the profile: slurm-requeue: true"
         )
@@ -196,17 +226,23 @@ def show(partition: Partition) -> str:
 def _requests(partitions: list[Partition], asked: Asked) -> Iterator[Finding]:
     refused: dict[tuple[str, str], list[str]] = {}
     for request in asked.requests:
-        problem = refusal(request, partitions)
+        problem = refusal(request, partitions, asked.attempts)
         if problem:
             refused.setdefault(problem, []).append(request.rule)
     for (detail, fix), rules in refused.items():
         yield Finding("requests", FAIL, f"{', '.join(rules)}: {detail}", fix)
-    if asked.requests and partitions and not refused:
+    unread = {f"{r.rule} {key}: {value}" for r in asked.requests for key, value in r.unread.items()}
+    if unread:
+        detail = (
+            f"{'; '.join(sorted(unread))}: not known before the job is submitted, so not compared with the partitions"
+        )
+        yield Finding("requests", WARNING, detail, "numbers, or expressions of `attempt` and `threads`, can be")
+    if asked.requests and partitions and not refused and not unread:
         yield Finding("requests", OK, f"every rule's job fits into its partition ({len(asked.requests)} rules)")
 
 
-def refusal(request: Request, partitions: list[Partition]) -> tuple[str, str] | None:
-    """Why Slurm would refuse the job or leave it pending, and the fix; None where it fits."""
+def refusal(request: Request, partitions: list[Partition], attempts: Iterable[int] = (1,)) -> tuple[str, str] | None:
+    """Why Slurm would refuse the job at one of its attempts or leave it pending, and the fix; None where it fits."""
     if not partitions:
         return None
     name = request.resources.get("slurm_partition")
@@ -216,17 +252,43 @@ def refusal(request: Request, partitions: list[Partition]) -> tuple[str, str] | 
         known = ", ".join(p.name for p in partitions)
         what = f"no partition {name}" if name else "no partition is the default and the profile names none"
         return what, f"in the profile under default-resources: slurm_partition={partitions[0].name}   # of: {known}"
-    problems = [_unfit(request, partition) for partition in found]
-    return None if None in problems else problems[0]
+    for attempt in attempts:
+        problems = [_unfit(request.at(attempt), partition) for partition in found]
+        if problems[0] is not None and None not in problems:
+            detail, fix = problems[0]
+            return f"{detail}{f' (attempt {attempt})' if attempt > 1 else ''}", fix
+    return None
 
 
 def _unfit(request: Request, partition: Partition) -> tuple[str, str] | None:
     mem, minutes = request.number("mem_mb") or 0, request.number("runtime") or 0
-    room = sum(partition.gpus.values()) if request.gpu_model is None else partition.gpus.get(request.gpu_model, 0)
-    nodes = request.number("nodes") or 1
     where = f"partition {partition.name}"
     if not partition.up:
         return f"{where} is down", "name another: slurm_partition=…"
+    problem = _unfit_gpus(request, partition, where)
+    if problem:
+        return problem
+    if request.cpus > partition.cpus:
+        fix = f"cpus_per_task: {partition.cpus} in the profile, or fewer train.threads"
+        return f"asks for {request.cpus} CPUs, a node of {where} has {partition.cpus}", fix
+    if mem > partition.mem_mb:
+        fix = f"in the profile: {_capped(request, 'mem_mb', partition.mem_mb)}"
+        return f"asks for {mem} MB, a node of {where} has {partition.mem_mb}", fix
+    if partition.minutes is not None and minutes > partition.minutes:
+        line = _capped(request, "runtime", partition.minutes)
+        fix = f"in the profile: {line}   # a cell goes on from its checkpoint in the next attempt"
+        return f"asks for {minutes} min, {where} allows {partition.minutes}", fix
+    return None
+
+
+def _unfit_gpus(request: Request, partition: Partition, where: str) -> tuple[str, str] | None:
+    try:
+        if request.rule == "train":  # the only one that several processes start
+            _ = request.processes
+    except ValueError as error:
+        return str(error), "in the profile, under set-resources: train"
+    kind, nodes = request.gpu_model, request.number("nodes") or 1
+    room = sum(partition.gpus.values()) if kind is None else partition.gpus.get(kind, 0)
     if request.gpus and not partition.gpus:
         return f"{where} has no GPU", "in the profile: slurm_partition=… one that has (see partitions)"
     if request.gpus and not room:
@@ -234,18 +296,16 @@ def _unfit(request: Request, partition: Partition) -> tuple[str, str] | None:
         fix = (
             f"in the profile: gpu_model: {next(iter(partition.gpus))}" if any(partition.gpus) else "take gpu_model out"
         )
-        return f"GPU type {request.gpu_model} is not in {where} (has {types})", fix
+        return f"GPU type {kind} is not in {where} (has {types})", fix
     if request.gpus > room * nodes:
-        return f"asks for {request.gpus} GPUs, a node of {where} has {room}", f"in the profile: gpu: {room}"
-    if request.cpus > partition.cpus:
-        fix = f"cpus_per_task: {partition.cpus} in the profile, or fewer train.threads"
-        return f"asks for {request.cpus} CPUs, a node of {where} has {partition.cpus}", fix
-    if mem > partition.mem_mb:
-        return (
-            f"asks for {mem} MB, a node of {where} has {partition.mem_mb}",
-            f"in the profile: mem_mb: {partition.mem_mb}",
-        )
-    if partition.minutes is not None and minutes > partition.minutes:
-        fix = f"in the profile: runtime: {partition.minutes}   # a cell goes on from its checkpoint in the next attempt"
-        return f"asks for {minutes} min, {where} allows {partition.minutes}", fix
+        # gres counts those of a node, gpu those of all
+        line = f'gres: "gpu:{f"{kind}:" if kind else ""}{room}"' if request.gres else f"gpu: {room * nodes}"
+        each = f" on {nodes} nodes" if nodes > 1 else ""
+        return f"asks for {request.gpus} GPUs{each}, a node of {where} has {room}", f"in the profile: {line}"
     return None
+
+
+def _capped(request: Request, key: str, limit: int) -> str:
+    """The profile's line for a resource that grows with the attempt up to a limit, or is the limit from the first on."""
+    first = request.at(1).number(key) or limit
+    return f"{key}: {limit}" if first >= limit else f"{key}: min({first} * attempt, {limit})"

@@ -1,14 +1,15 @@
-"""Whether every model can be had: folders complete, the hub reachable or the files there already, tokens for gated ones."""
+"""Whether every model and data set can be had: files complete, the hub reachable or not needed, tokens for gated models."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from kvpipe.config import Config, HubModel, LocalModel
+from kvpipe.config import Config, FileData, HubData, HubModel, LocalModel
 from kvpipe.dag import Paths
 from kvpipe.doctor.finding import FAIL, OK, WARNING, Finding, inside_a_job
 from kvpipe.hub import candidates, missing_bytes, token
@@ -17,10 +18,11 @@ from kvpipe.sizes import read_header
 NEEDED = ("config.json", "tokenizer.json")
 INDEX = "model.safetensors.index.json"
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+SPLITS = ("train", "validation", "test")
 
 
 def examine_sources(config: Config, paths: Paths) -> list[Finding]:
-    """Findings on the configured models; nothing is downloaded."""
+    """Findings on the configured models and data; nothing is downloaded."""
     out: list[Finding] = []
     for name, model in config.models.items():
         if isinstance(model, LocalModel):
@@ -30,7 +32,7 @@ def examine_sources(config: Config, paths: Paths) -> list[Finding]:
     hub = {name: model for name, model in config.models.items() if isinstance(model, HubModel)}
     if hub:
         out += [_lock([name for name, model in hub.items() if model.pin not in config.lock]), *_cache()]
-    return out
+    return out if all(paths.data(split).is_file() for split in SPLITS) else [*out, *_data(config)]
 
 
 def _lock(unlocked: list[str]) -> Finding:
@@ -82,6 +84,59 @@ def _local(name: str, model: LocalModel) -> Iterator[Finding]:
     yield Finding(f"model {name}", FAIL, f"{folder}: {', '.join(missing)}", fix)
 
 
+# ---------------------------------------------------------------- data
+def is_folder(source: HubData) -> bool:
+    """Whether it is a local folder, laid out as on the hub."""
+    return source.repo.startswith((".", "/"))
+
+
+def data_files(source: FileData) -> dict[str, Path]:
+    """Split → the file that it is read from."""
+    named = {split: getattr(source, split) for split in SPLITS}
+    return {split: Path(re.sub(r"\[[^\[\]]*\]$", "", spec)) for split, spec in named.items() if spec is not None}
+
+
+def _data(config: Config) -> Iterator[Finding]:
+    """What the data step would not find."""
+    for source in config.data.sources:
+        label = f"data {source.task}"
+        if isinstance(source, FileData):
+            gone = {split: file for split, file in data_files(source).items() if not file.is_file()}
+            if gone:
+                detail = ", ".join(f"{split} file {file} does not exist" for split, file in gone.items())
+                yield Finding(label, FAIL, detail, f"correct data.sources ({source.task}), or put the file there")
+        elif isinstance(source, HubData) and is_folder(source):
+            if not Path(source.repo).is_dir():
+                yield Finding(
+                    label, FAIL, f"{source.repo} is not a folder", f"correct data.sources ({source.task}): repo"
+                )
+        elif isinstance(source, HubData):
+            offline = forbidden("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE")
+            if offline and not inside_a_job() and not _cached(source.repo):
+                detail = f"{source.repo} is not downloaded, and {offline}=1 forbids it"
+                fix = f"unset {offline}, or on a machine with a network and the same HF_HOME: kvpipe data"
+                yield Finding(label, FAIL, detail, fix)
+
+
+def _cached(repo: str) -> bool:
+    """Whether the `datasets` library, whose import takes seconds, has prepared a data set here: its folder is named after
+    the data set, in a spelling of its own (`owner___some_name` of `owner/SomeName`)."""
+
+    def plain(name: str) -> str:
+        return name.replace("_", "").lower()
+
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    cache = Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets")).expanduser()
+    found = (folder for folder in cache.glob("*/") if plain(folder.name) == plain(repo.replace("/", "")))
+    # configuration, version, fingerprint
+    return any(next(folder.glob("*/*/*/"), None) for folder in found)
+
+
+def forbidden(*names: str) -> str | None:
+    """The first of these variables that forbids downloads."""
+    return next((name for name in names if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")), None)
+
+
 # ---------------------------------------------------------------- hub
 def copy_of(model: HubModel, config: Config) -> Path | None:
     """A complete copy of a locked model in a library or the machine's cache, by the sizes of its files: reading them takes
@@ -112,7 +167,7 @@ def _hub(name: str, model: HubModel, folder: Path, copy: Path | None = None) -> 
     if inside_a_job():
         yield Finding(label, OK, f"{where}, examined from the login node only")
         return
-    offline = next((key for key in OFFLINE if os.environ.get(key, "").upper() in ("1", "ON", "YES", "TRUE")), None)
+    offline = forbidden(*OFFLINE)
     if offline:
         yield Finding(
             label, FAIL, f"{where} is not downloaded, and {offline}=1 forbids it", f"unset {offline}, or {step}"

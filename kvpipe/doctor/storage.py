@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,7 +78,9 @@ def quota_left(folder: Path) -> float | None:
         answer = ask(*command)
         if answer is None:
             continue
-        for line in answer.out.splitlines():
+        # lfs breaks the line behind a mount point of more than 15 characters
+        text = re.sub(r"^([ \t]*/\S+)[ \t]*\n", r"\1 ", answer.out, flags=re.MULTILINE)
+        for line in text.splitlines():
             columns = line.replace("*", "").split()
             mounted = columns and _holds(columns[0], folder, command[0])
             if mounted and len(columns) > 3 and all(column.isdigit() for column in columns[1:4]):

@@ -22,12 +22,15 @@ from kvpipe.config import (
     ScratchModel,
 )
 from kvpipe.dag import Dag, Paths
+from kvpipe.doctor.sources import data_files
 from kvpipe.sizes import Shape, count_parameters, estimate_bytes, shape, teacher_pass_bytes
 
 SAMPLE = 100
 """Records of a file that are read for the mean length of its texts."""
 BYTES_PER_TOKEN = 3.5
 """Of English text and code under tokenizers of tens of thousands of tokens."""
+QUANTIZED = {"int8": 1.0, "int4": 0.5}
+"""Bytes of a weight."""
 MARKS = "\n#### "
 """A text is about its segments and the template's marks."""
 SMALL_VOCABULARY, BYTES_PER_SMALL_TOKEN = 2000, 1.7
@@ -137,18 +140,25 @@ class Workload:
         rows, config = self.tokens(teacher, reading), self.config.store
         return estimate_bytes(config, found.geometry, self.stored_layers(teacher), rows, config.top_logits)
 
-    def pass_bytes(self, teacher: str, reading: str) -> int | None:
-        """Estimated memory of building one shard of a store; None while the teacher's shape or the data is unknown."""
+    def loading(self, name: str) -> Loading:
+        """How a model's weights are loaded."""
+        model = self.config.models[name]
+        model = self.config.models[model.like] if isinstance(model, RandomModel) else model
+        return getattr(model, "load", Loading())
+
+    def pass_bytes(self, teacher: str, reading: str, on_gpu: bool = False) -> int | None:
+        """Estimated host memory of building one shard of a store, or the GPU's, where the shard is not kept; None while
+        the teacher's shape or the data is unknown."""
         found = self.shape(teacher)
         if found is None or not self.examples:
             return None
         rows = self.tokens(teacher, reading)
         at_once = round(1.5 * rows / self.examples) * min(self.config.store.batch_size, self.examples)
-        model = self.config.models[teacher]
-        model = self.config.models[model.like] if isinstance(model, RandomModel) else model
-        half = getattr(model, "load", Loading()).dtype != "fp32"
-        layers, shards = self.stored_layers(teacher), self.config.store.shards
-        return teacher_pass_bytes(found, layers, rows // shards, at_once, width=2 if half else 4)
+        load = self.loading(teacher)
+        # weights arrive in the host's memory before they are quantized
+        width = QUANTIZED.get(load.quantize if on_gpu else "none", 4.0 if load.dtype == "fp32" else 2.0)
+        kept = 0 if on_gpu else rows // self.config.store.shards
+        return teacher_pass_bytes(found, self.stored_layers(teacher), kept, at_once, width)
 
 
 def _cached_config(model: HubModel) -> Path | None:
@@ -180,8 +190,8 @@ def _sampled(source: EmbeddedData | FileData | HubData) -> tuple[int, float, dic
     """
     if isinstance(source, EmbeddedData):
         return source.train, float(source.difficulty), {"student": [], "own": []}
-    path = Path(str(source.train).partition("[")[0])
-    if isinstance(source, HubData) or source.train is None or not path.is_file():
+    path = None if isinstance(source, HubData) else data_files(source).get("train")
+    if path is None or not path.is_file():
         return 0, 0.0, {"student": [], "own": []}
     try:
         from kvpipe.mapping import to_record

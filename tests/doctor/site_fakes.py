@@ -32,6 +32,8 @@ class Site:
             "KVPIPE_IMAGE",
             "HF_HUB_OFFLINE",
             "HF_HOME",
+            "HF_HUB_CACHE",
+            "HF_DATASETS_CACHE",
         ):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("PATH", f"{self.folder}:/usr/bin:/bin")
@@ -66,11 +68,10 @@ class Site:
         (self.answers / "sinfo").write_text("".join(f"{line}\n" for line in lines))
 
     def apptainer(self, start: str = "exit 0", labels: str = "{}", version: str = "apptainer version 1.4.5") -> None:
-        """An Apptainer whose image starts with the shell command `start`."""
-        body = (
-            f"case \"$1\" in --version) echo '{version}';; exec) {start};; "
-            f'inspect) echo \'{{"data": {{"attributes": {{"labels": {labels}}}}}, "type": "container"}}\';; esac'
-        )
+        """An Apptainer whose image starts with the shell command `start`, and that prints `labels` or runs them."""
+        shown = f'{{"data": {{"attributes": {{"labels": {labels}}}}}, "type": "container"}}'
+        inspect = f"echo '{shown}'" if labels.startswith("{") else labels
+        body = f"case \"$1\" in --version) echo '{version}';; exec) {start};; inspect) {inspect};; esac"
         self.program("apptainer", body)
 
 

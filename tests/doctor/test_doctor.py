@@ -128,11 +128,50 @@ def test_a_profile_that_is_not_there(tmp_path, laptop, monkeypatch):
         ({"gres": "gpu:3"}, 3, None),
         ({"gres": "gpu:a100:2"}, 2, "a100"),
         ({"gres": "shard:2"}, 0, None),
+        ({"gres": "gpu:4", "nodes": 2}, 8, None),
+        ({"gpu": 4, "nodes": 2}, 4, None),
     ],
 )
 def test_gpus_of_a_request(resources, gpus, model):
     request = Request("train", resources)
     assert (request.gpus, request.gpu_model) == (gpus, model)
+
+
+LISTS = """
+default-resources: ["mem=2GB", "runtime=1h"]
+set-resources: ["train:gpu=1", "train:mem=500GB", "train:runtime=attempt * 1440", "fit:mem_mib=1000 * attempt"]
+set-threads: ["train=8"]
+"""
+MAPPINGS = """
+default-resources: {mem: 2GB, runtime: 1h}
+set-resources: {train: {gpu: 1, mem: 500GB, runtime: attempt * 1440}, fit: {mem_mib: 1000 * attempt}}
+set-threads: {train: 8}
+"""
+
+
+@pytest.mark.parametrize("text", [LISTS, MAPPINGS])
+def test_resources_as_snakemake_reads_them(text, tmp_path, monkeypatch):
+    """Units and expressions; a profile's memory takes the place of the rule's, in whichever unit."""
+    monkeypatch.setattr("kvpipe.doctor.asked._rules", lambda: {"train": {"mem_mb": "4000"}, "fit": {"mem_mb": "4000"}})
+    (tmp_path / "config.yaml").write_text(text)
+    asked = read_profile(tmp_path)
+    train, fit = asked.of("train").at(2), asked.of("fit").at(2)
+    assert train.values == {"gpu": 1, "mem_mb": 500000, "runtime": 2880, "threads": 8}
+    assert train.cpus == 8
+    assert fit.values == {"mem_mb": 2097, "runtime": 60}
+
+
+@pytest.mark.parametrize("entry", ["set-resources: [gpu=1]", "set-threads: [train]", "default-resources: 5"])
+def test_resources_that_snakemake_refuses(entry, tmp_path):
+    (tmp_path / "config.yaml").write_text(entry)
+    with pytest.raises(ValueError, match=r"config\.yaml: the profile has .*NAME=VALUE"):
+        read_profile(tmp_path)
+
+
+def test_plain_numbers_are_read_without_snakemake(monkeypatch):
+    monkeypatch.setitem(sys.modules, "snakemake.resources", None)
+    request = Request("train", {"mem_mb": " 9000", "gpu": 2, "runtime": "60 * attempt"})
+    assert (request.number("mem_mb"), request.gpus, request.number("runtime")) == (9000, 2, None)
 
 
 # ---------------------------------------------------------------- versions
@@ -232,6 +271,9 @@ def test_a_store_over_its_budget(saved, laptop, tmp_path):
 
 QUOTAS = {  # what the programs print: used, soft and hard limit in kB
     "lfs": "     /scratch 9000000* 8000000 10000000       6d       1       0       0       -\n",
+    "lfs, of a mount point that takes a line": (
+        "/lustre/scratch/projects\n     9000000* 8000000 10000000       6d       1       0       0       -\n"
+    ),
     "quota": (
         "Disk quotas for user ann (uid 1000): \n"
         "     Filesystem  blocks   quota   limit   grace   files   quota   limit   grace\n"
@@ -245,7 +287,7 @@ QUOTAS = {  # what the programs print: used, soft and hard limit in kB
 def test_quota(saved, site, tmp_path, program):
     device = subprocess.run(["df", "--output=source", str(tmp_path)], capture_output=True, text=True, check=True)
     text = QUOTAS[program].format(device=device.stdout.split()[-1])
-    site.program(program, f"cat <<'END'\n{text}END")
+    site.program(program.split(",")[0], f"cat <<'END'\n{text}END")
     assert storage.quota_left(tmp_path) == 1000000 * 1024
     assert by_name(storage.examine_storage(config(saved), Paths(tmp_path)))["quota"].status == "warning"
 
@@ -378,6 +420,23 @@ def test_gpu_memory_by_what_a_probe_saw(saved, site, profile, tmp_path):
     assert by_name(memory.examine_memory(config(saved, LARGE), Paths(tmp_path), profile()))["GPU memory"].status == "ok"
 
 
+def test_gpu_memory_of_a_teacher(saved, site, profile, tmp_path, monkeypatch):
+    """A teacher of 8 billion parameters in bf16 takes 16 GB on the GPU, in int4 a quarter; no shard is kept there."""
+    monkeypatch.setattr(Workload, "shape", lambda self, name: Shape(32, 4096, 8, 128, 14336, 32000, 8_000_000_000))
+    text = f"{PROFILE}  teacher_kv: {{gpu: 1}}\n".replace("slurm-status-command: squeue\n", "")
+    (tmp_path / "probe.json").write_text(json.dumps({"gpu": {"memory": 12e9}}))
+
+    def findings(load, text=text):
+        settings = config(saved, {f"models.{name}.load": load for name in ("alpha", "beta")})
+        return by_name(memory.examine_memory(settings, Paths(tmp_path), profile(text)))
+
+    finding = findings({"dtype": "bf16"})["GPU memory of teacher KV"]
+    assert (finding.status, "a GPU has 12.0 GB" in finding.detail) == ("would fail", True)
+    assert "load: {dtype: bf16} or {quantize: int8}" in finding.fix
+    assert findings({"quantize": "int4"})["GPU memory of teacher KV"].status == "ok"
+    assert "GPU memory of teacher KV" not in findings({"dtype": "bf16"}, PROFILE), "its rule asks for no GPU"
+
+
 def test_what_the_estimate_says_of_the_advice():
     """Every setting that the advice names makes the estimate smaller."""
     student = Shape(22, 2048, 4, 64, 5632, 32000, 1_100_000_000)
@@ -462,6 +521,13 @@ def test_drivers_that_do_not_know_the_compute_capability(site):
     site.program("nvidia-smi", "echo 'NVIDIA H100, 550.1, 81559, 9.0'")
     assert gpu.seen_here()["capability"] == "9.0"
     site.program("nvidia-smi", "echo 'NVIDIA-SMI has failed'; exit 9")
+    assert gpu.seen_here() is None
+
+
+@pytest.mark.parametrize("said", ["true", "echo", "echo 'No devices were found'"])
+def test_an_nvidia_smi_that_shows_no_gpu(site, said):
+    """Some drivers end with exit status 0 all the same."""
+    site.program("nvidia-smi", said)
     assert gpu.seen_here() is None
 
 

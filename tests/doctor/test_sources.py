@@ -73,6 +73,52 @@ def test_pickled_weights_only(folder):
     assert "pickles are not loaded" in examine(folder)["model beta"].detail
 
 
+# ---------------------------------------------------------------- data
+def data(task="math", **source):
+    columns = {"prompt": "q", "reasoning": "r", "answer": "a"}
+    sources = [{"task": task, "columns": columns} | source]
+    return {"data.sources": sources, "arms.task.set.fuse.weights": {"default": [0.5, 0.5]}}
+
+
+def test_data_files_that_do_not_exist(folder):
+    """The data step, hours later, would say FileNotFoundError."""
+    here = folder / "rows[1].jsonl"
+    here.touch()
+    gone = folder / "none.jsonl"
+    settings = data(kind="files", train=f"{here}[:95%]", validation=f"{gone}[95%:]", test=str(here))
+    finding = examine(folder, settings)["data math"]
+    assert (finding.status, finding.detail) == ("would fail", f"validation file {gone} does not exist")
+    gone.touch()
+    assert "data math" not in examine(folder, settings)
+    gone.unlink()
+    for split in ("train", "validation", "test"):
+        written = Paths(folder / "results").data(split)
+        written.parent.mkdir(parents=True, exist_ok=True)
+        written.touch()
+    assert "data math" not in examine(folder, settings), "the data step is done"
+
+
+def test_a_data_folder_that_does_not_exist(folder):
+    assert examine(folder, data(kind="hub", repo=f"{folder}/none"))["data math"].status == "would fail"
+    assert "data math" not in examine(folder, data(kind="hub", repo=str(folder)))
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"])
+def test_data_of_the_hub_offline(folder, monkeypatch, variable):
+    monkeypatch.setenv("HF_HOME", str(folder / "cache"))
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_DATASETS_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    settings = data(kind="hub", repo="some/TheData")
+    assert "data math" not in examine(folder, settings)
+    monkeypatch.setenv(variable, "1")
+    finding = examine(folder, settings)["data math"]
+    assert finding.status == "would fail"
+    assert finding.detail == f"some/TheData is not downloaded, and {variable}=1 forbids it"
+    (folder / "cache" / "datasets" / "some___the_data" / "default" / "0.0.0" / "0123").mkdir(parents=True)
+    assert "data math" not in examine(folder, settings)
+
+
+# ---------------------------------------------------------------- the hub
 def hub_model(folder, revision="main"):
     return {"models.alpha": {"source": "hub", "repo": "some/model", "revision": revision}}
 

@@ -81,8 +81,11 @@ def cluster_messages(site, profile) -> dict[str, str]:
         "More time than the partition allows": asks(runtime=3000),
         "An account where there is no accounting": slurm(PROFILE.replace("runtime=60", "runtime=60, slurm_account=a")),
     }
-    site.change("config", "MinJobAge               = 300 sec", "MinJobAge               = 30 sec")
-    said["The executor goes back to sacct by itself"] = slurm()
+    said["The executor goes back to sacct by itself"] = slurm(
+        PROFILE + "slurm-init-seconds-before-status-checks: 101\n"
+    )
+    site.change("config", "MinJobAge               = 300 sec", "MinJobAge               = 130 sec")
+    said["A job's end is missed"] = slurm()
     site.change("partitions", "Default=YES", "Default=NO")
     said["No partition"] = slurm()
     site.change("partitions", "Default=NO", "Default=YES")
@@ -100,6 +103,7 @@ def cluster_messages(site, profile) -> dict[str, str]:
 CLUSTER = {
     "Nothing happens after the jobs have ended",
     "The executor goes back to sacct by itself",
+    "A job's end is missed",
     "A preempted job is waited for without end",
     "The GPU type is refused",
     "More CPUs than a node has",
@@ -126,13 +130,19 @@ def test_image(site, profile, tmp_path, monkeypatch):
     image.touch()
     monkeypatch.setenv("KVPIPE_IMAGE", str(image))
     site.apptainer(start="echo 'FATAL: fuse: device not found' >&2; exit 255")
-    said = {"The image does not start": show(examine_container(profile(), Paths(tmp_path / "results")))}
+    said = {
+        "The image does not start": show(examine_container(config(tmp_path), Paths(tmp_path / "results"), profile()))
+    }
     site.apptainer(labels=json.dumps({LABEL: "0" * 64}))
-    said["The image is older than the lock"] = show(examine_container(profile(), Paths(tmp_path / "results")))
+    said["The image is older than the lock"] = show(
+        examine_container(config(tmp_path), Paths(tmp_path / "results"), profile())
+    )
     spaced = tmp_path / "my checkout"
     spaced.mkdir()
     monkeypatch.chdir(spaced)
-    said["A space in the path of the checkout"] = show(examine_container(profile(), Paths(tmp_path / "results")))
+    said["A space in the path of the checkout"] = show(
+        examine_container(config(tmp_path), Paths(tmp_path / "results"), profile())
+    )
     assert set(said) == IMAGE
     for title, message in said.items():
         assert matches(title, message), (title, message)
