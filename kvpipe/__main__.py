@@ -281,13 +281,12 @@ def evaluate(
 
     from kvpipe.evaluate import evaluate as run
     from kvpipe.outofmemory import evaluation_advice, explained
-    from kvpipe.records import read_records
 
-    settings, paths = _experiment(config, results, overrides)
+    work = _workspace(config, results, overrides)
+    settings, records, trust = work.config, work.records(split), work.trusts_folder(model)
     torch.set_num_threads(settings.train.threads)
-    records = read_records(paths.data(split))
     with explained("scoring", evaluation_advice(settings.evaluate)):
-        table = run(model, records, settings.data.template, settings.evaluate, _device(settings))
+        table = run(model, records, settings.data.template, settings.evaluate, _device(settings), trust=trust)
     out.parent.mkdir(parents=True, exist_ok=True)
     table.to_parquet(out, index=False)
 
@@ -297,6 +296,7 @@ def lm_eval(
     model: Annotated[Path, typer.Option(help="Model folder.")],
     out: Annotated[Path, typer.Option(help="JSON file: metrics per task, and every item's.")],
     config: ConfigFile = CONFIG,
+    results: Results = RESULTS,
     overrides: Overrides = None,
 ) -> None:
     """Score a model folder with lm-evaluation-harness on `evaluate.lm_eval_tasks`."""
@@ -304,9 +304,10 @@ def lm_eval(
 
     from kvpipe.harness import run_tasks, write
 
-    settings = load(config, overrides)
+    work = _workspace(config, results, overrides)
+    settings = work.config
     torch.set_num_threads(settings.train.threads)
-    result = run_tasks(model, settings.evaluate, _device(settings))
+    result = run_tasks(model, settings.evaluate, _device(settings), work.trusts_folder(model))
     write(result, out)
     for task, found in result["tasks"].items():
         typer.echo(f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in found["metrics"].items()))
