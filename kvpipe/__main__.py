@@ -102,7 +102,7 @@ def lock(
     overrides: Overrides = None,
 ) -> None:
     """Pin every hub model to the commit that its revision stands for now, and say what its download would meet."""
-    from kvpipe.hub import GB, check_room, hub_models, lock, to_download, write_lock
+    from kvpipe.hub import GB, absent, check_room, hub_models, lock, to_download, write_lock
 
     settings, paths = _experiment(config, results, overrides)
     found = lock(settings, update)
@@ -119,6 +119,8 @@ def lock(
             f"{name}: {model.pin} is {pinned.commit}, licence {pinned.license or 'not stated'}, "
             f"{size / GB:.2f} GB, {missing.get(name, 0) / GB:.2f} GB of them to download"
         )
+    for line in absent(settings.libraries):
+        typer.echo(line)
     typer.echo(f"written to {path}")
     check_room(missing, paths.root)
 

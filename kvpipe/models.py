@@ -256,10 +256,12 @@ def write_manifest(folder: Path, source: dict[str, Any], **how: Any) -> None:
     """
     files = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != MANIFEST:
+        if path.is_file() and not path.name.startswith(MANIFEST):
             files[path.relative_to(folder).as_posix()] = digest_of(path, "sha256").removeprefix("sha256:")
     text = json.dumps({"source": source, "files": files, **how}, indent=2, sort_keys=True)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    partial = folder / f"{MANIFEST}.partial"
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(folder / MANIFEST)  # a link to another's file is replaced, not written through
 
 
 def manifest_hash(folder: Path) -> str:
