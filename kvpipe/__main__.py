@@ -116,7 +116,7 @@ def lock(
     overrides: Overrides = None,
 ) -> None:
     """Pin every hub model to the commit that its revision stands for now, and say what its download would meet."""
-    from kvpipe.hub import GB, check_room, hub_models, lock, to_download, write_lock
+    from kvpipe.hub import GB, absent, check_room, hub_models, lock, to_download, write_lock
 
     settings, paths = _experiment(config, results, overrides)
     found = lock(settings, update)
@@ -133,6 +133,8 @@ def lock(
             f"{name}: {model.pin} is {pinned.commit}, licence {pinned.license or 'not stated'}, "
             f"{size / GB:.2f} GB, {missing.get(name, 0) / GB:.2f} GB of them to download"
         )
+    for line in absent(settings.libraries):
+        typer.echo(line)
     typer.echo(f"written to {path}")
     check_room(missing, paths.root)
 
@@ -297,13 +299,12 @@ def evaluate(
 
     from kvpipe.evaluate import evaluate as run
     from kvpipe.outofmemory import evaluation_advice, explained
-    from kvpipe.records import read_records
 
-    settings, paths = _experiment(config, results, overrides)
+    work = _workspace(config, results, overrides)
+    settings, records, trust = work.config, work.records(split), work.trusts_folder(model)
     torch.set_num_threads(settings.train.threads)
-    records = read_records(paths.data(split))
     with explained("scoring", evaluation_advice(settings.evaluate)):
-        table = run(model, records, settings.data.template, settings.evaluate, _device(settings))
+        table = run(model, records, settings.data.template, settings.evaluate, _device(settings), trust=trust)
     out.parent.mkdir(parents=True, exist_ok=True)
     table.to_parquet(out, index=False)
 
@@ -313,6 +314,7 @@ def lm_eval(
     model: Annotated[Path, typer.Option(help="Model folder.")],
     out: Annotated[Path, typer.Option(help="JSON file: metrics per task, and every item's.", callback=_writable_file)],
     config: ConfigFile = CONFIG,
+    results: Results = RESULTS,
     overrides: Overrides = None,
 ) -> None:
     """Score a model folder with lm-evaluation-harness on `evaluate.lm_eval_tasks`."""
@@ -320,9 +322,10 @@ def lm_eval(
 
     from kvpipe.harness import run_tasks, write
 
-    settings = load(config, overrides)
+    work = _workspace(config, results, overrides)
+    settings = work.config
     torch.set_num_threads(settings.train.threads)
-    result = run_tasks(model, settings.evaluate, _device(settings))
+    result = run_tasks(model, settings.evaluate, _device(settings), work.trusts_folder(model))
     write(result, out)
     for task, found in result["tasks"].items():
         typer.echo(f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in found["metrics"].items()))

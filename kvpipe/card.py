@@ -77,10 +77,15 @@ def card(dag: Dag, paths: Paths, arm_name: str, cell: Path) -> str:
         paths: its results: manifests of the models, splits, and statistics where they exist.
         arm_name: the arm.
         cell: folder of the cell, with its `cost.json`.
+
+    Raises:
+        ValueError: the cell was trained under another arm, whose teachers and licences are not those of `arm_name`.
     """
     arm = dag.arm(arm_name)
     cost = json.loads((cell / "cost.json").read_text(encoding="utf-8"))
     provenance = cost["provenance"]
+    if provenance["arm"] != arm_name:
+        raise ValueError(f"{cell} was trained under the arm {provenance['arm']!r}: --arm {provenance['arm']}")
     licences = _licences(dag, paths, arm)
     parts = [
         _front_matter(dag, paths, arm, licences),

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kvpipe.capture import kv_geometry
-from kvpipe.config import Arm, Config, ScratchModel
+from kvpipe.config import Arm, Config, HubModel, RandomModel, ScratchModel
 from kvpipe.dag import Dag, Paths
 from kvpipe.device import resolve_device
 from kvpipe.distill import Distiller, KVDistiller, LogitDistiller, RelationDistiller, TopLogits, build_targets
@@ -51,11 +51,35 @@ class Workspace:
         self.dag = Dag(self.config)
         self._encodings: dict[tuple, Encoding] = {}
 
+    # ------------------------------------------------------------ models
+    def trusts(self, name: str) -> bool:
+        """Whether code from a model's repository may run: the configuration's word, and no file's."""
+        model = self.config.models[name]
+        if isinstance(model, RandomModel):
+            return self.trusts(model.like)
+        return isinstance(model, HubModel) and model.trust_remote_code
+
+    def trusts_folder(self, folder: Path) -> bool:
+        """The same of a folder: one of these results' models, or a cell's, which is the student. No other is trusted."""
+        folder = folder.resolve()
+        if any(folder == self.paths.model(name).resolve() for name in self.config.models if self.trusts(name)):
+            return True
+        cells = (self.paths.cell(*cell) / "model" for cell in self.dag.cells)
+        return self.trusts(self.config.student) and any(folder == cell.resolve() for cell in cells)
+
+    def tokenizer(self, name: str):
+        """A model's tokenizer."""
+        return load_tokenizer(self.paths.model(name), self.trusts(name))
+
+    def model_config(self, name: str):
+        """A model's transformers config."""
+        return load_config(self.paths.model(name), self.trusts(name))
+
     # ------------------------------------------------------------ student and data
     @cached_property
     def student_tokenizer(self):
         """The student's tokenizer."""
-        return load_tokenizer(self.paths.model(self.config.student))
+        return self.tokenizer(self.config.student)
 
     def records(self, split: str) -> list[Record]:
         """Records of a split."""
@@ -75,7 +99,7 @@ class Workspace:
             student = model == self.config.student
             self._encodings[key] = encode_records(
                 self.records(split),
-                self.student_tokenizer if student else load_tokenizer(self.paths.model(model)),
+                self.student_tokenizer if student else self.tokenizer(model),
                 self.config.data.template,
                 reading,
                 end=end,
@@ -89,7 +113,10 @@ class Workspace:
         source = self.config.models[self.config.student]
         if isinstance(source, ScratchModel):
             return build_model(source.architecture, self.student_tokenizer, seed)
-        return load_model(folder, dtype=torch.float32) if init == "student" else random_model(folder, seed)
+        trust = self.trusts(self.config.student)
+        if init == "random":
+            return random_model(folder, seed, trust=trust)
+        return load_model(folder, dtype=torch.float32, trust=trust)
 
     def training_examples(self, arm: Arm) -> np.ndarray:
         """Numbers of the training examples that the arm's cells see."""
@@ -100,12 +127,13 @@ class Workspace:
     # ------------------------------------------------------------ teachers
     def teacher_model(self, teacher: str):
         """A teacher on the device that its steps run on, held as its `load` says."""
-        return load_model(self.paths.model(teacher), device=resolve_device(self.config.train.device))
+        device = resolve_device(self.config.train.device)
+        return load_model(self.paths.model(teacher), device=device, trust=self.trusts(teacher))
 
     def geometry(self, teacher: str) -> Geometry:
         """Heads and dimensions of teacher and student."""
-        _, src_heads, src_dim = kv_geometry(load_config(self.paths.model(teacher)))
-        dst_layers, dst_heads, dst_dim = kv_geometry(load_config(self.paths.model(self.config.student)))
+        _, src_heads, src_dim = kv_geometry(self.model_config(teacher))
+        dst_layers, dst_heads, dst_dim = kv_geometry(self.model_config(self.config.student))
         return Geometry(src_heads, src_dim, dst_heads, dst_dim, dst_layers)
 
     def parameters(self, teacher: str) -> int:
@@ -119,13 +147,13 @@ class Workspace:
 
     def plan(self, arm: Arm, teacher: str) -> LayerPlan:
         """Layers of a teacher for an arm, counted in the teacher's own layers."""
-        src_layers = kv_geometry(load_config(self.paths.model(teacher))).layers
+        src_layers = kv_geometry(self.model_config(teacher)).layers
         dst_layers = self.geometry(teacher).dst_layers
         return layer_plan(arm.layer, src_layers, dst_layers, self.paths.layer_map(teacher))
 
     def wanted_layers(self, teacher: str) -> tuple[int, ...]:
         """Layers that a store of this teacher keeps."""
-        src_layers = kv_geometry(load_config(self.paths.model(teacher))).layers
+        src_layers = kv_geometry(self.model_config(teacher)).layers
         if self.config.store.layers == "all":
             return tuple(range(src_layers))
         wanted: set[int] = set()
@@ -160,7 +188,7 @@ class Workspace:
     def _rows(self, arm: Arm, teacher: str, src: Encoding) -> RowSource:
         if self.config.store.mode == "stored":
             return StoredRows(self.store(teacher, arm.time.text), src.offsets)
-        pad_id = load_tokenizer(self.paths.model(teacher)).pad_token_id
+        pad_id = self.tokenizer(teacher).pad_token_id
         size = self.config.store.batch_size
         return LiveRows(self.teacher_model(teacher), src, self.wanted_layers(teacher), pad_id, size)
 
@@ -213,7 +241,7 @@ class Workspace:
         options = {"weights": arm.fuse.weights, "learnable": arm.fuse.offsets} if arm.fuse.kind == "task" else {}
         if arm.fuse.kind == "fixed":
             options = {"weights": arm.fuse.weights["default"]}
-        hidden_size = load_config(self.paths.model(self.config.student)).hidden_size
+        hidden_size = self.model_config(self.config.student).hidden_size
         projectors = self.projectors(arm, [teacher.layers for teacher in teachers])
         frozen, room = arm.projector.mode == "frozen", self.config.train.hold_targets_gb * GB / len(teachers)
         return KVDistiller(
@@ -247,12 +275,12 @@ class Workspace:
             ids, logprobs = store.rows("top_ids"), store.rows("top_logprobs")
         else:
             key = StoreKey("live", "live", (), "student", "live", self.config.store.top_logits, 0)
-            pad = load_tokenizer(self.paths.model(teacher)).pad_token_id
+            pad = self.tokenizer(teacher).pad_token_id
             model = self.teacher_model(teacher)
             found = forward_rows(model, src, np.arange(len(src)), key, self.config.store.batch_size, pad)
             assert found.top_ids is not None and found.top_logprobs is not None
             ids, logprobs = found.top_ids, found.top_logprobs
-        twins = torch.from_numpy(token_twins(load_tokenizer(self.paths.model(teacher)), self.student_tokenizer))
+        twins = torch.from_numpy(token_twins(self.tokenizer(teacher), self.student_tokenizer))
         rows = len(dst.ids)
         out = TopLogits(
             torch.full((rows, ids.shape[1]), -1),

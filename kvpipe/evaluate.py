@@ -22,10 +22,17 @@ from kvpipe.sandbox import Outcome, run_all
 
 
 def evaluate(
-    folder: Path, records: list[Record], template: Template, config: EvaluateConfig, device: str, log: Callable = print
+    folder: Path,
+    records: list[Record],
+    template: Template,
+    config: EvaluateConfig,
+    device: str,
+    log: Callable = print,
+    trust: bool = False,
 ) -> pd.DataFrame:
-    """Scores of the model in a folder; see `evaluate_model`."""
-    return evaluate_model(load_model(folder, device=device), load_tokenizer(folder), records, template, config, log)
+    """Scores of the model in a folder, whose code runs with `trust` only; see `evaluate_model`."""
+    model, tokenizer = load_model(folder, device=device, trust=trust), load_tokenizer(folder, trust)
+    return evaluate_model(model, tokenizer, records, template, config, log)
 
 
 @dataclass

@@ -13,12 +13,12 @@ SHOWN = ("alias", "name", "sample_len", "samples")
 """Entries of the harness's results that are no metrics."""
 
 
-def run_tasks(folder: Path, config: EvaluateConfig, device: str) -> dict[str, Any]:
+def run_tasks(folder: Path, config: EvaluateConfig, device: str, trust: bool = False) -> dict[str, Any]:
     """Metrics per task, and every item's.
 
     Returns `{"lm_eval": version, "limit": …, "tasks": {task: {"items": n, "metrics": {"acc,none": …}}}, "items": {task:
     [{"item": number in the task, "metrics": {…}, "target": …, "answer": …}]}}`; a metric's name is followed by the filter
-    that it was taken after, as in the harness.
+    that it was taken after, as in the harness. Code in the folder runs with `trust` only.
 
     Raises:
         ModuleNotFoundError: `lm_eval` is not installed.
@@ -44,7 +44,7 @@ def run_tasks(folder: Path, config: EvaluateConfig, device: str) -> dict[str, An
         )
     found = lm_eval.simple_evaluate(
         model="hf",
-        model_args={"pretrained": str(folder), "dtype": "float32"},
+        model_args={"pretrained": str(folder), "dtype": "float32", "trust_remote_code": trust},
         tasks=list(tasks),
         task_manager=manager,
         batch_size=config.batch_size,

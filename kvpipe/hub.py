@@ -8,8 +8,9 @@ and only what is nowhere is downloaded. No torch: this runs on a login node.
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -23,8 +24,11 @@ from kvpipe.provenance import digest_of
 
 PATTERNS = ("*.json", "*.txt", "*.jinja", "tokenizer.model", "model*.safetensors")
 """Files of a repository's top folder that a model is made of: never pickles, and not a second copy of the weights."""
+MANIFEST = "MANIFEST.json"
 CODE = "*.py"
 """Downloaded too where `trust_remote_code` says so."""
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+"""One of them must be there: transformers makes a fast tokenizer of any."""
 GB = 1e9
 NETWORK = "on a machine that reaches the hub (a login node), without HF_HUB_OFFLINE"
 
@@ -34,8 +38,15 @@ class HubError(RuntimeError):
 
 
 def token() -> str | bool:
-    """The token of the environment, never one from a file; False sends none."""
-    return os.environ.get("HF_TOKEN") or False
+    """The token of the environment, never one from a file; False sends none.
+
+    Raises:
+        HubError: one that cannot be sent. It is not shown.
+    """
+    found = os.environ.get("HF_TOKEN", "").strip()  # a token read from a file ends with a line break
+    if not (found.isascii() and found.isprintable()) or " " in found:
+        raise HubError("HF_TOKEN holds characters that no token has (spaces, line breaks, accents); copy it again")
+    return found or False
 
 
 def offline() -> bool:
@@ -46,7 +57,6 @@ def offline() -> bool:
 @contextmanager
 def explained(what: str, repo: str, revision: str) -> Iterator[None]:
     """Turn what the hub's client raises into one message; `what` is where the configuration names the repository."""
-    import httpx2
     from huggingface_hub import errors
 
     name = f"{what}: {repo}"
@@ -68,7 +78,9 @@ def explained(what: str, repo: str, revision: str) -> Iterator[None]:
         if error.response is not None and error.response.status_code == 401:
             raise HubError(f"{name}: the hub refuses the token in HF_TOKEN; make a new one or unset it") from error
         raise HubError(f"{name}: the hub answers {error}") from error
-    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, httpx2.TransportError) as error:
+    except errors.HFValidationError as error:
+        raise HubError(f"{name}: not a repository's name, which is owner/name: {error}") from error
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.HTTPError) as error:
         raise HubError(
             f"{name}: no connection to {os.environ.get('HF_ENDPOINT', 'the hub')} ({type(error).__name__}). Run this "
             f"{NETWORK}, or put the model into one of `libraries`"
@@ -78,7 +90,20 @@ def explained(what: str, repo: str, revision: str) -> Iterator[None]:
 # ---------------------------------------------------------------- locking
 def wanted(name: str, code: bool = False) -> bool:
     """Whether a file of a repository is part of the model."""
+    if name == MANIFEST:  # kvpipe's own, which it writes beside the files
+        return False
     return "/" not in name and any(fnmatch(name, pattern) for pattern in (*PATTERNS, *([CODE] if code else [])))
+
+
+def missing_shards(names: Iterable[str]) -> list[str]:
+    """The files that the others' names, `model-00001-of-00002.safetensors`, say there are."""
+    parts = [found for name in names if (found := re.fullmatch(r"(.*-)(\d+)(-of-)(\d+)(\.safetensors)", name))]
+    said = {
+        f"{head}{number:0{len(digits)}}{of}{total}{end}"
+        for head, digits, of, total, end in (part.groups() for part in parts)
+        for number in range(1, int(total) + 1)
+    }
+    return sorted(said - {part[0] for part in parts})
 
 
 def resolve(what: str, model: HubModel) -> LockedRepo:
@@ -104,6 +129,16 @@ def resolve(what: str, model: HubModel) -> LockedRepo:
         has = ", ".join(sorted(entry.rfilename for entry in info.siblings or [])[:12])
         raise HubError(
             f"{what}: {model.repo} has no config.json or no model*.safetensors (it has {has}); pickled weights are not loaded"
+        )
+    if not any(name in files for name in TOKENIZERS):
+        raise HubError(
+            f"{what}: {model.repo} has no tokenizer ({', '.join(TOKENIZERS)}); choose another repository or revision, or "
+            "save model and tokenizer into one folder and use source: local"
+        )
+    if missing := missing_shards(files):
+        raise HubError(
+            f"{what}: {model.repo} lacks {', '.join(missing[:3])}{' …' if missing[3:] else ''}: its upload was not "
+            "finished. Choose another revision"
         )
     licence = getattr(info.card_data, "license", None)
     return LockedRepo(commit=str(info.sha), license=licence, files=files)
@@ -134,14 +169,14 @@ def lock(config: Config, update: bool = False) -> dict[str, LockedRepo]:
         except HubError as error:
             problems.append(str(error))
     if problems:
-        raise HubError("\n".join(problems))
+        raise HubError("\n".join(dict.fromkeys(problems)))  # a bad token is every model's
     return found
 
 
 def write_lock(path: Path, found: dict[str, LockedRepo]) -> None:
     """Write a lock file; entries of other configurations that share it are kept."""
-    kept = yaml.safe_load(path.read_text(encoding="utf-8"))["lock"] if path.is_file() else {}
-    entries = kept | {pin: repo.model_dump() for pin, repo in found.items()}
+    kept = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    entries = ((kept or {}).get("lock") or {}) | {pin: repo.model_dump() for pin, repo in found.items()}
     head = (
         "# Written by `kvpipe lock`, read with the configuration beside it. `kvpipe lock --update` follows revisions.\n"
     )
@@ -197,6 +232,15 @@ def own_cache() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
+def absent(libraries: list[str]) -> list[str]:
+    """A line for every library that is not there, which is searched in vain."""
+    return [
+        f"libraries: {library} is no folder on this machine, so nothing is found in it; correct it or leave it out"
+        for library in libraries
+        if not Path(library).is_dir()
+    ]
+
+
 def candidates(repo: str, pinned: LockedRepo, libraries: list[str]) -> Iterator[Path]:
     """Folders of the libraries, and last of the machine's cache, that may hold a locked repository."""
 
@@ -210,7 +254,10 @@ def candidates(repo: str, pinned: LockedRepo, libraries: list[str]) -> Iterator[
 
 
 def locate(repo: str, pinned: LockedRepo, libraries: list[str], log=print) -> Path | None:
-    """The first candidate that holds the locked files, bit by bit; None if none does. Others are named in the log."""
+    """The first candidate that holds the locked files, bit by bit; None if none does. Others are named in the log,
+    and libraries that are not there."""
+    for line in absent(libraries):
+        log(line)
     for folder in candidates(repo, pinned, libraries):
         wrong = wrong_files(folder, pinned.files)
         if not wrong:

@@ -134,14 +134,14 @@ def recorded(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _trusted(folder: Path) -> bool:
-    """Whether the configuration allows code from the repository to run."""
-    return bool(recorded(folder).get("trust_remote_code", False))
+def load_tokenizer(folder: Path, trust: bool = False) -> Any:
+    """The tokenizer of a model folder; it must be a fast one, since spans come from it.
 
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder; it must be a fast one, since spans come from it."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=_trusted(folder))
+    Args:
+        folder: a model folder.
+        trust: run code that lies in it (`Workspace.trusts`). Never read from the folder, whose files come from others.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     if not tokenizer.is_fast:
         raise ValueError(f"{folder}: only a slow tokenizer is there; kvpipe needs tokenizer.json for byte spans")
     if tokenizer.pad_token_id is None:  # as Llama-3 ships; padding is masked, any token will do
@@ -149,25 +149,28 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def load_config(folder: Path) -> Any:
-    """The transformers config of a model folder."""
-    return AutoConfig.from_pretrained(folder, trust_remote_code=_trusted(folder))
+def load_config(folder: Path, trust: bool = False) -> Any:
+    """The transformers config of a model folder; `trust` as in `load_tokenizer`."""
+    return AutoConfig.from_pretrained(folder, trust_remote_code=trust)
 
 
-def load_model(folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> PreTrainedModel:
+def load_model(
+    folder: Path, dtype: torch.dtype | None = None, device: str = "cpu", trust: bool = False
+) -> PreTrainedModel:
     """The model of a folder in evaluation mode. Weights come from safetensors only.
 
     Args:
         folder: a model folder; its manifest says how to hold the model (`models.<name>.load`).
         dtype: instead of what the manifest says; float32 where it says nothing.
         device: where to, unless the manifest says that the layers are spread over all devices.
+        trust: as in `load_tokenizer`.
 
     Raises:
         ModuleNotFoundError: 8 or 4 bit is asked for and bitsandbytes is not installed.
         RuntimeError: the layers do not fit into the devices together.
     """
     load = Loading.model_validate(recorded(folder).get("load", {}))
-    options: dict[str, Any] = {"trust_remote_code": _trusted(folder)}
+    options: dict[str, Any] = {"trust_remote_code": trust}
     if load.quantize != "none":
         options["quantization_config"] = _quantization(folder, load)
     if load.sharded or load.quantize != "none":
@@ -231,10 +234,11 @@ def build_model(architecture: dict[str, Any], tokenizer: Any, seed: int) -> PreT
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
-def random_model(folder: Path, seed: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The architecture of a model folder with weights drawn by a seed."""
+def random_model(folder: Path, seed: int, dtype: torch.dtype = torch.float32, trust: bool = False) -> PreTrainedModel:
+    """The architecture of a model folder with weights drawn by a seed; `trust` as in `load_tokenizer`."""
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(load_config(folder), dtype=dtype).eval()
+    config = load_config(folder, trust)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust).eval()
 
 
 def has_weights(folder: Path) -> bool:
@@ -248,14 +252,16 @@ def write_manifest(folder: Path, source: dict[str, Any], **how: Any) -> None:
     Args:
         folder: the model's.
         source: where it came from.
-        how: how it is to be loaded (`load`, `trust_remote_code`), as `load_model` reads it.
+        how: how it is to be held (`load`), as `load_model` reads it; and whether its code runs, which is only noted.
     """
     files = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != MANIFEST:
+        if path.is_file() and not path.name.startswith(MANIFEST):
             files[path.relative_to(folder).as_posix()] = digest_of(path, "sha256").removeprefix("sha256:")
     text = json.dumps({"source": source, "files": files, **how}, indent=2, sort_keys=True)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    partial = folder / f"{MANIFEST}.partial"
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(folder / MANIFEST)  # a link to another's file is replaced, not written through
 
 
 def manifest_hash(folder: Path) -> str:
@@ -283,9 +289,9 @@ def link_folder(files: list[Path], out: Path) -> None:
             shutil.copyfile(file, target)
 
 
-def randomise(folder: Path, out: Path, seed: int) -> dict[str, Any]:
-    """A model with the config and tokenizer of `folder` and random weights."""
+def randomise(folder: Path, out: Path, seed: int, trust: bool = False) -> dict[str, Any]:
+    """A model with the config and tokenizer of `folder` and random weights; `trust` as in `load_tokenizer`."""
     dtype = DTYPES[Loading.model_validate(recorded(folder).get("load", {})).dtype]
-    random_model(folder, seed, dtype).save_pretrained(out)
-    load_tokenizer(folder).save_pretrained(out)
+    random_model(folder, seed, dtype, trust).save_pretrained(out)
+    load_tokenizer(folder, trust).save_pretrained(out)
     return {"source": "random", "like": folder.name, "like_manifest": manifest_hash(folder), "seed": seed}

@@ -121,10 +121,29 @@ def test_a_card_names_the_commit_of_its_data(trained):
     assert f"- math: embedded at {'cd' * 20}\n- code: embedded\n" in text
 
 
-def test_one_licence_is_named_and_control_has_none(trained):
+def cell_of(arm, cell, folder):
+    """A cell's record, as if it had been trained under another arm."""
+    cost = json.loads((cell / "cost.json").read_text())
+    cost["provenance"]["arm"] = arm
+    (folder / "cost.json").write_text(json.dumps(cost))
+    return folder
+
+
+def test_a_cell_has_the_card_of_its_own_arm_only(trained, hub, tmp_path):
     work, cell = trained
-    assert front_matter(card.card(work.dag, work.paths, "one", cell))["license"] == "apache-2.0"
-    control = card.card(work.dag, work.paths, "control", cell)
+    before = (cell / "model" / "README.md").read_text()
+    for words in (["card"], ["publish", "--repo", "me/other"]):
+        done = command(trained, tmp_path, *words, "--arm", "control", "--cell", str(cell))
+        assert done.exit_code == 1 and "was trained under the arm 'two': --arm two" in str(done.exception)
+    assert (cell / "model" / "README.md").read_text() == before and not hub.repos
+
+
+def test_one_licence_is_named_and_control_has_none(trained, tmp_path):
+    work, cell = trained
+    assert (
+        front_matter(card.card(work.dag, work.paths, "one", cell_of("one", cell, tmp_path)))["license"] == "apache-2.0"
+    )
+    control = card.card(work.dag, work.paths, "control", cell_of("control", cell, tmp_path))
     assert "license" not in front_matter(control) and "carry over" not in control
 
 

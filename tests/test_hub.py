@@ -1,6 +1,7 @@
 """Hub models with the real client against a hub on the loopback: pinned once, found or downloaded, every byte checked."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,10 +15,12 @@ from tiny import ALPHA, save_teacher, values
 from kvpipe import hub as hub_module
 from kvpipe.config import HubModel, LockedFile, LockedRepo, load, lock_path, parse
 from kvpipe.dag import Dag, Paths
-from kvpipe.hub import HubError, check_room, fetch, locate, to_download, wanted, write_lock
+from kvpipe.hub import HubError, check_room, fetch, locate, missing_shards, to_download, wanted, write_lock
+from kvpipe.models import write_manifest
 from kvpipe.provenance import digest_of
 
 REPO = "owner/alpha"
+BARE = {"config.json": b"{}", "tokenizer.json": b"{}"}
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +91,7 @@ def test_a_revision_is_resolved_once(hub, place, folder):
     locked = load(place.config).lock[f"{REPO}@main"]
     assert (locked.commit, locked.license) == (first, "llama3")
     assert set(locked.files) == {"config.json", "generation_config.json", "model.safetensors", *tokenizer_files(folder)}
-    moved = hub.repos["models", REPO].commit({"config.json": b"{}", "model.safetensors": b"other"})
+    moved = hub.repos["models", REPO].commit({**BARE, "model.safetensors": b"other"})
     assert moved != first
     place.ok("models")
     assert {p.name for p in place.model.iterdir()} == {*locked.files, "MANIFEST.json"}
@@ -112,7 +115,7 @@ def tokenizer_files(folder):
 def test_a_connection_cut_in_a_file_goes_on_where_it_broke(hub, place, folder):
     """The client reads in blocks of 10 MB and goes on after the last whole one."""
     weights = bytes(range(256)) * 90_000
-    hub.add(REPO, {"config.json": b"{}", "model.safetensors": weights})
+    hub.add(REPO, {**BARE, "model.safetensors": weights})
     place.ok("lock")
     hub.cut["model.safetensors"] = 15_000_000
     place.ok("models")
@@ -190,10 +193,11 @@ def test_libraries_are_searched_in_order_and_only_read(folder, tmp_path, monkeyp
     libraries = [str(tmp_path / "none"), str(tmp_path / "one"), str(tmp_path / "two")]
     before = {p: p.stat().st_mtime_ns for p in first.iterdir()}
     said = []
-    assert locate(REPO, pinned, libraries, said.append) == first and not said
+    assert locate(REPO, pinned, libraries, said.append) == first
+    assert len(said) == 1 and said[0].startswith(f"libraries: {libraries[0]} is no folder on this machine")
     (first / "config.json").write_text("{}")
     assert locate(REPO, pinned, libraries, said.append) == second
-    assert "not taken" in said[0] and "config.json" in said[0]
+    assert "not taken" in said[-1] and "config.json" in said[-1]
     assert {p: p.stat().st_mtime_ns for p in first.iterdir()}.keys() == before.keys()
     (second / "model.safetensors").unlink()
     assert locate(REPO, pinned, libraries, said.append) is None
@@ -254,6 +258,72 @@ def test_a_repository_without_safetensors(hub, place):
     assert "no model*.safetensors" in place.fails("lock")
 
 
+def test_a_repository_without_a_tokenizer(hub, place):
+    hub.add(REPO, {"config.json": b"{}", "model.safetensors": b"weights"})
+    assert "models.alpha: owner/alpha has no tokenizer (tokenizer.json, " in place.fails("lock")
+
+
+def test_a_repository_that_lacks_a_shard(hub, place):
+    assert missing_shards(["model-00001-of-00003.safetensors", "config.json"]) == [
+        "model-00002-of-00003.safetensors",
+        "model-00003-of-00003.safetensors",
+    ]
+    assert not missing_shards([f"model-0000{i}-of-00002.safetensors" for i in (1, 2)] + ["model.safetensors"])
+    hub.add(REPO, {**BARE, "model-00001-of-00002.safetensors": b"weights"})
+    said = place.fails("lock")
+    assert "models.alpha: owner/alpha lacks model-00002-of-00002.safetensors: its upload was not finished" in said
+
+
+def test_a_repositorys_manifest_is_not_taken_and_a_librarys_is_not_written_to(hub, place, folder, tmp_path):
+    files = {p.name: p for p in folder.iterdir() if p.is_file()}
+    hub.add(REPO, {**files, "MANIFEST.json": b'{"theirs": true}'})
+    place.ok("lock")
+    assert "MANIFEST.json" not in load(place.config).lock[f"{REPO}@main"].files
+    place.ok("models", "--name", "alpha")
+    assert "theirs" not in place.manifest()
+    theirs = tmp_path / "theirs.json"
+    theirs.write_text("theirs")
+    (place.model / "MANIFEST.json").unlink()
+    (place.model / "MANIFEST.json").symlink_to(theirs)
+    write_manifest(place.model, {})
+    assert theirs.read_text() == "theirs" and "tokenizer.json" in place.manifest()["files"]
+    assert not any("MANIFEST" in name for name in [*place.manifest()["files"], *os.listdir(tmp_path)])
+
+
+def test_a_name_that_is_none_is_said_with_its_key_and_the_other_problems(hub, place):
+    settings = yaml.safe_load(place.config.read_text())
+    settings["models"]["gamma"] = {"source": "hub", "repo": "a/b/c"}
+    settings["models"]["delta"] = {"source": "hub", "repo": REPO, "revision": "old"}
+    settings["arms"]["more"] = {"base": "two", "set": {"teachers": ["gamma", "delta"]}}
+    place.config.write_text(yaml.safe_dump(settings))
+    said = place.fails("lock")
+    assert "models.gamma: a/b/c: not a repository's name, which is owner/name" in said
+    assert "models.delta: owner/alpha has no revision" in said
+
+
+def test_a_token_with_blanks_around_it_is_sent_without(hub, place):
+    hub.repos["models", REPO].private = True
+    place.ok("lock", token=f" {hub.TOKEN}\n")
+    place.config.with_suffix(".lock.yaml").unlink()
+    assert "HF_TOKEN is not set" in place.fails("lock", token=" ")
+
+
+@pytest.mark.parametrize("bad", ["hf_a\nhf_b", "hf_a b", "hf_é"])
+def test_a_token_that_cannot_be_sent_is_named_once_and_not_shown(hub, place, bad):
+    settings = yaml.safe_load(place.config.read_text())
+    settings["models"]["beta"] = {"source": "hub", "repo": "owner/beta"}
+    place.config.write_text(yaml.safe_dump(settings))
+    said = place.fails("lock", token=bad)
+    assert said.count("HF_TOKEN holds characters that no token has") == 1
+    assert "no connection" not in said and bad not in said
+
+
+def test_a_library_that_is_not_there_is_named(hub, place, tmp_path):
+    option = ("--set", f"libraries=[{tmp_path / 'none'}]")
+    line = f"libraries: {tmp_path / 'none'} is no folder on this machine"
+    assert line in place.ok("lock", *option) and line in place.ok("models", *option)
+
+
 def test_all_problems_come_at_once(hub, place):
     settings = yaml.safe_load(place.config.read_text())
     settings["models"]["gamma"] = {"source": "hub", "repo": "owner/gamma"}
@@ -310,6 +380,15 @@ def test_the_lock_is_part_of_the_configuration(tmp_path):
     over = tmp_path / "over.yaml"
     over.write_text(yaml.safe_dump({"lock": {f"{REPO}@main": {"commit": "d" * 40}}}))
     assert load([path, over]).lock[f"{REPO}@main"].commit == "d" * 40
+
+
+@pytest.mark.parametrize("text", ["", "{}", "lock:\n"])
+def test_an_empty_lock_file_is_filled(tmp_path, text):
+    path = tmp_path / "my.lock.yaml"
+    path.write_text(text)
+    files = {"config.json": LockedFile(size=2, digest="git:00")}
+    write_lock(path, {f"{REPO}@main": LockedRepo(commit="b" * 40, files=files)})
+    assert list(yaml.safe_load(path.read_text())["lock"]) == [f"{REPO}@main"]
 
 
 def test_digests_are_gits_and_sha256(tmp_path):

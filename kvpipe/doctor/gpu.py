@@ -20,7 +20,7 @@ from kvpipe.doctor.memory import PROBED
 
 DRIVERS = {11: 450, 12: 525, 13: 580}
 """CUDA's major version → the least NVIDIA driver that runs it (minor versions are compatible)."""
-OLDER = "VARIANT=cu126 TORCH_INDEX=https://download.pytorch.org/whl/cu126 make image"
+OLDER = "VARIANT=cu126 TORCH_INDEX=<torch's index for CUDA 12.6> make image"
 """The image with a torch for CUDA 12, under a name of its own: that of the first would be up to date."""
 BF16 = (8, 0)
 """Compute capability from which a GPU computes bf16 itself."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from kvpipe.config import Config, FileData, HubData, HubModel, LocalModel
 from kvpipe.dag import Paths
 from kvpipe.doctor.finding import FAIL, OK, WARNING, Finding, inside_a_job
-from kvpipe.hub import candidates, missing_bytes, token
+from kvpipe.hub import HubError, absent, candidates, hub_models, missing_bytes, token
 from kvpipe.sizes import read_header
 
 NEEDED = ("config.json", "tokenizer.json")
@@ -24,13 +24,15 @@ SPLITS = ("train", "validation", "test")
 def examine_sources(config: Config, paths: Paths) -> list[Finding]:
     """Findings on the configured models and data; nothing is downloaded."""
     out: list[Finding] = []
+    hub = hub_models(config)  # those that `kvpipe lock` asks for: what no cell needs fails nothing
     for name, model in config.models.items():
         if isinstance(model, LocalModel):
             out += _local(name, model)
-        elif isinstance(model, HubModel):
+        elif isinstance(model, HubModel) and name in hub:
             out += _hub(name, model, paths.model(name), copy_of(model, config))
-    hub = {name: model for name, model in config.models.items() if isinstance(model, HubModel)}
     if hub:
+        fix = "correct `libraries`, or leave it out"
+        out += [Finding("libraries", WARNING, line, fix) for line in absent(config.libraries)]
         out += [_lock([name for name, model in hub.items() if model.pin not in config.lock]), *_cache()]
     return out if all(paths.data(split).is_file() for split in SPLITS) else [*out, *_data(config)]
 
@@ -175,12 +177,21 @@ def _hub(name: str, model: HubModel, folder: Path, copy: Path | None = None) -> 
     elif importlib.util.find_spec("huggingface_hub") is None:
         yield Finding(label, WARNING, f"{where}: huggingface_hub is not installed here, so it was not asked", step)
     else:
-        yield from _online(label, model, where, step)
+        try:
+            yield from _online(label, model, where, step)
+        except HubError as error:
+            yield Finding(label, FAIL, str(error), "export HF_TOKEN=…, without spaces or line breaks, or unset it")
 
 
 def _online(label: str, model: HubModel, where: str, step: str) -> Iterator[Finding]:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     # the HTTP library's own error, whichever library this generation of the hub's uses
     errors: tuple[type[Exception], ...] = (HfHubHTTPError, HfHubHTTPError.__mro__[1], OSError)  # type: ignore[assignment]
@@ -192,6 +203,10 @@ def _online(label: str, model: HubModel, where: str, step: str) -> Iterator[Find
         info = api.model_info(model.repo, revision=model.revision, timeout=10)
         if info.gated:
             api.auth_check(model.repo)
+    except HFValidationError as error:
+        yield Finding(
+            label, FAIL, f"{model.repo} is not a repository's name: {error}", "correct models: repo, owner/name"
+        )
     except GatedRepoError:
         fix = f"ask for access on the model's page, then {set_token}"
         yield Finding(label, FAIL, f"{model.repo} is gated and not open to you; {known}", fix)

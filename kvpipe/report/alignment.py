@@ -9,7 +9,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-from kvpipe.models import load_tokenizer
 from kvpipe.records import Record, render
 from kvpipe.report.collect import Results
 from kvpipe.report.svg import MONOSPACE, SERIES, SOFT, WIDTH, Picture, inline, styled
@@ -42,7 +41,7 @@ def token_alignment(results: Results) -> list[TokenPicture]:
     student = results.work.student_tokenizer
     out = []
     for teacher in teachers:
-        tokenizer = load_tokenizer(results.paths.model(teacher))
+        tokenizer = results.work.tokenizer(teacher)
         out.append(TokenPicture(teacher, record.id, mode, _draw(results, record, tokenizer, student, teacher, mode)))
     return out
 

@@ -13,7 +13,7 @@ from kvpipe.cell import Workspace
 from kvpipe.config import TimeConfig
 from kvpipe.device import resolve_device
 from kvpipe.losses import masked_mean, token_nll
-from kvpipe.models import has_weights, load_tokenizer
+from kvpipe.models import has_weights
 from kvpipe.teacher import AlignedTeacher, HiddenRows, LiveRows, RowSource, spread
 from kvpipe.timemap import build_time_map
 
@@ -27,8 +27,7 @@ def make_layer_map(work: Workspace, teacher: str) -> None:
     config = work.config.layer_map
     reference = _reference_student(work)
     device = next(reference.parameters()).device
-    folder = work.paths.model(teacher)
-    model, pad_id = work.teacher_model(teacher), load_tokenizer(folder).pad_token_id
+    model, pad_id = work.teacher_model(teacher), work.tokenizer(teacher).pad_token_id
     src = work.teacher_encoding(teacher, "validation", "student")
     dst = work.student_encoding("validation")
     time = build_time_map(TimeConfig(), src, dst)

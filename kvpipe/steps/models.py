@@ -33,7 +33,7 @@ def make_model(work: Workspace, name: str) -> None:
             how = {"load": model.load.model_dump(), "trust_remote_code": model.trust_remote_code}
         case RandomModel():
             like = work.paths.model(model.like)
-            source = randomise(like, out, model.seed)
+            source = randomise(like, out, model.seed, work.trusts(name))
             how = {k: v for k, v in recorded(like).items() if k in ("load", "trust_remote_code")}
         case ScratchModel():
             tokenizer = student_tokenizer(model.tokenizer, work.records("train"), work.config.data)

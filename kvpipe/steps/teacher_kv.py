@@ -5,23 +5,22 @@ from __future__ import annotations
 from kvpipe import store
 from kvpipe.capture import kv_geometry
 from kvpipe.cell import Workspace
-from kvpipe.models import load_config, load_tokenizer
 from kvpipe.outofmemory import explained, teacher_advice
 
 
 def make_shard(work: Workspace, teacher: str, reading, shard: int) -> None:
     """One shard of a teacher's store."""
     config = work.config.store
-    folder = work.paths.model(teacher)
-    model_config = load_config(folder)
     encoding = work.teacher_encoding(teacher, "train", reading)
     key = work.store_key(teacher, reading)
     path = work.paths.shard(teacher, reading, shard)
     path.parent.mkdir(parents=True, exist_ok=True)
-    need = store.estimate_bytes(config, kv_geometry(model_config), len(key.layers), len(encoding.ids), key.top_logits)
+    need = store.estimate_bytes(
+        config, kv_geometry(work.model_config(teacher)), len(key.layers), len(encoding.ids), key.top_logits
+    )
     store.check_budget(config, teacher, need, path.parent)
     with explained(f"running {teacher}", teacher_advice(config)):
-        model, pad_id = work.teacher_model(teacher), load_tokenizer(folder).pad_token_id
+        model, pad_id = work.teacher_model(teacher), work.tokenizer(teacher).pad_token_id
         store.build_shard(model, encoding, key, config, shard, path, pad_id)
 
 

@@ -82,7 +82,7 @@ def test_digest_is_that_of_the_image_that_was_built_again(checkout):
 
 def test_another_build_of_torch_has_a_name_of_its_own(checkout):
     """Under the name of the first, what is there would be up to date."""
-    index = "https://download.pytorch.org/whl/cu126"
+    index = "https://wheels.example/cu126"
     done = image(checkout, "online", VARIANT="", TORCH_INDEX=index)
     assert done.returncode == 1 and "VARIANT=cu126" in done.stderr
     assert image(checkout, "online").returncode == 0

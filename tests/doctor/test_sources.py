@@ -167,6 +167,31 @@ def test_a_locked_model_in_a_library_needs_no_hub(folder, monkeypatch, place, cl
     assert "HF_HUB_OFFLINE=1 forbids it" in examine(folder, hub_model(folder) | locked)["model alpha"].detail
 
 
+def test_a_hub_model_that_no_cell_needs_fails_nothing(folder):
+    """As `kvpipe lock`, which does not ask for it."""
+    unused = {"source": "hub", "repo": "some/other"}
+    assert examine(folder, {"models.unused": unused}) == examine(folder)
+
+
+def test_a_library_that_is_not_there(folder, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    libraries = {"libraries": [str(folder), str(folder / "none")]}
+    finding = examine(folder, hub_model(folder) | libraries)["libraries"]
+    assert finding.status == "warning" and f"{folder / 'none'} is no folder" in finding.detail
+    assert "libraries" not in examine(folder, libraries), "nothing is looked for in them"
+
+
+@pytest.mark.parametrize(
+    ("repo", "token", "words"),
+    [("a/b/c", "", "a/b/c is not a repository's name"), ("some/model", "hf_a b", "HF_TOKEN holds characters")],
+)
+def test_a_name_or_a_token_that_cannot_be_sent(folder, monkeypatch, repo, token, words):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_TOKEN", token)
+    finding = examine(folder, {"models.alpha": {"source": "hub", "repo": repo}})["model alpha"]
+    assert finding.status == "would fail" and words in finding.detail
+
+
 def test_a_hf_home_that_cannot_be_written(folder, monkeypatch):
     monkeypatch.setenv("HF_HOME", "/proc/none")
     monkeypatch.setattr(os, "access", lambda path, mode: not str(path).startswith("/proc"))
