@@ -130,7 +130,7 @@ def cell_of(arm, cell, folder):
 
 
 def test_a_cell_has_the_card_of_its_own_arm_only(trained, hub, tmp_path):
-    work, cell = trained
+    _, cell = trained
     before = (cell / "model" / "README.md").read_text()
     for words in (["card"], ["publish", "--repo", "me/other"]):
         done = command(trained, tmp_path, *words, "--arm", "control", "--cell", str(cell))
