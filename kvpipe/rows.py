@@ -92,7 +92,7 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
             except UnicodeDecodeError as error:
                 raise ValueError(f"{place}: not UTF-8: {error}; save the file as UTF-8") from None
             except json.JSONDecodeError as error:
-                raise ValueError(f"{place}: not valid JSON: {error}") from None
+                raise ValueError(f"{place}: not valid JSON: {error.msg} at character {error.colno}") from None
             if not text:
                 continue
             if not isinstance(row, dict):
