@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated, Literal
@@ -287,8 +288,9 @@ def _direct(teacher, student, data, out, arm, overrides):
 
 @app.command()
 def evaluate(
-    model: Annotated[Path, typer.Option(help="Model folder.")],
     out: Annotated[Path, typer.Option(help="Parquet file, one row per item.", callback=_writable_file)],
+    model: Annotated[Path | None, typer.Option(help="Model folder.")] = None,
+    cell: Annotated[Path | None, typer.Option(help="Instead of --model: folder of `kvpipe train --teacher`.")] = None,
     split: Annotated[str, typer.Option(help="Split that is scored.")] = "test",
     config: ConfigFile = CONFIG,
     results: Results = RESULTS,
@@ -297,16 +299,23 @@ def evaluate(
     """Score a model folder item by item: likelihood and greedy generation."""
     import torch
 
+    from kvpipe.cell import Workspace
     from kvpipe.evaluate import evaluate as run
     from kvpipe.outofmemory import evaluation_advice, explained
 
-    work = _workspace(config, results, overrides)
-    settings, records, trust = work.config, work.records(split), work.trusts_folder(model)
+    if (model is None) == (cell is None):
+        raise typer.BadParameter("give either --model or --cell")
+    folder = model or Path(cell or "") / "model"
+    work = Workspace(*_trained(cell, config, results, overrides))
+    settings, records, trust = work.config, work.records(split), work.trusts_folder(folder)
     torch.set_num_threads(settings.train.threads)
     with explained("scoring", evaluation_advice(settings.evaluate)):
-        table = run(model, records, settings.data.template, settings.evaluate, _device(settings), trust=trust)
+        table = run(folder, records, settings.data.template, settings.evaluate, _device(settings), trust=trust)
     out.parent.mkdir(parents=True, exist_ok=True)
     table.to_parquet(out, index=False)
+    bits, judged = table.nll.sum() / math.log(2) / table.bytes.sum(), table.correct.dropna()
+    right = f", {judged.astype(float).mean():.1%} of {len(judged)} answers right" if len(judged) else ""
+    typer.echo(f"{split}: {len(table)} items, {bits:.4f} bits per byte of reasoning and answer{right}")
 
 
 @app.command("lm-eval")

@@ -63,10 +63,15 @@ def test_a_student_from_folders_and_a_file(place, tmp_path):
     assert "k" not in json.loads((out / "history.jsonl").read_text().splitlines()[-2])
 
 
-def test_a_cell_is_published_from_its_folder(place, tmp_path, monkeypatch):
+def test_a_cell_is_scored_and_published_from_its_folder(place, tmp_path, monkeypatch):
     out = tmp_path / "student"
     assert command(place, out, "--arm", "control").exit_code == 0
     monkeypatch.chdir(tmp_path)  # no config/config.yaml here
+    scored = CliRunner().invoke(cli.app, ["evaluate", "--cell", str(out), "--out", "scores.parquet"])
+    assert scored.exit_code == 0, scored.output + repr(scored.exception)
+    table = pd.read_parquet("scores.parquet")
+    assert f"test: {len(table)} items, " in scored.output and table.nll.gt(0).all()
+    assert CliRunner().invoke(cli.app, ["evaluate", "--out", "scores.parquet"]).exit_code == 2
     with HubServer() as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
