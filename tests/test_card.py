@@ -176,7 +176,7 @@ def command(trained, tmp_path, *arguments):
 
 
 def test_publish_pushes_the_model_with_its_card_of_today(trained, hub, tmp_path):
-    _, cell = trained
+    work, cell = trained
     before = (cell / "model" / "README.md").read_text()
     statistics(work)
     done = command(trained, tmp_path, "publish", "--arm", "two", "--repo", "me/student")

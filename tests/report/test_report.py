@@ -46,7 +46,7 @@ SHIFT = {
 
 def workspace(root: Path, *overrides: str) -> Workspace:
     tasks = [f"{{kind: embedded, task: {task}, train: 40, validation: 9, test: 11}}" for task in ("math", "code")]
-    settings = [f"data.sources=[{', '.join(tasks)}]", "stats.resamples=1000"]
+    settings = [f"data.sources=[{', '.join(tasks)}]", "stats.resamples=1000", "seeds=[0, 1, 2]"]
     settings += [f"models.{name}.path={ROOT}/config/embedded/{name}" for name in ("math", "code")]
     return Workspace(load(ROOT / "config/config.yaml", [*settings, *overrides]), Paths(root))
 
