@@ -14,7 +14,7 @@ import pandas as pd
 import yaml
 
 from kvpipe import hub
-from kvpipe.config import Arm
+from kvpipe.config import Arm, HubData
 from kvpipe.dag import Dag, Paths
 from kvpipe.data import SOURCES
 
@@ -145,8 +145,7 @@ def _models(dag: Dag, paths: Paths, arm: Arm, licences: dict[str, str | None]) -
 
 def _repo(source: Any) -> str | None:
     """The data set's repository, for a source that has one and is no folder of this machine."""
-    repo = getattr(source, "repo", None)
-    return None if repo is None or repo.startswith((".", "/")) else repo
+    return source.repo if isinstance(source, HubData) and not source.is_folder else None
 
 
 def _data(dag: Dag, paths: Paths) -> str:

@@ -20,11 +20,10 @@ import yaml
 
 from kvpipe.config import Config, HubModel, LockedFile, LockedRepo
 from kvpipe.dag import Dag, Paths
-from kvpipe.provenance import digest_of
+from kvpipe.provenance import MANIFEST, digest_of
 
 PATTERNS = ("*.json", "*.txt", "*.jinja", "tokenizer.model", "model*.safetensors")
 """Files of a repository's top folder that a model is made of: never pickles, and not a second copy of the weights."""
-MANIFEST = "MANIFEST.json"
 CODE = "*.py"
 """Downloaded too where `trust_remote_code` says so."""
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")

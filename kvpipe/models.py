@@ -17,14 +17,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from kvpipe.config import Loading, TokenizerRecipe
-from kvpipe.provenance import digest_of
+from kvpipe.provenance import MANIFEST, digest_of
 
 # bars of "loading weights" say nothing in a log file; problems are raised, not logged
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
 
 END, PAD, BEGIN, UNKNOWN = "<|endoftext|>", "<|pad|>", "<s>", "<unk>"
-MANIFEST = "MANIFEST.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COPY_LIMIT = 1 << 30
 """Local folders below this many bytes are copied; larger ones are linked."""

@@ -12,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+MANIFEST = "MANIFEST.json"
+"""Name of the list of a model folder's files."""
 PACKAGE = Path(__file__).parent
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "scipy", "pandas", "snakemake")
 UNHASHED = {"kvpipe.config", "kvpipe.dag", "kvpipe.provenance", "kvpipe.card", "kvpipe.__main__", "kvpipe"}

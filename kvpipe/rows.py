@@ -51,9 +51,7 @@ def _key(source: FileData | HubData, split: str) -> str:
 
 # ---------------------------------------------------------------- files
 def _file(source: FileData, split: str, spec: str) -> Rows:
-    match = re.fullmatch(r"(.*?)(\[[^\[\]]*\])?", spec)
-    assert match is not None
-    path, part = Path(match[1]), match[2]
+    path, part = source.parted(spec)
     if not path.is_file():
         raise FileNotFoundError(f"{_key(source, split)} file {path} does not exist")
     if path.suffix not in READERS:
@@ -126,7 +124,7 @@ def _hub(source: HubData, split: str) -> Rows:
     places: list[str] = []
     for name in source.name if isinstance(source.name, list) else [source.name]:
         try:
-            if _is_folder(source):
+            if source.is_folder:
                 found = _folder(datasets, source, name, split)
             else:
                 # never one from a file, as for models
@@ -142,10 +140,6 @@ def _hub(source: HubData, split: str) -> Rows:
         rows += found[0]
         places += [f"{source.repo}{f' ({name})' if name else ''}, {place}" for place in found[1]]
     return Rows(rows, places, {**origin, "rows": len(rows)})
-
-
-def _is_folder(source: HubData) -> bool:
-    return source.repo.startswith((".", "/"))
 
 
 def _folder(datasets, source: HubData, name: str | None, split: str) -> tuple[list[dict[str, Any]], list[str]]:
@@ -183,7 +177,7 @@ def _check_commit(source: HubData, commit: str | None) -> None:
 
 
 def _advice(source: HubData, error: Exception, offline: bool) -> str:
-    if _is_folder(source):
+    if source.is_folder:
         return f"data.sources ({source.task}): {error}"
     said = f"data.sources ({source.task}): {source.repo} at {source.revision}: {error}"
     if offline:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import string
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
@@ -135,6 +136,11 @@ class HubData(RowData):
     test: str | None = "test"
     """Test split, or none."""
 
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a local folder, laid out as on the hub."""
+        return self.repo.startswith((".", "/"))
+
 
 class FileData(RowData):
     """Records from local JSONL or Parquet files, columns mapped to prompt, reasoning, answer."""
@@ -147,6 +153,13 @@ class FileData(RowData):
     """Path of the validation file, or none."""
     test: str | None = None
     """Path of the test file, or none."""
+
+    @staticmethod
+    def parted(spec: str) -> tuple[Path, str | None]:
+        """The path and the slice, if any, of `rows.jsonl[:95%]`."""
+        found = re.fullmatch(r"(.*?)(\[[^\[\]]*\])?", spec)
+        assert found is not None
+        return Path(found[1]), found[2]
 
 
 class TextTemplate(Section):

@@ -16,7 +16,7 @@ from kvpipe.config import Config, FileData, HubData, HubModel, LocalModel
 from kvpipe.dag import Paths
 from kvpipe.doctor.asked import Asked
 from kvpipe.doctor.finding import FAIL, OK, WARNING, Answer, Finding, ask, inside_a_job
-from kvpipe.doctor.sources import data_files, is_folder
+from kvpipe.doctor.sources import data_files
 from kvpipe.provenance import PACKAGE
 
 IMAGE = "containers/kvpipe.sif"
@@ -102,7 +102,7 @@ def places(config: Config, paths: Paths) -> dict[str, Path]:
         if isinstance(source, FileData):
             # the folder of the file itself, which may be a link to another place
             there |= {f"data {source.task}, {s}": file.resolve().parent for s, file in data_files(source).items()}
-        elif isinstance(source, HubData) and is_folder(source):
+        elif isinstance(source, HubData) and source.is_folder:
             there[f"data {source.task}"] = Path(source.repo)
     found |= {name: folder for name, folder in there.items() if folder.exists()}
     return {name: folder.resolve() for name, folder in found.items()}
@@ -142,7 +142,7 @@ def _seen(folders: dict[str, Path], program: str, image: Path, options: str) -> 
 def _home(config: Config) -> Iterator[Finding]:
     """Snakemake starts the image with the working directory as home: the cache in the user's own is not there."""
     models = any(isinstance(model, HubModel) for model in config.models.values())
-    data = any(isinstance(source, HubData) and not is_folder(source) for source in config.data.sources)
+    data = any(isinstance(source, HubData) and not source.is_folder for source in config.data.sources)
     lacking = [key for key, used in (("HF_HUB_CACHE", models), ("HF_DATASETS_CACHE", data)) if used]
     if "HF_HOME" not in os.environ and not all(key in os.environ for key in lacking):
         detail = "not set: jobs have the working directory as home and see nothing of ~/.cache/huggingface"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,15 +86,10 @@ def _local(name: str, model: LocalModel) -> Iterator[Finding]:
 
 
 # ---------------------------------------------------------------- data
-def is_folder(source: HubData) -> bool:
-    """Whether it is a local folder, laid out as on the hub."""
-    return source.repo.startswith((".", "/"))
-
-
 def data_files(source: FileData) -> dict[str, Path]:
     """Split → the file that it is read from."""
     named = {split: getattr(source, split) for split in SPLITS}
-    return {split: Path(re.sub(r"\[[^\[\]]*\]$", "", spec)) for split, spec in named.items() if spec is not None}
+    return {split: source.parted(spec)[0] for split, spec in named.items() if spec is not None}
 
 
 def _data(config: Config) -> Iterator[Finding]:
@@ -107,7 +101,7 @@ def _data(config: Config) -> Iterator[Finding]:
             if gone:
                 detail = ", ".join(f"{split} file {file} does not exist" for split, file in gone.items())
                 yield Finding(label, FAIL, detail, f"correct data.sources ({source.task}), or put the file there")
-        elif isinstance(source, HubData) and is_folder(source):
+        elif isinstance(source, HubData) and source.is_folder:
             if not Path(source.repo).is_dir():
                 yield Finding(
                     label, FAIL, f"{source.repo} is not a folder", f"correct data.sources ({source.task}): repo"

@@ -9,8 +9,9 @@ from typing import Any
 from kvpipe import hub
 from kvpipe.cell import Workspace
 from kvpipe.config import HubModel, LocalModel, PretrainModel, RandomModel, ScratchModel
-from kvpipe.models import MANIFEST, fetch_local, link_folder, randomise, recorded, write_manifest
+from kvpipe.models import fetch_local, link_folder, randomise, recorded, write_manifest
 from kvpipe.pretrain import pretrain, student_tokenizer
+from kvpipe.provenance import MANIFEST
 
 
 def make_model(work: Workspace, name: str) -> None:
