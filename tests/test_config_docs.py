@@ -233,7 +233,11 @@ MISTAKES = [
     ({"arms.exp5.set.fuse.offsets": True}, "arms.exp5.set.fuse", "offsets: true is for kind: task"),
     ({"arms.exp6.set.fuse.weights.math": [0, 0]}, "arms.exp6.set.fuse", "weights.math: [0.0, 0.0] sums to 0"),
     ({"arms.exp6.set.fuse.weights.math": [0.9, 0.9]}, "arms.exp6.set.fuse", "sums to 1.8"),
-    ({"arms.exp6.set.fuse.weights.math": [-0.5, 1.5]}, "arms.exp6.set.fuse.weights.math[0]", "greater than or equal to 0"),
+    (
+        {"arms.exp6.set.fuse.weights.math": [-0.5, 1.5]},
+        "arms.exp6.set.fuse.weights.math[0]",
+        "greater than or equal to 0",
+    ),
     ({"arms.exp6.set.fuse.weights.math": [float("nan"), 1]}, "arms.exp6.set.fuse.weights.math[0]", "finite number"),
     ({"arms.exp6.set.fuse.weights.math": [1.0]}, "arms.exp6.set", "1 weights for 2 teachers"),
     ({"arms.exp6.set.fuse.weights.maht": [1, 0]}, "arms.exp6.set.fuse.weights.maht", "'math'"),

@@ -70,11 +70,15 @@ def test_models_that_are_not_known_are_not_judged(place):
     dag = Dag(config(place, mine(loss__layers=[9])))
     assert misfits(dag, {}) == []
     student = shape({"num_hidden_layers": 3, "hidden_size": 24, "num_attention_heads": 4})
-    assert [line.split(":")[0] for line in misfits(dag, {"student": student}, ["mine"])] == ["arms.mine.set.loss.layers"]
+    assert [line.split(":")[0] for line in misfits(dag, {"student": student}, ["mine"])] == [
+        "arms.mine.set.loss.layers"
+    ]
 
 
 def test_first_positions_that_are_left_out_leave_some(place):
     longest = int(workspace(place, {}).student_encoding("train").lengths.max())
     workspace(place, mine(loss__skip_sink=longest - 1)).check(["mine"])
-    with pytest.raises(ConfigError, match=rf"arms\.mine\.set\.loss\.skip_sink: {longest} leaves nothing.*{longest} tokens"):
+    with pytest.raises(
+        ConfigError, match=rf"arms\.mine\.set\.loss\.skip_sink: {longest} leaves nothing.*{longest} tokens"
+    ):
         workspace(place, mine(loss__skip_sink=longest)).check(["mine"])

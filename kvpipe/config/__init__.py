@@ -210,7 +210,9 @@ class Config(Section):
                     "between 0 and 2**32 - 1"
                 )
             if self.train.steps * arm.steps > 10**9:
-                raise ValueError(f"arms.{name}.set.steps: {arm.steps:g} times train.steps is beyond 1,000,000,000 steps")
+                raise ValueError(
+                    f"arms.{name}.set.steps: {arm.steps:g} times train.steps is beyond 1,000,000,000 steps"
+                )
             if arm.loss.skip_sink >= longest:
                 raise ValueError(
                     f"arms.{name}.set.loss.skip_sink: {arm.loss.skip_sink} leaves nothing of a text of at most "

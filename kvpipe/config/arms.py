@@ -179,7 +179,9 @@ class LossConfig(Section):
         if self.layers is not None and len(set(self.layers)) < len(self.layers):
             raise ValueError(f"layers: {self.layers} holds a layer twice")
         if self.kind == "kv" and not self.lambda_k and not self.lambda_v:
-            raise ValueError("lambda_k and lambda_v are both 0, which leaves nothing of kind: kv; give one of them a weight")
+            raise ValueError(
+                "lambda_k and lambda_v are both 0, which leaves nothing of kind: kv; give one of them a weight"
+            )
         if self.kind in ("logit_kd", "relation") and not self.weight:
             raise ValueError(f"weight: 0 leaves nothing of kind: {self.kind}; give it a weight")
         return self
@@ -232,7 +234,9 @@ class Arm(Section):
         if self.loss.kind == "relation" and len(self.teachers) > 1:
             raise ValueError(f"loss.kind: relation has one teacher; got {', '.join(self.teachers)}")
         if self.loss.kind == "logit_kd" and self.fuse.kind not in ("mean", "fixed", "task"):
-            raise ValueError(f"loss.kind: logit_kd weighs teachers by mean, fixed or task; got fuse.kind: {self.fuse.kind}")
+            raise ValueError(
+                f"loss.kind: logit_kd weighs teachers by mean, fixed or task; got fuse.kind: {self.fuse.kind}"
+            )
         if self.fuse.entropy and self.loss.kind != "kv":
             raise ValueError(f"fuse.entropy is a term of loss.kind: kv; under {self.loss.kind} set it to 0")
         if self.projector.kind == "heads" and self.fit.method not in ("grouped", "random"):

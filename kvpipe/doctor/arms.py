@@ -12,7 +12,7 @@ from kvpipe.misfits import misfits
 def examine_arms(config: Config, paths: Paths) -> list[Finding]:
     """One finding per setting that does not fit a model whose config.json is on this machine."""
     work = Workload(config, paths)
-    shapes = {name: found for name in config.models if (found := work.shape(name)) is not None}
+    shapes = {name: shape for name in config.models if (shape := work.shape(name)) is not None}
     found = misfits(work.dag, shapes)
     if not found:
         return [Finding("arms", OK, f"{len(work.dag.arms)} arms fit the shapes of {len(shapes)} models")]
