@@ -144,6 +144,9 @@ class SandboxConfig(Section):
 
     run_code: bool = False
     """Run generated programs at all. Off unless you say so: they are written by a model."""
+    walls: Literal["required", "none"] = "required"
+    """`required`: programs run behind walls (bubblewrap's, or namespaces that kvpipe makes), or not at all. `none`: they
+    may read and change what you may; only the limits below hold."""
     seconds: PositiveFloat = 10.0
     """Longest CPU time of a program; by the clock three times as much."""
     memory_mb: PositiveInt = 1024
