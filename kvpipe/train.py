@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from kvpipe import attempts, card, checkpoint
-from kvpipe.batches import IGNORE, Batch, collate, schedule
+from kvpipe.batches import Batch, collate, count_predicted, schedule
 from kvpipe.capture import Recorder
 from kvpipe.cell import Workspace
 from kvpipe.config import Arm, TrainConfig
@@ -274,18 +274,19 @@ class _Run:
         parts = processes * self.config.accumulate
         share = np.array_split(examples, parts)[self.accelerator.process_index :: processes]
         whole = float(self.encoding.lengths[examples].sum())
+        whole_predicted = count_predicted(self.encoding, examples, self.config.loss_on)
         logged = step + 1 == self.config.steps or (step + 1) % self.config.log_every == 0
         # gradients of single terms cost a backward pass each
         watched_step = logged and (step + 1) % self.config.eval_every == 0
         values: dict[str, float] = {}
         watched: dict[str, float] = {}
         for number, micro in enumerate(share):
-            batch = collate(self.encoding, micro, self.pad_id).to(self.device)
-            # every micro-batch weighs by its tokens, and processes average their gradients; the first token of an
-            # example has no cross-entropy
+            batch = collate(self.encoding, micro, self.pad_id, self.config.loss_on).to(self.device)
+            # every micro-batch weighs by its tokens, in cross-entropy by those that carry it, and processes average
+            # their gradients
             tokens = float(self.encoding.lengths[micro].sum())
             weight = tokens / whole * processes
-            predicted = (tokens - len(micro)) / (whole - len(examples)) * processes
+            predicted = int(batch.predicted.sum()) / whole_predicted * processes
             last = number == len(share) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 cross_entropy, added = self._forward(batch, recorder, step)
@@ -326,9 +327,7 @@ class _Run:
             use_cache=False,
             output_hidden_states=needs_hidden,
         )
-        counted = batch.labels != IGNORE
-        counted[:, 0] = False
-        cross_entropy = masked_mean(token_nll(output.logits, batch.labels), counted)
+        cross_entropy = masked_mean(token_nll(output.logits, batch.labels), batch.predicted)
         if self.distiller is None or recorder is None:
             return cross_entropy, Step({}, dict)
         # the input of every layer, which its keys and values are made from
