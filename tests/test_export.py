@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import ALPHA, DATA, STUDENT, TOKENIZERS, build
@@ -20,6 +21,7 @@ from kvpipe.corpus import generate
 from kvpipe.export import SavedStudentDiffers
 from kvpipe.models import build_model, load_model, train_tokenizer
 from kvpipe.pretrain import pretrain, tokenizer_texts
+from kvpipe.records import render
 from kvpipe.steps.layer_map import make_layer_map
 from kvpipe.steps.models import make_model
 from kvpipe.steps.prepare import prepare
@@ -111,29 +113,29 @@ def test_an_older_student_leaves_nothing(tmp_path):
 
 
 # ---------------------------------------------------------------- what is saved is what was scored
+@pytest.fixture
+def anew():
+    """accelerate keeps the precision of a process's first training."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_saved_folder_is_scored_again(tmp_path, precision):
-    cost = json.loads((run(experiment(tmp_path, **{"train.precision": precision}), tmp_path) / "cost.json").read_text())
+def test_the_saved_folder_is_scored_again(anew, tmp_path, precision):
+    work = experiment(tmp_path, **{"train.precision": precision})
+    cost = json.loads((run(work, tmp_path) / "cost.json").read_text())
     assert cost["model"]["nats_saved"] == pytest.approx(cost["model"]["nats_in_memory"], abs=1e-6)
     model = load_model(tmp_path / "out" / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
-    work = Workspace(build(tmp_path / "again").config, models_paths(tmp_path))
     chosen = [work.records("validation")[i] for i in (0, 1, 2, 3, 4, 5, 6, 8)]  # eight of nine, spread
     nll, tokens = 0.0, 0
     for record in chosen:
-        from kvpipe.records import render
-
         ids = tokenizer(render(record, work.config.data.template).text, return_tensors="pt").input_ids
         with torch.no_grad():
             nll += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
         tokens += ids.shape[1] - 1
     assert cost["model"]["nats_saved"] == pytest.approx(nll / tokens, rel=1e-5)
-
-
-def models_paths(folder: Path):
-    from kvpipe.dag import Paths
-
-    return Paths(folder / "results")
 
 
 def spoil(change):
