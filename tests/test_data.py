@@ -161,6 +161,6 @@ def test_the_preset_of_math_leaves_out_solutions_whose_box_is_empty(tmp_path):
     row = {"problem": "1+1?", "solution": r"It is \boxed{2}."}
     rows = [row, row | {"solution": r"It is \boxed{}."}]
     path = write(tmp_path / "math.jsonl", rows)
-    source = {"kind": "files", "task": "math", "preset": "math", **{split: path for split in SPLITS}}
+    source = {"kind": "files", "task": "math", "preset": "math", **dict.fromkeys(SPLITS, path)}
     build(DataConfig(leakage="report", sources=[source]), tmp_path / "out")
     assert [r.answer for r in read_records(tmp_path / "out" / "train.parquet")] == ["2"]
