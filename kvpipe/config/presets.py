@@ -15,8 +15,19 @@ _BRACED = r"[^{}]"
 for _ in range(4):
     _BRACED = rf"(?:[^{{}}]++|\{{{_BRACED}*\}})"
 BOXED = rf"\\(?:boxed|fbox)\s*\{{?(?P<final>(?<=\{{){_BRACED}*(?=\}})|(?<!\{{)[^{{$\n][^$\n]*)"
-# The minus of a difference (5-3) is no sign.
-NUMBER = r"((?:(?<![\d)])-)?\$?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?)"
+# The minus of a difference (5-3) is no sign. Spellings are made one before (`kvpipe.answers.plain`).
+NUMBER = (
+    r"((?:(?<![\d)])-)?[$€£]?(?:\d[\d,]* \d+/\d+|\d[\d,]*\s*/\s*\d+|(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?)"
+    r"(?:\s*(?:thousand|million|billion|trillion)\b|[kKM]\b)?)"
+)
+TAGGED = r"(?s)<answer>\s*(.*?)\s*</answer>"
+STATED = r"(?i)\banswer(?:\s+is)?\s*:?\s*"
+EXPRESSION = (
+    r"(?:\$+([^$\n]+)\$|\\\((.+?)\\\)|\*\*([^*\n]+)\*\*"
+    r"|([^\s*$][^\n]*?)(?=\.?\s*(?:\n|\Z)|\.\s+[A-Z]|,?\s+(?:because|since)\b))"
+)
+BOLD = rf"\*\*\s*{NUMBER}(?:\s*[a-zA-Z%]+)?\.?\s*\*\*"
+FIRST = rf"\A\s*{NUMBER}(?=,?\s+(?:because|since)\b)"
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "gsm8k": {
@@ -41,7 +52,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "scorer": "number",
             "max_new_tokens": 320,
             "stop": ["\nQuestion:"],
-            "answer_pattern": [r"####\s*([^\n]+)", BOXED, NUMBER],
+            "answer_pattern": [r"####\s*([^\n]+)", BOXED, TAGGED, rf"{STATED}[\s*$]*{NUMBER}", BOLD, FIRST, NUMBER],
         },
     },
     "math": {
@@ -63,6 +74,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "rows": {
             "columns": {"prompt": "problem", "reasoning": "solution", "answer": "final"},
             "split": {"solution": "(?s).*" + BOXED},
+            "leave_out": {"solution": r"(?s)\\boxed\s*\{\s*\}(?!.*\\boxed)"},
         },
         "template": {
             "prompt": "Problem:\n{prompt}\n\nSolution:\n",
@@ -73,7 +85,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "scorer": "math",
             "max_new_tokens": 640,
             "stop": ["\nProblem:"],
-            "answer_pattern": [BOXED, r"(?i)the (?:final )?answer is:?\s*([^\n]+)"],
+            "answer_pattern": [BOXED, TAGGED, STATED + EXPRESSION, r"\*\*([^*\n]+)\*\*"],
         },
     },
     "mbpp": {

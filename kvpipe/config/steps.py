@@ -9,6 +9,11 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 
 from kvpipe.config.section import Fraction, Name, Section, inherit
 
+LossOn = Literal["all", "completion"]
+"""Tokens that carry cross-entropy."""
+LOSS_ON = {"all": "all tokens, the prompt's too", "completion": "reasoning and answer, not the prompt"}
+"""The same in words."""
+
 
 class StoreConfig(Section):
     """The stored caches of the teachers."""
@@ -49,7 +54,8 @@ class LoraConfig(Section):
     dropout: Fraction = 0.0
     """Dropout before an adapter."""
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
-    """Names of the modules that get an adapter."""
+    """Names of the modules that get an adapter; `all-linear`: every linear layer but the output's. One that the student
+    does not have, or whose weight is another's too (a tied `lm_head`), is an error."""
 
 
 class TrainConfig(Section):
@@ -73,6 +79,10 @@ class TrainConfig(Section):
     """Mixed precision of the student."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: slower, far less memory."""
+    loss_on: LossOn = "all"
+    """Tokens that carry cross-entropy: `all`, or `completion`: reasoning, answer and the end of the text, whose first
+    token is predicted from the prompt. Of a conversation, all before the last answer is prompt. Other terms of the loss,
+    validation loss (always on reasoning + answer) and scores do not depend on it."""
     batching: Literal["length", "random"] = "length"
     """`length` groups examples of like length, so that little is padded."""
     max_length: PositiveInt = 512
