@@ -54,7 +54,8 @@ class LoraConfig(Section):
     dropout: Fraction = 0.0
     """Dropout before an adapter."""
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
-    """Names of the modules that get an adapter."""
+    """Names of the modules that get an adapter; `all-linear`: every linear layer but the output's. One that the student
+    does not have, or whose weight is another's too (a tied `lm_head`), is an error."""
 
 
 class TrainConfig(Section):
