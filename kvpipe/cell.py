@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from kvpipe.capture import kv_geometry
@@ -23,6 +23,7 @@ from kvpipe.dag import Dag, Paths
 from kvpipe.device import resolve_device
 from kvpipe.distill import Distiller, KVDistiller, LogitDistiller, RelationDistiller, TopLogits, build_targets
 from kvpipe.encoding import Encoding, encode_records
+from kvpipe.files import save_tensors
 from kvpipe.fuse import build_fusion
 from kvpipe.layermap import LayerPlan, layer_plan
 from kvpipe.misfits import misfits
@@ -347,11 +348,9 @@ def token_twins(src_tokenizer, dst_tokenizer) -> np.ndarray:
 def save_projectors(path: Path, teachers: list[str], projectors: list[Projector], document: dict) -> None:
     """Write all projectors of a fit to one file, with the explained variance in its metadata and beside it as JSON."""
     tensors = {
-        f"{teacher}/{name}": tensor.detach().contiguous()
+        f"{teacher}/{name}": tensor.detach()
         for teacher, projector in zip(teachers, projectors, strict=True)
         for name, tensor in projector.state_dict().items()
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(document, sort_keys=True)
-    save_file(tensors, path, metadata={"fit": text})
+    save_tensors(tensors, path, {"fit": json.dumps(document, sort_keys=True)})
     path.with_suffix(".json").write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -78,6 +78,9 @@ class RowData(Section):
     """Column → regular expression that must match in it; its named groups become columns. Applied in order."""
     remove: dict[FieldName, str] = Field(default={})
     """Record field → regular expression; what matches is taken out of the field."""
+    leave_out: dict[str, str] = Field(default={})
+    """Column → regular expression; a row in which it is found becomes no record. `data/sources.json` counts and names
+    the rows."""
     chat: Chat | None = None
     """For conversations: the column with messages."""
     tasks: dict[str, Name] = Field(default={})
@@ -92,7 +95,7 @@ class RowData(Section):
         known = {**preset["rows"], **(preset["hub"] if cls is HubData else {})}
         return merged(known, values)
 
-    @field_validator("split", "remove")
+    @field_validator("split", "remove", "leave_out")
     @classmethod
     def _expressions(cls, expressions: dict[str, str]) -> dict[str, str]:
         for key, expression in expressions.items():

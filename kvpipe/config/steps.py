@@ -55,7 +55,8 @@ class LoraConfig(Section):
     dropout: Fraction = 0.0
     """Dropout before an adapter."""
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
-    """Names of the modules that get an adapter."""
+    """Names of the modules that get an adapter; `all-linear`: every linear layer but the output's. One that the student
+    does not have, or whose weight is another's too (a tied `lm_head`), is an error."""
 
 
 class TrainConfig(Section):
@@ -171,6 +172,9 @@ class SandboxConfig(Section):
 
     run_code: bool = False
     """Run generated programs at all. Off unless you say so: they are written by a model."""
+    walls: Literal["required", "none"] = "required"
+    """`required`: programs run behind walls (bubblewrap's, or namespaces that kvpipe makes), or not at all. `none`: they
+    may read and change what you may; only the limits below hold."""
     seconds: PositiveFloat = 10.0
     """Longest CPU time of a program; by the clock three times as much."""
     memory_mb: Count = 1024

@@ -18,6 +18,7 @@ from kvpipe.doctor.slurm import examine_slurm
 from kvpipe.doctor.sources import examine_sources
 from kvpipe.doctor.storage import examine_storage
 from kvpipe.doctor.versions import examine_versions
+from kvpipe.doctor.walls import examine_walls
 
 __all__ = ["FAIL", "OK", "WARNING", "Finding", "examine", "read_profile", "show", "write"]
 
@@ -41,6 +42,7 @@ def examine(config: Config, paths: Paths, asked: Asked | None = None) -> list[Fi
         *examine_arms(config, paths),
         *examine_storage(config, paths),
         *examine_memory(config, paths, asked),
+        *examine_walls(config, asked),
     ]
 
 
