@@ -60,7 +60,7 @@ class TrainConfig(Section):
     batch_size: PositiveInt = 32
     """Examples per optimizer step over all devices."""
     accumulate: PositiveInt = 1
-    """Micro-batches per optimizer step."""
+    """Micro-batches per optimizer step and process; all losses and gradients are those of the whole batch."""
     learning_rate: PositiveFloat = 3e-3
     """Peak learning rate of AdamW under a cosine schedule."""
     warmup: Fraction = 0.05
@@ -68,7 +68,7 @@ class TrainConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Weight decay of AdamW."""
     max_grad_norm: PositiveFloat = 1.0
-    """Gradients are clipped to this norm."""
+    """The student's gradients are clipped to this norm."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Mixed precision of the student."""
     gradient_checkpointing: bool = False
@@ -91,6 +91,19 @@ class TrainConfig(Section):
     """`auto`, `cpu`, `cuda` …"""
     threads: PositiveInt = 1
     """CPU threads of one cell."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> TrainConfig:
+        if self.accumulate > self.batch_size:
+            raise ValueError(
+                f"train.accumulate: {self.accumulate} micro-batches need at least as many examples, "
+                f"and train.batch_size is {self.batch_size}"
+            )
+        if self.precision == "fp16" and self.device == "cpu":
+            raise ValueError(
+                "train.precision: fp16 is not computed on a CPU; set fp32 or bf16, or another train.device"
+            )
+        return self
 
 
 class ScoringConfig(Section):
