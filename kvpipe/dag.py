@@ -229,7 +229,7 @@ class Dag:
         return {
             "layer_map": self.config.layer_map.model_dump(),
             "template": self.config.data.template.model_dump(),
-            "train": self.config.train.model_dump(include={"batch_size", "learning_rate"}),
+            "train": self.config.train.model_dump(include={"batch_size", "learning_rate", "loss_on"}),
         }
 
     def _depends_fit(self, fit: str) -> dict:

@@ -60,8 +60,7 @@ def score(model, encoding: Encoding, batches: list[Batch]) -> Scores:
         moved = batch.to(device)
         logits = model(input_ids=moved.input_ids, attention_mask=moved.attention_mask, use_cache=False).logits
         losses = token_nll_by_pieces(logits, moved.labels).double().cpu()
-        counted = batch.labels != IGNORE
-        counted[:, 0] = False  # nothing predicts the first token
+        counted = batch.predicted
         starts = torch.from_numpy(encoding.segments[batch.examples, 0, 1])
         completion = counted & (torch.arange(losses.shape[1])[None] >= starts[:, None])
         for out, mask in ((scores.nll, completion), (scores.nll_all, counted)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import shutil
@@ -22,12 +23,12 @@ from safetensors import SafetensorError
 from torch import nn
 
 from kvpipe import attempts, card, checkpoint
-from kvpipe.batches import IGNORE, Batch, collate, schedule
+from kvpipe.batches import Batch, collate, count_predicted, schedule
 from kvpipe.capture import Recorder
 from kvpipe.cell import Workspace
 from kvpipe.config import Arm, ConfigError, TrainConfig
 from kvpipe.dag import digest
-from kvpipe.device import check_device, check_precision, without_environment
+from kvpipe.device import check_device, check_precision, resolve_device, without_environment
 from kvpipe.distill import Distiller, Step, Term, Whole
 from kvpipe.likelihood import score, scoring_batches
 from kvpipe.losses import NonFiniteLossError, check_finite, masked_sum, token_nll
@@ -54,6 +55,25 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 def budget(config: TrainConfig, arm: Arm) -> TrainConfig:
     """Training of an arm's cells: the same for every arm, but for the steps where an arm says so."""
     return config.model_copy(update={"steps": max(1, round(config.steps * arm.steps))})
+
+
+def check_settings(config: TrainConfig, log=print) -> None:
+    """Refuse what cannot be trained here, before anything is computed.
+
+    Raises:
+        NoDevice: `train.device` names a GPU and torch sees none.
+        ConfigError: fp16 on a CPU, more micro-batches over all processes than examples in a batch, or a launcher's way
+            of training that there is not.
+    """
+    check_device(config.device, log)
+    check_precision(config.precision, resolve_device(config.device))
+    without_environment()
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.accumulate * processes > config.batch_size:
+        raise ConfigError(
+            f"train.batch_size {config.batch_size} is less than train.accumulate {config.accumulate} × {processes} "
+            f"processes = {config.accumulate * processes} micro-batches: raise it, or use fewer"
+        )
 
 
 def train(work: Workspace, arm_name: str, seed: int, out: Path, checkpoints: Path, log=print) -> None:
@@ -118,11 +138,9 @@ class Counters:
 
 @dataclass
 class _Part:
-    """A micro-batch of this process: its predicted tokens, and what the teachers say of it."""
+    """A micro-batch of this process, and what the teachers say of it."""
 
     batch: Batch
-    counted: torch.Tensor
-    predicted: int
     read: Any
 
 
@@ -148,19 +166,12 @@ class _Run:
         self.drawn = seed + self.arm.seed_offset
         torch.set_num_threads(self.config.threads)
         torch.use_deterministic_algorithms(True, warn_only=True)
-        check_device(self.config.device, log)
-        without_environment()
+        check_settings(self.config, log=log)
         precision = "no" if self.config.precision == "fp32" else self.config.precision
         self.accelerator = Accelerator(mixed_precision=precision, cpu=self.config.device == "cpu")
         self.device = self.accelerator.device
         if not self.accelerator.is_main_process:
             self.log = log = _unheard
-        check_precision(self.config.precision, self.device.type)
-        if (parts := self.config.accumulate * self.accelerator.num_processes) > self.config.batch_size:
-            raise ConfigError(
-                f"train.batch_size {self.config.batch_size} is less than train.accumulate {self.config.accumulate} × "
-                f"{self.accelerator.num_processes} processes = {parts} micro-batches: raise it, or use fewer"
-            )
         self.attempt = attempts.Attempt(checkpoints, str(self.device), self.accelerator.num_processes)
         self._note()
         self.encoding = work.student_encoding("train")
@@ -314,11 +325,11 @@ class _Run:
             group["lr"] = group["peak"] * rate
         examples = self.batches[step]
         processes = self.accelerator.num_processes
-        mine = np.array_split(examples, processes * self.config.accumulate)[self.accelerator.process_index :: processes]
-        parts = [self._part(micro) for micro in mine]
-        predicted, padded = self._rows([[p.predicted, p.batch.input_ids.numel()] for p in parts]).sum(0).tolist()
+        micros = np.array_split(examples, processes * self.config.accumulate)
+        parts = [self._part(micro) for micro in micros[self.accelerator.process_index :: processes]]
+        predicted = count_predicted(self.encoding, examples, self.config.loss_on)
         logged = step + 1 == self.config.steps or (step + 1) % self.config.log_every == 0
-        work = _Batch(step, parts, int(predicted), logged, None)
+        work = _Batch(step, parts, predicted, logged, None)
         if self.distiller is not None and recorder is not None and len(parts) > 1:
             work.whole = self._measure(work, recorder)
         # gradients of single terms cost a pass each
@@ -335,7 +346,7 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.counters.tokens += int(self.encoding.lengths[examples].sum())
-        self.counters.padded_tokens += int(padded)
+        self.counters.padded_tokens += sum(len(m) * int(self.encoding.lengths[m].max()) for m in micros)
         return {
             "step": step + 1,
             "tokens": self.counters.tokens,
@@ -349,15 +360,13 @@ class _Run:
 
     def _part(self, examples: np.ndarray) -> _Part:
         """A micro-batch; its teachers are asked here and not again."""
-        batch = collate(self.encoding, examples, self.pad_id).to(self.device)
-        counted = batch.labels != IGNORE
-        counted[:, 0] = False  # nothing predicts the first token of an example
-        return _Part(batch, counted, int(counted.sum()), None if self.distiller is None else self.distiller.read(batch))
+        batch = collate(self.encoding, examples, self.pad_id, self.config.loss_on).to(self.device)
+        return _Part(batch, None if self.distiller is None else self.distiller.read(batch))
 
-    def _rows(self, rows: Any) -> torch.Tensor:
-        """Rows of numbers, one per micro-batch, of all processes."""
-        stacked = torch.stack(rows) if isinstance(rows[0], torch.Tensor) else torch.tensor(rows, device=self.device)
-        return self.accelerator.gather(stacked)
+    def _whole(self, rows: list[torch.Tensor]) -> Whole:
+        """What the rows that were measured of micro-batches amount to over all processes."""
+        assert self.distiller is not None
+        return self.distiller.whole(self.accelerator.gather(torch.stack(rows)))
 
     def _draw(self, step: int) -> None:
         """Begin the random numbers of a step (dropout): each process its own, and every pass over a batch the same."""
@@ -375,7 +384,7 @@ class _Run:
             rows.append(
                 self.distiller.measure(part.batch, self.distiller.target(part.batch, part.read, hidden, recorder))
             )
-        return self.distiller.whole(self._rows(rows))
+        return self._whole(rows)
 
     def _pass(
         self, work: _Batch, recorder: Recorder | None, only: str | None = None
@@ -444,14 +453,13 @@ class _Run:
     def _terms(self, work: _Batch, part: _Part, recorder: Recorder | None) -> tuple[torch.Tensor, Step]:
         """A micro-batch's share of cross-entropy and of what the arm adds."""
         logits, hidden = self._forward(part.batch)
-        nll = token_nll(logits, part.batch.labels)
-        cross_entropy = masked_sum(nll, part.counted) / max(1, work.predicted)
+        cross_entropy = masked_sum(token_nll(logits, part.batch.labels), part.batch.predicted) / work.predicted
         if self.distiller is None or recorder is None:
             return cross_entropy, Step({}, dict)
         target = self.distiller.target(part.batch, part.read, hidden, recorder)
         whole = work.whole
         if whole is None:
-            whole = self.distiller.whole(self._rows([self.distiller.measure(part.batch, target)]))
+            whole = self._whole([self.distiller.measure(part.batch, target)])
         progress = (work.step, self.config.steps)
         return cross_entropy, self.distiller.terms(part.batch, target, whole, logits, recorder, progress)
 
@@ -475,20 +483,13 @@ class _Run:
         with explained("scoring the validation split", evaluation_advice(self.work.config.evaluate)):
             scores = score(self.accelerator.unwrap_model(self.model), self.validation, self.validation_batches)
         self._note()
-        loss = scores.mean_nll() if scores.tokens.sum() else float("nan")
+        if not scores.tokens.sum():
+            raise ValueError("no token of the validation split's completions is scored: give it records with an answer")
+        loss = scores.mean_nll()
         if not np.isfinite(loss):
             raise NonFiniteLossError(
-                f"step {step}: the validation loss is {loss}: "
-                + (
-                    "no token of the validation split is scored"
-                    if not scores.tokens.sum()
-                    else "the student is damaged"
-                )
-                + (
-                    ". Look at the split and at the student's weights"
-                    if step == 0 or not scores.tokens.sum()
-                    else ". Nothing of it was saved; lower the learning rate, or train in bf16 or fp32 if this is fp16"
-                )
+                f"the validation loss after step {step} is {loss}: look at the student's weights and the split (before "
+                "step 1), or lower the learning rate; nothing of this step was saved"
             )
         line = {"step": step, "tokens": self.counters.tokens, "validation_loss": loss}
         self.history.append(line)

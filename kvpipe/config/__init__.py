@@ -54,10 +54,12 @@ from kvpipe.config.models import (
 from kvpipe.config.presets import PRESETS
 from kvpipe.config.section import ConfigError, Name, Section
 from kvpipe.config.steps import (
+    LOSS_ON,
     AuditConfig,
     EvaluateConfig,
     LayerMapConfig,
     LoraConfig,
+    LossOn,
     SandboxConfig,
     ScoringConfig,
     StatsConfig,
@@ -67,6 +69,7 @@ from kvpipe.config.steps import (
 from kvpipe.problems import explain, nearest
 
 __all__ = [
+    "LOSS_ON",
     "PRESETS",
     "Arm",
     "ArmEntry",
@@ -90,6 +93,7 @@ __all__ = [
     "LockedRepo",
     "LoraConfig",
     "LossConfig",
+    "LossOn",
     "Model",
     "Name",
     "PretrainModel",

@@ -9,6 +9,11 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 
 from kvpipe.config.section import Fraction, Name, Section, inherit
 
+LossOn = Literal["all", "completion"]
+"""Tokens that carry cross-entropy."""
+LOSS_ON = {"all": "all tokens, the prompt's too", "completion": "reasoning and answer, not the prompt"}
+"""The same in words."""
+
 
 class StoreConfig(Section):
     """The stored caches of the teachers."""
@@ -73,6 +78,10 @@ class TrainConfig(Section):
     """Mixed precision of the student."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: slower, far less memory."""
+    loss_on: LossOn = "all"
+    """Tokens that carry cross-entropy: `all`, or `completion`: reasoning, answer and the end of the text, whose first
+    token is predicted from the prompt. Of a conversation, all before the last answer is prompt. Other terms of the loss,
+    validation loss (always on reasoning + answer) and scores do not depend on it."""
     batching: Literal["length", "random"] = "length"
     """`length` groups examples of like length, so that little is padded."""
     max_length: PositiveInt = 512
@@ -96,8 +105,8 @@ class TrainConfig(Section):
     def _possible(self) -> TrainConfig:
         if self.accumulate > self.batch_size:
             raise ValueError(
-                f"train.accumulate: {self.accumulate} micro-batches need at least as many examples, "
-                f"and train.batch_size is {self.batch_size}"
+                f"accumulate: {self.accumulate} micro-batches need at least as many examples, "
+                f"and batch_size is {self.batch_size}"
             )
         if self.precision == "fp16" and self.device == "cpu":
             raise ValueError(
