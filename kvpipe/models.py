@@ -17,6 +17,7 @@ from tokenizers import models as tokenizer_models
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from kvpipe.align.regime import by_own_length
 from kvpipe.config import Loading, TokenizerRecipe
 from kvpipe.files import set_mode
 from kvpipe.provenance import MANIFEST, digest_of
@@ -186,9 +187,9 @@ def load_model(
         folder, dtype=dtype or DTYPES[load.dtype], use_safetensors=True, **options
     )
     if "device_map" not in options:
-        return model.to(device).eval()  # type: ignore[arg-type]
+        return by_own_length(model.to(device)).eval()  # type: ignore[arg-type, return-value]
     check_placement(folder, getattr(model, "hf_device_map", {}))
-    return model.eval()
+    return by_own_length(model).eval()  # type: ignore[return-value]
 
 
 def check_placement(folder: Path, places: dict[str, Any]) -> None:
@@ -238,14 +239,15 @@ def build_model(architecture: dict[str, Any], tokenizer: Any, seed: int) -> PreT
         tokenizer.pad_token_id,
     )
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    return by_own_length(AutoModelForCausalLM.from_config(config, dtype=torch.float32)).eval()  # type: ignore[return-value]
 
 
 def random_model(folder: Path, seed: int, dtype: torch.dtype = torch.float32, trust: bool = False) -> PreTrainedModel:
     """The architecture of a model folder with weights drawn by a seed; `trust` as in `load_tokenizer`."""
     torch.manual_seed(seed)
     config = load_config(folder, trust)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
+    return by_own_length(model).eval()  # type: ignore[return-value]
 
 
 def has_weights(folder: Path) -> bool:
