@@ -47,27 +47,23 @@ def read_items(paths: Paths, arm: str, seeds: list[int]) -> pd.DataFrame:
     """All items of an arm with columns `seed` and `model`, the digest of the weights; only cells that exist.
 
     Raises:
-        ValueError: a number is not finite, or the scores are of another cell or of other weights than those that the cell has now.
+        ValueError: a number is not finite, or the scores are of another cell, or of other weights than it has now.
     """
     frames = []
     for seed in seeds:
         path, cell = paths.items(arm, seed), paths.cell(arm, seed)
         if path.is_file():
             items = _complete(_own(pd.read_parquet(path), path, arm, seed), path)
-            scored, trained = items.attrs.get("model", ""), _trained(cell)
+            scored, trained = (
+                items.attrs.get("model", ""),
+                read_cost(paths, arm, seed).get("model", {}).get("digest", ""),
+            )
             if scored and trained and scored != trained:
                 raise ValueError(
                     f"{path} has the scores of a model {scored}, {cell} is {trained}: evaluate the cell again"
                 )
             frames.append(items.assign(seed=seed, model=scored))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame({"seed": [], "model": []})
-
-
-def _trained(cell: Path) -> str:
-    """Digest of the model that a cell's training wrote; empty where it is not recorded."""
-    path = cell / "cost.json"
-    cost = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return cost.get("model", {}).get("digest", "")
 
 
 def cell_of(model: Path) -> dict[str, Any] | None:
