@@ -177,5 +177,4 @@ def test_every_rule_that_may_run_into_its_limit_has_more_time_in_the_next_attemp
     rules = {
         r: v for r, v in settings["set-resources"].items() if re.search(r"min\(\d+ \* attempt, \d+\)", v["runtime"])
     }
-    # `doctor` looks, for seconds
-    assert rules.keys() | {"doctor"} == RULES
+    assert rules.keys() == RULES
