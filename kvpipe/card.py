@@ -14,7 +14,7 @@ import pandas as pd
 import yaml
 
 from kvpipe import hub
-from kvpipe.config import Arm, HubData
+from kvpipe.config import LOSS_ON, Arm, HubData
 from kvpipe.dag import Dag, Paths
 from kvpipe.data import SOURCES
 
@@ -159,6 +159,7 @@ def _data(dag: Dag, paths: Paths) -> str:
         if paths.data(split).is_file():
             tasks = pd.read_parquet(paths.data(split), columns=["task"]).task.value_counts(sort=False)
             counts.append(f"| {split} | " + ", ".join(f"{n:,} {task}" for task, n in tasks.items()) + " |")
+    sources += f"\n- cross-entropy on {LOSS_ON[dag.config.train.loss_on]}"
     return f"{sources}\n\n| split | records |\n|---|---|\n" + "\n".join(counts) + "\n"
 
 

@@ -110,6 +110,10 @@ class Dag:
         """Models that some arm learns from, in order of first use."""
         return list(dict.fromkeys(t for arm in self.arms.values() for t in arm.teachers))
 
+    def arms_of(self, teacher: str) -> list[str]:
+        """Arms that learn from a model."""
+        return [name for name, arm in self.arms.items() if teacher in arm.teachers]
+
     def arm(self, name: str) -> Arm:
         """A resolved arm.
 
@@ -226,7 +230,7 @@ class Dag:
         return {
             "layer_map": self.config.layer_map.model_dump(),
             "template": self.config.data.template.model_dump(),
-            "train": self.config.train.model_dump(include={"batch_size", "learning_rate"}),
+            "train": self.config.train.model_dump(include={"batch_size", "learning_rate", "loss_on"}),
         }
 
     def _depends_fit(self, fit: str) -> dict:

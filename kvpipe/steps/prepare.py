@@ -31,6 +31,7 @@ def _steps(work: Workspace, arm_name: str) -> Iterator[tuple[str, str, tuple[str
     yield "data", "data", (), partial(make_data, work)
     for name in dict.fromkeys([work.config.student, *(n for t in arm.teachers for n in (*dag.model_needs(t), t))]):
         yield f"model {name}", "models", (name,), partial(make_model, work, name)
+    work.check([arm_name])
     for teacher in arm.teachers:
         if dag.needs_layer_map(arm) or dag.store_needs_layer_map(teacher):
             yield f"layer map of {teacher}", "layer_map", (teacher,), partial(make_layer_map, work, teacher)
