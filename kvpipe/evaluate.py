@@ -11,13 +11,14 @@ import numpy as np
 import pandas as pd
 
 from kvpipe.answers import extract, is_correct
+from kvpipe.chat import rendered
 from kvpipe.choices import choice_nll, chosen
 from kvpipe.config import EvaluateConfig, Template
 from kvpipe.encoding import encode_records
 from kvpipe.generate import context_length, generate
 from kvpipe.likelihood import Scores, score, score_long, scoring_batches
 from kvpipe.models import load_model, load_tokenizer
-from kvpipe.records import Record, render
+from kvpipe.records import Record
 from kvpipe.sandbox import Outcome, run_all
 
 
@@ -110,8 +111,10 @@ def _generate(model, tokenizer, records, template, config: EvaluateConfig, verdi
         scoring = config.of(records[i].task)
         alike.setdefault((scoring.max_new_tokens, *scoring.stop), []).append(i)
     for members in alike.values():
-        prompts = [render(records[i], template).prompt for i in members]
-        texts = generate(model, tokenizer, prompts, config.of(records[members[0]].task), config.batch_size)
+        prompts = [rendered(tokenizer, records[i], template).prompt for i in members]
+        scoring = config.of(records[members[0]].task)
+        options = {"chat": True} if template.chat_template else {}
+        texts = generate(model, tokenizer, prompts, scoring, config.batch_size, **options)
         for i, text in zip(members, texts, strict=True):
             scoring, verdict = config.of(records[i].task), verdicts[i]
             verdict.text, verdict.prediction = text, extract(text, scoring)
