@@ -14,6 +14,7 @@ from kvpipe.batches import collate, schedule
 from kvpipe.config import DataConfig, EmbeddedData, Recipe, TokenizerRecipe
 from kvpipe.corpus import generate
 from kvpipe.encoding import encode_records
+from kvpipe.files import set_mode
 from kvpipe.models import build_model, train_tokenizer
 from kvpipe.records import Reading, Record, render
 
@@ -116,4 +117,5 @@ def pretrain(recipe: Recipe, data: DataConfig, out: Path, log=print) -> dict[str
             log(f"step {step}/{len(order)}  loss {loss.item():.4f}")
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
+    set_mode(*out.glob("*.safetensors"))
     return {"source": "pretrain", "recipe": recipe.model_dump()}

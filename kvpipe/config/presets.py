@@ -74,6 +74,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "rows": {
             "columns": {"prompt": "problem", "reasoning": "solution", "answer": "final"},
             "split": {"solution": "(?s).*" + BOXED},
+            "leave_out": {"solution": r"(?s)\\boxed\s*\{\s*\}(?!.*\\boxed)"},
         },
         "template": {
             "prompt": "Problem:\n{prompt}\n\nSolution:\n",
