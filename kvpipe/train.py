@@ -388,6 +388,7 @@ class _Run:
             "restarts": self.counters.restarts,
             "processes": self.accelerator.num_processes,
             "model": saved,
+            "settings": self.work.dag.depends("train", arm=self.arm_name),
             "provenance": provenance,
         }
         (out / "cost.json").write_text(json.dumps(cost, indent=2) + "\n", encoding="utf-8")
