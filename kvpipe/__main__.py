@@ -267,6 +267,7 @@ def train(
     """Train one cell; what it needs is made first where it is not there, or was made from something else."""
     from kvpipe.direct import keep
     from kvpipe.steps.prepare import prepare
+    from kvpipe.train import check_settings
     from kvpipe.train import train as train_cell
 
     if teacher:
@@ -275,6 +276,7 @@ def train(
         raise typer.BadParameter("give either --arm, or --teacher, --student, --data and --out")
     else:
         work = _workspace(config, results, overrides)
+    check_settings(work.config.train, log=lambda *_: None)  # its notes come when the cell begins
     if not made:
         prepare(work, arm, log=typer.echo)
     folder = out or work.paths.cell(arm, seed)
