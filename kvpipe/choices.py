@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 
+from kvpipe.chat import rendered
 from kvpipe.config import Template
-from kvpipe.encoding import encode_records
+from kvpipe.encoding import encode_texts
 from kvpipe.likelihood import score, scoring_batches
 from kvpipe.records import Record
+from kvpipe.segments import Segmented
 
 MARK = "\0"
-PLAIN = Template(prompt="{prompt}", reasoning="", answer="{answer}")
 
 
 def choice_nll(
@@ -26,19 +28,19 @@ def choice_nll(
     Raises:
         ValueError: a record has no choices; names it.
     """
-    variants = []
+    names, variants = [], []
     for record in records:
         if record.choices is None:
             raise ValueError(f"record {record.id!r} has no choices, which evaluate.…scorer: choice needs")
-        prompt = template.of(record.task).prompt.format(prompt=record.prompt)
-        lead, _, _ = template.of(record.task).answer.format(answer=MARK).partition(MARK)
+        text = rendered(tokenizer, replace(record, reasoning="", answer=MARK), template)
+        before = text.prompt + text.answer.partition(MARK)[0]
         # what all choices share must not be in their nats: divided by the bytes of each it would favour the longest
-        context = (prompt + lead).rstrip()
-        space = (prompt + lead)[len(context) :]
-        variants += [Record(record.id, record.task, context, "", space + choice) for choice in record.choices]
+        context = before.rstrip()
+        variants += [Segmented(context, "", before[len(context) :] + choice) for choice in record.choices]
+        names += [record.id] * len(record.choices)
     if not variants:
         return []
-    encoding = encode_records(variants, tokenizer, PLAIN)
+    encoding = encode_texts(names, variants, tokenizer, template.chat_template)
     nll = iter(score(model, encoding, scoring_batches(encoding, pad_id, batch_size)).nll.tolist())
     return [[next(nll) for _ in record.choices or ()] for record in records]
 

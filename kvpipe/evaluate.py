@@ -11,13 +11,15 @@ import numpy as np
 import pandas as pd
 
 from kvpipe.answers import extract, is_correct
+from kvpipe.chat import rendered
 from kvpipe.choices import choice_nll, chosen
 from kvpipe.config import EvaluateConfig, Template
 from kvpipe.encoding import encode_records
 from kvpipe.generate import context_length, generate
 from kvpipe.likelihood import Scores, score, score_long, scoring_batches
 from kvpipe.models import load_model, load_tokenizer
-from kvpipe.records import Record, render
+from kvpipe.provenance import folder_digest
+from kvpipe.records import Record
 from kvpipe.sandbox import Outcome, run_all
 
 
@@ -30,9 +32,14 @@ def evaluate(
     log: Callable = print,
     trust: bool = False,
 ) -> pd.DataFrame:
-    """Scores of the model in a folder, whose code runs with `trust` only; see `evaluate_model`."""
+    """Scores of the model in a folder, whose code runs with `trust` only; see `evaluate_model`.
+
+    The folder's digest is in `attrs["model"]`, which Parquet keeps: scores say which weights they are of.
+    """
     model, tokenizer = load_model(folder, device=device, trust=trust), load_tokenizer(folder, trust)
-    return evaluate_model(model, tokenizer, records, template, config, log)
+    table = evaluate_model(model, tokenizer, records, template, config, log)
+    table.attrs["model"] = folder_digest(folder)
+    return table
 
 
 @dataclass
@@ -110,8 +117,10 @@ def _generate(model, tokenizer, records, template, config: EvaluateConfig, verdi
         scoring = config.of(records[i].task)
         alike.setdefault((scoring.max_new_tokens, *scoring.stop), []).append(i)
     for members in alike.values():
-        prompts = [render(records[i], template).prompt for i in members]
-        texts = generate(model, tokenizer, prompts, config.of(records[members[0]].task), config.batch_size)
+        prompts = [rendered(tokenizer, records[i], template).prompt for i in members]
+        scoring = config.of(records[members[0]].task)
+        options = {"chat": True} if template.chat_template else {}
+        texts = generate(model, tokenizer, prompts, scoring, config.batch_size, **options)
         for i, text in zip(members, texts, strict=True):
             scoring, verdict = config.of(records[i].task), verdicts[i]
             verdict.text, verdict.prediction = text, extract(text, scoring)
