@@ -110,6 +110,10 @@ class Dag:
         """Models that some arm learns from, in order of first use."""
         return list(dict.fromkeys(t for arm in self.arms.values() for t in arm.teachers))
 
+    def arms_of(self, teacher: str) -> list[str]:
+        """Arms that learn from a model."""
+        return [name for name, arm in self.arms.items() if teacher in arm.teachers]
+
     def arm(self, name: str) -> Arm:
         """A resolved arm.
 

@@ -125,6 +125,7 @@ class _Run:
         torch.set_num_threads(self.config.threads)
         torch.use_deterministic_algorithms(True, warn_only=True)
         check_device(self.config.device, log)
+        work.check([arm_name])
         precision = "no" if self.config.precision == "fp32" else self.config.precision
         self.accelerator = Accelerator(mixed_precision=precision, cpu=self.config.device == "cpu")
         self.device = self.accelerator.device

@@ -81,11 +81,13 @@ def text(number: int) -> dict[str, Any]:
 
 
 ROWS = {"gsm8k": gsm8k, "math": hendrycks, "mbpp": mbpp, "humaneval": humaneval, "arc": arc, "chat": chat, "text": text}
+ROWS |= {"mbpp_chat": mbpp, "humaneval_chat": humaneval}
 SPLITS = {
     "gsm8k": {"train": 40, "test": 7},
     "math": {"train": 20, "test": 3},
     "mbpp": {"train": 9, "validation": 2, "test": 5},
     "humaneval": {"test": 4},
+    "humaneval_chat": {"test": 4},
     "arc": {"train": 9, "validation": 2, "test": 5},
     "chat": {"train": 9, "validation": 2, "test": 3},
     "text": {"train": 9, "validation": 2, "test": 3},
@@ -109,7 +111,9 @@ def write(folder: Path, preset: str) -> Path:
     """A folder laid out like the data set's repository."""
     configurations = []
     for place, name in enumerate(
-        CONFIGURATIONS.get(preset, [{"humaneval": "openai_humaneval"}.get(preset, "default")])
+        CONFIGURATIONS.get(
+            preset, [{"humaneval": "openai_humaneval", "humaneval_chat": "openai_humaneval"}.get(preset, "default")]
+        )
     ):
         files = []
         for split in SPLITS[preset]:

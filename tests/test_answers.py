@@ -287,3 +287,25 @@ def test_different_expressions_differ(first, second):
 def test_a_comparison_that_does_not_end_is_no(monkeypatch):
     monkeypatch.setattr("kvpipe.answers.SECONDS", 1)
     assert not same_expression("9^{9^{9^9}}", "1")
+
+
+# ---------------------------------------------------------------- programs
+BODY = "def add(a, b):\n    return a + b"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        f"```python\n{BODY}\n```",
+        f"Sure! Here it is:\n\n```python\n{BODY}\n```\n\nIt adds. For example:\n```python\nprint(add(1, 2))\n```\nDone.",
+        f"```py\n{BODY}\n```",
+        f"```\n{BODY}\n```\nthat is all",
+        f"```python\nadd = 3\n```\nNo, better:\n```python\n{BODY}\n```",
+        f"```python\n{BODY}",
+        BODY,
+    ],
+)
+@pytest.mark.parametrize("preset", ["mbpp_chat", "humaneval_chat"])
+def test_the_program_of_a_chat_reply_is_the_fenced_one(preset, reply):
+    scoring = EvaluateConfig(sandbox={"run_code": True}, **PRESETS[preset]["evaluate"])
+    assert extract(reply, scoring) == BODY

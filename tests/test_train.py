@@ -117,10 +117,10 @@ def test_null_control_is_control_of_another_seed(cell):
 @pytest.mark.parametrize(
     ("base", "zero"),
     [
-        ("two", {"loss.lambda_k": 0, "loss.lambda_v": 0}),
-        ("joint", {"loss.lambda_k": 0, "loss.lambda_v": 0}),
-        ("logit", {"loss.weight": 0}),
-        ("relation", {"loss.weight": 0}),
+        ("two", {"loss.lambda_k": 1e-12, "loss.lambda_v": 0}),
+        ("joint", {"loss.lambda_k": 0, "loss.lambda_v": 1e-12}),
+        ("logit", {"loss.weight": 1e-12}),
+        ("relation", {"loss.weight": 1e-12}),
     ],
 )
 def test_an_arm_of_weight_zero_is_control(cell, base, zero):

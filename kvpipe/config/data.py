@@ -7,10 +7,10 @@ import string
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from kvpipe.config.presets import PresetName, merged, preset_of
-from kvpipe.config.section import Name, Section, inherit
+from kvpipe.config.section import Count, Name, Section, Seed, inherit
 
 FieldName = Literal[
     "id", "task", "prompt", "reasoning", "answer", "teacher_reasoning", "tests", "choices", "choice", "labels"
@@ -24,11 +24,11 @@ class EmbeddedData(Section):
     """Records made by kvpipe."""
     task: Literal["math", "code"]
     """`math`: word problems of several steps; `code`: traces of small programs. Also the task's name in every table."""
-    train: PositiveInt = 1000
+    train: Count = 1000
     """Training examples."""
-    validation: PositiveInt = 100
+    validation: Count = 100
     """Validation examples: every choice (learning rate, λ, steps) is made on these."""
-    test: PositiveInt = 200
+    test: Count = 200
     """Test examples: only what the report states is computed on these."""
     difficulty: Annotated[int, Field(ge=1, le=8)] = 2
     """Number of chained operations in a problem."""
@@ -235,13 +235,13 @@ class DataConfig(Section):
     """Where the records come from, one entry per task."""
     template: Template = Template()
     """How one record becomes text; the same for every arm."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the embedded corpora."""
     context: Literal["warn", "strict"] = "warn"
     """Texts longer than a model's `max_position_embeddings`, where its positions are rotary: `warn` says so once for each
     model and goes on, `strict` is an error before anything is computed. Models whose positions are a table (GPT-2, OPT)
     refuse them always, and evaluation reads longer texts in windows."""
-    ngram: PositiveInt = 13
+    ngram: Count = 13
     """Word n-gram length of the train/test leakage audit."""
     duplicates: Literal["keep", "drop", "error"] = "keep"
     """Records whose content occurs before in the same split: kept, dropped (the first stays) or an error."""

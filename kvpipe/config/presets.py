@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-PresetName = Literal["gsm8k", "math", "mbpp", "humaneval", "arc", "chat", "text"]
+PresetName = Literal["gsm8k", "math", "mbpp", "mbpp_chat", "humaneval", "humaneval_chat", "arc", "chat", "text"]
 
 # The argument of \boxed{…}, braces nested up to four deep. `++` does not go back, so an unclosed brace costs no time.
 _BRACED = r"[^{}]"
@@ -28,6 +28,13 @@ EXPRESSION = (
 )
 BOLD = rf"\*\*\s*{NUMBER}(?:\s*[a-zA-Z%]+)?\.?\s*\*\*"
 FIRST = rf"\A\s*{NUMBER}(?=,?\s+(?:because|since)\b)"
+
+# A reply's program: its last fenced one that defines something, else its last fenced one, else all of it.
+FENCED = [
+    r"(?s)```(?:[Pp]ython|py)?[ \t]*\n((?:(?!```).)*?\b(?:def|class)\b.*?)(?:\n```|\Z)",
+    r"(?s)```(?:[Pp]ython|py)?[ \t]*\n(.*?)(?:\n```|\Z)",
+    r"(?s)\A(.*)\Z",
+]
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "gsm8k": {
@@ -171,6 +178,17 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "template": {"prompt": "{prompt}", "reasoning": "{reasoning}", "answer": "{answer}"},
         "evaluate": {"scorer": "none"},
     },
+}
+
+# Chat models reply with prose around a fenced program; what the prompt defines (imports, helpers) stays above it.
+for _name, _program in (("mbpp", "{answer}\n{tests}\n"), ("humaneval", "{prompt}    pass\n\n\n{answer}\n{tests}\n")):
+    PRESETS[f"{_name}_chat"] = {
+        **PRESETS[_name],
+        "template": {"prompt": "{prompt}\n", "reasoning": "", "answer": "```python\n{answer}\n```\n"},
+        "evaluate": {"scorer": "code", "max_new_tokens": 1024, "answer_pattern": FENCED, "program": _program},
+    }
+PRESETS["humaneval_chat"]["rows"] = {
+    "columns": {**PRESETS["humaneval"]["rows"]["columns"], "answer": "{prompt}{canonical_solution}"}
 }
 
 

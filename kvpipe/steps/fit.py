@@ -26,6 +26,7 @@ from kvpipe.teacher import spread
 def make_fit(work: Workspace, fit_id: str) -> None:
     """The projectors of all arms that share a fit."""
     arm = work.dag.fit_arm(fit_id)
+    work.check(n for n, one in work.dag.arms.items() if work.dag.needs_fit(one) and work.dag.fit_id(one) == fit_id)
     # the fit sees the true pairs also for arms that shuffle them in training
     teachers = [work.aligned_teacher(arm.model_copy(update={"content": "own"}), t) for t in arm.teachers]
     dst = work.student_encoding("train")

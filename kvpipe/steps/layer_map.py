@@ -25,6 +25,7 @@ def make_layer_map(work: Workspace, teacher: str) -> None:
     cross-entropy alone (seed 0, training split), as a stand-in for what its layers become.
     """
     config = work.config.layer_map
+    work.check(work.dag.arms_of(teacher))
     reference = _reference_student(work)
     device = next(reference.parameters()).device
     model, pad_id = work.teacher_model(teacher), work.tokenizer(teacher).pad_token_id
