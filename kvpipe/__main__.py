@@ -264,6 +264,7 @@ def train(
     """Train one cell; what it needs and is not there yet is made first."""
     from kvpipe.direct import keep
     from kvpipe.steps.prepare import prepare
+    from kvpipe.train import check_settings
     from kvpipe.train import train as train_cell
 
     if teacher:
@@ -272,6 +273,7 @@ def train(
         raise typer.BadParameter("give either --arm, or --teacher, --student, --data and --out")
     else:
         work = _workspace(config, results, overrides)
+    check_settings(work.config.train, log=lambda *_: None)  # its notes come when the cell begins
     prepare(work, arm, log=typer.echo)
     folder = out or work.paths.cell(arm, seed)
     kept = checkpoints or (folder.with_name(folder.name + ".checkpoints") if out else work.paths.checkpoints(arm, seed))

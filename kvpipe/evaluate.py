@@ -19,6 +19,7 @@ from kvpipe.generate import check_length, context_length, generate, prompt_ids
 from kvpipe.likelihood import Scores, score, score_long, scoring_batches
 from kvpipe.limits import Limits
 from kvpipe.models import load_model, load_tokenizer
+from kvpipe.provenance import folder_digest
 from kvpipe.records import Record, render
 from kvpipe.sandbox import Outcome, run_all
 
@@ -33,9 +34,14 @@ def evaluate(
     trust: bool = False,
     context: Literal["warn", "strict"] = "warn",
 ) -> pd.DataFrame:
-    """Scores of the model in a folder, whose code runs with `trust` only; see `evaluate_model`."""
+    """Scores of the model in a folder, whose code runs with `trust` only; see `evaluate_model`.
+
+    The folder's digest is in `attrs["model"]`, which Parquet keeps: scores say which weights they are of.
+    """
     model, tokenizer = load_model(folder, device=device, trust=trust), load_tokenizer(folder, trust)
-    return evaluate_model(model, tokenizer, records, template, config, log, context)
+    table = evaluate_model(model, tokenizer, records, template, config, log, context)
+    table.attrs["model"] = folder_digest(folder)
+    return table
 
 
 GENERATED = ("exact", "number", "math", "code")

@@ -87,7 +87,6 @@ SPLITS = {
     "math": {"train": 20, "test": 3},
     "mbpp": {"train": 9, "validation": 2, "test": 5},
     "humaneval": {"test": 4},
-    "humaneval_chat": {"test": 4},
     "arc": {"train": 9, "validation": 2, "test": 5},
     "chat": {"train": 9, "validation": 2, "test": 3},
     "text": {"train": 9, "validation": 2, "test": 3},
@@ -96,8 +95,11 @@ CONFIGURATIONS = {
     "gsm8k": ["main", "socratic"],
     "math": ["algebra", "geometry"],
     "mbpp": ["full"],
+    "humaneval": ["openai_humaneval"],
     "arc": ["ARC-Challenge"],
 }
+for _name in ("mbpp", "humaneval"):
+    SPLITS[f"{_name}_chat"], CONFIGURATIONS[f"{_name}_chat"] = SPLITS[_name], CONFIGURATIONS[_name]
 
 
 def rows(preset: str, split: str, offset: int = 0) -> list[dict[str, Any]]:
@@ -110,11 +112,7 @@ def rows(preset: str, split: str, offset: int = 0) -> list[dict[str, Any]]:
 def write(folder: Path, preset: str) -> Path:
     """A folder laid out like the data set's repository."""
     configurations = []
-    for place, name in enumerate(
-        CONFIGURATIONS.get(
-            preset, [{"humaneval": "openai_humaneval", "humaneval_chat": "openai_humaneval"}.get(preset, "default")]
-        )
-    ):
+    for place, name in enumerate(CONFIGURATIONS.get(preset, ["default"])):
         files = []
         for split in SPLITS[preset]:
             path = folder / name / f"{split}-00000-of-00001.parquet"
