@@ -41,7 +41,7 @@ from kvpipe.records import Record, read_records
 from kvpipe.sizes import shape
 from kvpipe.store import GB, Store, StoreKey, forward_rows
 from kvpipe.teacher import AlignedTeacher, LiveRows, RowSource, StoredRows
-from kvpipe.timemap import build_time_map, derangement
+from kvpipe.timemap import build_time_map, derangement, shared_spans
 from kvpipe.tokens import common_prefix_positions, token_bytes
 
 
@@ -304,7 +304,7 @@ class Workspace:
     def top_logits(self, arm: Arm, teacher: str) -> TopLogits:
         """A teacher's next-token candidates on the student's rows, in student ids."""
         src, dst = self.teacher_encoding(teacher, "train", "student"), self.student_encoding("train")
-        pairs = common_prefix_positions(*(_separated(e) for e in (src, dst)))
+        pairs = common_prefix_positions(*shared_spans(src, dst))
         if self.config.store.mode == "stored":
             store = self.store(teacher, "student")
             ids, logprobs = store.rows("top_ids"), store.rows("top_logprobs")
@@ -330,13 +330,6 @@ class Workspace:
         out.logprobs[pairs[:, 1]] = logprobs[pairs[:, 0]].float()
         out.mask[pairs[:, 1]] = True
         return out
-
-
-def _separated(encoding: Encoding) -> Tensor:
-    """Spans with a byte range of its own for every example, so that all are aligned in one call."""
-    ends = encoding.byte_segments[:, -1, 1] + 1
-    base = np.repeat(np.cumsum(ends) - ends, encoding.lengths)
-    return torch.from_numpy(encoding.spans + base[:, None])
 
 
 def token_twins(src_tokenizer, dst_tokenizer) -> np.ndarray:

@@ -12,15 +12,16 @@ import numpy as np
 import pandas as pd
 
 from kvpipe.answers import extract, is_correct
-from kvpipe.choices import PLAIN, choice_nll, chosen, variants
+from kvpipe.chat import rendered
+from kvpipe.choices import choice_encoding, choice_nll, chosen
 from kvpipe.config import EvaluateConfig, Template
-from kvpipe.encoding import encode_records
-from kvpipe.generate import check_length, context_length, generate, prompt_ids
+from kvpipe.encoding import encode_records, prompt_ids
+from kvpipe.generate import check_length, context_length, generate
 from kvpipe.likelihood import Scores, score, score_long, scoring_batches
 from kvpipe.limits import Limits
 from kvpipe.models import load_model, load_tokenizer
 from kvpipe.provenance import folder_digest
-from kvpipe.records import Record, render
+from kvpipe.records import Record
 from kvpipe.sandbox import Outcome, run_all
 
 
@@ -119,16 +120,12 @@ def check(model, tokenizer, records, template: Template, config: EvaluateConfig,
     windows = [config.of(record.task).window or most or n for record, n in zip(records, encoding.lengths, strict=True)]
     limits.check(encoding, records, tokenizer, np.minimum(encoding.lengths, windows))
     asked = [records[i] for i in _of(records, config, "choice")]
-    prompts = [
-        Record(records[i].id, records[i].task, render(records[i], template).prompt, "", "")
-        for i in _of(records, config, *GENERATED)
-    ]
-    for some in (prompts, variants(asked, template)):
-        if some:
-            limits.check(encode_records(some, tokenizer, PLAIN), some, tokenizer)
-    for record in prompts:
-        new = config.of(record.task).max_new_tokens
-        check_length(model, prompt_ids(tokenizer, record.prompt), new, f"model {name}: record {record.id!r}")
+    if asked:
+        of_all = choice_encoding(tokenizer, asked, template)
+        limits.check(of_all, [record for record in asked for _ in record.choices or ()], tokenizer)
+    for record in (records[i] for i in _of(records, config, *GENERATED)):
+        ids = prompt_ids(tokenizer, rendered(tokenizer, record, template).prompt, template.chat_template)
+        check_length(model, ids, config.of(record.task).max_new_tokens, f"model {name}: record {record.id!r}")
 
 
 def likelihoods(model, tokenizer, records, template: Template, config: EvaluateConfig, pad: int) -> Scores:
@@ -157,8 +154,10 @@ def _generate(model, tokenizer, records, template, config: EvaluateConfig, verdi
         scoring = config.of(records[i].task)
         alike.setdefault((scoring.max_new_tokens, *scoring.stop), []).append(i)
     for members in alike.values():
-        prompts = [render(records[i], template).prompt for i in members]
-        texts = generate(model, tokenizer, prompts, config.of(records[members[0]].task), config.batch_size)
+        prompts = [rendered(tokenizer, records[i], template).prompt for i in members]
+        scoring = config.of(records[members[0]].task)
+        options = {"chat": True} if template.chat_template else {}
+        texts = generate(model, tokenizer, prompts, scoring, config.batch_size, **options)
         for i, text in zip(members, texts, strict=True):
             scoring, verdict = config.of(records[i].task), verdicts[i]
             verdict.text, verdict.prediction = text, extract(text, scoring)

@@ -11,26 +11,32 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from kvpipe.align.regime import by_own_length, switch_lengths
+from kvpipe.chat import end_of_turn
 from kvpipe.config import ScoringConfig
-from kvpipe.tokens import encode
+from kvpipe.encoding import prompt_ids
 
 MARGIN = 8
 """Tokens looked at beside the bytes of the longest stop string: some spell a part of a character, or nothing."""
 
 
 @torch.no_grad()
-def generate(model, tokenizer, prompts: list[str], config: ScoringConfig, batch_size: int) -> list[str]:
+def generate(
+    model, tokenizer, prompts: list[str], config: ScoringConfig, batch_size: int, chat: bool = False
+) -> list[str]:
     """Greedy continuations, batched by length with left padding, cut at the end of text or the first stop string.
 
     The model's own generation settings (sampling, repetition penalty …) are not used, its end-of-text tokens are.
+    `chat`: the prompts are written by the tokenizer's chat template, whose end of turn ends the text too.
 
     Raises:
         ValueError: a prompt and what may follow are longer than the model can read; shows the prompt.
     """
     device = next(model.parameters()).device
     ends = end_tokens(model, tokenizer)
+    if chat and (turn := end_of_turn(tokenizer)) is not None:
+        ends = sorted({*(ends or ()), turn})
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    encoded = [prompt_ids(tokenizer, prompt, chat) for prompt in prompts]
     for prompt, ids in zip(prompts, encoded, strict=True):
         check_length(model, ids, config.max_new_tokens, f"{prompt[:80]!r}…")
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
@@ -112,13 +118,6 @@ def end_tokens(model, tokenizer) -> list[int] | None:
 def context_length(model) -> int | None:
     """Tokens that the model can read, by its configuration; None where that says nothing."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def prompt_ids(tokenizer, prompt: str) -> Int64[Tensor, "time"]:
-    """Tokens that a continuation begins after."""
-    ids = encode(tokenizer, prompt).ids
-    # a template that appends an end-of-text token would end the text before it begins
-    return ids[:-1] if len(ids) and int(ids[-1]) == tokenizer.eos_token_id else ids
 
 
 def check_length(model, ids: Int64[Tensor, "time"], new: int, what: str) -> None:

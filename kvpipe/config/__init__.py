@@ -182,6 +182,10 @@ class Config(Section):
                     raise ValueError(f"models.{name}.like: {model.like!r} has no weights of its own")
             if name == self.student and isinstance(model, LocalModel | HubModel) and model.load != Loading():
                 raise ValueError(f"models.{name}.load: the student is trained, from fp32 weights; set train.precision")
+            if self.data.template.chat_template and isinstance(model, PretrainModel | ScratchModel):
+                raise ValueError(
+                    f"data.template.chat_template: models.{name} is made here (source: {model.source}) and has no chat template"
+                )
             if isinstance(model, ScratchModel) and name != self.student:
                 raise ValueError(f"models.{name}: source scratch is for the student only")
         tasks = {task for source in self.data.sources for task in source.task_names}

@@ -197,6 +197,10 @@ class TextTemplate(Section):
 class Template(TextTemplate):
     """How one record becomes text; the same for every arm."""
 
+    chat_template: bool = False
+    """Render records as conversations by each model's own chat template: the messages of the row, or the prompt (without
+    white space at its ends) as one message of the user, then reasoning and answer as the assistant's. Without it, texts
+    are the same for every model."""
     tasks: dict[Name, TextTemplate] = Field(default={})
     """Task → its own template. Keys that are not given there are those above."""
 
