@@ -321,7 +321,15 @@ def evaluate(
     settings, records, trust = work.config, work.records(split), work.trusts_folder(folder)
     torch.set_num_threads(settings.train.threads)
     with explained("scoring", evaluation_advice(settings.evaluate)):
-        table = run(folder, records, settings.data.template, settings.evaluate, _device(settings), trust=trust)
+        table = run(
+            folder,
+            records,
+            settings.data.template,
+            settings.evaluate,
+            _device(settings),
+            trust=trust,
+            context=settings.data.context,
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     table.to_parquet(out, index=False)
     bits, judged = table.nll.sum() / math.log(2) / table.bytes.sum(), table.correct.dropna()
@@ -369,7 +377,12 @@ def untrained(
     student = work.student(work.config.seeds[0]).to(_device(work.config)).eval()
     with explained("scoring", evaluation_advice(work.config.evaluate)):
         table = evaluate_model(
-            student, work.student_tokenizer, work.records("test"), work.config.data.template, work.config.evaluate
+            student,
+            work.student_tokenizer,
+            work.records("test"),
+            work.config.data.template,
+            work.config.evaluate,
+            context=work.config.data.context,
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     table.to_parquet(out, index=False)
