@@ -26,6 +26,7 @@ from kvpipe.encoding import Encoding, encode_records
 from kvpipe.files import save_tensors
 from kvpipe.fuse import build_fusion
 from kvpipe.layermap import LayerPlan, layer_plan
+from kvpipe.limits import Limits
 from kvpipe.misfits import misfits
 from kvpipe.models import (
     build_model,
@@ -55,6 +56,7 @@ class Workspace:
     def __post_init__(self) -> None:
         self.dag = Dag(self.config)
         self._encodings: dict[tuple, Encoding] = {}
+        self._limits: dict[str, Limits] = {}
 
     # ------------------------------------------------------------ models
     def trusts(self, name: str) -> bool:
@@ -102,15 +104,24 @@ class Workspace:
         key = (model, split, reading)
         if key not in self._encodings:
             student = model == self.config.student
-            self._encodings[key] = encode_records(
-                self.records(split),
-                self.student_tokenizer if student else self.tokenizer(model),
+            records, tokenizer = self.records(split), self.student_tokenizer if student else self.tokenizer(model)
+            encoding = encode_records(
+                records,
+                tokenizer,
                 self.config.data.template,
                 reading,
                 end=end,
                 max_length=self.config.train.max_length if student else None,
             )
+            self.limits(model).check(encoding, records, tokenizer)
+            self._encodings[key] = encoding
         return self._encodings[key]
+
+    def limits(self, model: str) -> Limits:
+        """What a model can read; one object for each, which warns once."""
+        if model not in self._limits:
+            self._limits[model] = Limits.of(repr(model), self.model_config(model), self.config.data.context)
+        return self._limits[model]
 
     def student(self, seed: int, init: Literal["student", "random"] = "student"):
         """The student before training: its pretrained weights, or drawn by the seed."""

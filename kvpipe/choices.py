@@ -10,7 +10,7 @@ import numpy as np
 
 from kvpipe.chat import rendered
 from kvpipe.config import Template
-from kvpipe.encoding import encode_texts
+from kvpipe.encoding import Encoding, encode_texts
 from kvpipe.likelihood import score, scoring_batches
 from kvpipe.records import Record
 from kvpipe.segments import Segmented
@@ -18,17 +18,15 @@ from kvpipe.segments import Segmented
 MARK = "\0"
 
 
-def choice_nll(
-    model, tokenizer, records: Sequence[Record], template: Template, pad_id: int, batch_size: int
-) -> list[list[float]]:
-    """Nats of each choice behind everything the template writes before it, per record.
+def variants(tokenizer, records: Sequence[Record], template: Template) -> list[Segmented]:
+    """Each record's choices in turn: everything the template writes before the answer as the prompt, then a choice.
 
     White space before a choice counts with it, as in lm-evaluation-harness; what the template writes behind it is left out.
 
     Raises:
         ValueError: a record has no choices; names it.
     """
-    names, variants = [], []
+    found = []
     for record in records:
         if record.choices is None:
             raise ValueError(f"record {record.id!r} has no choices, which evaluate.…scorer: choice needs")
@@ -36,11 +34,23 @@ def choice_nll(
         before = text.prompt + text.answer.partition(MARK)[0]
         # what all choices share must not be in their nats: divided by the bytes of each it would favour the longest
         context = before.rstrip()
-        variants += [Segmented(context, "", before[len(context) :] + choice) for choice in record.choices]
-        names += [record.id] * len(record.choices)
-    if not variants:
+        found += [Segmented(context, "", before[len(context) :] + choice) for choice in record.choices]
+    return found
+
+
+def choice_encoding(tokenizer, records: Sequence[Record], template: Template) -> Encoding:
+    """The `variants` of some records, encoded."""
+    names = [record.id for record in records for _ in record.choices or ()]
+    return encode_texts(names, variants(tokenizer, records, template), tokenizer, template.chat_template)
+
+
+def choice_nll(
+    model, tokenizer, records: Sequence[Record], template: Template, pad_id: int, batch_size: int
+) -> list[list[float]]:
+    """Nats of each choice behind everything the template writes before it, per record; see `variants`."""
+    if not records:
         return []
-    encoding = encode_texts(names, variants, tokenizer, template.chat_template)
+    encoding = choice_encoding(tokenizer, records, template)
     nll = iter(score(model, encoding, scoring_batches(encoding, pad_id, batch_size)).nll.tolist())
     return [[next(nll) for _ in record.choices or ()] for record in records]
 

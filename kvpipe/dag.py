@@ -212,7 +212,7 @@ class Dag:
 
     def _depends_data(self) -> dict:
         # n-grams decide what is dropped; where they only refuse, the audit counts them again
-        unread = {"template"} if self.config.data.leakage == "drop" else {"template", "ngram"}
+        unread = {"template", "context"} | (set() if self.config.data.leakage == "drop" else {"ngram"})
         return self.config.data.model_dump(exclude=unread)
 
     def _depends_teacher_kv(self, teacher: str) -> dict:

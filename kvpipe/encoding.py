@@ -163,6 +163,8 @@ def _ends(tokenizer, ids: np.ndarray, spans: np.ndarray, chat: bool) -> bool:
 
 def _doubled(tokenizer, ids: np.ndarray, spans: np.ndarray, text: bytes) -> tuple[bool, bool]:
     """Whether the text begins with two BOS, and ends with two end tokens, white space between them or not."""
+    if max((ids == tokenizer.bos_token_id).sum(), (ids == tokenizer.eos_token_id).sum()) < 2:
+        return False, False  # nearly all texts
     seen = [int(t) for t, (a, b) in zip(ids, spans, strict=True) if a == b or text[a:b].strip()]
     two = len(seen) > 1
     return two and seen[0] == seen[1] == tokenizer.bos_token_id, two and seen[-1] == seen[-2] == tokenizer.eos_token_id

@@ -37,7 +37,8 @@ def generate(
         ends = sorted({*(ends or ()), turn})
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     encoded = [prompt_ids(tokenizer, prompt, chat) for prompt in prompts]
-    _check_lengths(model, prompts, encoded, config.max_new_tokens)
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        check_length(model, ids, config.max_new_tokens, f"{prompt[:80]!r}…")
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     texts = [""] * len(prompts)
     # keys in a cache keep their rotation: a text that outgrows the frequencies it began with is read anew every step
@@ -119,14 +120,18 @@ def context_length(model) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def _check_lengths(model, prompts: list[str], encoded: list[Tensor], new: int) -> None:
+def check_length(model, ids: Int64[Tensor, "time"], new: int, what: str) -> None:
+    """Refuse a prompt that leaves no room for `new` tokens; `what` names it.
+
+    Raises:
+        ValueError: they are more than the model reads.
+    """
     limit = context_length(model)
-    for prompt, ids in zip(prompts, encoded, strict=True):
-        if limit is not None and len(ids) + new > limit:
-            raise ValueError(
-                f"a prompt of {len(ids)} tokens and max_new_tokens {new} exceed the {limit} tokens that the model reads: "
-                f"{prompt[:80]!r}…; lower max_new_tokens or shorten the record"
-            )
+    if limit is not None and len(ids) + new > limit:
+        raise ValueError(
+            f"a prompt of {len(ids)} tokens and max_new_tokens {new} exceed the {limit} tokens that the model reads: "
+            f"{what}; lower max_new_tokens or shorten the record"
+        )
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvpipe.config import Chat, RowData
+from kvpipe.patterns import budget
 from kvpipe.records import Record
 
 LISTS = ("choices", "labels")
@@ -52,7 +53,8 @@ def to_record(row: Mapping[str, Any], source: RowData, name: str) -> Record:
             fields[field] = fill(spec, columns, field)
     for field, expression in source.remove.items():
         if isinstance(fields.get(field), str):
-            fields[field] = re.sub(expression, "", fields[field])
+            with budget(f"remove: {field}: {_short(expression)}"):
+                fields[field] = re.sub(expression, "", fields[field])
     if "choice" in fields:
         fields["answer"] = _chosen(fields)
     empty = [f for f, value in fields.items() if f not in OPTIONAL and isinstance(value, str) and not value.strip()]
@@ -139,7 +141,8 @@ def _said(message: Mapping[str, Any], chat: Chat, number: int) -> str:
 
 def _split(columns: Mapping[str, Any], column: str, expression: str) -> dict[str, str]:
     text = _text(lookup(columns, column, "split"), column)
-    match = re.search(expression, text)
+    with budget(f"split: {column}: {_short(expression)}"):
+        match = re.search(expression, text)
     if match is None:
         named = ", ".join(re.compile(expression).groupindex)
         raise ValueError(f"column {column!r} does not match {_short(expression)}, which finds {named}: {_short(text)}")

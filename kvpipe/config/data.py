@@ -241,6 +241,10 @@ class DataConfig(Section):
     """How one record becomes text; the same for every arm."""
     seed: Seed = 0
     """Seed of the embedded corpora."""
+    context: Literal["warn", "strict"] = "warn"
+    """Texts longer than a model's `max_position_embeddings`, where its positions are rotary: `warn` says so once for each
+    model and goes on, `strict` is an error before anything is computed. Models whose positions are a table (GPT-2, OPT)
+    refuse them always, and evaluation reads longer texts in windows."""
     ngram: Count = 13
     """Word n-gram length of the train/test leakage audit."""
     duplicates: Literal["keep", "drop", "error"] = "keep"
