@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from kvpipe import attempts, card, checkpoint
+from kvpipe import attempts, card, checkpoint, launch
 from kvpipe.batches import Batch, collate, count_predicted, schedule
 from kvpipe.capture import Recorder
 from kvpipe.cell import Workspace
@@ -163,6 +163,7 @@ class _Run:
         # accelerate takes over a second to import, which the functions above do not need
         from accelerate import Accelerator
 
+        launch.check_environment(os.environ)
         self.work, self.arm_name, self.seed, self.checkpoints, self.log = work, arm_name, seed, checkpoints, log
         self.arm = work.dag.arm(arm_name)
         self.config = budget(work.config.train, self.arm)
@@ -172,7 +173,7 @@ class _Run:
         check_settings(self.config, log=log)
         work.check([arm_name])
         precision = "no" if self.config.precision == "fp32" else self.config.precision
-        self.accelerator = Accelerator(mixed_precision=precision, cpu=self.config.device == "cpu")
+        self.accelerator = Accelerator(mixed_precision=precision, cpu=resolve_device(self.config.device) == "cpu")
         self.device = self.accelerator.device
         if not self.accelerator.is_main_process:
             self.log = log = _unheard
