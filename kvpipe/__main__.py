@@ -110,9 +110,11 @@ def doctor(
 def data(config: ConfigFile = CONFIG, results: Results = RESULTS, overrides: Overrides = None) -> None:
     """Write the train, validation and test splits."""
     from kvpipe.data import build
+    from kvpipe.made import note
 
     settings, paths = _experiment(config, results, overrides)
     build(settings.data, paths.data("train").parent)
+    note(Dag(settings), paths, "data")
 
 
 @app.command()
@@ -263,11 +265,12 @@ def train(
     teacher: Annotated[list[Path] | None, typer.Option(help="Instead of a configuration: model folder(s).")] = None,
     student: Annotated[Path | None, typer.Option(help="With --teacher: the student's model folder.")] = None,
     data: Annotated[Path | None, typer.Option(help="With --teacher: JSONL or Parquet; columns prompt, answer.")] = None,
+    made: Annotated[bool, typer.Option("--made", help="Make nothing first: Snakemake has made it.")] = False,
     config: ConfigFile = CONFIG,
     results: Results = RESULTS,
     overrides: Overrides = None,
 ) -> None:
-    """Train one cell; what it needs and is not there yet is made first."""
+    """Train one cell; what it needs is made first where it is not there, or was made from something else."""
     from kvpipe.direct import keep
     from kvpipe.steps.prepare import prepare
     from kvpipe.train import check_settings
@@ -280,7 +283,8 @@ def train(
     else:
         work = _workspace(config, results, overrides)
     check_settings(work.config.train, log=lambda *_: None)  # its notes come when the cell begins
-    prepare(work, arm, log=_say)
+    if not made:
+        prepare(work, arm, log=_say)
     folder = out or work.paths.cell(arm, seed)
     kept = checkpoints or (folder.with_name(folder.name + ".checkpoints") if out else work.paths.checkpoints(arm, seed))
     train_cell(work, arm, seed, folder, kept, log=_say)

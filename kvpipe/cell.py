@@ -37,6 +37,7 @@ from kvpipe.models import (
     random_model,
 )
 from kvpipe.project import Geometry, Projector, build_projector
+from kvpipe.provenance import content_digest, read_json, verify
 from kvpipe.records import Record, read_records
 from kvpipe.sizes import shape
 from kvpipe.store import GB, Store, StoreKey, forward_rows
@@ -253,10 +254,23 @@ class Workspace:
     def projectors(self, arm: Arm, layers: list[tuple[int, ...]]) -> list[Projector]:
         """Fitted projectors of an arm."""
         path = self.paths.projector(self.dag.fit_id(arm))
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: run `kvpipe fit` first")
+        document, run = path.with_suffix(".json"), f"run `kvpipe fit --fit {path.stem}`"
+        for file in (path, document):
+            if not file.is_file():
+                raise FileNotFoundError(f"{file} is missing: {run} first")
+        described = read_json(document, run)
+        verify(path, described.get("sha256", ""), document, run)
         tensors = load_file(path)
         projectors = self.new_projectors(arm, layers)
+        expected = {
+            f"{teacher}/{name}": tensor.shape
+            for teacher, projector in zip(arm.teachers, projectors, strict=True)
+            for name, tensor in projector.state_dict().items()
+        }
+        found = {name: tensor.shape for name, tensor in tensors.items()}
+        other = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        if other:
+            raise ValueError(f"{path} does not fit the arm {arm.teachers}: tensors {other[:3]}; {run}")
         for teacher, projector in zip(arm.teachers, projectors, strict=True):
             prefix = f"{teacher}/"
             projector.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
@@ -357,4 +371,5 @@ def save_projectors(path: Path, teachers: list[str], projectors: list[Projector]
         for name, tensor in projector.state_dict().items()
     }
     save_tensors(tensors, path, {"fit": json.dumps(document, sort_keys=True)})
+    document = {**document, "sha256": content_digest(path)}
     path.with_suffix(".json").write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")

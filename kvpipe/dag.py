@@ -210,9 +210,6 @@ class Dag:
         data = {"pretrain": self._depends_data(), "scratch": self.config.data.template.model_dump()}
         return {"source": source, "data": data.get(source["source"])}
 
-    def _depends_doctor(self) -> dict:
-        return {"models": sorted(self.config.models), "lora": self.config.train.lora is not None}
-
     def _depends_data(self) -> dict:
         # n-grams decide what is dropped; where they only refuse, the audit counts them again
         unread = {"template", "context"} | (set() if self.config.data.leakage == "drop" else {"ngram"})

@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from kvpipe.align.regime import by_own_length
 from kvpipe.config import Loading, TokenizerRecipe
 from kvpipe.files import set_mode
-from kvpipe.provenance import MANIFEST, digest_of
+from kvpipe.provenance import MANIFEST, digest_of, read_json, verify
 from kvpipe.sizes import read_header
 
 # bars of "loading weights" say nothing in a log file; problems are raised, not logged
@@ -139,7 +139,24 @@ def _metaspace_bpe(recipe: TokenizerRecipe, texts: Iterable[str]) -> PreTrainedT
 def recorded(folder: Path) -> dict[str, Any]:
     """What the folder's manifest says of its source and of loading it; empty where there is no manifest."""
     path = folder / MANIFEST
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path, f"run `kvpipe models --name {folder.name}`") if path.is_file() else {}
+
+
+def verify_files(folder: Path, weights: bool = True) -> None:
+    """Compare a folder's files with its manifest, each once in a process; one without a manifest is taken as it is.
+
+    Args:
+        folder: a model folder.
+        weights: read the weights too; else all other files alone.
+
+    Raises:
+        ValueError: a file is missing, damaged or was replaced.
+    """
+    files = recorded(folder).get("files", {})
+    fix = f"run `kvpipe models --name {folder.name}`"
+    for name, expected in files.items():
+        if weights or not name.endswith(".safetensors"):
+            verify(folder / name, expected, folder / MANIFEST, fix)
 
 
 def load_tokenizer(folder: Path, trust: bool = False) -> Any:
@@ -149,6 +166,7 @@ def load_tokenizer(folder: Path, trust: bool = False) -> Any:
         folder: a model folder.
         trust: run code that lies in it (`Workspace.trusts`). Never read from the folder, whose files come from others.
     """
+    verify_files(folder, weights=False)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     if not tokenizer.is_fast:
         raise ValueError(f"{folder}: only a slow tokenizer is there; kvpipe needs tokenizer.json for byte spans")
@@ -159,6 +177,7 @@ def load_tokenizer(folder: Path, trust: bool = False) -> Any:
 
 def load_config(folder: Path, trust: bool = False) -> Any:
     """The transformers config of a model folder; `trust` as in `load_tokenizer`."""
+    verify_files(folder, weights=False)
     return AutoConfig.from_pretrained(folder, trust_remote_code=trust)
 
 
@@ -177,6 +196,7 @@ def load_model(
         ModuleNotFoundError: 8 or 4 bit is asked for and bitsandbytes is not installed.
         RuntimeError: the layers do not fit into the devices together.
     """
+    verify_files(folder)
     load = Loading.model_validate(recorded(folder).get("load", {}))
     options: dict[str, Any] = {"trust_remote_code": trust}
     if load.quantize != "none":

@@ -43,7 +43,10 @@ def cell(paths: Paths, arm: str, seed: int) -> Cell:
     cost = paths.cell(arm, seed) / "cost.json"
     if cost.is_file():
         found = json.loads(cost.read_text(encoding="utf-8"))
-        state = "done" if paths.items(arm, seed).is_file() else "trained"
+        items = paths.items(arm, seed)
+        # scores that are older than the cell are those of another student
+        scored = items.is_file() and items.stat().st_mtime_ns >= cost.stat().st_mtime_ns
+        state = "done" if scored else "trained"
         detail = f"{found['train_seconds']:.0f} s, {found['peak_memory_bytes'] / 1e9:.2f} GB"
         # made before attempts were recorded: the steps' own time
         spent = {"attempts": found.get("restarts", 0) + 1, "wall_seconds": found["train_seconds"], **found}

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from kvpipe import hub
+from kvpipe import hub, made
 from kvpipe.cell import Workspace
 from kvpipe.config import HubModel, LocalModel, PretrainModel, RandomModel, ScratchModel
 from kvpipe.models import fetch_local, link_folder, randomise, recorded, write_manifest
@@ -42,6 +42,7 @@ def make_model(work: Workspace, name: str) -> None:
             work.student(seed=0).config.save_pretrained(out)
             source = model.model_dump()
     write_manifest(out, source, **how)
+    made.note(work.dag, work.paths, "models", name)
 
 
 def _fetch_hub(work: Workspace, name: str, model: HubModel, out: Path) -> dict[str, Any]:
