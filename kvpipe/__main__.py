@@ -173,6 +173,9 @@ def pretrain(
     from kvpipe.pretrain import pretrain as train_teacher
 
     settings = load(config, overrides)
+    made = [n for n, m in settings.models.items() if getattr(m, "recipe", None) and getattr(m, "path", None)]
+    if only is not None and only not in made:
+        raise typer.BadParameter(f"--only {only}: no such model with a recipe and a path (there are {', '.join(made)})")
     torch.set_num_threads(settings.train.threads)  # sums depend on it
     for name, model in settings.models.items():
         recipe, path = getattr(model, "recipe", None), getattr(model, "path", None)
@@ -202,7 +205,7 @@ def layer_map(
 def teacher_kv(
     teacher: Annotated[str, typer.Option(help="Name of the teacher.")],
     reading: Annotated[
-        str, typer.Option(help="student: the student's text; own: the teacher's longer one.")
+        Literal["student", "own"], typer.Option(help="student: the student's text; own: the teacher's longer one.")
     ] = "student",
     shard: Annotated[int | None, typer.Option(help="One shard; all of them and the index otherwise.")] = None,
     index: Annotated[bool, typer.Option("--index", help="Only check the shards and write the index.")] = False,
@@ -246,7 +249,7 @@ def fit(
 @app.command()
 def train(
     arm: Annotated[str | None, typer.Option(help="Name of the arm; with --teacher `distil` or `control`.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the cell.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the cell.", min=0, max=2**32 - 1)] = 0,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the cell; under the results by default.", callback=_writable_folder)
     ] = None,

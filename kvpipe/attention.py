@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from einops import repeat
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
 
@@ -13,14 +13,19 @@ from kvpipe.shapes import KV
 
 
 def attention_outputs(
-    queries: Float[Tensor, "layer batch query_head time dim"], kv: KV, ropes: list[Rope]
+    queries: Float[Tensor, "layer batch query_head time dim"],
+    kv: KV,
+    ropes: list[Rope],
+    positions: Int64[Tensor, "batch time"] | None = None,
 ) -> Float[Tensor, "layer batch query_head time dim"]:
-    """Causal attention of every layer; queries and keys before rotation, one `Rope` per layer, positions 0, 1, 2, …
+    """Causal attention of every layer; queries and keys before rotation, one `Rope` per layer.
 
+    `positions` are 0, 1, 2, … by default; of padded texts those of `positions_from_mask`, which tell their lengths.
     Logits are scaled by 1/√dim. Right padding changes no output before it.
     """
     group = queries.shape[2] // kv.keys.shape[2]
-    positions = torch.arange(queries.shape[3], device=queries.device)
+    if positions is None:
+        positions = torch.arange(queries.shape[3], device=queries.device)
     out = []
     for layer, rope in enumerate(ropes):
         q, k = rope.rotate(queries[layer], positions), rope.rotate(kv.keys[layer], positions)
@@ -37,6 +42,7 @@ def output_cosine(
     other: KV,
     ropes: list[Rope],
     mask: Bool[Tensor, "batch time"],
+    positions: Int64[Tensor, "batch time"] | None = None,
 ) -> list[float]:
     """Per layer the mean cosine of attention outputs from a model's own cache and from another in its place.
 
@@ -44,6 +50,6 @@ def output_cosine(
     """
     inside = mask[None, :, None, :, None]
     mixed = KV(torch.where(inside, other.keys, own.keys), torch.where(inside, other.values, own.values))
-    exact, replaced = (attention_outputs(queries, kv, ropes) for kv in (own, mixed))
+    exact, replaced = (attention_outputs(queries, kv, ropes, positions) for kv in (own, mixed))
     cosine = cosine_similarity(exact, replaced, dim=-1).mean(2)
     return [layer[mask].mean().item() for layer in cosine]

@@ -67,8 +67,8 @@ def _leakage(config: Config, paths: Paths) -> Iterator[Check]:
         found = leaks(records, test, config.data.ngram)
         detail = f"{len(test)} test items against {len(records)} of {name}: "
         if found:
-            shown = ", ".join(f"{i} ({why})" for i, why in found[:3])
-            yield Check("leakage", "breach", f"{detail}{len(found)} occur there, e.g. {shown}")
+            shown = ", ".join(f"{leak.test} ({leak.reason})" for leak in found[:3])
+            yield Check("leakage", "breach", f"{detail}{len({leak.test for leak in found})} occur there, e.g. {shown}")
         else:
             yield Check("leakage", "ok", f"{detail}none shares its content or a {config.data.ngram}-gram")
 

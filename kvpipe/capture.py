@@ -27,6 +27,7 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import AttentionInterface
 
+from kvpipe.align.regime import by_own_length, positions_from_mask
 from kvpipe.align.rope import Rope, modeling_module
 from kvpipe.shapes import KV
 
@@ -75,12 +76,6 @@ def _heads(config: PretrainedConfig) -> tuple[int, int]:
     return kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
-def positions_from_mask(attention_mask: Int[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:
-    """Positions as `generate` of transformers counts them: from 0 at the first unmasked token; masked tokens get 0."""
-    positions = attention_mask.long().cumsum(-1) - 1
-    return positions.masked_fill(attention_mask == 0, 0)
-
-
 class _Layer(NamedTuple):
     """What one attention layer was given: (batch, head, time, dim), query and key rotated."""
 
@@ -112,6 +107,7 @@ class Recorder:
         self.geometry = kv_geometry(self.config)
         self.ropes = Rope.of_layers(self.config)
         self._switches = any(rope.long_context is not None for rope in self.ropes)
+        by_own_length(model)
         self._through_cache = not hasattr(modeling_module(self.config), "ALL_ATTENTION_FUNCTIONS")
         self._hidden = hidden
         self._hidden_states: tuple[Tensor, ...] | None = None
@@ -145,7 +141,9 @@ class Recorder:
 
     def _start(self, _module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         self._record, self._hidden_states = {}, None
-        self._positions = kwargs.get("position_ids")
+        self._positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+        if self._positions is None and self._switches and mask is not None:  # as `by_own_length` has the model count
+            self._positions = positions_from_mask(mask)
         self._recording, self._grad = True, torch.is_grad_enabled()
         if self._hidden:
             kwargs = {**kwargs, "output_hidden_states": True}
@@ -159,8 +157,6 @@ class Recorder:
         self._recording = False
         if self._hidden and output is not None:
             self._hidden_states = output.hidden_states
-        if self._switches:  # dynamic NTK and LongRoPE choose their frequencies in the forward
-            self.ropes = Rope.of_model(self.model, self.config)
 
     def note(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Keep what `module` was given, if it is an attention layer of this recorder's model."""

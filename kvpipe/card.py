@@ -1,7 +1,8 @@
 """The student's model card, from what lies in the results; and its way to the hub.
 
 A card is written when the cell is trained and has no metrics then: those exist after the statistics. `kvpipe card` writes
-it again, and `kvpipe publish` sends the card as it is at that moment.
+it again, and `kvpipe publish` sends the card as it is at that moment. Scores carry the digest of the model that they are
+of; a card shows those of exactly its own.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 
 from kvpipe import hub
-from kvpipe.config import Arm, HubData
+from kvpipe.config import LOSS_ON, Arm, HubData
 from kvpipe.dag import Dag, Paths
 from kvpipe.data import SOURCES
+from kvpipe.provenance import folder_digest
 
 METRICS = {
     "bits_per_byte": "bits per byte",
@@ -79,13 +82,21 @@ def card(dag: Dag, paths: Paths, arm_name: str, cell: Path) -> str:
         cell: folder of the cell, with its `cost.json`.
 
     Raises:
-        ValueError: the cell was trained under another arm, whose teachers and licences are not those of `arm_name`.
+        ValueError: the cell was trained under another arm, whose teachers and licences are not those of `arm_name`, or
+            under other settings than the configuration has now.
     """
     arm = dag.arm(arm_name)
     cost = json.loads((cell / "cost.json").read_text(encoding="utf-8"))
     provenance = cost["provenance"]
     if provenance["arm"] != arm_name:
         raise ValueError(f"{cell} was trained under the arm {provenance['arm']!r}: --arm {provenance['arm']}")
+    settings = cost.get("settings")
+    if settings is not None and settings != dag.depends("train", arm=arm_name):
+        raise ValueError(
+            f"{cell} was trained under other settings than the configuration has now for the arm {arm_name!r}: give the "
+            "configuration that it was trained with, or train it again"
+        )
+    digest = folder_digest(cell / "model")
     licences = _licences(dag, paths, arm)
     parts = [
         _front_matter(dag, paths, arm, licences),
@@ -100,9 +111,9 @@ def card(dag: Dag, paths: Paths, arm_name: str, cell: Path) -> str:
         f"{cost['steps']} steps, {cost['tokens']:,} student tokens. Settings of the arm:\n",
         f"```yaml\n{yaml.safe_dump(arm.model_dump(exclude={'role', 'label'}), sort_keys=False)}```\n",
         "## Results\n",
-        _results(paths, arm_name, arm),
+        _results(paths, arm, provenance, digest),
         "## Provenance\n",
-        _provenance(provenance),
+        _provenance(provenance, digest, cost.get("model", {})),
     ]
     return "\n".join(parts)
 
@@ -159,6 +170,7 @@ def _data(dag: Dag, paths: Paths) -> str:
         if paths.data(split).is_file():
             tasks = pd.read_parquet(paths.data(split), columns=["task"]).task.value_counts(sort=False)
             counts.append(f"| {split} | " + ", ".join(f"{n:,} {task}" for task, n in tasks.items()) + " |")
+    sources += f"\n- cross-entropy on {LOSS_ON[dag.config.train.loss_on]}"
     return f"{sources}\n\n| split | records |\n|---|---|\n" + "\n".join(counts) + "\n"
 
 
@@ -172,25 +184,45 @@ def _commits(paths: Paths) -> dict[str, str]:
     return {task: f" at {', '.join(commits)}" for task, commits in found.items()}
 
 
-def _results(paths: Paths, arm_name: str, arm: Arm) -> str:
-    path = paths.stats / "arms.csv"
-    table = pd.read_csv(path) if path.is_file() else pd.DataFrame({"arm": [], "metric": []})
-    rows = table[(table.arm == arm_name) & table.metric.isin(list(METRICS))]
-    if rows.empty:
-        return "Not evaluated yet.\n"
-    lines = [
-        f"| {METRICS[row.metric]} | {row.task} | {row.mean:.4g} ({row.low:.4g}, {row.high:.4g}) |"
-        for row in rows.itertuples()
-    ]
-    text = (
-        f"On held-out items, mean and interval of this arm over {int(rows.n_seeds.max())} seeds (this model is one of "
-        f"them) and {int(rows.n_items.max()):,} items:\n\n| metric | task | mean (interval) |\n|---|---|---|\n"
-    )
-    text += "\n".join(lines) + "\n"
+def _results(paths: Paths, arm: Arm, provenance: dict[str, Any], digest: str) -> str:
+    """Scores of this very model, and of its arm where it was one of those that the statistics are of."""
+    name, seed = provenance["arm"], provenance["seed"]
+    own, means = _read(paths.arm_table(name), "model"), _read(paths.stats / "arms.csv", "models")
+    scored = len(own[own.seed == seed]) + len(means[means.arm == name]) > 0
+    own = own[(own.seed == seed) & (own.model == digest)].set_index("task")
+    means = means[(means.arm == name) & means.metric.isin(list(METRICS)) & means.models.str.contains(digest, na=False)]
+    means = means.set_index(["metric", "task"])
+    if own.empty and means.empty:
+        again = f" The scores in the results are of other weights than these ({digest})." if scored else ""
+        return f"Not evaluated yet.{again}\n"
+    rows = dict.fromkeys([*means.index, *((metric, task) for metric in METRICS for task in own.index)])
+    lines = []
+    for metric, task in rows:
+        value = own[metric].get(task, np.nan)
+        found = f"{value:.4g}" if np.isfinite(value) else "–"
+        if (metric, task) in means.index:
+            mean = means.loc[metric, task]
+            lines.append(
+                f"| {METRICS[metric]} | {task} | {found} | {mean['mean']:.4g} ({mean.low:.4g}, {mean.high:.4g}) |"
+            )
+        elif found != "–":
+            lines.append(f"| {METRICS[metric]} | {task} | {found} | – |")
+    text = "On held-out items: this model"
+    if not means.empty:
+        count = f"{int(means.n_seeds.max())} seeds (this model is one of them) and {int(means.n_items.max()):,} items"
+        text += f", and mean and interval of its arm over {count}"
+    text += ":\n\n| metric | task | this model | arm (interval) |\n|---|---|---|---|\n" + "\n".join(lines) + "\n"
     path = paths.stats / "contrasts.csv"
-    if arm.teachers and path.is_file():
-        text += _against_control(pd.read_csv(path), arm_name)
+    if arm.teachers and path.is_file() and not means.empty:
+        text += _against_control(pd.read_csv(path), name)
     return text
+
+
+def _read(path: Path, models: str) -> pd.DataFrame:
+    """A table with the digests of the models that it is of; without a row where it is not there."""
+    columns = ["arm", "seed", "task", "metric", *METRICS, models]
+    table = pd.read_csv(path, dtype={models: str}) if path.is_file() else pd.DataFrame(columns=columns)
+    return table if models in table else table.assign(**{models: ""})
 
 
 def _against_control(contrasts: pd.DataFrame, arm_name: str) -> str:
@@ -205,9 +237,13 @@ def _against_control(contrasts: pd.DataFrame, arm_name: str) -> str:
     return "\nAgainst control, the same student without teachers:\n\n" + head + "\n".join(lines) + "\n"
 
 
-def _provenance(provenance: dict[str, Any]) -> str:
+def _provenance(provenance: dict[str, Any], digest: str, trained: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in provenance["packages"].items() if version)
+    said = f", in {trained['dtype']}" if trained else ""
+    if trained and trained["digest"] != digest:
+        said += f". **Its files were changed after training**, which wrote {trained['digest']}"
     return (
+        f"- Model: {digest} (digest of weights, config and tokenizer){said}\n"
         f"- Code: kvpipe, commit {provenance['git_commit']}\n- Configuration: {provenance['config_hash']}\n"
         f"- Packages: {packages}; Python {provenance['python']}\n- Container: {provenance['container'] or 'none'}\n"
     )

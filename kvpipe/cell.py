@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -13,17 +14,19 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from kvpipe.capture import kv_geometry
-from kvpipe.config import Arm, Config, HubModel, RandomModel, ScratchModel
+from kvpipe.config import Arm, Config, ConfigError, HubModel, RandomModel, ScratchModel
 from kvpipe.dag import Dag, Paths
 from kvpipe.device import resolve_device
 from kvpipe.distill import Distiller, KVDistiller, LogitDistiller, RelationDistiller, TopLogits, build_targets
 from kvpipe.encoding import Encoding, encode_records
+from kvpipe.files import save_tensors
 from kvpipe.fuse import build_fusion
 from kvpipe.layermap import LayerPlan, layer_plan
+from kvpipe.misfits import misfits
 from kvpipe.models import (
     build_model,
     load_config,
@@ -34,6 +37,7 @@ from kvpipe.models import (
 )
 from kvpipe.project import Geometry, Projector, build_projector
 from kvpipe.records import Record, read_records
+from kvpipe.sizes import shape
 from kvpipe.store import GB, Store, StoreKey, forward_rows
 from kvpipe.teacher import AlignedTeacher, LiveRows, RowSource, StoredRows
 from kvpipe.timemap import build_time_map, derangement
@@ -117,6 +121,26 @@ class Workspace:
         if init == "random":
             return random_model(folder, seed, trust=trust)
         return load_model(folder, dtype=torch.float32, trust=trust)
+
+    def check(self, arms: Iterable[str]) -> None:
+        """Refuse arms that ask for what their models or the training texts do not have, before anything is computed.
+
+        Raises:
+            ConfigError: one line per setting.
+        """
+        names = list(arms)
+        files = {name: self.paths.model(name) / "config.json" for name in self.config.models}
+        found = {n: shape(json.loads(f.read_text(encoding="utf-8"))) for n, f in files.items() if f.is_file()}
+        lines = misfits(self.dag, {name: one for name, one in found.items() if one is not None}, names)
+        for name in names:
+            arm = self.dag.arms[name]
+            if arm.loss.kind == "kv" and arm.loss.skip_sink:
+                longest = int(self.student_encoding("train").lengths[self.training_examples(arm)].max())
+                if arm.loss.skip_sink >= longest:
+                    said = f"{arm.loss.skip_sink} leaves nothing: the longest training text has {longest} tokens"
+                    lines.append(f"arms.{name}.set.loss.skip_sink: {said}")
+        if lines:
+            raise ConfigError("\n".join(lines))
 
     def training_examples(self, arm: Arm) -> np.ndarray:
         """Numbers of the training examples that the arm's cells see."""
@@ -324,11 +348,9 @@ def token_twins(src_tokenizer, dst_tokenizer) -> np.ndarray:
 def save_projectors(path: Path, teachers: list[str], projectors: list[Projector], document: dict) -> None:
     """Write all projectors of a fit to one file, with the explained variance in its metadata and beside it as JSON."""
     tensors = {
-        f"{teacher}/{name}": tensor.detach().contiguous()
+        f"{teacher}/{name}": tensor.detach()
         for teacher, projector in zip(teachers, projectors, strict=True)
         for name, tensor in projector.state_dict().items()
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(document, sort_keys=True)
-    save_file(tensors, path, metadata={"fit": text})
+    save_tensors(tensors, path, {"fit": json.dumps(document, sort_keys=True)})
     path.with_suffix(".json").write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")

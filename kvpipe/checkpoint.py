@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from kvpipe.files import save_tensors
 
 STATE, TENSORS = "state.json", "tensors.safetensors"
 KEPT = 2
@@ -71,7 +72,7 @@ def save(
         shutil.rmtree(left_over)
     try:
         partial.mkdir(parents=True)
-        save_file({k: v.contiguous() for k, v in tensors.items()}, partial / TENSORS)
+        save_tensors(tensors, partial / TENSORS)
         _flush(partial / TENSORS)
         state = {"step": step, "history": history, "counters": counters, "spec": spec}
         state["tensors_sha256"] = sha256((partial / TENSORS).read_bytes()).hexdigest()
@@ -81,7 +82,7 @@ def save(
             os.fsync(handle.fileno())
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         kept = sorted(path.name for path in folder.glob("step-*"))
         raise CheckpointNotWritten(

@@ -116,6 +116,10 @@ class Dag:
         matched = any(arm.loss.kind in ("kv", "relation") for arm in self.arms.values())
         return [*self.teachers, self.config.student] if matched else self.teachers
 
+    def arms_of(self, teacher: str) -> list[str]:
+        """Arms that learn from a model."""
+        return [name for name, arm in self.arms.items() if teacher in arm.teachers]
+
     def arm(self, name: str) -> Arm:
         """A resolved arm.
 
@@ -235,7 +239,7 @@ class Dag:
         return {
             "layer_map": self.config.layer_map.model_dump(),
             "template": self.config.data.template.model_dump(),
-            "train": self.config.train.model_dump(include={"batch_size", "learning_rate"}),
+            "train": self.config.train.model_dump(include={"batch_size", "learning_rate", "loss_on"}),
         }
 
     def _depends_fit(self, fit: str) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,13 @@ def build(config: DataConfig, out: Path) -> None:
         split: _without(split, splits[split], repeated[split], "duplicates", config.duplicates) for split in SPLITS
     }
     # the test split stays as it is: what it has in common with the others is taken out of the others
-    shared = {split: leaks(splits["test"], splits[split], config.ngram) for split in ("train", "validation")}
+    shared = {
+        split: [
+            (leak.train, f"{leak.reason} with {leak.test}")
+            for leak in leaks(splits[split], splits["test"], config.ngram)
+        ]
+        for split in ("train", "validation")
+    }
     for split, found in shared.items():
         splits[split] = _without(split, splits[split], found, "leakage", config.leakage)
     for split in SPLITS:
@@ -84,9 +91,13 @@ def _records(
         return generate(source.task, split, getattr(source, split), source.difficulty, config.seed), {}
     found = read(source, split)
     records = []
+    left_out = []
     for number, (row, place) in enumerate(zip(found.rows, found.places, strict=True)):
+        if any(re.search(rule, str(row.get(column, ""))) for column, rule in source.leave_out.items()):
+            left_out.append(place)
+            continue
         try:
             records.append(to_record(row, source, f"{source.task}-{split}-{number:05d}"))
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
-    return records, found.origin
+    return records, found.origin | ({"left_out": len(left_out), "rows_left_out": left_out} if left_out else {})

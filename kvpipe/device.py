@@ -29,6 +29,7 @@ def check_device(device: str, log=print) -> None:
         number = int(device.partition(":")[2] or 0)
         if number >= count:
             raise NoDevice(f"train.device is {device}, but torch {torch.__version__} sees {count} GPUs{_reason()}")
+        torch.cuda.set_device(number)  # accelerate takes the current one
     elif device == "auto" and count == 0 and os.environ.get("SLURM_JOB_GPUS"):
         log(f"this job has GPU {os.environ['SLURM_JOB_GPUS']}, but torch sees none and trains on the CPU{_reason()}")
 

@@ -17,6 +17,7 @@ from kvpipe.encoding import encode_records
 from kvpipe.generate import context_length, generate
 from kvpipe.likelihood import Scores, score, score_long, scoring_batches
 from kvpipe.models import load_model, load_tokenizer
+from kvpipe.provenance import folder_digest
 from kvpipe.records import Record, render
 from kvpipe.sandbox import Outcome, run_all
 
@@ -30,9 +31,14 @@ def evaluate(
     log: Callable = print,
     trust: bool = False,
 ) -> pd.DataFrame:
-    """Scores of the model in a folder, whose code runs with `trust` only; see `evaluate_model`."""
+    """Scores of the model in a folder, whose code runs with `trust` only; see `evaluate_model`.
+
+    The folder's digest is in `attrs["model"]`, which Parquet keeps: scores say which weights they are of.
+    """
     model, tokenizer = load_model(folder, device=device, trust=trust), load_tokenizer(folder, trust)
-    return evaluate_model(model, tokenizer, records, template, config, log)
+    table = evaluate_model(model, tokenizer, records, template, config, log)
+    table.attrs["model"] = folder_digest(folder)
+    return table
 
 
 @dataclass

@@ -214,7 +214,7 @@ judge texts, and is no teacher of the next token."""
 
 def tensors(folder: Path) -> dict[str, tuple[int, ...]]:
     """Name → shape of every tensor in a folder's safetensors files, from their headers."""
-    headers = [read_header(path)[0] for path in sorted(folder.glob("*.safetensors"))]
+    headers = [read_header(path)[0] for path in sorted(folder.glob("model*.safetensors"))]
     return {n: tuple(entry["shape"]) for header in headers for n, entry in header.items() if n != "__metadata__"}
 
 

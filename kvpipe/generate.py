@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from kvpipe.align.regime import by_own_length, switch_lengths
 from kvpipe.config import ScoringConfig
 from kvpipe.tokens import encode
 
@@ -35,9 +36,17 @@ def generate(model, tokenizer, prompts: list[str], config: ScoringConfig, batch_
     _check_lengths(model, prompts, encoded, config.max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     texts = [""] * len(prompts)
+    # keys in a cache keep their rotation: a text that outgrows the frequencies it began with is read anew every step
+    switches = switch_lengths(by_own_length(model).config)
+    outgrows = [any(len(ids) <= n < len(ids) + config.max_new_tokens for n in switches) for ids in encoded]
+    batches = [
+        (alike[start : start + batch_size], not anew)
+        for anew in (False, True)
+        for alike in [[i for i in order if outgrows[i] == anew]]
+        for start in range(0, len(alike), batch_size)
+    ]
     with _plain_generation(model):
-        for start in range(0, len(order), batch_size):
-            members = order[start : start + batch_size]
+        for members, cached in batches:
             longest = max(len(encoded[i]) for i in members)
             ids = torch.full((len(members), longest), pad)
             mask = torch.zeros(len(members), longest, dtype=torch.long)
@@ -54,6 +63,7 @@ def generate(model, tokenizer, prompts: list[str], config: ScoringConfig, batch_
                 pad_token_id=pad,
                 eos_token_id=ends,
                 stopping_criteria=StoppingCriteriaList(stops),
+                use_cache=cached,
             )
             for i, row in zip(members, out[:, longest:], strict=True):
                 texts[i] = cut(decode(tokenizer, row), config.stop)

@@ -1,31 +1,64 @@
-"""What two sets of records have in common: the same content, or a word n-gram of the problem."""
+"""What a training split has of a test split: the same content, or a word n-gram of a test question anywhere in a text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+import unicodedata
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from kvpipe.records import Record
 
-
-def ngrams(text: str, n: int) -> Iterator[tuple[str, ...]]:
-    """Word n-grams; a text of fewer words is one gram."""
-    words = text.split()
-    if words:
-        for start in range(max(1, len(words) - n + 1)):
-            yield tuple(words[start : start + n])
+SHORTEST = 5
+"""Words of a question that is searched as a whole; one of fewer words is only compared with whole questions."""
 
 
-def leaks(train: Iterable[Record], test: Iterable[Record], n: int) -> list[tuple[str, str]]:
-    """(test id, reason) of test records whose content hash or an n-gram of prompt + answer occurs in train."""
-    train = list(train)
-    hashes = {record.content_hash() for record in train}
-    grams = {gram for record in train for gram in ngrams(_problem(record), n)}
-    found = []
+class Leak(NamedTuple):
+    """One pair of records and why it was found."""
+
+    train: str
+    test: str
+    reason: str
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, whatever its case, punctuation, white space and Unicode form; signs of arithmetic are words."""
+    plain = unicodedata.normalize("NFKC", text).casefold().replace("\u2212", "-")
+    joined = re.sub(r"(?<=\w)['’.,](?=\w)|(?<=[^\W\d])[-/](?=[^\W\d])", "", plain)  # it's, 1.5, baby-sitting
+    return re.findall(r"[^\W_]+|[+*=<>^&|]|(?<=\s)[-/](?=\s)|(?<=[\w)])[-/](?=\d)", joined)
+
+
+def ngrams(sequence: list[str], n: int) -> set[int]:
+    """Hashes of the windows of `n` words, the same within one process; none where there are fewer."""
+    return {hash(tuple(sequence[start : start + n])) for start in range(len(sequence) - n + 1)}
+
+
+def leaks(train: Iterable[Record], test: Iterable[Record], n: int) -> list[Leak]:
+    """Pairs of a training and a test record with equal content, or with an n-gram of the test question (its prompt; of plain
+    text its text) anywhere in the training record: in its prompt, either reasoning or its answer.
+
+    A question of fewer than n words counts as one gram. Memory follows the test split alone, some 150 bytes a word of it,
+    and not the training split, which is read once: a million training records cost no more than a thousand.
+    """
+    hashes: dict[str, str] = {}
+    grams: dict[int, dict[int, str]] = {}
     for record in test:
-        if record.content_hash() in hashes:
-            found.append((record.id, "same content"))
-        elif any(gram in grams for gram in ngrams(_problem(record), n)):
-            found.append((record.id, f"shared {n}-gram"))
+        hashes.setdefault(_content(record), record.id)
+        question = words(record.prompt or record.reasoning)
+        length = min(n, len(question))
+        if length >= min(n, SHORTEST):
+            for gram in ngrams(question, length):
+                grams.setdefault(length, {}).setdefault(gram, record.id)
+    found = []
+    for record in train:
+        if same := hashes.get(_content(record)):
+            found.append(Leak(record.id, same, "same content"))
+            continue
+        text = words("\n".join((record.prompt, record.reasoning, record.teacher_reasoning or "", record.answer)))
+        for length in sorted(grams, reverse=True):
+            if shared := ngrams(text, length) & grams[length].keys():
+                found.append(Leak(record.id, min(grams[length][gram] for gram in shared), f"shared {length}-gram"))
+                break
     return found
 
 
@@ -40,6 +73,6 @@ def duplicates(records: Iterable[Record]) -> list[tuple[str, str]]:
     return found
 
 
-def _problem(record: Record) -> str:
-    """What is asked and answered; plain text has neither, and is all reasoning."""
-    return f"{record.prompt} {record.answer}" if record.prompt or record.answer else record.reasoning
+def _content(record: Record) -> str:
+    """What is asked and answered, in words; plain text has neither, and is all reasoning."""
+    return " ".join(words(f"{record.prompt} {record.answer}" if record.prompt or record.answer else record.reasoning))

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Float64, Int64
 
+from kvpipe.align.regime import by_own_length, of_length
 from kvpipe.batches import IGNORE, Batch, collate
 from kvpipe.encoding import Encoding
 from kvpipe.losses import token_nll_by_pieces
@@ -53,15 +54,14 @@ def scoring_batches(
 def score(model, encoding: Encoding, batches: list[Batch]) -> Scores:
     """Score every example of `scoring_batches(encoding, …)`; the model's mode is put back as it was."""
     device = next(model.parameters()).device
-    training = model.training
+    training = by_own_length(model).training
     model.eval()
     scores = empty_scores(encoding)
     for batch in batches:
         moved = batch.to(device)
         logits = model(input_ids=moved.input_ids, attention_mask=moved.attention_mask, use_cache=False).logits
         losses = token_nll_by_pieces(logits, moved.labels).double().cpu()
-        counted = batch.labels != IGNORE
-        counted[:, 0] = False  # nothing predicts the first token
+        counted = batch.predicted
         starts = torch.from_numpy(encoding.segments[batch.examples, 0, 1])
         completion = counted & (torch.arange(losses.shape[1])[None] >= starts[:, None])
         for out, mask in ((scores.nll, completion), (scores.nll_all, counted)):
@@ -104,16 +104,17 @@ def windowed_nll(
     scored = 0  # the last token that has been predicted
     for start in range(0, len(ids), stride):
         stop, cache = min(start + window, len(ids) - 1), None
-        for first in range(start, stop, chunk):
-            last = min(first + chunk, stop)
-            result = model(input_ids=tokens[None, first:last], past_key_values=cache, use_cache=True)
-            cache = result.past_key_values
-            new = max(first, scored)
-            if new < last:
-                nll = torch.nn.functional.cross_entropy(
-                    result.logits[0, new - first :].float(), tokens[new + 1 : last + 1], reduction="none"
-                )
-                out[new + 1 : last + 1] = nll.double().cpu().numpy()
+        with of_length(model, max(stop - start, 1)):
+            for first in range(start, stop, chunk):
+                last = min(first + chunk, stop)
+                result = model(input_ids=tokens[None, first:last], past_key_values=cache, use_cache=True)
+                cache = result.past_key_values
+                new = max(first, scored)
+                if new < last:
+                    nll = torch.nn.functional.cross_entropy(
+                        result.logits[0, new - first :].float(), tokens[new + 1 : last + 1], reduction="none"
+                    )
+                    out[new + 1 : last + 1] = nll.double().cpu().numpy()
         scored = stop
         if stop == len(ids) - 1:
             break

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Iterable
 from hashlib import sha256
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from tokenizers import models as tokenizer_models
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from kvpipe.align.regime import by_own_length
 from kvpipe.config import Loading, TokenizerRecipe
+from kvpipe.files import set_mode
 from kvpipe.folders import UNUSED, bad_tokenizer, describe, lacking, misfit, no_language_model, read_config
 from kvpipe.provenance import MANIFEST, digest_of
+from kvpipe.sizes import read_header
 
 # bars of "loading weights" say nothing in a log file; problems are raised, not logged
 transformers_logging.disable_progress_bar()
@@ -26,6 +30,11 @@ transformers_logging.set_verbosity_error()
 
 END, PAD, BEGIN, UNKNOWN = "<|endoftext|>", "<|pad|>", "<s>", "<unk>"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+COMPANIONS = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
+    "chat_template*", "generation_config.json", "*.py", "LICEN[CS]E*",
+)  # fmt: skip
+"""Files of a model folder beside config and weights that a model made from it takes over."""
 COPY_LIMIT = 1 << 30
 """Local folders below this many bytes are copied; larger ones are linked."""
 
@@ -269,9 +278,9 @@ def load_model(
     if problem := describe(found["missing_keys"], unexpected, found["mismatched_keys"]):
         raise ValueError(f"{folder}: {problem}")
     if "device_map" not in options:
-        return model.to(device).eval()
+        return by_own_length(model.to(device)).eval()
     check_placement(folder, getattr(model, "hf_device_map", {}))
-    return model.eval()
+    return by_own_length(model).eval()
 
 
 def check_placement(folder: Path, places: dict[str, Any]) -> None:
@@ -321,14 +330,15 @@ def build_model(architecture: dict[str, Any], tokenizer: Any, seed: int) -> PreT
         tokenizer.pad_token_id,
     )
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    return by_own_length(AutoModelForCausalLM.from_config(config, dtype=torch.float32)).eval()  # type: ignore[return-value]
 
 
 def random_model(folder: Path, seed: int, dtype: torch.dtype = torch.float32, trust: bool = False) -> PreTrainedModel:
     """The architecture of a model folder with weights drawn by a seed; `trust` as in `load_tokenizer`."""
     torch.manual_seed(seed)
     config = load_config(folder, trust)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
+    return by_own_length(model).eval()
 
 
 def has_weights(folder: Path) -> bool:
@@ -368,6 +378,29 @@ def fetch_local(path: Path, out: Path) -> dict[str, Any]:
     return {"source": "local", "path": path.as_posix()}
 
 
+def save_model(model: PreTrainedModel, source: Path, out: Path) -> None:
+    """A model folder with the weights and config of `model`, and all else as it lies in `source`, byte by byte.
+
+    A tokenizer that is loaded and saved again comes out in other files, with a pad token that it did not have.
+    """
+    model.save_pretrained(out)
+    for path in source.iterdir():
+        if any(path.match(pattern) for pattern in COMPANIONS):
+            shutil.copyfile(path, out / path.name)
+    set_mode(*(path for path in out.iterdir() if path.is_file()))
+
+
+def weights_dtype(folder: Path) -> torch.dtype:
+    """The floating type that most of a folder's weights have; float32 where they have none that a student trains in."""
+    counts = {"F32": 0, "BF16": 0, "F16": 0}
+    for path in folder.glob("*.safetensors"):
+        for name, entry in read_header(path)[0].items():
+            if name != "__metadata__" and entry["dtype"] in counts:
+                counts[entry["dtype"]] += prod(entry["shape"])
+    most = max(counts, key=counts.__getitem__)  # of equals the first
+    return {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[most]
+
+
 def link_folder(files: list[Path], out: Path) -> None:
     """Copy files into a folder; above `COPY_LIMIT` together they are linked instead."""
     link = sum(p.stat().st_size for p in files) > COPY_LIMIT
@@ -383,6 +416,5 @@ def link_folder(files: list[Path], out: Path) -> None:
 def randomise(folder: Path, out: Path, seed: int, trust: bool = False) -> dict[str, Any]:
     """A model with the config and tokenizer of `folder` and random weights; `trust` as in `load_tokenizer`."""
     dtype = DTYPES[Loading.model_validate(recorded(folder).get("load", {})).dtype]
-    random_model(folder, seed, dtype, trust).save_pretrained(out)
-    load_tokenizer(folder, trust).save_pretrained(out)
+    save_model(random_model(folder, seed, dtype, trust), folder, out)
     return {"source": "random", "like": folder.name, "like_manifest": manifest_hash(folder), "seed": seed}

@@ -14,6 +14,7 @@ from kvpipe.batches import collate, schedule
 from kvpipe.config import DataConfig, EmbeddedData, Recipe, TokenizerRecipe
 from kvpipe.corpus import generate
 from kvpipe.encoding import encode_records
+from kvpipe.files import set_mode
 from kvpipe.models import build_model, train_tokenizer
 from kvpipe.records import Reading, Record, render
 
@@ -96,21 +97,15 @@ def pretrain(recipe: Recipe, data: DataConfig, out: Path, log=print) -> dict[str
         lambda step: min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + np.cos(np.pi * min(1.0, step / recipe.steps))),
     )
     # batches alternate between the two readings in proportion to their examples, so that every batch is of one length
+    ends = np.cumsum([len(encoding) for encoding in encodings])
+    counts = np.diff(np.round(recipe.steps * ends / ends[-1]).astype(int), prepend=0).tolist()
     batches = [
-        (encoding, examples)
-        for encoding in encodings
-        for examples in schedule(
-            encoding.lengths,
-            recipe.batch_size,
-            round(recipe.steps * len(encoding) / sum(map(len, encodings))),
-            recipe.seed,
-            by_length=True,
-        )
+        iter(schedule(encoding.lengths, recipe.batch_size, count, recipe.seed, by_length=True))
+        for encoding, count in zip(encodings, counts, strict=True)
     ]
-    order = np.random.default_rng(recipe.seed).permutation(len(batches))
-    for step, index in enumerate(order):
-        encoding, examples = batches[index]
-        batch = collate(encoding, examples, tokenizer.pad_token_id)
+    order = np.random.default_rng(recipe.seed).permutation(np.repeat(np.arange(len(encodings)), counts))
+    for step, reading in enumerate(order):
+        batch = collate(encodings[reading], next(batches[reading]), tokenizer.pad_token_id)
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         loss = cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())
         loss.backward()
@@ -122,4 +117,5 @@ def pretrain(recipe: Recipe, data: DataConfig, out: Path, log=print) -> dict[str
             log(f"step {step}/{len(order)}  loss {loss.item():.4f}")
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
+    set_mode(*out.glob("*.safetensors"))
     return {"source": "pretrain", "recipe": recipe.model_dump()}

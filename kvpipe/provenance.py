@@ -67,6 +67,15 @@ def digest_of(path: Path, kind: str) -> str:
     return f"{kind}:{found.hexdigest()}"
 
 
+def folder_digest(folder: Path) -> str:
+    """Hash of a model folder, 16 digits: weights, config, tokenizer and whatever else, but for the card and hidden files."""
+    found = sha256()
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name not in ("README.md", MANIFEST) and not path.name.startswith("."):
+            found.update(f"{path.name} {digest_of(path, 'sha256')}\n".encode())
+    return found.hexdigest()[:16]
+
+
 # ---------------------------------------------------------------- code hashes
 @cache
 def code_hash(module: str) -> str:

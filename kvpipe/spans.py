@@ -176,10 +176,16 @@ def _speller(backend: tokenizers.Tokenizer) -> Callable[[int, str], bytes]:
     prefix = getattr(backend.model, "continuing_subword_prefix", None) or ""  # WordPiece's ##
     suffix = getattr(backend.model, "end_of_word_suffix", None) or ""  # CLIP's </w>
     added = backend.get_added_tokens_decoder()
+    normalize = backend.normalizer.normalize_str if backend.normalizer is not None else str
+    marks_spaces = "▁" in normalize(" ")
 
     def spell(token: int, string: str) -> bytes:
-        if token in added:
-            return added[token].content.encode()
+        # An added token is found in the text as it stands; a `normalized` one, itself normalised, in the normalised
+        # text. One of the model's own vocabulary (Gemma's runs of spaces) is what the model makes of normalised text.
+        if token in added and backend.model.token_to_id(added[token].content) is None:
+            content = added[token].content
+            found_normalized = added[token].normalized and marks_spaces
+            return (normalize(content).replace("▁", " ") if found_normalized else content).encode()
         string = string.removeprefix(prefix).removesuffix(suffix)
         if byte_level and _BYTE_CHARACTERS.issuperset(string):
             return bytes(_BYTE_OF[c] for c in string)

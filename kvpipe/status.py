@@ -17,7 +17,7 @@ from kvpipe.dag import Dag, Paths
 
 RUNNING_WITHIN = 600
 """A cell counts as running while its log, checkpoints or record changed in the last so many seconds."""
-ERRORS = ("CheckpointMismatch", "CheckpointNotWritten", "OutOfMemory", "NoDevice", "Killed")
+ERRORS = ("CheckpointMismatch", "CheckpointNotWritten", "OutOfMemory", "NoDevice", "Killed", "SavedStudentDiffers")
 """How a log ends that has no line with `Error`."""
 COLOURS = {"done": "green", "trained": "cyan", "running": "yellow", "failed": "red", "missing": "dim"}
 

@@ -19,13 +19,13 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int, Int64
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from kvpipe.batches import collate
 from kvpipe.capture import Recorder, kv_geometry
 from kvpipe.config import StoreConfig
 from kvpipe.encoding import Encoding, concatenated_ranges
+from kvpipe.files import save_tensors
 from kvpipe.losses import PIECE, token_nll
 from kvpipe.sizes import estimate_bytes as estimate_bytes
 
@@ -142,21 +142,17 @@ def build_shard(
     found = forward_rows(model, encoding, np.arange(first, last), key, config.batch_size, pad_id)
     tensors = {"nll": found.nll}
     for name, exact in (("keys", found.keys), ("values", found.values)):
-        tensors |= {f"{name}{suffix}": tensor.contiguous() for suffix, tensor in pack(exact, key.dtype).items()}
+        tensors |= {f"{name}{suffix}": tensor for suffix, tensor in pack(exact, key.dtype).items()}
     if found.top_ids is not None and found.top_logprobs is not None:
         tensors |= {"top_ids": found.top_ids, "top_logprobs": found.top_logprobs}
     sample = slice(0, int(encoding.offsets[first + 1] - encoding.offsets[first]))
     stored = [_unpacked(tensors, name, sample) for name in ("keys", "values")]
     fidelity = attention_cosine(found.keys[sample], found.values[sample], *stored)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
     metadata = {"key": json.dumps({**key.as_dict(), "shard": shard}), "fidelity": json.dumps(fidelity)}
     try:
-        save_file(tensors, partial, metadata=metadata)
-    except SafetensorError as error:  # what the library makes of a full disk; it names no file
-        partial.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written: {error}. Free some space; finished shards are kept") from error
-    partial.replace(path)
+        save_tensors(tensors, path, metadata)
+    except OSError as error:
+        raise OSError(f"{error}. Free some space; finished shards are kept") from error
 
 
 def _unpacked(tensors: dict[str, Tensor], name: str, rows) -> Tensor:

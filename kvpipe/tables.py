@@ -38,13 +38,30 @@ WITHIN = ("exp2", "exp3", "exp4", "exp5", "exp6", "full")
 
 # ---------------------------------------------------------------- reading
 def read_items(paths: Paths, arm: str, seeds: list[int]) -> pd.DataFrame:
-    """All items of an arm with a column `seed`; only cells that exist."""
-    frames = [
-        _complete(pd.read_parquet(path), path).assign(seed=seed)
-        for seed in seeds
-        if (path := paths.items(arm, seed)).is_file()
-    ]
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame({"seed": []})
+    """All items of an arm with columns `seed` and `model`, the digest of the weights; only cells that exist.
+
+    Raises:
+        ValueError: a number is not finite, or the scores are of other weights than those that the cell has now.
+    """
+    frames = []
+    for seed in seeds:
+        path, cell = paths.items(arm, seed), paths.cell(arm, seed)
+        if path.is_file():
+            items = _complete(pd.read_parquet(path), path)
+            scored, trained = items.attrs.get("model", ""), _trained(cell)
+            if scored and trained and scored != trained:
+                raise ValueError(
+                    f"{path} has the scores of a model {scored}, {cell} is {trained}: evaluate the cell again"
+                )
+            frames.append(items.assign(seed=seed, model=scored))
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame({"seed": [], "model": []})
+
+
+def _trained(cell: Path) -> str:
+    """Digest of the model that a cell's training wrote; empty where it is not recorded."""
+    path = cell / "cost.json"
+    cost = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return cost.get("model", {}).get("digest", "")
 
 
 def _complete(items: pd.DataFrame, path: Path) -> pd.DataFrame:
@@ -102,6 +119,7 @@ def arm_table(dag: Dag, paths: Paths, arm: str) -> pd.DataFrame:
                 {
                     "arm": arm,
                     "seed": seed,
+                    "model": items.model.iloc[0],
                     "task": task,
                     "n_items": int((items.task == task).sum()) if task != ALL else len(items),
                     **values,
@@ -128,6 +146,8 @@ class Scores:
         self.seeds = dag.config.seeds
         self.arms = list(dag.arms)
         items = {arm: read_items(paths, arm, self.seeds) for arm in self.arms}
+        # the weights that the scores are of, one digest a seed
+        self.models = {arm: " ".join(data.model.unique()).strip() for arm, data in items.items()}
         present = [d for d in items.values() if len(d)]
         if not present:
             raise FileNotFoundError(f"no evaluated cell under {paths.root / 'evaluate'}")
@@ -212,7 +232,8 @@ def arms_table(scores: Scores, config: StatsConfig, untrained: pd.DataFrame | No
     rows = []
     for arm in scores.arms:
         for metric, task in _measures(scores):
-            rows.append(_arm_row(arm, metric, task, scores.matrix(arm, metric, task), config))
+            row = _arm_row(arm, metric, task, scores.matrix(arm, metric, task), config)
+            rows.append(row | {"models": scores.models[arm]})
     if untrained is not None:
         for metric, function in ITEM_METRICS.items():
             measured = untrained[untrained.task.isin(scores.measured[metric])]

@@ -22,14 +22,16 @@ from safetensors import SafetensorError
 from torch import nn
 
 from kvpipe import attempts, card, checkpoint
-from kvpipe.batches import IGNORE, Batch, collate, schedule
+from kvpipe.batches import Batch, collate, count_predicted, schedule
 from kvpipe.capture import Recorder
 from kvpipe.cell import Workspace
 from kvpipe.config import Arm, TrainConfig
 from kvpipe.dag import digest
 from kvpipe.device import check_device
 from kvpipe.distill import Distiller, Step
+from kvpipe.export import export
 from kvpipe.likelihood import score, scoring_batches
+from kvpipe.lora import adapted
 from kvpipe.losses import check_finite, masked_mean, token_nll
 from kvpipe.models import manifest_hash
 from kvpipe.outofmemory import evaluation_advice, explained, training_advice
@@ -70,6 +72,7 @@ def train(work: Workspace, arm_name: str, seed: int, out: Path, checkpoints: Pat
     Raises:
         Interrupted: after SIGTERM, SIGUSR1 or SIGINT, once a checkpoint is saved.
         NonFiniteLossError: a loss term is NaN or Inf; nothing of that step is saved.
+        SavedStudentDiffers: the folder scores otherwise than the model in memory; the checkpoints stay.
         OutOfMemory: the message names the setting to change.
         NoDevice: `train.device` names a GPU and torch sees none.
     """
@@ -122,6 +125,7 @@ class _Run:
         torch.set_num_threads(self.config.threads)
         torch.use_deterministic_algorithms(True, warn_only=True)
         check_device(self.config.device, log)
+        work.check([arm_name])
         precision = "no" if self.config.precision == "fp32" else self.config.precision
         self.accelerator = Accelerator(mixed_precision=precision, cpu=self.config.device == "cpu")
         self.device = self.accelerator.device
@@ -142,10 +146,12 @@ class _Run:
                 self.config.batching == "length",
             )
         ]
+        torch.manual_seed(self.drawn)  # adapters are drawn
         self.model = self._student()
         torch.manual_seed(self.drawn)
         distiller = work.distiller(self.arm, self.drawn)
         self.distiller: Distiller | None = distiller.to(self.device) if distiller is not None else None
+        torch.manual_seed(self.drawn)  # dropout, whatever the distiller has drawn
         self.optimizer = self._optimizer()
         self.counters = Counters()
         self.history: list[dict[str, Any]] = []
@@ -154,19 +160,7 @@ class _Run:
     def _student(self):
         model = self.work.student(self.drawn, self.arm.init).train()
         if self.config.lora is not None:
-            from peft import LoraConfig, get_peft_model
-
-            lora = self.config.lora
-            model = get_peft_model(
-                model,
-                LoraConfig(
-                    r=lora.rank,
-                    lora_alpha=lora.alpha,
-                    lora_dropout=lora.dropout,
-                    target_modules=lora.target_modules,
-                    task_type="CAUSAL_LM",
-                ),
-            )
+            model = adapted(model, self.config.lora)
         if self.config.gradient_checkpointing:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
@@ -281,18 +275,19 @@ class _Run:
         parts = processes * self.config.accumulate
         share = np.array_split(examples, parts)[self.accelerator.process_index :: processes]
         whole = float(self.encoding.lengths[examples].sum())
+        whole_predicted = count_predicted(self.encoding, examples, self.config.loss_on)
         logged = step + 1 == self.config.steps or (step + 1) % self.config.log_every == 0
         # gradients of single terms cost a backward pass each
         watched_step = logged and (step + 1) % self.config.eval_every == 0
         values: dict[str, float] = {}
         watched: dict[str, float] = {}
         for number, micro in enumerate(share):
-            batch = collate(self.encoding, micro, self.pad_id).to(self.device)
-            # every micro-batch weighs by its tokens, and processes average their gradients; the first token of an
-            # example has no cross-entropy
+            batch = collate(self.encoding, micro, self.pad_id, self.config.loss_on).to(self.device)
+            # every micro-batch weighs by its tokens, in cross-entropy by those that carry it, and processes average
+            # their gradients
             tokens = float(self.encoding.lengths[micro].sum())
             weight = tokens / whole * processes
-            predicted = (tokens - len(micro)) / (whole - len(examples)) * processes
+            predicted = int(batch.predicted.sum()) / whole_predicted * processes
             last = number == len(share) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 cross_entropy, added = self._forward(batch, recorder, step)
@@ -333,9 +328,7 @@ class _Run:
             use_cache=False,
             output_hidden_states=needs_hidden,
         )
-        counted = batch.labels != IGNORE
-        counted[:, 0] = False
-        cross_entropy = masked_mean(token_nll(output.logits, batch.labels), counted)
+        cross_entropy = masked_mean(token_nll(output.logits, batch.labels), batch.predicted)
         if self.distiller is None or recorder is None:
             return cross_entropy, Step({}, dict)
         # the input of every layer, which its keys and values are made from
@@ -373,12 +366,9 @@ class _Run:
         if not self.accelerator.is_main_process:
             return
         out.mkdir(parents=True, exist_ok=True)
-        model = self.accelerator.unwrap_model(self.model)
-        if self.config.lora is not None:
-            model = model.merge_and_unload()
-        folder = out / "model"
-        model.eval().save_pretrained(folder)
-        self.work.student_tokenizer.save_pretrained(folder)
+        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        with explained("scoring the saved student", evaluation_advice(self.work.config.evaluate)):
+            saved = export(self.work, model, out / "model", self.log)
         provenance = describe(
             arm=self.arm_name,
             seed=self.seed,
@@ -397,6 +387,8 @@ class _Run:
             "padding_share": 1 - self.counters.tokens / max(1, self.counters.padded_tokens),
             "restarts": self.counters.restarts,
             "processes": self.accelerator.num_processes,
+            "model": saved,
+            "settings": self.work.dag.depends("train", arm=self.arm_name),
             "provenance": provenance,
         }
         (out / "cost.json").write_text(json.dumps(cost, indent=2) + "\n", encoding="utf-8")

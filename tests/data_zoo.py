@@ -81,6 +81,7 @@ def text(number: int) -> dict[str, Any]:
 
 
 ROWS = {"gsm8k": gsm8k, "math": hendrycks, "mbpp": mbpp, "humaneval": humaneval, "arc": arc, "chat": chat, "text": text}
+ROWS |= {"mbpp_chat": mbpp, "humaneval_chat": humaneval}
 SPLITS = {
     "gsm8k": {"train": 40, "test": 7},
     "math": {"train": 20, "test": 3},
@@ -94,8 +95,11 @@ CONFIGURATIONS = {
     "gsm8k": ["main", "socratic"],
     "math": ["algebra", "geometry"],
     "mbpp": ["full"],
+    "humaneval": ["openai_humaneval"],
     "arc": ["ARC-Challenge"],
 }
+for _name in ("mbpp", "humaneval"):
+    SPLITS[f"{_name}_chat"], CONFIGURATIONS[f"{_name}_chat"] = SPLITS[_name], CONFIGURATIONS[_name]
 
 
 def rows(preset: str, split: str, offset: int = 0) -> list[dict[str, Any]]:
@@ -108,9 +112,7 @@ def rows(preset: str, split: str, offset: int = 0) -> list[dict[str, Any]]:
 def write(folder: Path, preset: str) -> Path:
     """A folder laid out like the data set's repository."""
     configurations = []
-    for place, name in enumerate(
-        CONFIGURATIONS.get(preset, [{"humaneval": "openai_humaneval"}.get(preset, "default")])
-    ):
+    for place, name in enumerate(CONFIGURATIONS.get(preset, ["default"])):
         files = []
         for split in SPLITS[preset]:
             path = folder / name / f"{split}-00000-of-00001.parquet"

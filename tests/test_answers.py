@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from kvpipe.answers import extract, is_correct, normalise, number
+from kvpipe.answers import extract, is_correct, normalise, number, same_expression
 from kvpipe.config import PRESETS, EvaluateConfig
 
 CONFIG = EvaluateConfig()
@@ -164,3 +164,148 @@ def test_an_open_brace_costs_no_time():
     """The pattern of a box is linear: a text that never closes it is refused at once."""
     scoring = EvaluateConfig(**PRESETS["math"]["evaluate"])
     assert extract(r"\boxed{" + "{a" * 3000, scoring) is None
+
+
+# ---------------------------------------------------------------- other people's answers
+GSM8K, MATH = (EvaluateConfig(**PRESETS[name]["evaluate"]) for name in ("gsm8k", "math"))
+
+
+@pytest.mark.parametrize(
+    ("text", "reference"),
+    [
+        ("#### 70{,}000", "70000"),
+        (r"#### 70\,000", "70000"),
+        (r"#### 70,\!000", "70000"),
+        ("#### 70 000", "70000"),
+        ("#### 70\u202f000", "70000"),
+        ("#### 70\u2009000", "70000"),
+        ("so it is −5", "-5"),
+        ("it is –5", "-5"),
+        ("5–6", "6"),
+        ("#### 18 million", "18000000"),
+        ("the cost is $1.5 million.", "1500000"),
+        ("#### $18k", "18000"),
+        ("#### 5 cm^2", "5"),
+        ("#### 5 m²", "5"),
+        (r"#### 5 \text{cm}^{2}", "5"),
+        ("#### 3 + 4 = 18", "18"),
+        ("it is .5", "0.5"),
+        ("we get 1 1/2 cups", "1.5"),
+        (r"#### 1\frac{1}{2}", "1.5"),
+        (r"#### -\frac{3}{4}", "-3/4"),
+        ("thus 1e3", "1000"),
+        (r"thus 2 \times 10^3", "2000"),
+        (r"thus $2\times10^{3}$", "2000"),
+        (r"The answer is 18. Put it in \boxed{}", "18"),
+        (r"\boxed{\boxed{5}}", "5"),
+        (r"\boxed{18 \text{ apples}}", "18"),
+        ("The final answer is $5$. I hope it is correct.", "5"),
+        ("Final answer: 5", "5"),
+        ("The answer is **$18**.", "18"),
+        ("**5**", "5"),
+        ("<answer>5</answer>", "5"),
+        ("5, because 2 and 3 make it", "5"),
+        ("The answer is 5, because 2 and 3.", "5"),
+    ],
+)
+def test_a_number_is_found_however_it_is_said(text, reference):
+    assert is_correct(extract(text, GSM8K), reference, GSM8K), extract(text, GSM8K)
+
+
+@pytest.mark.parametrize(
+    ("text", "reference"),
+    [
+        ("The final answer is $5$. I hope it is correct.", "5"),
+        (r"Final Answer: The final answer is $\frac{3}{2}$. I hope it is correct.", "1.5"),
+        ("Final answer: 5", "5"),
+        ("**5**", "5"),
+        ("<answer>5</answer>", "5"),
+        (r"The answer is \(x+1\), because it is.", "1+x"),
+        (r"The answer goes into \boxed{}. The answer is $\frac12$.", "0.5"),
+        (r"so \boxed{\boxed{5}}", "5"),
+        (r"The answer is $\boxed{12\text{ and }13}$.", "12,13"),
+        ("The answer is: x = 5", "5"),
+        ("The answer is 18 dollars.", "18"),
+    ],
+)
+def test_an_expression_is_found_however_it_is_said(text, reference):
+    assert is_correct(extract(text, MATH), reference, MATH), extract(text, MATH)
+
+
+SAME = [
+    [r"\frac{1}{2}", r"\dfrac{1}{2}", r"\tfrac12", r"\frac1{2}", "1/2", "0.5", ".50", r"$\frac{1}{2}$", r"\(\frac{1}{2}\)."],
+    [r"-\frac{3}{4}", r"\frac{-3}{4}", r"\frac{3}{-4}", "-3/4", "-0.75"],
+    ["10000", "10,000", r"10{,}000", r"10,\!000", "+10000", r"\$10,000", "10,000 dollars", r"10000\text{ dollars}"],
+    ["90", r"90^\circ", r"90^{\circ}", r"90\,^\circ"],
+    [r"\sqrt{3}", r"\sqrt3", r"$\sqrt 3$"],
+    [r"(\frac{1}{2},3]", "(0.5, 3]", r"\left(\frac12, 3\right]"],
+    [r"\{1,2\}", r"\{ 2, 1 \}", r"\left\{1,2\right\}"],
+    [r"\text{Tuesday}", "Tuesday"],
+    [r"2\pi", r"2 \pi", r"2\,\pi"],
+    [r"x \le 3", r"x \leq 3"],
+    ["x+1", "1+x"],
+    [r"12\text{ and }13", "12, 13", "13, 12"],
+    [r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"],
+    [r"\frac{1}{2", r"\frac{1} {2"],
+    ["101_2", "101_{2}".replace("{2}", "2")],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("group", SAME, ids=[group[0] for group in SAME])
+def test_spellings_of_one_expression_are_equal(group):
+    for spelling in group[1:]:
+        assert same_expression(spelling, group[0]) and same_expression(group[0], spelling), spelling
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (r"12\text{ and }13", "1213"),
+        (r"2 \pi", "2"),
+        ("10, 100", "10100"),
+        ("y=5", "x=5"),
+        ("10_2", "10"),
+        ("1010_2", "1010_3"),
+        ("5x", "5"),
+        ("(1,2)", "(2,1)"),
+        ("(1,2)", "[1,2]"),
+        ("12", "1,2"),
+        ("", "0"),
+        (r"\sqrt{2}", "2"),
+        (r"\sqrt[3]{2}", r"\sqrt{2}"),
+        ("-5", "5"),
+        ("y=5", "y+5"),
+        ("1" * 500, "1" * 499 + "2"),
+        (r"\frac{1}{0}", r"\frac{2}{0}"),
+        (r"\frac{1}{2", "3"),
+    ],
+)
+def test_different_expressions_differ(first, second):
+    assert not same_expression(first, second) and not same_expression(second, first)
+
+
+def test_a_comparison_that_does_not_end_is_no(monkeypatch):
+    monkeypatch.setattr("kvpipe.answers.SECONDS", 1)
+    assert not same_expression("9^{9^{9^9}}", "1")
+
+
+# ---------------------------------------------------------------- programs
+BODY = "def add(a, b):\n    return a + b"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        f"```python\n{BODY}\n```",
+        f"Sure! Here it is:\n\n```python\n{BODY}\n```\n\nIt adds. For example:\n```python\nprint(add(1, 2))\n```\nDone.",
+        f"```py\n{BODY}\n```",
+        f"```\n{BODY}\n```\nthat is all",
+        f"```python\nadd = 3\n```\nNo, better:\n```python\n{BODY}\n```",
+        f"```python\n{BODY}",
+        BODY,
+    ],
+)
+@pytest.mark.parametrize("preset", ["mbpp_chat", "humaneval_chat"])
+def test_the_program_of_a_chat_reply_is_the_fenced_one(preset, reply):
+    scoring = EvaluateConfig(sandbox={"run_code": True}, **PRESETS[preset]["evaluate"])
+    assert extract(reply, scoring) == BODY

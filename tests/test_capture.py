@@ -220,20 +220,63 @@ def test_a_model_cast_as_a_whole_is_unrotated_by_its_own_rounded_frequencies():
     close(kv.keys, read()[0])
 
 
-@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
-def test_frequencies_are_those_of_the_forward(rope_type):
-    """Dynamic NTK keeps the frequencies of the longest call so far; LongRoPE switches back and forth."""
-    settings = {"factor": 4.0}
+def switching(rope_type: str, architecture: str = "llama") -> transformers.PreTrainedModel:
+    """A model whose frequencies change beyond 32 positions (dynamic: beyond 64)."""
+    settings: dict = {"factor": 4.0}
     if rope_type == "longrope":
         factors = {"short_factor": [1.0] * 6, "long_factor": [3.0] * 6, "original_max_position_embeddings": 32}
         settings.update(factors)
-    architecture = ARCHITECTURES["llama"]
-    rope_parameters = {"rope_type": rope_type, "rope_theta": 1e4, **settings}
-    model = architecture.build(rope_parameters=rope_parameters)
-    for time in (7, 91, 70, 33, 7):
-        with architecture.hooks(model) as read:
-            kv = capture(model, torch.randint(3, VOCAB, (BATCH, time)))
-        close(kv.keys, read()[0])
+    parameters = {"rope_type": rope_type, "rope_theta": 1e4, **settings}
+    return ARCHITECTURES[architecture].build(rope_parameters=parameters, max_position_embeddings=64)
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_frequencies_are_those_of_the_forward(rope_type):
+    """Unrotated keys are what the projection gave, whatever was read before and beside."""
+    model = switching(rope_type)
+    for lengths in ((7, 7), (91, 7), (70, 69), (33, 20), (64, 65), (7, 2)):
+        mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+        with ARCHITECTURES["llama"].hooks(model) as read:
+            kv = capture(model, torch.randint(3, VOCAB, mask.shape), mask)
+        inside = mask.bool()[:, None, :, None].expand(kv.keys.shape)
+        close(kv.keys[inside], read()[0][inside])
+
+
+@pytest.mark.parametrize("route", ["capture", "recorder", "peft"])
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_a_text_alone_has_the_cache_that_it_has_in_any_batch_and_after_any_call(rope_type, padding, route):
+    lengths, model = [7, 91, 33, 64, 65, 20], switching(rope_type)
+    if route == "peft":
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    texts = [torch.randint(3, VOCAB, (1, n)) for n in lengths]
+
+    def read(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if route == "capture":
+            return capture(model, ids, mask)
+        with torch.no_grad(), Recorder(model) as recorder:
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
+        return recorder.kv()
+
+    alone = []
+    for text in texts:
+        fresh = switching(rope_type)  # the oracle: transformers by itself, a new model of the same weights, one text
+        with torch.no_grad():
+            expected = fresh(text).logits
+            alone.append(read(text, torch.ones_like(text)))
+            close(model(text, attention_mask=torch.ones_like(text)).logits, expected)
+    longest = max(lengths)
+    ids, mask = torch.zeros(len(texts), longest, dtype=torch.long), torch.zeros(len(texts), longest, dtype=torch.long)
+    place = [slice(longest - n, longest) if padding == "left" else slice(n) for n in lengths]
+    for row, text in enumerate(texts):
+        ids[row, place[row]], mask[row, place[row]] = text[0], 1
+    together = read(ids, mask)
+    for row, own in enumerate(alone):
+        close(together.keys[:, row, :, place[row]], own.keys[:, 0], 1e-4)
+        close(together.values[:, row, :, place[row]], own.values[:, 0], 1e-4)
+    again = read(texts[0], torch.ones_like(texts[0]))
+    assert torch.equal(again.keys, alone[0].keys) and torch.equal(again.values, alone[0].values)
 
 
 @pytest.mark.parametrize("name, normed", [("llama", "q_proj"), ("qwen3", "q_norm")])

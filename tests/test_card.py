@@ -1,6 +1,7 @@
 """The model card says what the results say, and a published model is the one that was trained."""
 
 import json
+import math
 import warnings
 
 import pandas as pd
@@ -12,10 +13,12 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from kvpipe import __main__ as cli
-from kvpipe import card
-from kvpipe.config import LockedFile
+from kvpipe import card, tables
+from kvpipe.config import LockedFile, StatsConfig, TrainConfig
+from kvpipe.dag import Dag
+from kvpipe.evaluate import evaluate
 from kvpipe.hub import HubError, wanted
-from kvpipe.provenance import digest_of, reachable
+from kvpipe.provenance import digest_of, folder_digest, reachable
 from kvpipe.steps.models import make_model
 from kvpipe.steps.prepare import prepare
 from kvpipe.train import train
@@ -48,13 +51,128 @@ def trained(tmp_path_factory):
     return work, cell
 
 
+@pytest.fixture
+def evaluated(tmp_path):
+    """Two seeds of control and of `one`, trained, scored and put into tables."""
+    work = build(tmp_path, {"train.steps": 3, "train.eval_every": 3, "train.checkpoint_every": 9})
+    for arm in ("control", "one"):
+        prepare(work, arm, log=lambda line: None)
+        for seed in (0, 1):
+            train(work, arm, seed, work.paths.cell(arm, seed), tmp_path / "unused", log=lambda line: None)
+            score_cell(work, arm, seed)
+    tabulate(work)
+    return work
+
+
+def score_cell(work, arm, seed):
+    path = work.paths.items(arm, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    template, settings = work.config.data.template, work.config.evaluate
+    table = evaluate(work.paths.cell(arm, seed) / "model", work.records("test"), template, settings, "cpu")
+    table["correct"] = [(seed + i) % 2 == 0 for i in range(len(table))]
+    table.to_parquet(path, index=False)
+
+
+def tabulate(work):
+    work.paths.arm_table("one").parent.mkdir(exist_ok=True)
+    for arm in ("control", "one"):
+        tables.arm_table(work.dag, work.paths, arm).to_csv(work.paths.arm_table(arm), index=False)
+    arms = {name: work.config.arms[name] for name in ("control", "one")}
+    dag = Dag(work.config.model_copy(update={"arms": arms}))
+    tables.write_stats(dag, work.paths, None)
+
+
+def results(work, seed=0):
+    text = card.card(work.dag, work.paths, "one", work.paths.cell("one", seed))
+    return text.split("## Results\n")[1].split("## Provenance")[0].strip()
+
+
+def test_a_card_has_the_scores_of_its_own_model(evaluated):
+    """Per item by hand: bits are nats of a task over its bytes, and tasks count alike."""
+    for seed in (0, 1):
+        items = pd.read_parquet(evaluated.paths.items("one", seed))
+        expected = {task: d.nll.sum() / math.log(2) / d.bytes.sum() for task, d in items.groupby("task")}
+        right = {task: d.correct.mean() for task, d in items.groupby("task")}
+        means = pd.read_csv(evaluated.paths.stats / "arms.csv").set_index(["arm", "metric", "task"])["mean"]
+        text = results(evaluated, seed)
+        for name, key, found in (("bits per byte", "bits_per_byte", expected), ("accuracy", "accuracy", right)):
+            found["all"] = sum(found.values()) / 2
+            for task, value in found.items():
+                assert f"| {name} | {task} | {value:.4g} | {means['one', key, task]:.4g} (" in text
+        assert "over 2 seeds (this model is one of them) and 5 items" in text and "Against control" in text
+
+
+def test_a_card_has_no_scores_of_other_weights(evaluated):
+    """A cell trained anew has none until it is scored and put into the tables anew; its sister keeps its own."""
+    sister, before = results(evaluated, 1), results(evaluated)
+    cell = evaluated.paths.cell("one", 0)
+    train(
+        evaluated, "one", 5, cell, evaluated.paths.root / "unused", log=lambda line: None
+    )  # other weights in its place
+    cost = json.loads((cell / "cost.json").read_text())
+    cost["provenance"]["seed"] = 0
+    (cell / "cost.json").write_text(json.dumps(cost))
+    digest = folder_digest(cell / "model")
+    none = f"Not evaluated yet. The scores in the results are of other weights than these ({digest})."
+    assert results(evaluated) == none and results(evaluated, 1) == sister
+    with pytest.raises(ValueError, match=rf"seed0\.parquet has the scores of a model \w+, .* is {digest}: evaluate"):
+        tabulate(evaluated)
+    score_cell(evaluated, "one", 0)
+    assert results(evaluated) == none, "the tables are the old ones"
+    tabulate(evaluated)
+    assert results(evaluated) not in (none, before) and "| bits per byte | all |" in results(evaluated)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_file_that_was_changed_has_no_scores_and_is_said(evaluated, name):
+    path = evaluated.paths.cell("one", 0) / "model" / name
+    path.write_bytes(path.read_bytes() + b" ")
+    text = card.card(evaluated.dag, evaluated.paths, "one", path.parent.parent)
+    assert "Not evaluated yet. The scores in the results are of other weights" in text
+    assert "**Its files were changed after training**" in text and "Against control" not in text
+
+
+def test_tables_without_digests_are_of_no_model(evaluated):
+    """Made before scores carried one: nothing says which weights they are of."""
+    for path in (evaluated.paths.arm_table("one"), evaluated.paths.stats / "arms.csv"):
+        pd.read_csv(path).drop(columns=["model", "models"], errors="ignore").to_csv(path, index=False)
+    assert results(evaluated).startswith("Not evaluated yet. The scores in the results are of other weights")
+
+
+def test_scores_of_another_arm_are_refused(evaluated):
+    """Two tables in each other's place."""
+    one, control = evaluated.paths.items("one", 0), evaluated.paths.items("control", 0)
+    first, second = one.read_bytes(), control.read_bytes()
+    one.write_bytes(second), control.write_bytes(first)
+    with pytest.raises(ValueError, match="has the scores of a model"):
+        tabulate(evaluated)
+
+
+def test_a_card_of_other_settings_is_refused(evaluated):
+    """They are the configuration's, which has changed since."""
+    changed = evaluated.config.model_copy(update={"train": TrainConfig(steps=3, learning_rate=1e-5)})
+    with pytest.raises(ValueError, match="was trained under other settings than the configuration has now"):
+        card.card(Dag(changed), evaluated.paths, "one", evaluated.paths.cell("one", 0))
+    changed = evaluated.config.model_copy(update={"stats": StatsConfig(resamples=77)})
+    assert "| bits per byte |" in card.card(Dag(changed), evaluated.paths, "one", evaluated.paths.cell("one", 0))
+
+
 def front_matter(text: str) -> dict:
     return yaml.safe_load(text.split("---\n")[1])
 
 
 def statistics(work):
     work.paths.stats.mkdir(exist_ok=True)
-    row = {"arm": "two", "task": "all", "n_seeds": 2, "n_items": 5, "low": 1.25, "high": 1.75}
+    model = folder_digest(work.paths.cell("two", 0) / "model")
+    row = {
+        "arm": "two",
+        "task": "all",
+        "n_seeds": 2,
+        "n_items": 5,
+        "low": 1.25,
+        "high": 1.75,
+        "models": f"{model} {'0' * 16}",
+    }
     arms = [
         {**row, "metric": "bits_per_byte", "mean": 1.5},
         {**row, "metric": "train_seconds", "mean": 9.875},
@@ -81,7 +199,7 @@ def test_a_card_before_and_after_the_statistics(trained):
     assert before == card.card(work.dag, work.paths, "two", cell), "written at the end of training"
     statistics(work)
     after = card.write(work.dag, work.paths, "two", cell).read_text()
-    assert "| bits per byte | all | 1.5 (1.25, 1.75) |" in after
+    assert "| bits per byte | all | – | 1.5 (1.25, 1.75) |" in after
     assert "| bits per byte | all | -0.375 (-0.5, -0.25) | 0.0123 |" in after
     assert not [words for words in ("Not evaluated", "9.875", "7.125", "6.5") if words in after]
     (work.paths.stats / "arms.csv").unlink()
@@ -124,7 +242,8 @@ def test_a_card_names_the_commit_of_its_data(trained):
 def cell_of(arm, cell, folder):
     """A cell's record, as if it had been trained under another arm."""
     cost = json.loads((cell / "cost.json").read_text())
-    cost["provenance"]["arm"] = arm
+    cost["provenance"]["arm"], cost["settings"] = arm, None
+    (folder / "model").mkdir(exist_ok=True)
     (folder / "cost.json").write_text(json.dumps(cost))
     return folder
 

@@ -92,7 +92,7 @@ def run(name, number, where, when):
         count = count_calls(number, int(when * int(total.read_text())) if where == "call" else -1)
     # the one is called at the beginning of every step, the other amidst the writing of a checkpoint
     if where != "call":
-        module, function = {"step": (train, "learning_rate"), "save": (checkpoint, "save_file")}[where]
+        module, function = {"step": (train, "learning_rate"), "save": (checkpoint, "save_tensors")}[where]
         setattr(module, function, deadly(getattr(module, function), number, when))
     work = Workspace(tiny.config(root, settings), Paths(root / "results"))
     train.train(work, arm, seed, root / name / "out", root / name / "checkpoints", log=lambda line: None)
@@ -427,14 +427,14 @@ def full_disk(tensors, path):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("where", ["save_file", "json", "rename"])
+@pytest.mark.parametrize("where", ["save_tensors", "json", "rename"])
 def test_a_full_disk_leaves_the_old_checkpoint_and_says_where(tmp_path, monkeypatch, where):
     modules, optimizer = parts()
     save(tmp_path, 1, modules, optimizer)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     advance(modules, optimizer)
-    if where == "save_file":
-        monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    if where == "save_tensors":
+        monkeypatch.setattr(checkpoint, "save_tensors", full_disk)
     elif where == "rename":  # a quota counts folders too
         monkeypatch.setattr(Path, "rename", lambda path, to: full_disk(None, path / "x"))
     else:

@@ -120,6 +120,7 @@ def test_several_configurations_are_laid_over_each_other(files, tmp_path):
     path = tmp_path / "over.yaml"
     path.write_text(
         "data: {sources: [{kind: embedded, task: math, train: 3, validation: 2, test: 1, difficulty: 1}]}\n"
+        "arms: {task: {set: {fuse.weights: {math: [0.7, 0.3]}}}}\n"  # instead of a row for each of two tasks
     )
     assert invoke("data", *files, "--config", str(path)).exit_code == 0
     assert len(pd.read_parquet(tmp_path / "results" / "data" / "train.parquet")) == 3
@@ -208,7 +209,8 @@ def test_the_untrained_student_is_scored_on_the_configured_device(files, tmp_pat
         return pd.DataFrame()
 
     monkeypatch.setattr("kvpipe.evaluate.evaluate_model", scored)
-    shown = invoke("untrained", *files, "--set", "train.device=meta", "--out", str(tmp_path / "untrained.parquet"))
+    monkeypatch.setattr("kvpipe.device.resolve_device", {"cuda": "meta"}.__getitem__)
+    shown = invoke("untrained", *files, "--set", "train.device=cuda", "--out", str(tmp_path / "untrained.parquet"))
     assert shown.exit_code == 0, shown.output
     assert seen == [{"meta"}]
 

@@ -6,9 +6,23 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from kvpipe import configdocs
-from kvpipe.config import Arm, Config, ConfigError, StoreConfig, assign, json_schema, load, merge, parse
+from kvpipe.config import (
+    Arm,
+    Config,
+    ConfigError,
+    Section,
+    StoreConfig,
+    assign,
+    json_schema,
+    load,
+    merge,
+    parse,
+    read,
+)
+from kvpipe.config.section import _types
 from kvpipe.losses import PIECE
 from kvpipe.store import estimate_bytes
 
@@ -173,6 +187,62 @@ MISTAKES = [
     ({"train.lora": {"target_modules": 3}}, "train.lora.target_modules", "all-linear"),
     ({"models.math.recipe.steps": "x"}, "models.math.recipe.steps", "'x'"),
     ({"seeds": [1, 1]}, "seeds", "twice"),
+    # numbers that no run can use
+    ({"seeds": [0, -1]}, "seeds[1]", "greater than or equal to 0"),
+    ({"seeds": [2**70]}, "seeds[0]", "less than 4294967296"),
+    ({"seeds": [0, True]}, "seeds", "expected a number, got true"),
+    ({"data.seed": -1}, "data.seed", "greater than or equal to 0"),
+    ({"arms.null-control.set.seed_offset": 2**63}, "arms.null-control.set.seed_offset", "less than 4294967296"),
+    ({"arms.null-control.set.seed_offset": 2**32 - 2}, "arms.null-control.set.seed_offset", "2**32 - 1"),
+    ({"arms.null-control.set.seed_offset": -1}, "arms.null-control.set.seed_offset", "seeds -1 to 1"),
+    ({"train.steps": 10**30}, "train.steps", "less than or equal to 1000000000"),
+    ({"arms.exp1.set.steps": 1e9}, "arms.exp1.set.steps", "beyond 1,000,000,000 steps"),
+    ({"train.learning_rate": float("inf")}, "train.learning_rate", "finite number"),
+    ({"train.learning_rate": float("nan")}, "train.learning_rate", "finite number"),
+    ({"train.learning_rate": "1e400"}, "train.learning_rate", "finite number"),
+    ({"train.batch_size": True}, "train.batch_size", "expected a number, got true"),
+    ({"stats.confidence": True}, "stats.confidence", "expected a number, got true"),
+    ({"arms.exp6.set.fuse.weights.math": [True, False]}, "arms.exp6.set.fuse.weights", "expected a number, got true"),
+    ({"train.gradient_checkpointing": 1}, "train.gradient_checkpointing", "expected true or false, got 1"),
+    ({"evaluate.sandbox.run_code": "yes"}, "evaluate.sandbox.run_code", "expected true or false, got 'yes'"),
+    ({"train.threads": 100000}, "train.threads", "less than or equal to 1024"),
+    ({"train.accumulate": 13}, "train", "accumulate: 13 micro-batches of a batch of 12"),
+    ({"train.device": "gpu"}, "train.device", "'cuda'"),
+    ({"train.device": "cuda:x"}, "train.device", "'cuda:0'"),
+    # the arm that all others are compared with
+    ({"arms.second": {"role": "control"}}, "arms.second.role", "no other arm"),
+    ({"arms.control.role": "experiment"}, "arms.control.role", "has role control"),
+    ({"arms.control.set": {"teachers": ["math"], "loss.kind": "kv"}}, "arms.control.set", "leave out teachers (math)"),
+    ({"arms.control.set": {"loss.kind": "kv"}}, "arms.control.set", "both or neither"),
+    # what an arm matches
+    ({"arms.exp1.set.teachers": ["math", "math"]}, "arms.exp1.set", "math is named twice"),
+    ({"arms.exp1.set.loss.skip_sink": 512}, "arms.exp1.set.loss.skip_sink", "at most 512 tokens"),
+    ({"arms.exp1.set.loss.layers": []}, "arms.exp1.set.loss.layers", "at least 1 item"),
+    ({"arms.exp1.set.loss.layers": [-1]}, "arms.exp1.set.loss.layers[0]", "greater than or equal to 0"),
+    ({"arms.exp1.set.loss.layers": [1, 1]}, "arms.exp1.set.loss", "holds a layer twice"),
+    ({"arms.exp1.set.layer": {"kind": "list"}}, "arms.exp1.set.layer", "kind: list needs layers"),
+    ({"arms.exp1.set.layer": {"kind": "list", "layers": []}}, "arms.exp1.set.layer.layers", "at least 1 item"),
+    ({"arms.exp1.set.loss.lambda_v": 0}, "arms.exp1.set.loss", "both 0"),
+    ({"arms.relation.set.loss.weight": 0}, "arms.relation.set.loss", "nothing of kind: relation"),
+    ({"arms.relation.set.teachers": ["math", "code"]}, "arms.relation.set", "relation has one teacher"),
+    ({"arms.exp1.set.loss.schedule": {"warmup": 0.5, "until": 0.5}}, "arms.exp1.set.loss.schedule", "below until"),
+    ({"store.top_logits": 0}, "store.top_logits", "arm 'logit-kd'"),
+    # fusion
+    ({"arms.exp1.set.fuse.entropy": 0.1}, "arms.exp1.set.fuse", "weights that are learned"),
+    ({"arms.exp6.set.fuse.entropy": 0.1}, "arms.exp6.set.fuse", "weights that are learned"),
+    ({"arms.exp5.set.fuse.offsets": True}, "arms.exp5.set.fuse", "offsets: true is for kind: task"),
+    ({"arms.exp6.set.fuse.weights.math": [0, 0]}, "arms.exp6.set.fuse", "weights.math: [0.0, 0.0] sums to 0"),
+    ({"arms.exp6.set.fuse.weights.math": [0.9, 0.9]}, "arms.exp6.set.fuse", "sums to 1.8"),
+    (
+        {"arms.exp6.set.fuse.weights.math": [-0.5, 1.5]},
+        "arms.exp6.set.fuse.weights.math[0]",
+        "greater than or equal to 0",
+    ),
+    ({"arms.exp6.set.fuse.weights.math": [float("nan"), 1]}, "arms.exp6.set.fuse.weights.math[0]", "finite number"),
+    ({"arms.exp6.set.fuse.weights.math": [1.0]}, "arms.exp6.set", "1 weights for 2 teachers"),
+    ({"arms.exp6.set.fuse.weights.maht": [1, 0]}, "arms.exp6.set.fuse.weights.maht", "'math'"),
+    ({"arms.exp6.set.fuse": {"kind": "fixed", "weights": {"math": [1, 0]}}}, "arms.exp6.set", "fuse.weights.default"),
+    ({"arms.logit-kd.set.fuse": {"kind": "select"}}, "arms.logit-kd.set", "mean, fixed or task"),
 ]
 
 
@@ -185,6 +255,36 @@ def test_a_mistake_is_one_line_with_its_path_and_the_nearest_name(overrides, pat
     assert len(problems) == 1, problems
     assert problems[0].startswith(f"{path}: ")
     assert said in problems[0].split("(known")[0] if said.startswith("'") else said in problems[0]
+
+
+def test_numbers_are_written_as_yaml_has_them():
+    """Whole numbers for fractions, and `1e-3`, which in YAML is a text; true and false where they are meant."""
+    text = "{learning_rate: 1e-3, weight_decay: 0, max_grad_norm: 1, gradient_checkpointing: yes, device: 'cuda:1'}"
+    train = parse({**EMBEDDED, "train": yaml.safe_load(text)}).train
+    assert (train.learning_rate, train.weight_decay, train.max_grad_norm) == (0.001, 0.0, 1.0)
+    assert train.gradient_checkpointing is True and train.device == "cuda:1"
+    thirds = {"kind": "fixed", "weights": {"default": [0.33, 0.67]}}
+    assert parse(EMBEDDED, {"arms.exp5.set.fuse": thirds}).arm("exp5").fuse.weights == {"default": [0.33, 0.67]}
+
+
+def test_no_number_takes_a_truth_value_and_no_truth_value_a_number():
+    """Whatever field: every section of the configuration and of an arm."""
+    sections, seen = [Config, Arm], set()
+    checked = {"number": 0, "truth": 0}
+    while sections:
+        section = sections.pop()
+        if section in seen:
+            continue
+        seen.add(section)
+        for name, field in section.model_fields.items():
+            kinds = set(_types(field.annotation))
+            sections += [kind for kind in kinds if issubclass(kind, Section)]
+            if kinds & {int, float, bool}:
+                kind, wrong = ("truth", 1) if bool in kinds else ("number", True)
+                checked[kind] += 1
+                with pytest.raises(ValidationError, match="mistyped"):
+                    section.model_validate({name: wrong})
+    assert checked["number"] > 50 and checked["truth"] >= 7, checked
 
 
 def test_several_mistakes_are_told_together():
@@ -211,6 +311,11 @@ def _only_line(values):
         parse(values)
     (line,) = str(caught.value).splitlines()[1:]
     return line
+
+
+def test_control_needs_no_role_of_its_own():
+    arms = {"control": {}, "other": {"base": "control", "set": {"seed_offset": 7}}}
+    assert parse({**EMBEDDED, "arms": arms}).arm("control").role == "control"
 
 
 def test_control_must_be_there():
@@ -253,14 +358,45 @@ def test_assign_makes_missing_levels_and_refuses_to_enter_a_value():
 
 def test_files_that_are_no_configuration(tmp_path):
     path = tmp_path / "x.yaml"
-    for text, said in [("- 1\n", "expected a mapping"), ("a: [1\n", "not valid YAML")]:
-        path.write_text(text)
+    for text, said in [
+        ("- 1\n", "expected a mapping"),
+        ("a: [1\n", "not valid YAML"),
+        ("title: 2026-13-45\n", "not valid YAML: month must be in 1..12"),
+        ("title: Gr\u00f6\u00dfe\n".encode("latin-1"), "byte 9 is not UTF-8 text"),
+        ("title: x\n".encode("utf-16"), "byte 0 is not UTF-8 text"),
+        (bytes(range(128, 256)), "byte 0 is not UTF-8 text"),
+    ]:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
         with pytest.raises(ConfigError, match=said) as caught:
             load(path)
-        assert str(path) in str(caught.value)
+        assert str(path) in str(caught.value) and len(str(caught.value).splitlines()) == 1
+    with pytest.raises(ConfigError, match="is a folder"):
+        load(tmp_path)
     with pytest.raises(ConfigError, match=r"--set 'train.steps': expected dotted.key=value"):
         load(CONFIG / "config.yaml", ["train.steps"])
     assert load(CONFIG / "config.yaml", ["train.steps=7", "seeds=[5]"]).train.steps == 7
+
+
+def test_a_key_that_stands_twice_is_refused_wherever_it_stands(tmp_path):
+    """YAML's own rule, which PyYAML does not keep: the last one won."""
+    over = tmp_path / "over.yaml"
+    for text, key, lines in [
+        ("seeds: [1]\ntitle: x\nseeds: [2]\n", "seeds", (3, 1)),
+        ("arms:\n  control: {role: control}\n  control: {}\n", "control", (3, 2)),
+        ("arms: {exp1: {set: {loss.lambda_k: 1, loss.lambda_k: 2}}}\n", "loss.lambda_k", (1, 1)),
+    ]:
+        over.write_text(text)
+        for paths in (over, [CONFIG / "config.yaml", over]):
+            with pytest.raises(ConfigError) as caught:
+                load(paths)
+            (line,) = str(caught.value).splitlines()
+            assert line.startswith(f"{over}, line {lines[0]}, column ")
+            assert f"the key {key!r} stands there already, in line {lines[1]}" in line
+    with pytest.raises(ConfigError, match=r"--set 'train=.*'steps' stands there already"):
+        load(CONFIG / "config.yaml", ["train={steps: 3, steps: 4}"])
+    # what an anchor brings in may be given anew
+    over.write_text("train: &base {steps: 3, warmup: 0}\nother: {<<: *base, steps: 4}\n")
+    assert read(over)["other"] == {"steps": 4, "warmup": 0}
 
 
 def test_max_steps_is_another_name_of_steps(tmp_path):

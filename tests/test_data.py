@@ -113,7 +113,10 @@ def test_leaks_are_dropped_from_training_never_from_the_test_split(tmp_path):
     build(config, tmp_path)
     assert prompts(tmp_path, "train") == ["w1-0", "w3-0"] and prompts(tmp_path, "test") == ["w2-0", "w4-0"]
     report = json.loads((tmp_path / SOURCES).read_text())
-    assert report["leakage"]["found"] == {"train": [["qa-train-00001", "same content"]], "validation": []}
+    assert report["leakage"]["found"] == {
+        "train": [["qa-train-00001", "same content with qa-test-00000"]],
+        "validation": [],
+    }
     assert report["records"]["train"] == {"qa": 2}
 
 
@@ -121,7 +124,7 @@ def test_leaks_are_reported_and_kept(tmp_path):
     build(config_of(tmp_path, words(1, 2), words(2), leakage="report"), tmp_path)
     assert len(prompts(tmp_path, "train")) == 2
     assert json.loads((tmp_path / SOURCES).read_text())["leakage"]["found"]["train"] == [
-        ["qa-train-00001", "same content"]
+        ["qa-train-00001", "same content with qa-test-00000"]
     ]
 
 
@@ -143,3 +146,21 @@ def test_duplicates_are_kept_or_dropped(tmp_path, what, left):
 def test_duplicates_may_be_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"data\.duplicates: 1 of 3 records in split train"):
         build(config_of(tmp_path, words(1, 2, 1), words(9), duplicates="error"), tmp_path)
+
+
+def test_rows_are_left_out_by_a_rule_and_named(tmp_path):
+    rows = [ROW, ROW | {"reasoning": r"so \boxed{}"}, ROW | {"reasoning": r"\boxed{} goes \boxed{5}"}]
+    config = file_source(tmp_path, rows, leave_out={"reasoning": r"\\boxed\{\s*\}(?!.*boxed)"})
+    build(config, tmp_path / "out")
+    assert len(read_records(tmp_path / "out" / "train.parquet")) == 2
+    source = json.loads((tmp_path / "out" / SOURCES).read_text())["sources"][0]
+    assert source["left_out"] == 1 and source["rows_left_out"][0].endswith("rows.jsonl, line 2")
+
+
+def test_the_preset_of_math_leaves_out_solutions_whose_box_is_empty(tmp_path):
+    row = {"problem": "1+1?", "solution": r"It is \boxed{2}."}
+    rows = [row, row | {"solution": r"It is \boxed{}."}]
+    path = write(tmp_path / "math.jsonl", rows)
+    source = {"kind": "files", "task": "math", "preset": "math", **dict.fromkeys(SPLITS, path)}
+    build(DataConfig(leakage="report", sources=[source]), tmp_path / "out")
+    assert [r.answer for r in read_records(tmp_path / "out" / "train.parquet")] == ["2"]

@@ -7,10 +7,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizer_zoo import CORPUS, FAMILIES, build
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from kvpipe.cell import token_twins
 from kvpipe.tokens import Tokens, encode, token_bytes
 
 ADVERSARIAL = {
@@ -314,3 +315,46 @@ def test_the_space_in_front_is_the_same_in_both_alphabets():
     byte_level, metaspace = (token_bytes(build(name)) for name in ("gpt2", "llama2"))
     shared = {raw for raw in byte_level if raw} & {raw for raw in metaspace if raw}
     assert {b" cat", b" ", b"\n", "é".encode()[:1]} <= shared
+
+
+@pytest.mark.parametrize("run", [c * n for c in " \n\t" for n in range(2, 9)], ids=repr)
+def test_added_tokens_that_the_model_makes_spell_what_was_in_the_text(run):
+    """Gemma 3: runs of spaces are added tokens `▁▁` and pieces of the model; the text has spaces."""
+    tokenizer = build("gemma3")
+    token = tokenizer.convert_tokens_to_ids(run.replace(" ", "▁"))
+    text = f"a{run}b"
+    tokens = encode(tokenizer, text, add_special_tokens=False, lossy="error")
+    assert (
+        tokens.ids.tolist().count(token) == 1 and pieces(tokens, text)[tokens.ids.tolist().index(token)] == run.encode()
+    )
+    assert token in tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    assert token_bytes(tokenizer)[token] == run.encode()
+
+
+def test_added_tokens_spell_how_they_are_found():
+    """As they stand, or `normalized`, itself normalised, in the normalised text; a legacy Llama puts `▁` before it."""
+    gemma = build("gemma3")
+    expected = {"▁⇥": b" \xe2\x87\xa5", "  ⇥⇥": "  ⇥⇥".encode(), "▁literal": "▁literal".encode(), "<table>": b"<table>"}
+    for content, raw in expected.items():
+        token = gemma.convert_tokens_to_ids(content)
+        assert token_bytes(gemma)[token] == raw
+        text = f"x{raw.decode()}y"
+        tokens = encode(gemma, text, add_special_tokens=False, lossy="error")
+        assert raw in pieces(tokens, text) and token in tokens.ids.tolist()
+    llama = FAMILIES["llama2"].build()
+    llama.add_tokens([AddedToken("⇥", normalized=True)])
+    tokens = encode(llama, "x ⇥ y", add_special_tokens=False, lossy="error")
+    assert llama.token_to_id("⇥") in tokens.ids.tolist() and " ⇥".encode() in pieces(tokens, "x ⇥ y")
+    t5 = FAMILIES["t5"].build()  # `▁` is written after added tokens are found
+    t5.add_tokens([AddedToken("▁⇥", normalized=True)])
+    assert token_bytes(t5)[t5.token_to_id("▁⇥")] == "▁⇥".encode()
+
+
+def test_runs_of_spaces_have_counterparts_in_a_byte_level_vocabulary():
+    byte_level = FAMILIES["gpt2"].build()
+    byte_level.add_tokens([AddedToken(" " * n, normalized=False) for n in range(2, 9)])  # as GPT-NeoX and Phi have them
+    other, gemma = PreTrainedTokenizerFast(tokenizer_object=byte_level), build("gemma3")
+    twins, spelled = token_twins(gemma, other), token_bytes(other)
+    for n in range(2, 9):
+        counterpart = twins[gemma.convert_tokens_to_ids("▁" * n)]
+        assert counterpart >= 0 and spelled[counterpart] == b" " * n

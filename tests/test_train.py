@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,10 +17,12 @@ from tiny import build, config
 
 from kvpipe import distill
 from kvpipe import train as training
+from kvpipe.batches import schedule
 from kvpipe.cell import Workspace
 from kvpipe.likelihood import score, scoring_batches
 from kvpipe.losses import NonFiniteLossError
 from kvpipe.models import load_model
+from kvpipe.records import render
 from kvpipe.steps.prepare import prepare
 
 GOLDEN = Path(__file__).parent / "golden" / "loss_curve.json"
@@ -114,10 +117,10 @@ def test_null_control_is_control_of_another_seed(cell):
 @pytest.mark.parametrize(
     ("base", "zero"),
     [
-        ("two", {"loss.lambda_k": 0, "loss.lambda_v": 0}),
-        ("joint", {"loss.lambda_k": 0, "loss.lambda_v": 0}),
-        ("logit", {"loss.weight": 0}),
-        ("relation", {"loss.weight": 0}),
+        ("two", {"loss.lambda_k": 1e-12, "loss.lambda_v": 0}),
+        ("joint", {"loss.lambda_k": 0, "loss.lambda_v": 1e-12}),
+        ("logit", {"loss.weight": 1e-12}),
+        ("relation", {"loss.weight": 1e-12}),
     ],
 )
 def test_an_arm_of_weight_zero_is_control(cell, base, zero):
@@ -170,6 +173,36 @@ def test_stored_and_live_teachers_teach_the_same(tmp_path, dtype, tolerance):
     assert live.weights != stored.weights, "the store rounds: equality would mean that live was not live"
     for key in ("ce", "k", "v", "validation_loss"):
         assert live.curve(key) == pytest.approx(stored.curve(key), rel=tolerance), key
+
+
+# ---------------------------------------------------------------- which tokens carry cross-entropy
+def test_loss_on_completion_is_the_mean_over_reasoning_answer_and_end(cell):
+    """At the first step the student is the untrained one: its nats, summed token by token by hand."""
+    settings = {"train.loss_on": "completion", "train.steps": 1, "train.batching": "random"}
+    made = cell("control", settings)
+    work, encoding = made.work, made.work.student_encoding("train")
+    examples = schedule(encoding.lengths, work.config.train.batch_size, 1, 0, False)[0]
+    nats = []
+    model = work.student(0)
+    for example in examples:
+        record = work.records("train")[example]
+        ids = encoding.ids[encoding.rows(example)]
+        prompt = len(render(record, work.config.data.template).prompt.encode())
+        first = int((encoding.spans[encoding.rows(example), 1] <= prompt).sum())  # tokens that end in the prompt
+        with torch.no_grad():
+            logprobs = model(input_ids=torch.from_numpy(ids)[None]).logits[0].log_softmax(-1)
+        assert ids[-1] == work.student_tokenizer.eos_token_id
+        nats += [-float(logprobs[i - 1, ids[i]]) for i in range(first, len(ids))]
+    assert made.curve("ce")[0] == pytest.approx(np.mean(nats), rel=1e-5)
+    assert cell("control", settings | {"train.loss_on": "all"}).curve("ce")[0] != pytest.approx(np.mean(nats), rel=1e-3)
+    assert "reasoning and answer, not the prompt" in (made.out / "model" / "README.md").read_text(encoding="utf-8")
+
+
+def test_micro_batches_weigh_by_the_tokens_that_carry_loss(cell):
+    settings = {"train.loss_on": "completion", "train.batching": "random", "train.steps": 12}
+    whole, parts = (cell("control", settings | {"train.accumulate": n}) for n in (1, 3))
+    for key in ("ce", "validation_loss", "grad_norm"):
+        assert parts.curve(key) == pytest.approx(whole.curve(key), rel=1e-5), key
 
 
 # ---------------------------------------------------------------- what a cell leaves

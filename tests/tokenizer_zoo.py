@@ -219,6 +219,26 @@ def gemma() -> Tokenizer:
     return tokenizer
 
 
+def gemma3() -> Tokenizer:
+    """Runs of spaces, line ends and tabs are pieces of the model and added tokens too, spelled `▁▁`, `\\n\\n`."""
+    normalizer, pre = normalizers.Replace(" ", "▁"), pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer = _sentencepiece_bpe(["<bos>"], normalizer, pre)
+    model = json.loads(tokenizer.to_str())["model"]
+    vocab, merges = model["vocab"], [tuple(merge) for merge in model["merges"]]
+    runs = [character * length for character in "▁\n\t" for length in range(2, 9)]
+    for run in [*"▁\n\t", *runs]:
+        vocab.setdefault(run, len(vocab))
+    # before all others and the longest first, so that a run ends as one piece
+    merges = [(run[1:], run[0]) for run in reversed(runs)] + merges
+    tokenizer.model = models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    plain = [AddedToken(run, special=False, normalized=False) for run in [*runs, "<table>", "[multimodal]"]]
+    tokenizer.add_tokens(plain)
+    tokenizer.add_tokens([AddedToken(content, normalized=True) for content in ("▁⇥", "  ⇥⇥")])
+    tokenizer.add_tokens([AddedToken("▁literal", normalized=False)])
+    tokenizer.post_processor = _template(tokenizer, "<bos> $A", "<bos>")
+    return tokenizer
+
+
 @cache
 def _charsmap(rule: str) -> bytes:
     """SentencePiece's compiled normalisation table, read out of a model trained by sentencepiece itself."""
@@ -397,6 +417,7 @@ FAMILIES = {
     "llama2_always": Family(lambda: llama2_metaspace("always"), "Metaspace always, byte fallback", True),
     "llama2_never": Family(lambda: llama2_metaspace("never"), "Metaspace never, byte fallback", True),
     "gemma": Family(gemma, "SentencePiece BPE, byte fallback, no prefix", True),
+    "gemma3": Family(gemma3, "SentencePiece BPE, runs of spaces added", True),
     "unigram_bytes": Family(unigram_bytes, "Unigram, byte fallback", True),
     "t5": Family(t5, "Unigram, nmt_nfkc, whitespace collapsed", False),
     "xlm_roberta": Family(xlm_roberta, "Unigram, nmt_nfkc, spaces collapsed", False),

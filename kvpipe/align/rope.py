@@ -48,8 +48,8 @@ class Rope:
     """The rotary embedding of one layer. `inv_freq` is None for a layer without one (then keys pass through).
 
     `scaling` multiplies cos and sin (YaRN, LongRoPE), `direction` is -1 for the one family that turns the other
-    way. `long_context` is a length and, for calls that hold more positions than that, the inverse frequencies by the
-    length of the call (dynamic NTK, LongRoPE).
+    way. `long_context` is a length and, for texts that have more positions than that, the inverse frequencies by the
+    length of the text (dynamic NTK, LongRoPE): each row of a batch has those of its own length.
     """
 
     rope_type: str
@@ -63,8 +63,8 @@ class Rope:
     def from_config(cls, hf_config: PretrainedConfig, layer: int = 0, rotary: nn.Module | None = None) -> Rope:
         """The rotary embedding of `layer` of a Hugging Face model config.
 
-        With `rotary`, the rotary module of a running model, the frequencies are the ones it held in its last forward
-        (they may be rounded by a cast of the whole model, or enlarged by an earlier, longer call under dynamic NTK).
+        With `rotary`, the rotary module of a running model, the frequencies are the ones that it holds, which may be
+        rounded by a cast of the whole model.
 
         Raises ValueError, naming the model type, for latent attention (MLA), whose keys are not rotated as a whole,
         and for rotary embeddings that cannot be read.
@@ -95,16 +95,23 @@ class Rope:
                 return cls("none")
         module = rotary_class(config) if rotary is None else rotary
         prefix = "" if layer_type is None else f"{layer_type}_"
-        inv_freq = getattr(module, f"{prefix}inv_freq").detach().float().clone()
         scaling = float(getattr(module, f"{prefix}attention_scaling", getattr(module, "attention_scaling", 1.0)))
         layout, direction = _pairing(config, family)
         rope_type = parameters.get("rope_type", "default")
-        long_context = _long_context(config, rope_type, parameters, layer_type) if rotary is None else None
+        if config.model_type == "phimoe" and rope_type != "default":
+            raise ValueError(
+                f"model type 'phimoe' with rope_type '{rope_type}': its scale follows the longest text of a batch and its "
+                "frequencies do not, unlike every other family's; use another teacher or student"
+            )
+        long_context = _long_context(config, rope_type, parameters, layer_type)
+        # what the types that change with the length of a text hold now is another call's
+        held = getattr(module, f"{prefix}inv_freq" if long_context is None else f"{prefix}original_inv_freq")
+        inv_freq = held.detach().float().clone()
         return cls(rope_type, inv_freq, scaling, layout, direction, long_context)
 
     @classmethod
     def of_model(cls, model: nn.Module, hf_config: PretrainedConfig) -> list[Rope]:
-        """One Rope per layer, with the frequencies that the model's own rotary module held in its last forward."""
+        """One Rope per layer, with the frequencies that the model's own rotary module holds."""
         config = hf_config.get_text_config(decoder=True)
         rotary_class = _rotary_class(config, modeling_module(config))
         rotary = next((m for m in model.modules() if rotary_class and isinstance(m, rotary_class)), None)
@@ -136,15 +143,16 @@ class Rope:
         """The exact inverse of `rotate`: keys as the model's projection made them."""
         return self._turn(k, positions, -1, 1 / self.scaling)
 
-    def frequencies(self, positions: Int[Tensor, "*batch time"]) -> Float[Tensor, " pair"]:
-        """Inverse frequencies, radians per position, in force for a call that holds these positions."""
+    def frequencies(self, positions: Int[Tensor, "*batch time"]) -> Float[Tensor, "*row pair"]:
+        """Inverse frequencies, radians per position, of texts that hold these positions: of each row its own."""
         assert self.inv_freq is not None
         inv_freq = self.inv_freq.to(positions.device)
         if self.long_context is None or positions.numel() == 0:
             return inv_freq
-        length = positions.max() + 1
         context, long_inv_freq = self.long_context
-        return long_inv_freq(length).to(positions.device) if length > context else inv_freq
+        lengths = positions.amax(-1, keepdim=True) + 1
+        rows = [long_inv_freq(n).to(inv_freq) if n > context else inv_freq for n in lengths.flatten()]
+        return torch.stack(rows).reshape(*lengths.shape, -1)
 
     def _turn(self, k: Tensor, positions: Tensor, sign: int, scale: float) -> Tensor:
         if self.inv_freq is None:

@@ -52,12 +52,14 @@ from kvpipe.config.models import (
     TokenizerRecipe,
 )
 from kvpipe.config.presets import PRESETS
-from kvpipe.config.section import ConfigError, Name, Section
+from kvpipe.config.section import ConfigError, Name, Section, Seed
 from kvpipe.config.steps import (
+    LOSS_ON,
     AuditConfig,
     EvaluateConfig,
     LayerMapConfig,
     LoraConfig,
+    LossOn,
     SandboxConfig,
     ScoringConfig,
     StatsConfig,
@@ -67,6 +69,7 @@ from kvpipe.config.steps import (
 from kvpipe.problems import explain, nearest
 
 __all__ = [
+    "LOSS_ON",
     "PRESETS",
     "Arm",
     "ArmEntry",
@@ -90,6 +93,7 @@ __all__ = [
     "LockedRepo",
     "LoraConfig",
     "LossConfig",
+    "LossOn",
     "Model",
     "Name",
     "PretrainModel",
@@ -116,6 +120,7 @@ __all__ = [
     "merge",
     "overridden",
     "parse",
+    "read",
     "with_lock",
 ]
 
@@ -125,7 +130,7 @@ class Config(Section):
 
     title: str = "kvpipe experiment"
     """Heading of the report."""
-    seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
+    seeds: list[Seed] = Field(default=[0, 1, 2], min_length=1)
     """One cell per arm and seed."""
     student: Name
     """Name of the model that is trained."""
@@ -138,7 +143,7 @@ class Config(Section):
     """`repo@revision` → commit and files of every hub repository. Written by `kvpipe lock` to `<config>.lock.yaml` beside
     the (first) configuration file, and read from there."""
     arms: dict[Name, ArmEntry]
-    """Every arm, by name. `control` must be among them."""
+    """Every arm, by name. `control` must be among them, and is the only one of that role."""
     data: DataConfig
     """Records and how they become text."""
     store: StoreConfig = StoreConfig()
@@ -185,13 +190,41 @@ class Config(Section):
         for path, section in (("data.template", self.data.template), ("evaluate", self.evaluate)):
             for task in section.tasks:
                 _known(f"{path}.tasks.{task}", task, sorted(tasks))
+        longest = self.train.max_length
         # bases first: the arm that is named is the one that wrote the mistake, not one that inherits it
         for name in sorted(self.arms, key=lambda name: len(_chain(name, self.arms))):
             arm = self.arm(name)
+            if (arm.role == "control") != (name == "control"):
+                raise ValueError(
+                    f"arms.{name}.role: {arm.role}; the arm 'control' has role control, and no other arm: every "
+                    "contrast is against it"
+                )
             for i, teacher in enumerate(arm.teachers):
                 _known(f"arms.{name}.set.teachers[{i}]", teacher, self.models)
                 if teacher == self.student:
                     raise ValueError(f"arms.{name}.set.teachers[{i}]: the student cannot be its own teacher")
+            drawn = [seed + arm.seed_offset for seed in (min(self.seeds), max(self.seeds))]
+            if not 0 <= drawn[0] <= drawn[1] < 2**32:
+                raise ValueError(
+                    f"arms.{name}.set.seed_offset: {arm.seed_offset} makes seeds {drawn[0]} to {drawn[1]}; they lie "
+                    "between 0 and 2**32 - 1"
+                )
+            if self.train.steps * arm.steps > 10**9:
+                raise ValueError(
+                    f"arms.{name}.set.steps: {arm.steps:g} times train.steps is beyond 1,000,000,000 steps"
+                )
+            if arm.loss.skip_sink >= longest:
+                raise ValueError(
+                    f"arms.{name}.set.loss.skip_sink: {arm.loss.skip_sink} leaves nothing of a text of at most "
+                    f"{longest} tokens (train.max_length)"
+                )
+            if arm.loss.kind == "logit_kd" and not self.store.top_logits:
+                raise ValueError(
+                    f"store.top_logits: 0 keeps none of the next tokens that arm {name!r} (loss.kind: logit_kd) "
+                    "learns from; set 1 or more"
+                )
+            for task in arm.fuse.weights:
+                _known(f"arms.{name}.set.fuse.weights.{task}", task, [*sorted(tasks), "default"])
             if arm.fuse.kind == "task":
                 missing = tasks - set(arm.fuse.weights)
                 if missing and "default" not in arm.fuse.weights:
@@ -216,6 +249,8 @@ class Config(Section):
         entry = self.arms[name]
         # what the report calls an arm is not handed down
         values: dict[str, Any] = {k: v for k in ("role", "label") if (v := getattr(entry, k)) is not None}
+        if name == "control":
+            values.setdefault("role", "control")
         for link in _chain(name, self.arms):
             for dotted, value in copy.deepcopy(self.arms[link].set).items():
                 try:
@@ -292,16 +327,55 @@ def merge(values: dict, over: dict) -> dict:
     return out
 
 
-def _read(path: Path) -> dict:
+class _OneOfEach(yaml.SafeLoader):
+    """YAML in which a key stands once in its mapping: YAML's own rule, which PyYAML does not keep."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """The mapping; what `<<` brings in may be given anew."""
+        seen: dict[Any, yaml.Node] = {}
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge" or not isinstance(key, yaml.ScalarNode):
+                continue
+            name = self.construct_object(key)
+            if name in seen:
+                line = seen[name].start_mark.line + 1
+                problem = f"the key {name!r} stands there already, in line {line}: keep one of the two"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            seen[name] = key
+        return super().construct_mapping(node, deep)
+
+
+def _yaml(text: str, origin: str) -> Any:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(text, Loader=_OneOfEach)
+    except (yaml.YAMLError, ValueError) as error:  # a date or a number that is none is a plain ValueError
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        said = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ConfigError(f"{origin}{where}: not valid YAML: {said}") from None
+
+
+def read(path: str | Path) -> dict:
+    """The mapping in a configuration file, as written.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ConfigError: it is a folder, no text in UTF-8, no YAML, or has a key twice; with the file and the line.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; expected a configuration file (YAML)")
+    try:
+        values = _yaml(path.read_bytes().decode(), str(path))
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: byte {error.start} is not UTF-8 text; expected YAML in UTF-8: save it so, or name another file"
+        ) from None
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{path}: no such configuration file; name yours with --config, or run this in kvpipe's own folder, where "
             "config/config.yaml is the embedded experiment"
         ) from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping at the top level")
     return values
@@ -315,7 +389,7 @@ def lock_path(path: str | Path) -> Path:
 def with_lock(values: dict, paths: Sequence[str | Path]) -> dict:
     """The merged values of configuration files, laid over the lock beside the first of them."""
     path = lock_path(paths[0]) if paths else None
-    return merge(_read(path), values) if path is not None and path.is_file() else values
+    return merge(read(path), values) if path is not None and path.is_file() else values
 
 
 def load(paths: str | Path | Sequence[str | Path], overrides: list[str] | None = None) -> Config:
@@ -328,7 +402,7 @@ def load(paths: str | Path | Sequence[str | Path], overrides: list[str] | None =
     files = [Path(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
     values: dict = {}
     for path in files:
-        values = merge(values, _read(path))
+        values = merge(values, read(path))
     return parse(with_lock(values, files), overridden(overrides), origin=", ".join(map(str, files)))
 
 
@@ -339,10 +413,7 @@ def overridden(overrides: Sequence[str] | None) -> dict[str, Any]:
         key, equals, value = item.partition("=")
         if not equals:
             raise ConfigError(f"--set {item!r}: expected dotted.key=value")
-        try:
-            pairs[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {item!r}: the value is not valid YAML: {error}") from None
+        pairs[key] = _yaml(value, f"--set {item!r}")
     return pairs
 
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
-from kvpipe.config.section import Fraction, Name, Section
+from kvpipe.config.section import Count, Fraction, Name, Section, Seed
+
+Layer = Annotated[int, Field(ge=0)]
+TOLERANCE = 0.02
+"""A row of fusion weights sums to 1 within this, so that thirds may be written as 0.33."""
 
 
 class TimeConfig(Section):
@@ -38,15 +42,15 @@ class LayerConfig(Section):
     """`proportional` depth; `cka`: the k most similar teacher layers; `list`: explicit."""
     by: Literal["own", "hidden"] = "own"
     """What `cka` compares: keys for keys and values for values, or hidden states for both."""
-    k: PositiveInt = 2
+    k: Count = 2
     """Teacher layers per student layer under `cka`."""
-    near: PositiveInt | None = None
+    near: Count | None = None
     """Under `cka`, only teacher layers at most so many from the proportional one; none: all, in whatever order."""
     temperature: PositiveFloat | None = None
     """Softmax temperature of the weights β; none clamps at 0 and normalises."""
     combine: Literal["concat", "mix"] = "concat"
     """`mix`: convex combination of the layers; `concat`: side by side, scaled by √β, before projection."""
-    layers: list[int] | None = None
+    layers: Annotated[list[Layer], Field(min_length=1)] | None = None
     """Teacher layer of each student layer under `list`."""
 
     @model_validator(mode="after")
@@ -56,6 +60,8 @@ class LayerConfig(Section):
                 f"layer.near: {self.near} leaves {self.near + 1} teacher layers to the first student layer, "
                 f"and layer.k asks for {self.k}"
             )
+        if self.kind == "list" and self.layers is None:
+            raise ValueError("kind: list needs layers, one teacher layer per student layer")
         return self
 
 
@@ -83,15 +89,15 @@ class FitConfig(Section):
     basis: Literal["teacher", "student"] = "teacher"
     """Axes of the space that the teachers share: their own components, or these turned, shifted and scaled onto the
     pretrained student's own KV (orthogonal Procrustes), so that the target is new content in familiar coordinates."""
-    examples: PositiveInt = 500
+    examples: Count = 500
     """Training examples whose tokens are the rows of the fit."""
     whiten: bool = False
     """Give every component unit variance."""
-    steps: PositiveInt = 300
+    steps: Count = 300
     """Optimizer steps of `reconstruct`."""
     ridge: PositiveFloat = 1e-2
     """Penalty of the closed forms, relative to the mean variance of a feature."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of `random` and `reconstruct`."""
 
 
@@ -100,13 +106,27 @@ class FuseConfig(Section):
 
     kind: Literal["mean", "fixed", "attention", "task", "learnable", "select"] = "mean"
     """How the projected teachers become one target."""
-    weights: dict[str, list[float]] = Field(default={})
+    weights: dict[str, list[Annotated[float, Field(ge=0)]]] = Field(default={})
     """Weight of each teacher per task under `task` (row `default` serves unknown tasks); row `default` under
-    `fixed`."""
+    `fixed`. A row sums to 1."""
     offsets: bool = False
     """Learn an offset to the table under `task`."""
     entropy: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the entropy term that keeps learned weights from collapsing."""
+    """Weight of the entropy term that keeps learned weights from collapsing: under `learnable`, or with `offsets`."""
+
+    @model_validator(mode="after")
+    def _rows(self):
+        for task, row in self.weights.items():
+            if row and abs(sum(row) - 1) > TOLERANCE:
+                raise ValueError(f"weights.{task}: {row} sums to {sum(row):g}; the teachers' shares sum to 1")
+        if self.offsets and self.kind != "task":
+            raise ValueError(f"offsets: true is for kind: task, which has a table; kind is {self.kind}")
+        if self.entropy and self.kind != "learnable" and not self.offsets:
+            raise ValueError(
+                f"entropy: {self.entropy:g} needs weights that are learned: kind: learnable, or task with "
+                f"offsets: true; under {self.kind} set it to 0"
+            )
+        return self
 
 
 class ScheduleConfig(Section):
@@ -120,6 +140,12 @@ class ScheduleConfig(Section):
     """Share of λ left at `until`."""
     until: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the steps at which an anneal ends."""
+
+    @model_validator(mode="after")
+    def _rises_before_it_ends(self):
+        if self.warmup >= self.until:
+            raise ValueError(f"warmup: {self.warmup:g} must be below until, {self.until:g}")
+        return self
 
 
 class LossConfig(Section):
@@ -135,18 +161,30 @@ class LossConfig(Section):
     """Weight of a baseline's term."""
     temperature: PositiveFloat = 1.0
     """Temperature of `logit_kd`."""
-    relation_heads: PositiveInt = 4
+    relation_heads: Count = 4
     """Relation heads of `relation`."""
     distance: Literal["mse", "smooth_l1"] = "mse"
     """Distance of a residual."""
     scale: Literal["std", "none"] = "std"
     """Divide each layer's residual by the standard deviation of its target."""
-    layers: list[int] | None = None
-    """Student layers that are matched; none matches all."""
+    layers: Annotated[list[Layer], Field(min_length=1)] | None = None
+    """Student layers that are matched, counted from 0; none matches all."""
     skip_sink: Annotated[int, Field(ge=0)] = 0
     """First student positions left out of the key and value terms."""
     schedule: ScheduleConfig = ScheduleConfig()
     """Course of λ over training."""
+
+    @model_validator(mode="after")
+    def _matches_something(self):
+        if self.layers is not None and len(set(self.layers)) < len(self.layers):
+            raise ValueError(f"layers: {self.layers} holds a layer twice")
+        if self.kind == "kv" and not self.lambda_k and not self.lambda_v:
+            raise ValueError(
+                "lambda_k and lambda_v are both 0, which leaves nothing of kind: kv; give one of them a weight"
+            )
+        if self.kind in ("logit_kd", "relation") and not self.weight:
+            raise ValueError(f"weight: 0 leaves nothing of kind: {self.kind}; give it a weight")
+        return self
 
 
 class Arm(Section):
@@ -160,13 +198,13 @@ class Arm(Section):
     """Names of models, in the order of the fusion weights."""
     content: Literal["own", "shuffled"] = "own"
     """`shuffled`: every example gets the teacher KV of another one."""
-    seed_offset: int = 0
+    seed_offset: Annotated[int, Field(gt=-(2**32), lt=2**32)] = 0
     """Added to the seed (the false-positive check runs control again under other seeds)."""
     init: Literal["student", "random"] = "student"
     """Weights that a cell starts from: the student's own, or drawn by the seed (training from scratch)."""
     steps: PositiveFloat = 1.0
     """Optimizer steps as a multiple of `train.steps`; the audit compares arms of one multiple."""
-    examples: PositiveInt | None = None
+    examples: Count | None = None
     """Training examples of every task, the first ones; none takes all."""
     time: TimeConfig = TimeConfig()
     """Which teacher tokens make up a student token."""
@@ -185,6 +223,22 @@ class Arm(Section):
     def _coherent(self):
         if (self.loss.kind == "none") != (not self.teachers):
             raise ValueError(f"loss.kind {self.loss.kind!r} with teachers {self.teachers}: both or neither")
+        if self.role == "control" and self.teachers:
+            raise ValueError(
+                f"role: control learns from the text alone; leave out teachers ({', '.join(self.teachers)}) and "
+                f"loss.kind: {self.loss.kind}, or give the arm another role"
+            )
+        twice = sorted({name for name in self.teachers if self.teachers.count(name) > 1})
+        if twice:
+            raise ValueError(f"teachers: {', '.join(twice)} is named twice, and would count twice")
+        if self.loss.kind == "relation" and len(self.teachers) > 1:
+            raise ValueError(f"loss.kind: relation has one teacher; got {', '.join(self.teachers)}")
+        if self.loss.kind == "logit_kd" and self.fuse.kind not in ("mean", "fixed", "task"):
+            raise ValueError(
+                f"loss.kind: logit_kd weighs teachers by mean, fixed or task; got fuse.kind: {self.fuse.kind}"
+            )
+        if self.fuse.entropy and self.loss.kind != "kv":
+            raise ValueError(f"fuse.entropy is a term of loss.kind: kv; under {self.loss.kind} set it to 0")
         if self.projector.kind == "heads" and self.fit.method not in ("grouped", "random"):
             raise ValueError("projector.kind: heads starts from fit.method grouped or random")
         if self.projector.kind == "heads" and self.layer.kind == "cka" and self.layer.combine == "concat":

@@ -7,10 +7,10 @@ import string
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from kvpipe.config.presets import PresetName, merged, preset_of
-from kvpipe.config.section import Name, Section, inherit
+from kvpipe.config.section import Count, Name, Section, Seed, inherit
 
 FieldName = Literal[
     "id", "task", "prompt", "reasoning", "answer", "teacher_reasoning", "tests", "choices", "choice", "labels"
@@ -24,11 +24,11 @@ class EmbeddedData(Section):
     """Records made by kvpipe."""
     task: Literal["math", "code"]
     """`math`: word problems of several steps; `code`: traces of small programs. Also the task's name in every table."""
-    train: PositiveInt = 1000
+    train: Count = 1000
     """Training examples."""
-    validation: PositiveInt = 100
+    validation: Count = 100
     """Validation examples: every choice (learning rate, λ, steps) is made on these."""
-    test: PositiveInt = 200
+    test: Count = 200
     """Test examples: only what the report states is computed on these."""
     difficulty: Annotated[int, Field(ge=1, le=8)] = 2
     """Number of chained operations in a problem."""
@@ -78,6 +78,9 @@ class RowData(Section):
     """Column → regular expression that must match in it; its named groups become columns. Applied in order."""
     remove: dict[FieldName, str] = Field(default={})
     """Record field → regular expression; what matches is taken out of the field."""
+    leave_out: dict[str, str] = Field(default={})
+    """Column → regular expression; a row in which it is found becomes no record. `data/sources.json` counts and names
+    the rows."""
     chat: Chat | None = None
     """For conversations: the column with messages."""
     tasks: dict[str, Name] = Field(default={})
@@ -92,7 +95,7 @@ class RowData(Section):
         known = {**preset["rows"], **(preset["hub"] if cls is HubData else {})}
         return merged(known, values)
 
-    @field_validator("split", "remove")
+    @field_validator("split", "remove", "leave_out")
     @classmethod
     def _expressions(cls, expressions: dict[str, str]) -> dict[str, str]:
         for key, expression in expressions.items():
@@ -232,9 +235,9 @@ class DataConfig(Section):
     """Where the records come from, one entry per task."""
     template: Template = Template()
     """How one record becomes text; the same for every arm."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the embedded corpora."""
-    ngram: PositiveInt = 13
+    ngram: Count = 13
     """Word n-gram length of the train/test leakage audit."""
     duplicates: Literal["keep", "drop", "error"] = "keep"
     """Records whose content occurs before in the same split: kept, dropped (the first stays) or an error."""

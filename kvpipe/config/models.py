@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from kvpipe.config.section import Fraction, Name, Section
+from kvpipe.config.section import Count, Fraction, Name, Section, Seed
 
 
 class TokenizerRecipe(Section):
@@ -30,20 +30,20 @@ class Recipe(Section):
     """The model's own tokenizer."""
     mixture: dict[Name, Fraction] = Field(default={})
     """Task → share of the pretraining examples; empty means all tasks of `data` alike."""
-    examples: PositiveInt = 20000
+    examples: Count = 20000
     """Pretraining examples, disjoint from validation and test."""
     results: Literal["true", "random"] = "true"
     """`random` draws every computed number of the examples anew: a model that knows the language of the tasks and none
     of their arithmetic."""
     own_text: Fraction = 0.5
     """Share of the examples written with the teacher's longer reasoning."""
-    steps: PositiveInt = 1500
+    steps: Count = 1500
     """Optimizer steps."""
-    batch_size: PositiveInt = 64
+    batch_size: Count = 64
     """Examples per step."""
     learning_rate: PositiveFloat = 3e-3
     """Peak learning rate of AdamW under a cosine schedule."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of initialisation and data order."""
 
 
@@ -142,7 +142,7 @@ class RandomModel(Section):
     """Random weights in another model's architecture."""
     like: Name
     """Name of the model to copy."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the weights."""
 
 

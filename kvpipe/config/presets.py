@@ -8,15 +8,33 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-PresetName = Literal["gsm8k", "math", "mbpp", "humaneval", "arc", "chat", "text"]
+PresetName = Literal["gsm8k", "math", "mbpp", "mbpp_chat", "humaneval", "humaneval_chat", "arc", "chat", "text"]
 
 # The argument of \boxed{…}, braces nested up to four deep. `++` does not go back, so an unclosed brace costs no time.
 _BRACED = r"[^{}]"
 for _ in range(4):
     _BRACED = rf"(?:[^{{}}]++|\{{{_BRACED}*\}})"
 BOXED = rf"\\(?:boxed|fbox)\s*\{{?(?P<final>(?<=\{{){_BRACED}*(?=\}})|(?<!\{{)[^{{$\n][^$\n]*)"
-# The minus of a difference (5-3) is no sign.
-NUMBER = r"((?:(?<![\d)])-)?\$?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?)"
+# The minus of a difference (5-3) is no sign. Spellings are made one before (`kvpipe.answers.plain`).
+NUMBER = (
+    r"((?:(?<![\d)])-)?[$€£]?(?:\d[\d,]* \d+/\d+|\d[\d,]*\s*/\s*\d+|(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?)"
+    r"(?:\s*(?:thousand|million|billion|trillion)\b|[kKM]\b)?)"
+)
+TAGGED = r"(?s)<answer>\s*(.*?)\s*</answer>"
+STATED = r"(?i)\banswer(?:\s+is)?\s*:?\s*"
+EXPRESSION = (
+    r"(?:\$+([^$\n]+)\$|\\\((.+?)\\\)|\*\*([^*\n]+)\*\*"
+    r"|([^\s*$][^\n]*?)(?=\.?\s*(?:\n|\Z)|\.\s+[A-Z]|,?\s+(?:because|since)\b))"
+)
+BOLD = rf"\*\*\s*{NUMBER}(?:\s*[a-zA-Z%]+)?\.?\s*\*\*"
+FIRST = rf"\A\s*{NUMBER}(?=,?\s+(?:because|since)\b)"
+
+# A reply's program: its last fenced one that defines something, else its last fenced one, else all of it.
+FENCED = [
+    r"(?s)```(?:[Pp]ython|py)?[ \t]*\n((?:(?!```).)*?\b(?:def|class)\b.*?)(?:\n```|\Z)",
+    r"(?s)```(?:[Pp]ython|py)?[ \t]*\n(.*?)(?:\n```|\Z)",
+    r"(?s)\A(.*)\Z",
+]
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "gsm8k": {
@@ -41,7 +59,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "scorer": "number",
             "max_new_tokens": 320,
             "stop": ["\nQuestion:"],
-            "answer_pattern": [r"####\s*([^\n]+)", BOXED, NUMBER],
+            "answer_pattern": [r"####\s*([^\n]+)", BOXED, TAGGED, rf"{STATED}[\s*$]*{NUMBER}", BOLD, FIRST, NUMBER],
         },
     },
     "math": {
@@ -63,6 +81,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "rows": {
             "columns": {"prompt": "problem", "reasoning": "solution", "answer": "final"},
             "split": {"solution": "(?s).*" + BOXED},
+            "leave_out": {"solution": r"(?s)\\boxed\s*\{\s*\}(?!.*\\boxed)"},
         },
         "template": {
             "prompt": "Problem:\n{prompt}\n\nSolution:\n",
@@ -73,7 +92,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "scorer": "math",
             "max_new_tokens": 640,
             "stop": ["\nProblem:"],
-            "answer_pattern": [BOXED, r"(?i)the (?:final )?answer is:?\s*([^\n]+)"],
+            "answer_pattern": [BOXED, TAGGED, STATED + EXPRESSION, r"\*\*([^*\n]+)\*\*"],
         },
     },
     "mbpp": {
@@ -159,6 +178,17 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "template": {"prompt": "{prompt}", "reasoning": "{reasoning}", "answer": "{answer}"},
         "evaluate": {"scorer": "none"},
     },
+}
+
+# Chat models reply with prose around a fenced program; what the prompt defines (imports, helpers) stays above it.
+for _name, _program in (("mbpp", "{answer}\n{tests}\n"), ("humaneval", "{prompt}    pass\n\n\n{answer}\n{tests}\n")):
+    PRESETS[f"{_name}_chat"] = {
+        **PRESETS[_name],
+        "template": {"prompt": "{prompt}\n", "reasoning": "", "answer": "```python\n{answer}\n```\n"},
+        "evaluate": {"scorer": "code", "max_new_tokens": 1024, "answer_pattern": FENCED, "program": _program},
+    }
+PRESETS["humaneval_chat"]["rows"] = {
+    "columns": {**PRESETS["humaneval"]["rows"]["columns"], "answer": "{prompt}{canonical_solution}"}
 }
 
 

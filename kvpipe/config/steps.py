@@ -5,9 +5,15 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveFloat, field_validator, model_validator
 
-from kvpipe.config.section import Fraction, Name, Section, inherit
+from kvpipe.config.section import Count, Fraction, Name, Section, Seed, inherit
+from kvpipe.problems import nearest
+
+LossOn = Literal["all", "completion"]
+"""Tokens that carry cross-entropy."""
+LOSS_ON = {"all": "all tokens, the prompt's too", "completion": "reasoning and answer, not the prompt"}
+"""The same in words."""
 
 
 class StoreConfig(Section):
@@ -17,14 +23,14 @@ class StoreConfig(Section):
     """Storage type; int8 keeps one scale per token and head."""
     mode: Literal["stored", "live"] = "stored"
     """`stored`: computed once and read by all cells; `live`: computed again in every training step."""
-    shards: PositiveInt = 1
+    shards: Annotated[int, Field(ge=1, lt=10**5)] = 1
     """Parts of a store; several are built by separate jobs, and parts that are finished are kept."""
     layers: Literal["needed", "all"] = "needed"
     """Keep only the teacher layers that some arm uses (a change of an arm's layers may then rebuild the store), or
     all."""
     budget_gb: PositiveFloat = 10.0
     """The build stops before it starts when the estimate exceeds this many GB per teacher."""
-    batch_size: PositiveInt = 64
+    batch_size: Count = 64
     """Examples per teacher forward."""
     top_logits: Annotated[int, Field(ge=0)] = 32
     """Most likely next tokens kept per token, for `logit_kd`."""
@@ -33,7 +39,7 @@ class StoreConfig(Section):
 class LayerMapConfig(Section):
     """How the similarity of layers (CKA) is measured."""
 
-    examples: PositiveInt = 100
+    examples: Count = 100
     """Validation examples."""
     warmup_steps: Annotated[int, Field(ge=0)] = 150
     """Cross-entropy steps given to a from-scratch reference student first: random layers resemble nothing."""
@@ -42,24 +48,25 @@ class LayerMapConfig(Section):
 class LoraConfig(Section):
     """Low-rank adapters (peft)."""
 
-    rank: PositiveInt = 16
+    rank: Count = 16
     """Rank of an adapter."""
-    alpha: PositiveInt = 32
+    alpha: Count = 32
     """An adapter's output is scaled by alpha / rank."""
     dropout: Fraction = 0.0
     """Dropout before an adapter."""
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
-    """Names of the modules that get an adapter."""
+    """Names of the modules that get an adapter; `all-linear`: every linear layer but the output's. One that the student
+    does not have, or whose weight is another's too (a tied `lm_head`), is an error."""
 
 
 class TrainConfig(Section):
     """Training of a cell, the same for every arm."""
 
-    steps: PositiveInt = 400
+    steps: Count = 400
     """Optimizer steps, the same for every arm."""
-    batch_size: PositiveInt = 32
+    batch_size: Count = 32
     """Examples per optimizer step over all devices."""
-    accumulate: PositiveInt = 1
+    accumulate: Count = 1
     """Micro-batches per optimizer step."""
     learning_rate: PositiveFloat = 3e-3
     """Peak learning rate of AdamW under a cosine schedule."""
@@ -73,24 +80,45 @@ class TrainConfig(Section):
     """Mixed precision of the student."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: slower, far less memory."""
+    loss_on: LossOn = "all"
+    """Tokens that carry cross-entropy: `all`, or `completion`: reasoning, answer and the end of the text, whose first
+    token is predicted from the prompt. Of a conversation, all before the last answer is prompt. Other terms of the loss,
+    validation loss (always on reasoning + answer) and scores do not depend on it."""
     batching: Literal["length", "random"] = "length"
     """`length` groups examples of like length, so that little is padded."""
-    max_length: PositiveInt = 512
+    max_length: Count = 512
     """Longest student text in tokens; a longer one is an error that names it."""
-    eval_every: PositiveInt = 25
+    eval_every: Count = 25
     """Steps between validation losses (the learning curve)."""
-    log_every: PositiveInt = 10
+    log_every: Count = 10
     """Steps between lines of history.jsonl."""
     hold_targets_gb: Annotated[float, Field(ge=0)] = 1.0
     """Targets of frozen projectors are computed once and held when they fit into this many GB; else batch by batch."""
-    checkpoint_every: PositiveInt = 200
+    checkpoint_every: Count = 200
     """Steps between checkpoints."""
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of all weights."""
     device: str = "auto"
-    """`auto`, `cpu`, `cuda` …"""
-    threads: PositiveInt = 1
+    """`auto` (the GPU where there is one), `cpu`, `cuda`, or one GPU of several, as `cuda:1`."""
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1
     """CPU threads of one cell."""
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
+            meant = "cuda" if device.lower() == "gpu" else device
+            raise ValueError(f"unknown {device!r}{nearest(meant, ('auto', 'cpu', 'cuda', 'cuda:0'))}")
+        return device
+
+    @model_validator(mode="after")
+    def _micro_batches_have_rows(self):
+        if self.accumulate > self.batch_size:
+            raise ValueError(
+                f"accumulate: {self.accumulate} micro-batches of a batch of {self.batch_size} examples leave some "
+                f"empty; at most {self.batch_size}"
+            )
+        return self
 
 
 class ScoringConfig(Section):
@@ -101,7 +129,7 @@ class ScoringConfig(Section):
     signs, fractions); `math`: the same mathematical expression in LaTeX; `code`: the record's tests pass (see
     `evaluate.sandbox`); `choice`: the right one of the record's choices is the likeliest; `none`: likelihood only,
     nothing is generated."""
-    max_new_tokens: PositiveInt = 80
+    max_new_tokens: Count = 80
     """Generation of an example ends after this many tokens at the latest."""
     stop: list[Annotated[str, Field(min_length=1)]] = Field(default=[])
     """Generation of an example ends after any of these strings (and at the end-of-text token)."""
@@ -113,10 +141,10 @@ class ScoringConfig(Section):
     """For `code`: what is run, made of the record's prompt and tests and the answer found in the generated text."""
     choice_by: Literal["sum", "byte"] = "byte"
     """For `choice`: the likeliest choice as a whole, or per byte (long choices are not put back)."""
-    window: PositiveInt | None = None
+    window: Count | None = None
     """Longest context in tokens; the likelihood of a longer text is that of overlapping windows. By default, what the
     model's configuration says it can read."""
-    stride: PositiveInt | None = None
+    stride: Count | None = None
     """Tokens from one window's start to the next; a token has at least `window - stride` before it. By default half
     the window."""
 
@@ -144,18 +172,21 @@ class SandboxConfig(Section):
 
     run_code: bool = False
     """Run generated programs at all. Off unless you say so: they are written by a model."""
+    walls: Literal["required", "none"] = "required"
+    """`required`: programs run behind walls (bubblewrap's, or namespaces that kvpipe makes), or not at all. `none`: they
+    may read and change what you may; only the limits below hold."""
     seconds: PositiveFloat = 10.0
     """Longest CPU time of a program; by the clock three times as much."""
-    memory_mb: PositiveInt = 1024
+    memory_mb: Count = 1024
     """Largest address space of a program."""
-    workers: PositiveInt = 1
+    workers: Annotated[int, Field(ge=1, le=1024)] = 1
     """Programs that are run at the same time."""
 
 
 class EvaluateConfig(ScoringConfig):
     """Generation and scoring, the same for every arm."""
 
-    batch_size: PositiveInt = 100
+    batch_size: Count = 100
     """Examples generated side by side."""
     sandbox: SandboxConfig = SandboxConfig()
     """How generated programs are run."""
@@ -165,7 +196,7 @@ class EvaluateConfig(ScoringConfig):
     """Tasks of lm-evaluation-harness that every student is scored on as well (package `lm_eval`)."""
     lm_eval_folder: str | None = None
     """Folder with task files (YAML) of your own, beside those of the package."""
-    lm_eval_limit: PositiveInt | None = None
+    lm_eval_limit: Count | None = None
     """Only the first so many items of each of these tasks."""
 
     @model_validator(mode="before")
@@ -193,11 +224,11 @@ class EvaluateConfig(ScoringConfig):
 class StatsConfig(Section):
     """Intervals and tests."""
 
-    resamples: PositiveInt = 1000
+    resamples: Count = 1000
     """Bootstrap resamples of seeds × items."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     """Confidence of the intervals."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the bootstrap."""
     power: Annotated[float, Field(gt=0, lt=1)] = 0.8
     """Power at which the minimum detectable effect is stated."""

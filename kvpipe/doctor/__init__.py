@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kvpipe.config import Config
 from kvpipe.dag import Paths
+from kvpipe.doctor.arms import examine_arms
 from kvpipe.doctor.asked import Asked, read_profile
 from kvpipe.doctor.container import examine_container
 from kvpipe.doctor.finding import FAIL, OK, WARNING, Finding
@@ -17,6 +18,7 @@ from kvpipe.doctor.slurm import examine_slurm
 from kvpipe.doctor.sources import examine_sources
 from kvpipe.doctor.storage import examine_storage
 from kvpipe.doctor.versions import examine_versions
+from kvpipe.doctor.walls import examine_walls
 
 __all__ = ["FAIL", "OK", "WARNING", "Finding", "examine", "read_profile", "show", "write"]
 
@@ -37,8 +39,10 @@ def examine(config: Config, paths: Paths, asked: Asked | None = None) -> list[Fi
         *examine_container(config, paths, asked),
         *examine_gpu(config, paths, asked),
         *examine_sources(config, paths),
+        *examine_arms(config, paths),
         *examine_storage(config, paths),
         *examine_memory(config, paths, asked),
+        *examine_walls(config, asked),
     ]
 
 

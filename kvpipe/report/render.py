@@ -10,6 +10,7 @@ from jinja2 import Environment, StrictUndefined
 
 from kvpipe import __version__
 from kvpipe.cell import Workspace
+from kvpipe.config import LOSS_ON
 from kvpipe.records import render
 from kvpipe.report import figures, tables, wording
 from kvpipe.report.alignment import token_alignment
@@ -95,6 +96,7 @@ def training(results: Results) -> list[tuple[str, str]]:
         ("seeds", ", ".join(map(str, results.config.seeds))),
         ("optimizer steps", f"{train.steps} of {train.batch_size} examples"),
         ("peak learning rate", f"{train.learning_rate:g}, cosine schedule, {100 * train.warmup:g}% warm-up"),
+        ("cross-entropy on", LOSS_ON[train.loss_on]),
         ("precision", train.precision),
     ]
     for name, label, digits in (("tokens", "student tokens per cell", 0), ("padding_share", "share of padding", 4)):

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kvpipe import fit
+from kvpipe.align.regime import positions_from_mask
 from kvpipe.align.rope import Rope
 from kvpipe.attention import output_cosine
 from kvpipe.batches import collate
@@ -25,6 +26,7 @@ from kvpipe.teacher import spread
 def make_fit(work: Workspace, fit_id: str) -> None:
     """The projectors of all arms that share a fit."""
     arm = work.dag.fit_arm(fit_id)
+    work.check(n for n, one in work.dag.arms.items() if work.dag.needs_fit(one) and work.dag.fit_id(one) == fit_id)
     # the fit sees the true pairs also for arms that shuffle them in training
     teachers = [work.aligned_teacher(arm.model_copy(update={"content": "own"}), t) for t in arm.teachers]
     dst = work.student_encoding("train")
@@ -35,7 +37,7 @@ def make_fit(work: Workspace, fit_id: str) -> None:
     rows = [fit.Rows(a.keys[mask], a.values[mask]) for a in aligned]
     student = queries = None
     if has_weights(work.paths.model(work.config.student)):
-        queries, own, ropes = _student_cache(work, examples, length)
+        queries, own, ropes, positions = _student_cache(work, examples, length)
         student = fit.Rows(
             *(
                 rearrange(x, "layer batch head time dim -> batch time layer head dim")[mask]
@@ -54,15 +56,15 @@ def make_fit(work: Workspace, fit_id: str) -> None:
         with torch.no_grad():
             targets = [p.eval()(a.keys, a.values) for p, a in zip(projectors, aligned, strict=True)]
         document["attention_output_cosine"] = {
-            teacher: output_cosine(queries, own, target, ropes, mask)
+            teacher: output_cosine(queries, own, target, ropes, mask, positions)
             for teacher, target in zip(arm.teachers, targets, strict=True)
         }
     save_projectors(work.paths.projector(fit_id), arm.teachers, projectors, document)
 
 
-def _student_cache(work: Workspace, examples: np.ndarray, length: int) -> tuple[Tensor | None, KV, list[Rope]]:
+def _student_cache(work: Workspace, examples: np.ndarray, length: int) -> tuple[Tensor | None, KV, list[Rope], Tensor]:
     """The pretrained student's queries (None where its family shows none) and cache on the examples, padded to `length`,
-    and its layers' rotary embeddings."""
+    its layers' rotary embeddings, and the positions `(batch, time)`."""
     dst, pad_id = work.student_encoding("train"), work.student_tokenizer.pad_token_id
     device = resolve_device(work.config.train.device)
     model = work.student(0).to(device)
@@ -77,4 +79,5 @@ def _student_cache(work: Workspace, examples: np.ndarray, length: int) -> tuple[
         seen = [kv.keys, kv.values, *([recorder.queries()] if recorder.sees_queries else [])]
         parts.append([pad(x, missing).cpu() for x in seen])
     keys, values, *queries = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
-    return queries[0] if queries else None, KV(keys, values), recorder.ropes
+    inside = torch.arange(length) < torch.from_numpy(dst.lengths[examples])[:, None]
+    return queries[0] if queries else None, KV(keys, values), recorder.ropes, positions_from_mask(inside.long())

@@ -25,6 +25,7 @@ def make_layer_map(work: Workspace, teacher: str) -> None:
     cross-entropy alone (seed 0, training split), as a stand-in for what its layers become.
     """
     config = work.config.layer_map
+    work.check(work.dag.arms_of(teacher))
     reference = _reference_student(work)
     device = next(reference.parameters()).device
     model, pad_id = work.teacher_model(teacher), work.tokenizer(teacher).pad_token_id
@@ -71,11 +72,12 @@ def _reference_student(work: Workspace):
     if has_weights(work.paths.model(work.config.student)) or steps == 0:
         return model
     encoding = work.student_encoding("train")
+    pad_id = work.student_tokenizer.pad_token_id
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=work.config.train.learning_rate, fused=True)
     for examples in schedule(encoding.lengths, work.config.train.batch_size, steps, seed=0, by_length=True):
-        batch = collate(encoding, examples, work.student_tokenizer.pad_token_id).to(device)
+        batch = collate(encoding, examples, pad_id, work.config.train.loss_on).to(device)
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-        masked_mean(token_nll(logits, batch.labels), batch.mask).backward()
+        masked_mean(token_nll(logits, batch.labels), batch.predicted).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

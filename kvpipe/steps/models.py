@@ -13,7 +13,6 @@ from kvpipe.folders import lacking, misfit, no_cache, no_language_model, read_co
 from kvpipe.models import (
     fetch_local,
     fingerprint,
-    has_tokenizer_code,
     link_folder,
     load_tokenizer,
     randomise,
@@ -51,8 +50,8 @@ def make_model(work: Workspace, name: str) -> None:
             tokenizer.save_pretrained(out)
             work.student(seed=0).config.save_pretrained(out)
             source = model.model_dump()
-    _check(work, name, out)
-    if work.trusts(name) or not has_tokenizer_code(out):  # else nothing can be read with it
+    if not isinstance(model, HubModel):  # whose files are checked against the lock, and by `load_model`
+        _check(work, name, out)
         how["tokenizer"] = fingerprint(load_tokenizer(out, work.trusts(name)))
     write_manifest(out, source, **how)
 

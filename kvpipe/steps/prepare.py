@@ -22,6 +22,7 @@ def prepare(work: Workspace, arm_name: str, log=print) -> None:
         if not (paths.model(name) / "MANIFEST.json").is_file():
             log(f"model {name} …")
             make_model(work, name)
+    work.check([arm_name])
     for teacher in arm.teachers:
         wanted = work.dag.needs_layer_map(arm) or work.dag.store_needs_layer_map(teacher)
         if wanted and not paths.layer_map(teacher).is_file():

@@ -11,6 +11,7 @@ from kvpipe.outofmemory import explained, teacher_advice
 def make_shard(work: Workspace, teacher: str, reading, shard: int) -> None:
     """One shard of a teacher's store."""
     config = work.config.store
+    work.check(work.dag.arms_of(teacher))
     encoding = work.teacher_encoding(teacher, "train", reading)
     key = work.store_key(teacher, reading)
     path = work.paths.shard(teacher, reading, shard)

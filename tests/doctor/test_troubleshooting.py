@@ -14,7 +14,7 @@ import torch
 from conftest import PROFILE
 from tiny import build, config, values
 
-from kvpipe import attempts, checkpoint, device, outofmemory, store
+from kvpipe import attempts, checkpoint, device, export, outofmemory, store
 from kvpipe import train as training
 from kvpipe.cell import Workspace
 from kvpipe.config import LayerConfig, StoreConfig, TrainConfig, load
@@ -254,6 +254,7 @@ TRAINING = {
     "NaN",
     "A checkpoint of another configuration",
     "A damaged checkpoint",
+    "The saved student differs",
     "The layer map is missing",
     "A text is too long",
     "A key that does not exist",
@@ -323,13 +324,16 @@ def test_training(cell, capsys, monkeypatch, tmp_path):
     newest = tmp_path / "checkpoints" / "step-00000004"
     said["A checkpoint of another configuration"] = raised(go, {"train.learning_rate": 1e-4})
     with monkeypatch.context() as context:
-        context.setattr(checkpoint, "save_file", full_disk)
+        context.setattr(checkpoint, "save_tensors", full_disk)
         said["Disk or quota full while a checkpoint is written"] = raised(go, {"train.checkpoint_every": 5})
     data = bytearray((newest / checkpoint.TENSORS).read_bytes())
     data[-3] ^= 1
     (newest / checkpoint.TENSORS).write_bytes(data)
     said["Disk or quota full while results are written"] = file_limit(go, {"train.checkpoint_every": 100})
     assert newest.exists(), "what the run can go on from is kept"
+    with monkeypatch.context() as context:
+        context.setattr(export, "TOLERANCE", {torch.float32: -1.0})
+        said["The saved student differs"] = raised(go, {"train.checkpoint_every": 100})
     said["A damaged checkpoint"] = capsys.readouterr().out
     go({"train.checkpoint_every": 100})
     assert (tmp_path / "out" / "cost.json").is_file()

@@ -14,6 +14,9 @@ if not workflow.config_settings.configfiles:
 
 
 try:
+    # Snakemake has read these already; of a key that stands twice it kept the last
+    for path in workflow.configfiles:
+        configuration.read(path)
     config = configuration.with_lock(config, workflow.configfiles)
     PLAN = Dag(configuration.parse(config, origin=", ".join(map(str, workflow.configfiles)) or "configuration"))
 except configuration.ConfigError as error:
