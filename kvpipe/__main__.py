@@ -11,6 +11,7 @@ import typer
 
 from kvpipe.config import Config, ConfigError, load, lock_path
 from kvpipe.dag import Dag, Paths
+from kvpipe.problems import printable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,7 +30,12 @@ CONFIG = [Path("config/config.yaml")]
 RESULTS = Path("results")
 PROFILE = Path("profiles/slurm")
 # what a user can mend is told without a traceback
-USER_ERRORS = (ConfigError, OSError, KeyError, ValueError, RuntimeError, ArithmeticError, ModuleNotFoundError)
+USER_ERRORS = (ConfigError, OSError, KeyError, ValueError, RuntimeError, ArithmeticError, ImportError, MemoryError)
+
+
+def _say(text: object, err: bool = False) -> None:
+    """Print; what names and data bring along cannot command the terminal."""
+    typer.echo(printable(str(text)), err=err)
 
 
 def _writable_file(out: Path | None) -> Path | None:
@@ -91,11 +97,11 @@ def doctor(
     if probe:
         from kvpipe.doctor.probe import probe as try_cluster
 
-        typer.echo(try_cluster(asked, paths, log=lambda line: typer.echo(line, err=True)))
+        _say(try_cluster(asked, paths, log=lambda line: _say(line, err=True)))
     findings = ward.examine(settings, paths, asked)
     if out is not None:
         ward.write(findings, out)
-    typer.echo(ward.as_json(findings) if as_json else ward.show(findings), err=probe)
+    _say(ward.as_json(findings) if as_json else ward.show(findings), err=probe)
     if any(finding.status == ward.FAIL for finding in findings):
         raise typer.Exit(1)
 
@@ -104,9 +110,11 @@ def doctor(
 def data(config: ConfigFile = CONFIG, results: Results = RESULTS, overrides: Overrides = None) -> None:
     """Write the train, validation and test splits."""
     from kvpipe.data import build
+    from kvpipe.made import note
 
     settings, paths = _experiment(config, results, overrides)
     build(settings.data, paths.data("train").parent)
+    note(Dag(settings), paths, "data")
 
 
 @app.command()
@@ -122,7 +130,7 @@ def lock(
     settings, paths = _experiment(config, results, overrides)
     found = lock(settings, update)
     if not found:
-        typer.echo("nothing to lock: no cell needs a model of the hub (source: hub)")
+        _say("nothing to lock: no cell needs a model of the hub (source: hub)")
         return
     path = lock_path(config[0])
     write_lock(path, found)
@@ -130,13 +138,13 @@ def lock(
     for name, model in hub_models(settings).items():
         pinned = found[model.pin]
         size = sum(file.size for file in pinned.files.values())
-        typer.echo(
+        _say(
             f"{name}: {model.pin} is {pinned.commit}, licence {pinned.license or 'not stated'}, "
             f"{size / GB:.2f} GB, {missing.get(name, 0) / GB:.2f} GB of them to download"
         )
     for line in absent(settings.libraries):
-        typer.echo(line)
-    typer.echo(f"written to {path}")
+        _say(line)
+    _say(f"written to {path}")
     check_room(missing, paths.root)
 
 
@@ -181,10 +189,10 @@ def pretrain(
         recipe, path = getattr(model, "recipe", None), getattr(model, "path", None)
         if recipe is None or path is None or only not in (None, name):
             continue
-        typer.echo(f"{name} → {path}")
+        _say(f"{name} → {path}")
         out = Path(path)
         out.mkdir(parents=True, exist_ok=True)
-        write_manifest(out, train_teacher(recipe, settings.data, out, log=typer.echo))
+        write_manifest(out, train_teacher(recipe, settings.data, out, log=_say))
 
 
 @app.command("layer-map")
@@ -257,13 +265,15 @@ def train(
     teacher: Annotated[list[Path] | None, typer.Option(help="Instead of a configuration: model folder(s).")] = None,
     student: Annotated[Path | None, typer.Option(help="With --teacher: the student's model folder.")] = None,
     data: Annotated[Path | None, typer.Option(help="With --teacher: JSONL or Parquet; columns prompt, answer.")] = None,
+    made: Annotated[bool, typer.Option("--made", help="Make nothing first: Snakemake has made it.")] = False,
     config: ConfigFile = CONFIG,
     results: Results = RESULTS,
     overrides: Overrides = None,
 ) -> None:
-    """Train one cell; what it needs and is not there yet is made first."""
+    """Train one cell; what it needs is made first where it is not there, or was made from something else."""
     from kvpipe.direct import keep
     from kvpipe.steps.prepare import prepare
+    from kvpipe.train import check_settings
     from kvpipe.train import train as train_cell
 
     if teacher:
@@ -272,10 +282,12 @@ def train(
         raise typer.BadParameter("give either --arm, or --teacher, --student, --data and --out")
     else:
         work = _workspace(config, results, overrides)
-    prepare(work, arm, log=typer.echo)
+    check_settings(work.config.train, log=lambda *_: None)  # its notes come when the cell begins
+    if not made:
+        prepare(work, arm, log=_say)
     folder = out or work.paths.cell(arm, seed)
     kept = checkpoints or (folder.with_name(folder.name + ".checkpoints") if out else work.paths.checkpoints(arm, seed))
-    train_cell(work, arm, seed, folder, kept, log=typer.echo)
+    train_cell(work, arm, seed, folder, kept, log=_say)
     if teacher:
         keep(work.config, work.paths, folder)
 
@@ -313,12 +325,20 @@ def evaluate(
     settings, records, trust = work.config, work.records(split), work.trusts_folder(folder)
     torch.set_num_threads(settings.train.threads)
     with explained("scoring", evaluation_advice(settings.evaluate)):
-        table = run(folder, records, settings.data.template, settings.evaluate, _device(settings), trust=trust)
+        table = run(
+            folder,
+            records,
+            settings.data.template,
+            settings.evaluate,
+            _device(settings),
+            trust=trust,
+            context=settings.data.context,
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     table.to_parquet(out, index=False)
     bits, judged = table.nll.sum() / math.log(2) / table.bytes.sum(), table.correct.dropna()
     right = f", {judged.astype(float).mean():.1%} of {len(judged)} answers right" if len(judged) else ""
-    typer.echo(f"{split}: {len(table)} items, {bits:.4f} bits per byte of reasoning and answer{right}")
+    _say(f"{split}: {len(table)} items, {bits:.4f} bits per byte of reasoning and answer{right}")
 
 
 @app.command("lm-eval")
@@ -340,7 +360,7 @@ def lm_eval(
     result = run_tasks(model, settings.evaluate, _device(settings), work.trusts_folder(model))
     write(result, out)
     for task, found in result["tasks"].items():
-        typer.echo(f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in found["metrics"].items()))
+        _say(f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in found["metrics"].items()))
 
 
 @app.command()
@@ -361,7 +381,12 @@ def untrained(
     student = work.student(work.config.seeds[0]).to(_device(work.config)).eval()
     with explained("scoring", evaluation_advice(work.config.evaluate)):
         table = evaluate_model(
-            student, work.student_tokenizer, work.records("test"), work.config.data.template, work.config.evaluate
+            student,
+            work.student_tokenizer,
+            work.records("test"),
+            work.config.data.template,
+            work.config.evaluate,
+            context=work.config.data.context,
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     table.to_parquet(out, index=False)
@@ -392,7 +417,7 @@ def audit(config: ConfigFile = CONFIG, results: Results = RESULTS, overrides: Ov
 
     settings, paths = _experiment(config, results, overrides)
     for found in check(settings, paths, paths.root / "audit.json"):
-        typer.echo(f"{found.status:>8}  {found.name}: {found.detail}")
+        _say(f"{found.status:>8}  {found.name}: {found.detail}")
 
 
 @app.command()
@@ -446,7 +471,7 @@ def model_card(
     from kvpipe.card import write
 
     settings, paths = _trained(cell, config, results, overrides)
-    typer.echo(write(Dag(settings), paths, arm, cell or paths.cell(arm, seed)))
+    _say(write(Dag(settings), paths, arm, cell or paths.cell(arm, seed)))
 
 
 @app.command()
@@ -464,7 +489,7 @@ def publish(
     from kvpipe.card import publish
 
     settings, paths = _trained(cell, config, results, overrides)
-    publish(Dag(settings), paths, arm, cell or paths.cell(arm, seed), repo, private=not public, log=typer.echo)
+    publish(Dag(settings), paths, arm, cell or paths.cell(arm, seed), repo, private=not public, log=_say)
 
 
 @app.command()
@@ -485,7 +510,7 @@ def align(
         load_tokenizer(Path(src_tokenizer)), load_tokenizer(Path(dst_tokenizer)), text, mode, as_json
     )
     if as_json:
-        typer.echo(shown)
+        _say(shown)
     else:
         rich.print(shown)
 
@@ -518,11 +543,13 @@ def main() -> None:
     except Exception as error:
         # safetensors has an error of its own for a full disk or a damaged file; importing it here would cost every call
         mendable = isinstance(error, USER_ERRORS) or type(error).__name__ == "SafetensorError"
-        if os.environ.get("KVPIPE_TRACEBACK") or not mendable:
+        if os.environ.get("KVPIPE_TRACEBACK", "0") not in ("", "0") or not mendable:
             raise
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        typer.secho(f"{type(error).__name__}: {message}", fg="red", err=True)
-        typer.echo("(set KVPIPE_TRACEBACK=1 for the traceback)", err=True)
+        if isinstance(error, MemoryError) and not error.args:
+            message = "this process may not have more memory (ulimit -v, or the job's limit); raise it"
+        typer.secho(printable(f"{type(error).__name__}: {message}"), fg="red", err=True)
+        _say("(set KVPIPE_TRACEBACK=1 for the traceback)", err=True)
         raise SystemExit(1) from None
 
 

@@ -12,6 +12,7 @@ from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 
 from kvpipe.config import ScoringConfig
+from kvpipe.patterns import budget
 
 LONGEST = 400
 """Numbers with more digits stay as they are written: `1e999999` need not be written out."""
@@ -82,7 +83,9 @@ def extract(text: str, config: ScoringConfig) -> str | None:
     if config.scorer == "number":
         text = plain(text)
     for pattern in [config.answer_pattern] if isinstance(config.answer_pattern, str) else config.answer_pattern:
-        for match in reversed(list(re.finditer(pattern, text))):
+        with budget(f"evaluate.answer_pattern {pattern!r}"):
+            matches = list(re.finditer(pattern, text))
+        for match in reversed(matches):
             answer = next((group for group in match.groups() if group is not None), "")
             while inner := re.fullmatch(r"\s*\\(?:boxed|fbox)\s*\{(.*)\}\s*", answer, re.DOTALL):
                 answer = inner[1]

@@ -8,6 +8,7 @@ of; a card shows those of exactly its own.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from kvpipe import hub
 from kvpipe.config import LOSS_ON, Arm, HubData
 from kvpipe.dag import Dag, Paths
 from kvpipe.data import SOURCES
+from kvpipe.problems import printable
 from kvpipe.provenance import folder_digest
 
 METRICS = {
@@ -28,6 +30,14 @@ METRICS = {
 }
 """Metrics of `stats/arms.csv` that a card shows: those of the model, not of its training."""
 SEVERAL = "licences-of-student-and-teachers"
+
+
+_MARKS = re.compile(r"[\\`*_\[\]<>|~#!&$]")
+
+
+def plain(text: object) -> str:
+    """Text in Markdown that means itself: names and data can bring neither marks nor HTML, and stay on their line."""
+    return _MARKS.sub(r"\\\g<0>", printable(" ".join(str(text).splitlines())))
 
 
 # ---------------------------------------------------------------- what is known of a model
@@ -101,7 +111,7 @@ def card(dag: Dag, paths: Paths, arm_name: str, cell: Path) -> str:
     parts = [
         _front_matter(dag, paths, arm, licences),
         f"# {arm_name}, seed {provenance['seed']}\n",
-        f"A student trained by kvpipe under the arm `{arm_name}`{f': {arm.label}' if arm.label else ''}. It loads with "
+        f"A student trained by kvpipe under the arm `{arm_name}`{f': {plain(arm.label)}' if arm.label else ''}. It loads with "
         "`AutoModelForCausalLM.from_pretrained` and needs nothing of kvpipe.\n",
         "## Models\n",
         _models(dag, paths, arm, licences),
@@ -145,7 +155,7 @@ def _front_matter(dag: Dag, paths: Paths, arm: Arm, licences: dict[str, str | No
 def _models(dag: Dag, paths: Paths, arm: Arm, licences: dict[str, str | None]) -> str:
     names = {"student": dag.config.student} | {f"teacher {i + 1}": name for i, name in enumerate(arm.teachers)}
     rows = [
-        f"| {role} | {name} | {origin(dag, paths, name)} | {licences.get(name) or 'not stated'} |"
+        f"| {role} | {plain(name)} | {plain(origin(dag, paths, name))} | {plain(licences.get(name) or 'not stated')} |"
         for role, name in names.items()
     ]
     table = "| | name | origin | licence |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
@@ -162,14 +172,14 @@ def _repo(source: Any) -> str | None:
 def _data(dag: Dag, paths: Paths) -> str:
     commits = _commits(paths)
     sources = "\n".join(
-        f"- {source.task}: {_repo(source) or source.kind}{commits.get(source.task, '')}"
+        f"- {plain(source.task)}: {plain(_repo(source) or source.kind)}{plain(commits.get(source.task, ''))}"
         for source in dag.config.data.sources
     )
     counts = []
     for split in ("train", "validation", "test"):
         if paths.data(split).is_file():
             tasks = pd.read_parquet(paths.data(split), columns=["task"]).task.value_counts(sort=False)
-            counts.append(f"| {split} | " + ", ".join(f"{n:,} {task}" for task, n in tasks.items()) + " |")
+            counts.append(f"| {split} | " + ", ".join(f"{n:,} {plain(task)}" for task, n in tasks.items()) + " |")
     sources += f"\n- cross-entropy on {LOSS_ON[dag.config.train.loss_on]}"
     return f"{sources}\n\n| split | records |\n|---|---|\n" + "\n".join(counts) + "\n"
 
@@ -203,10 +213,10 @@ def _results(paths: Paths, arm: Arm, provenance: dict[str, Any], digest: str) ->
         if (metric, task) in means.index:
             mean = means.loc[metric, task]
             lines.append(
-                f"| {METRICS[metric]} | {task} | {found} | {mean['mean']:.4g} ({mean.low:.4g}, {mean.high:.4g}) |"
+                f"| {METRICS[metric]} | {plain(task)} | {found} | {mean['mean']:.4g} ({mean.low:.4g}, {mean.high:.4g}) |"
             )
         elif found != "–":
-            lines.append(f"| {METRICS[metric]} | {task} | {found} | – |")
+            lines.append(f"| {METRICS[metric]} | {plain(task)} | {found} | – |")
     text = "On held-out items: this model"
     if not means.empty:
         count = f"{int(means.n_seeds.max())} seeds (this model is one of them) and {int(means.n_items.max()):,} items"
@@ -228,7 +238,8 @@ def _read(path: Path, models: str) -> pd.DataFrame:
 def _against_control(contrasts: pd.DataFrame, arm_name: str) -> str:
     kept = (contrasts.arm == arm_name) & (contrasts.reference == "control") & contrasts.metric.isin(list(METRICS))
     lines = [
-        f"| {METRICS[row.metric]} | {row.task} | {row.estimate:+.4g} ({row.low:+.4g}, {row.high:+.4g}) | {row.p_holm:.3g} |"
+        f"| {METRICS[row.metric]} | {plain(row.task)} | {row.estimate:+.4g} ({row.low:+.4g}, {row.high:+.4g}) "
+        f"| {row.p_holm:.3g} |"
         for row in contrasts[kept].itertuples()
     ]
     if not lines:

@@ -26,6 +26,7 @@ from kvpipe.encoding import Encoding, encode_records
 from kvpipe.files import save_tensors
 from kvpipe.fuse import build_fusion
 from kvpipe.layermap import LayerPlan, layer_plan
+from kvpipe.limits import Limits
 from kvpipe.misfits import misfits
 from kvpipe.models import (
     build_model,
@@ -36,11 +37,12 @@ from kvpipe.models import (
     random_model,
 )
 from kvpipe.project import Geometry, Projector, build_projector
+from kvpipe.provenance import content_digest, read_json, verify
 from kvpipe.records import Record, read_records
 from kvpipe.sizes import shape
 from kvpipe.store import GB, Store, StoreKey, forward_rows
 from kvpipe.teacher import AlignedTeacher, LiveRows, RowSource, StoredRows
-from kvpipe.timemap import build_time_map, derangement
+from kvpipe.timemap import build_time_map, derangement, shared_spans
 from kvpipe.tokens import common_prefix_positions, token_bytes
 
 
@@ -54,6 +56,7 @@ class Workspace:
     def __post_init__(self) -> None:
         self.dag = Dag(self.config)
         self._encodings: dict[tuple, Encoding] = {}
+        self._limits: dict[str, Limits] = {}
 
     # ------------------------------------------------------------ models
     def trusts(self, name: str) -> bool:
@@ -101,15 +104,24 @@ class Workspace:
         key = (model, split, reading)
         if key not in self._encodings:
             student = model == self.config.student
-            self._encodings[key] = encode_records(
-                self.records(split),
-                self.student_tokenizer if student else self.tokenizer(model),
+            records, tokenizer = self.records(split), self.student_tokenizer if student else self.tokenizer(model)
+            encoding = encode_records(
+                records,
+                tokenizer,
                 self.config.data.template,
                 reading,
                 end=end,
                 max_length=self.config.train.max_length if student else None,
             )
+            self.limits(model).check(encoding, records, tokenizer)
+            self._encodings[key] = encoding
         return self._encodings[key]
+
+    def limits(self, model: str) -> Limits:
+        """What a model can read; one object for each, which warns once."""
+        if model not in self._limits:
+            self._limits[model] = Limits.of(repr(model), self.model_config(model), self.config.data.context)
+        return self._limits[model]
 
     def student(self, seed: int, init: Literal["student", "random"] = "student"):
         """The student before training: its pretrained weights, or drawn by the seed."""
@@ -242,10 +254,23 @@ class Workspace:
     def projectors(self, arm: Arm, layers: list[tuple[int, ...]]) -> list[Projector]:
         """Fitted projectors of an arm."""
         path = self.paths.projector(self.dag.fit_id(arm))
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: run `kvpipe fit` first")
+        document, run = path.with_suffix(".json"), f"run `kvpipe fit --fit {path.stem}`"
+        for file in (path, document):
+            if not file.is_file():
+                raise FileNotFoundError(f"{file} is missing: {run} first")
+        described = read_json(document, run)
+        verify(path, described.get("sha256", ""), document, run)
         tensors = load_file(path)
         projectors = self.new_projectors(arm, layers)
+        expected = {
+            f"{teacher}/{name}": tensor.shape
+            for teacher, projector in zip(arm.teachers, projectors, strict=True)
+            for name, tensor in projector.state_dict().items()
+        }
+        found = {name: tensor.shape for name, tensor in tensors.items()}
+        other = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        if other:
+            raise ValueError(f"{path} does not fit the arm {arm.teachers}: tensors {other[:3]}; {run}")
         for teacher, projector in zip(arm.teachers, projectors, strict=True):
             prefix = f"{teacher}/"
             projector.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
@@ -293,7 +318,7 @@ class Workspace:
     def top_logits(self, arm: Arm, teacher: str) -> TopLogits:
         """A teacher's next-token candidates on the student's rows, in student ids."""
         src, dst = self.teacher_encoding(teacher, "train", "student"), self.student_encoding("train")
-        pairs = common_prefix_positions(*(_separated(e) for e in (src, dst)))
+        pairs = common_prefix_positions(*shared_spans(src, dst))
         if self.config.store.mode == "stored":
             store = self.store(teacher, "student")
             ids, logprobs = store.rows("top_ids"), store.rows("top_logprobs")
@@ -321,13 +346,6 @@ class Workspace:
         return out
 
 
-def _separated(encoding: Encoding) -> Tensor:
-    """Spans with a byte range of its own for every example, so that all are aligned in one call."""
-    ends = encoding.byte_segments[:, -1, 1] + 1
-    base = np.repeat(np.cumsum(ends) - ends, encoding.lengths)
-    return torch.from_numpy(encoding.spans + base[:, None])
-
-
 def token_twins(src_tokenizer, dst_tokenizer) -> np.ndarray:
     """For every source token id the destination id that stands for the same text, or −1.
 
@@ -353,4 +371,5 @@ def save_projectors(path: Path, teachers: list[str], projectors: list[Projector]
         for name, tensor in projector.state_dict().items()
     }
     save_tensors(tensors, path, {"fit": json.dumps(document, sort_keys=True)})
+    document = {**document, "sha256": content_digest(path)}
     path.with_suffix(".json").write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")

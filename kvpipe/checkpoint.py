@@ -76,6 +76,7 @@ def save(
         _flush(partial / TENSORS)
         state = {"step": step, "history": history, "counters": counters, "spec": spec}
         state["tensors_sha256"] = sha256((partial / TENSORS).read_bytes()).hexdigest()
+        state["sha256"] = _digest(state)
         with (partial / STATE).open("w", encoding="utf-8") as handle:
             json.dump(state, handle)
             handle.flush()
@@ -148,14 +149,19 @@ def _flush(path: Path) -> None:
 def _sound(path: Path) -> dict[str, Any] | None:
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        whole = sha256((path / TENSORS).read_bytes()).hexdigest() == state["tensors_sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:  # TypeError: JSON, but no mapping
+        whole = state.pop("sha256") == _digest(state)
+        whole = whole and sha256((path / TENSORS).read_bytes()).hexdigest() == state["tensors_sha256"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the last two: JSON, but no mapping
         print(f"checkpoint {path} cannot be read ({error}); trying the one before")
         return None
     if not whole:
         print(f"checkpoint {path} is damaged (checksum differs); trying the one before")
         return None
     return state
+
+
+def _digest(state: dict[str, Any]) -> str:
+    return sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _check(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:

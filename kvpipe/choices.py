@@ -3,42 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 
+from kvpipe.chat import rendered
 from kvpipe.config import Template
-from kvpipe.encoding import encode_records
+from kvpipe.encoding import Encoding, encode_texts
 from kvpipe.likelihood import score, scoring_batches
 from kvpipe.records import Record
+from kvpipe.segments import Segmented
 
 MARK = "\0"
-PLAIN = Template(prompt="{prompt}", reasoning="", answer="{answer}")
 
 
-def choice_nll(
-    model, tokenizer, records: Sequence[Record], template: Template, pad_id: int, batch_size: int
-) -> list[list[float]]:
-    """Nats of each choice behind everything the template writes before it, per record.
+def variants(tokenizer, records: Sequence[Record], template: Template) -> list[Segmented]:
+    """Each record's choices in turn: everything the template writes before the answer as the prompt, then a choice.
 
     White space before a choice counts with it, as in lm-evaluation-harness; what the template writes behind it is left out.
 
     Raises:
         ValueError: a record has no choices; names it.
     """
-    variants = []
+    found = []
     for record in records:
         if record.choices is None:
             raise ValueError(f"record {record.id!r} has no choices, which evaluate.…scorer: choice needs")
-        prompt = template.of(record.task).prompt.format(prompt=record.prompt)
-        lead, _, _ = template.of(record.task).answer.format(answer=MARK).partition(MARK)
+        text = rendered(tokenizer, replace(record, reasoning="", answer=MARK), template)
+        before = text.prompt + text.answer.partition(MARK)[0]
         # what all choices share must not be in their nats: divided by the bytes of each it would favour the longest
-        context = (prompt + lead).rstrip()
-        space = (prompt + lead)[len(context) :]
-        variants += [Record(record.id, record.task, context, "", space + choice) for choice in record.choices]
-    if not variants:
+        context = before.rstrip()
+        found += [Segmented(context, "", before[len(context) :] + choice) for choice in record.choices]
+    return found
+
+
+def choice_encoding(tokenizer, records: Sequence[Record], template: Template) -> Encoding:
+    """The `variants` of some records, encoded."""
+    names = [record.id for record in records for _ in record.choices or ()]
+    return encode_texts(names, variants(tokenizer, records, template), tokenizer, template.chat_template)
+
+
+def choice_nll(
+    model, tokenizer, records: Sequence[Record], template: Template, pad_id: int, batch_size: int
+) -> list[list[float]]:
+    """Nats of each choice behind everything the template writes before it, per record; see `variants`."""
+    if not records:
         return []
-    encoding = encode_records(variants, tokenizer, PLAIN)
+    encoding = choice_encoding(tokenizer, records, template)
     nll = iter(score(model, encoding, scoring_batches(encoding, pad_id, batch_size)).nll.tolist())
     return [[next(nll) for _ in record.choices or ()] for record in records]
 

@@ -216,12 +216,9 @@ class Dag:
         data = {"pretrain": self._depends_data(), "scratch": self.config.data.template.model_dump()}
         return {"source": source, "data": data.get(source["source"])}
 
-    def _depends_doctor(self) -> dict:
-        return {"models": sorted(self.config.models), "lora": self.config.train.lora is not None}
-
     def _depends_data(self) -> dict:
         # n-grams decide what is dropped; where they only refuse, the audit counts them again
-        unread = {"template"} if self.config.data.leakage == "drop" else {"template", "ngram"}
+        unread = {"template", "context"} | (set() if self.config.data.leakage == "drop" else {"ngram"})
         return self.config.data.model_dump(exclude=unread)
 
     def _depends_teacher_kv(self, teacher: str) -> dict:

@@ -14,6 +14,7 @@ from kvpipe.config import DataConfig, EmbeddedData, FileData, HubData
 from kvpipe.corpus import generate
 from kvpipe.leakage import duplicates, leaks
 from kvpipe.mapping import to_record
+from kvpipe.patterns import budget
 from kvpipe.records import SPLITS, Record, write_records
 from kvpipe.rows import read
 
@@ -93,10 +94,12 @@ def _records(
     records = []
     left_out = []
     for number, (row, place) in enumerate(zip(found.rows, found.places, strict=True)):
-        if any(re.search(rule, str(row.get(column, ""))) for column, rule in source.leave_out.items()):
-            left_out.append(place)
-            continue
         try:
+            with budget(f"leave_out: {', '.join(source.leave_out)}"):
+                leave = any(re.search(rule, str(row.get(column, ""))) for column, rule in source.leave_out.items())
+            if leave:
+                left_out.append(place)
+                continue
             records.append(to_record(row, source, f"{source.task}-{split}-{number:05d}"))
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None

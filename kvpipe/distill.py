@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from kvpipe.batches import Batch
 from kvpipe.capture import Recorder
 from kvpipe.config import Arm, ScheduleConfig
-from kvpipe.fuse import Fused, Fusion, collapse_report, entropy, mean_weights
+from kvpipe.fuse import Fused, Fusion, collapse_report, mean_weights, position_entropy
 from kvpipe.fuse import Targets as TeacherCaches
-from kvpipe.losses import Schedule, kv_loss, logit_kd_loss, masked_mean, relation_loss, target_std
+from kvpipe.losses import Schedule, kv_loss, logit_kd_loss, masked_sum, pooled_std, relation_loss, target_moments
 from kvpipe.project import Projector
 from kvpipe.shapes import KV
-from kvpipe.teacher import AlignedTeacher
+from kvpipe.teacher import Aligned, AlignedTeacher
 
 
 @dataclass(frozen=True)
 class Term:
-    """One loss term of a step and its weight λ."""
+    """One loss term and its weight λ. The values of all parts of a batch add up to the batch's."""
 
     value: Float[Tensor, ""]
     weight: float
@@ -33,22 +33,70 @@ class Term:
 
 @dataclass(frozen=True)
 class Step:
-    """The terms of one step and numbers worth logging (scalars on the CPU, computed only when asked for)."""
+    """The terms of one step, and numbers worth logging, computed only when asked for.
+
+    Each is a sum and what it is divided by (on the CPU): those of a batch's parts are added before the division.
+    """
 
     terms: dict[str, Term]
-    watch: Callable[[], dict[str, float]]
+    watch: Callable[[], dict[str, tuple[float, float]]]
+
+
+Whole = dict[str, Tensor]
+"""What a term is divided by, over the whole batch: counts of positions, and under `scale: std` deviations per layer."""
 
 
 class Distiller(nn.Module):
-    """Interface: one call per step, after the student's forward."""
+    """Interface: what the teachers say of a batch, what is measured of it, and the loss against it.
+
+    A batch comes in parts, micro-batches and processes. `read` asks the teachers, once a part; `target` makes of it
+    what the student is held against; `measure` gives a row of sums of it, and `whole` what the rows of all parts
+    amount to; `terms` are a part's share of the whole's loss. A call is all of them, for a batch in one part.
+    """
 
     needs_hidden = False
+    reads_student = False
+    """Whether the target depends on the student's forward."""
+    unit: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        # says on which device and in which precision the distiller computes
+        self.register_buffer("unit", torch.ones(()), persistent=False)
+
+    def read(self, batch: Batch) -> Any:
+        """What the teachers say of a part; nothing here depends on what trains."""
+        raise NotImplementedError
+
+    def target(self, batch: Batch, read: Any, hidden: Tensor | None, recorder: Recorder | None) -> Any:
+        """The target; with `reads_student`, of the forward that was just recorded."""
+        return read
+
+    def measure(self, batch: Batch, target: Any) -> Float[Tensor, "sum"]:
+        """A row of sums of a part."""
+        raise NotImplementedError
+
+    def whole(self, rows: Float[Tensor, "part sum"]) -> Whole:
+        """What all parts' rows amount to."""
+        raise NotImplementedError
+
+    def terms(
+        self, batch: Batch, target: Any, whole: Whole, logits: Tensor, recorder: Recorder, progress: tuple[int, int]
+    ) -> Step:
+        """A part's share of the loss terms of a batch; `progress` is (step, steps)."""
+        raise NotImplementedError
 
     def forward(
         self, batch: Batch, logits: Tensor, hidden: Tensor | None, recorder: Recorder, progress: tuple[int, int]
-    ):
-        """Loss terms for a batch; `progress` is (step, steps)."""
-        raise NotImplementedError
+    ) -> Step:
+        """The loss terms of a batch in one part."""
+        target = self.target(batch, self.read(batch), hidden, recorder)
+        whole = self.whole(self.measure(batch, target)[None])
+        return self.terms(batch, target, whole, logits, recorder, progress)
+
+
+Projected = tuple[KV, Bool[Tensor, "batch time"]]
+"""A cache in the student's shape, and where it has a target."""
 
 
 @runtime_checkable
@@ -57,8 +105,12 @@ class Targets(Protocol):
 
     name: str
 
-    def fetch(self, examples: Int64[np.ndarray, "batch"], length: int) -> tuple[KV, Bool[Tensor, "batch time"]]:
-        """The cache in the student's shape, and where it has a target."""
+    def read(self, examples: Int64[np.ndarray, "batch"], length: int) -> Callable[[], Projected]:
+        """Ask the teacher for a batch; what is returned projects it, any number of times."""
+        ...
+
+    def fetch(self, examples: Int64[np.ndarray, "batch"], length: int) -> Projected:
+        """Both at once."""
         ...
 
 
@@ -69,11 +121,19 @@ class ProjectedTargets(nn.Module):
         super().__init__()
         self.name, self.teacher, self.projector = teacher.name, teacher, projector
 
-    def fetch(self, examples: Int64[np.ndarray, "batch"], length: int) -> tuple[KV, Bool[Tensor, "batch time"]]:
-        """One batch."""
+    def read(self, examples: Int64[np.ndarray, "batch"], length: int) -> Callable[[], Projected]:
+        """Aligned now, projected when called."""
         aligned = self.teacher.aligned(examples, length)
-        device = next(self.projector.parameters()).device
-        return self.projector(aligned.keys.to(device), aligned.values.to(device)), aligned.mask.to(device)
+
+        def project() -> Projected:
+            like = next(self.projector.parameters())
+            return self.projector(aligned.keys.to(like), aligned.values.to(like)), aligned.mask.to(like.device)
+
+        return project
+
+    def fetch(self, examples: Int64[np.ndarray, "batch"], length: int) -> Projected:
+        """One batch."""
+        return self.read(examples, length)()
 
 
 class HeldTargets:
@@ -105,7 +165,11 @@ class HeldTargets:
         g = projector.geometry
         return int(teacher.dst_offsets[-1]) * 2 * g.dst_layers * g.dst_heads * g.dst_dim * 4
 
-    def fetch(self, examples: Int64[np.ndarray, "batch"], length: int) -> tuple[KV, Bool[Tensor, "batch time"]]:
+    def read(self, examples: Int64[np.ndarray, "batch"], length: int) -> Callable[[], Projected]:
+        """Gathered when called."""
+        return lambda: self.fetch(examples, length)
+
+    def fetch(self, examples: Int64[np.ndarray, "batch"], length: int) -> Projected:
         """One batch."""
         place = np.arange(length)[None] + self.offsets[examples][:, None]
         inside = place < self.offsets[examples + 1][:, None]
@@ -118,6 +182,16 @@ def build_targets(teacher: AlignedTeacher, projector: Projector, frozen: bool, r
     """Targets of one teacher, held in memory where the projector is frozen and they fit into `room` bytes."""
     targets = ProjectedTargets(teacher, projector.requires_grad_(not frozen).train(not frozen))
     return HeldTargets(targets) if frozen and HeldTargets.bytes(teacher, projector) <= room else targets
+
+
+@dataclass(frozen=True)
+class FusedTarget:
+    """Fused keys (`k`) and values (`v`) of the layers that are matched, and which positions count in them."""
+
+    caches: dict[str, Float[Tensor, "layer batch head time dim"]]
+    fused: Fused
+    present: Bool[Tensor, "teacher batch time"]
+    mask: Bool[Tensor, "batch time"]
 
 
 class KVDistiller(Distiller):
@@ -136,58 +210,89 @@ class KVDistiller(Distiller):
         self.projecting = nn.ModuleList(t for t in targets if isinstance(t, nn.Module))
         self.fusion = fusion
         self.needs_hidden = arm.fuse.kind == "learnable"
+        self.reads_student = arm.fuse.kind in ("learnable", "attention")
+        self.layers = slice(None) if arm.loss.layers is None else list(arm.loss.layers)
+        weights = {"k": arm.loss.lambda_k, "v": arm.loss.lambda_v}
+        self.weights = {name: weight for name, weight in weights.items() if weight > 0}
 
-    def forward(
-        self, batch: Batch, logits: Tensor, hidden: Tensor | None, recorder: Recorder, progress: tuple[int, int]
-    ):
-        """Terms `k` and `v`, and `entropy` where it is weighted."""
-        config, device = self.arm.loss, logits.device
-        fetched = [targets.fetch(batch.examples, batch.input_ids.shape[1]) for targets in self.targets]
-        student = recorder.kv()
-        present = torch.stack([mask for _, mask in fetched]).to(device)
+    def read(self, batch: Batch) -> list[Callable[[], Projected]]:
+        """Every teacher's cache, not projected yet: a trainable projector moves between steps."""
+        return [targets.read(batch.examples, batch.input_ids.shape[1]) for targets in self.targets]
+
+    def target(self, batch: Batch, read: Any, hidden: Tensor | None, recorder: Recorder | None) -> FusedTarget:
+        """The fused caches and where they count."""
+        device = batch.input_ids.device
+        projected = [project() for project in read]
+        present = torch.stack([mask for _, mask in projected]).to(device)
+        caches = TeacherCaches(
+            torch.stack([kv.keys for kv, _ in projected]).to(device, self.unit.dtype),
+            torch.stack([kv.values for kv, _ in projected]).to(device, self.unit.dtype),
+        )
         fused = self.fusion(
-            TeacherCaches(
-                torch.stack([kv.keys for kv, _ in fetched]).to(device),
-                torch.stack([kv.values for kv, _ in fetched]).to(device),
-            ),
+            caches,
             present=present,
             tasks=list(self.tasks[batch.examples]),
-            queries=recorder.queries() if self.arm.fuse.kind == "attention" else None,
+            queries=recorder.queries() if self.arm.fuse.kind == "attention" and recorder is not None else None,
             hidden=hidden,
-            teacher_losses=self.teacher_losses[:, batch.examples].to(device),
+            teacher_losses=self.teacher_losses[:, batch.examples].to(device, self.unit.dtype),
         )
         mask = batch.mask & present.any(0)
-        if config.skip_sink:
-            mask[:, : config.skip_sink] = False
-        layers = slice(None) if config.layers is None else list(config.layers)
-        scale: Literal["std"] | None = "std" if config.scale == "std" else None
-        terms = {}
-        for name, weight, own, target in (
-            ("k", config.lambda_k, student.keys, fused.keys),
-            ("v", config.lambda_v, student.values, fused.values),
-        ):
-            if weight > 0:
-                loss = kv_loss(own[layers], target[layers], mask, config.distance, scale)
-                terms[name] = Term(masked_mean(loss, mask), scheduled(weight, config.schedule, progress))
-        if self.arm.fuse.entropy > 0:
-            terms["entropy"] = Term(-entropy(fused.weights, present), self.arm.fuse.entropy)
-        return Step(terms, lambda: self._watch(batch, fused, mask, present))
+        mask[:, : self.arm.loss.skip_sink] = False
+        return FusedTarget({"k": fused.keys[self.layers], "v": fused.values[self.layers]}, fused, present, mask)
 
     @torch.no_grad()
-    def _watch(self, batch: Batch, fused: Fused, mask: Tensor, present: Tensor) -> dict[str, float]:
+    def measure(self, batch: Batch, target: FusedTarget) -> Float[Tensor, "sum"]:
+        """Positions, those that count, those where the teachers' weights are a choice; moments of every layer."""
+        choice = (target.present.sum(0) >= 2).sum()
+        counts = [batch.mask.sum(), target.mask.sum(), choice]
+        moments = [target_moments(target.caches[name], target.mask).flatten() for name in ("k", "v")]
+        return torch.cat([torch.stack(counts).to(moments[0]), *moments])
+
+    def whole(self, rows: Float[Tensor, "part sum"]) -> Whole:
+        """The counts added up, and the deviations of keys and of values."""
+        moments = rearrange(rows[:, 3:], "part (kind stat layer) -> kind part stat layer", kind=2, stat=3)
+        counts = dict(zip(("tokens", "counted", "choice"), rows[:, :3].sum(0), strict=True))
+        return counts | {"k": pooled_std(moments[0]), "v": pooled_std(moments[1])}
+
+    def terms(
+        self,
+        batch: Batch,
+        target: FusedTarget,
+        whole: Whole,
+        logits: Tensor,
+        recorder: Recorder,
+        progress: tuple[int, int],
+    ) -> Step:
+        """Terms `k` and `v`, and `entropy` where it is weighted."""
+        config, student = self.arm.loss, recorder.kv()
+        own = {"k": student.keys, "v": student.values}
+        terms = {}
+        for name, weight in self.weights.items():
+            scale = whole[name] if config.scale == "std" else None
+            loss = kv_loss(own[name][self.layers], target.caches[name], target.mask, config.distance, scale)
+            value = masked_sum(loss, target.mask) / whole["counted"].clamp(min=1)
+            terms[name] = Term(value, scheduled(weight, config.schedule, progress))
+        if self.arm.fuse.entropy > 0:
+            share, _ = position_entropy(target.fused.weights, target.present)
+            terms["entropy"] = Term(-share.sum() / whole["choice"].clamp(min=1), self.arm.fuse.entropy)
+        return Step(terms, lambda: self._watch(batch, target, whole))
+
+    @torch.no_grad()
+    def _watch(self, batch: Batch, target: FusedTarget, whole: Whole) -> dict[str, tuple[float, float]]:
         out = {
             # a falling one means that a trainable projector collapses
-            "target_std_k": target_std(fused.keys, mask).mean().item(),
-            "target_std_v": target_std(fused.values, mask).mean().item(),
-            "masked_share": 1 - (mask.sum() / batch.mask.sum()).item(),
+            "target_std_k": (whole["k"].mean().item(), 1.0),
+            "target_std_v": (whole["v"].mean().item(), 1.0),
+            "masked_share": (1 - (whole["counted"] / whole["tokens"]).item(), 1.0),
         }
         if len(self.targets) > 1:
-            names = list(self.tasks[batch.examples])
-            for task, table in sorted(mean_weights(fused.weights, names, mask).items()):
+            names = self.tasks[batch.examples]
+            for task, table in sorted(mean_weights(target.fused.weights, list(names), target.mask).items()):
+                shown = target.mask[torch.from_numpy(names == task)].sum().item()
                 for targets, weight in zip(self.targets, table.mean(0), strict=True):
-                    out[f"weight/{task}/{targets.name}"] = weight.item()
+                    out[f"weight/{task}/{targets.name}"] = (weight.item() * shown, shown)
             if self.arm.fuse.kind == "learnable":
-                collapse_report(fused.weights, present)
+                collapse_report(target.fused.weights, target.present)
         return out
 
 
@@ -198,18 +303,30 @@ class LogitDistiller(Distiller):
         super().__init__()
         self.arm, self.entries, self.tasks = arm, entries, tasks
 
-    def forward(
-        self, batch: Batch, logits: Tensor, hidden: Tensor | None, recorder: Recorder, progress: tuple[int, int]
-    ):
+    def read(self, batch: Batch) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Ids, log-probabilities and mask of every teacher."""
+        return [entry.padded(batch.examples, batch.input_ids.shape[1]) for entry in self.entries]
+
+    def measure(self, batch: Batch, target: Any) -> Float[Tensor, "sum"]:
+        """The tokens."""
+        return batch.mask.sum().to(self.unit.dtype)[None]
+
+    def whole(self, rows: Float[Tensor, "part sum"]) -> Whole:
+        """The tokens of all parts."""
+        return {"tokens": rows.sum()}
+
+    def terms(
+        self, batch: Batch, target: Any, whole: Whole, logits: Tensor, recorder: Recorder, progress: tuple[int, int]
+    ) -> Step:
         """Term `logit`."""
         table = self.arm.fuse.weights
         total = logits.new_zeros(())
-        for number, entry in enumerate(self.entries):
-            ids, logprobs, mask = (t.to(logits.device) for t in entry.padded(batch.examples, logits.shape[1]))
+        for number, entry in enumerate(target):
+            ids, logprobs, mask = (t.to(logits.device) for t in entry)
             loss = logit_kd_loss(logits, ids, logprobs, mask, self.arm.loss.temperature)
             rows = [table.get(task, table.get("default")) for task in self.tasks[batch.examples]]
             shares = loss.new_tensor([row[number] / sum(row) if row else 1 / len(self.entries) for row in rows])
-            total = total + (loss * shares[:, None]).sum() / batch.mask.sum()
+            total = total + (loss * shares[:, None]).sum() / whole["tokens"]
         return Step({"logit": Term(total, scheduled(self.arm.loss.weight, self.arm.loss.schedule, progress))}, dict)
 
 
@@ -242,19 +359,30 @@ class RelationDistiller(Distiller):
         super().__init__()
         self.arm, self.teacher = arm, teacher
 
-    def forward(
-        self, batch: Batch, logits: Tensor, hidden: Tensor | None, recorder: Recorder, progress: tuple[int, int]
-    ):
+    def read(self, batch: Batch) -> Aligned:
+        """The teacher's cache."""
+        return self.teacher.aligned(batch.examples, batch.input_ids.shape[1])
+
+    def measure(self, batch: Batch, target: Aligned) -> Float[Tensor, "sum"]:
+        """The positions that have a target."""
+        return (batch.mask & target.mask.to(batch.mask.device)).sum().to(self.unit.dtype)[None]
+
+    def whole(self, rows: Float[Tensor, "part sum"]) -> Whole:
+        """Those of all parts."""
+        return {"counted": rows.sum()}
+
+    def terms(
+        self, batch: Batch, target: Aligned, whole: Whole, logits: Tensor, recorder: Recorder, progress: tuple[int, int]
+    ) -> Step:
         """Terms `kk` and `vv`."""
-        aligned = self.teacher.aligned(batch.examples, batch.input_ids.shape[1])
         student = recorder.kv()
-        mask = batch.mask & aligned.mask.to(logits.device)
+        mask = batch.mask & target.mask.to(logits.device)
         weight = scheduled(self.arm.loss.weight, self.arm.loss.schedule, progress)
         terms = {}
-        for name, own, theirs in (("kk", student.keys, aligned.keys), ("vv", student.values, aligned.values)):
-            teacher = theirs[:, :, -1].transpose(1, 2).to(logits.device)
+        for name, own, theirs in (("kk", student.keys, target.keys), ("vv", student.values, target.values)):
+            teacher = theirs[:, :, -1].transpose(1, 2).to(logits.device, self.unit.dtype)
             loss = relation_loss(own[-1], teacher, mask, self.arm.loss.relation_heads)
-            terms[name] = Term(masked_mean(loss, mask), weight)
+            terms[name] = Term(masked_sum(loss, mask) / whole["counted"].clamp(min=1), weight)
         return Step(terms, dict)
 
 

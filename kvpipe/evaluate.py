@@ -6,19 +6,22 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 
 from kvpipe.answers import extract, is_correct
-from kvpipe.choices import choice_nll, chosen
+from kvpipe.chat import rendered
+from kvpipe.choices import choice_encoding, choice_nll, chosen
 from kvpipe.config import EvaluateConfig, Template
-from kvpipe.encoding import encode_records
-from kvpipe.generate import context_length, generate
+from kvpipe.encoding import encode_records, prompt_ids
+from kvpipe.generate import check_length, context_length, generate
 from kvpipe.likelihood import Scores, score, score_long, scoring_batches
+from kvpipe.limits import Limits
 from kvpipe.models import load_model, load_tokenizer
 from kvpipe.provenance import folder_digest
-from kvpipe.records import Record, render
+from kvpipe.records import Record
 from kvpipe.sandbox import Outcome, run_all
 
 
@@ -30,15 +33,20 @@ def evaluate(
     device: str,
     log: Callable = print,
     trust: bool = False,
+    context: Literal["warn", "strict"] = "warn",
 ) -> pd.DataFrame:
     """Scores of the model in a folder, whose code runs with `trust` only; see `evaluate_model`.
 
     The folder's digest is in `attrs["model"]`, which Parquet keeps: scores say which weights they are of.
     """
     model, tokenizer = load_model(folder, device=device, trust=trust), load_tokenizer(folder, trust)
-    table = evaluate_model(model, tokenizer, records, template, config, log)
+    table = evaluate_model(model, tokenizer, records, template, config, log, context)
     table.attrs["model"] = folder_digest(folder)
     return table
+
+
+GENERATED = ("exact", "number", "math", "code")
+"""Scorers that read a continuation of the prompt."""
 
 
 @dataclass
@@ -53,7 +61,13 @@ class Verdict:
 
 
 def evaluate_model(
-    model, tokenizer, records: list[Record], template: Template, config: EvaluateConfig, log: Callable = print
+    model,
+    tokenizer,
+    records: list[Record],
+    template: Template,
+    config: EvaluateConfig,
+    log: Callable = print,
+    context: Literal["warn", "strict"] = "warn",
 ) -> pd.DataFrame:
     """One row per record.
 
@@ -61,7 +75,11 @@ def evaluate_model(
     (None under scorer none), prediction (the extracted answer, the chosen choice, or None), reference, text (what was
     generated). Where a task is multiple choice: choice_nll (nats of each choice); where one is code: outcome (passed, failed,
     timeout or killed) and outcome_detail.
+
+    Raises:
+        ValueError: something that the model cannot read, or (`context` strict) was not trained to; before any forward.
     """
+    check(model, tokenizer, records, template, config, context)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     scores = likelihoods(model, tokenizer, records, template, config, pad)
     verdicts = [Verdict() for _ in records]
@@ -90,6 +108,26 @@ def evaluate_model(
     return pd.DataFrame(columns)
 
 
+def check(model, tokenizer, records, template: Template, config: EvaluateConfig, context: Literal["warn", "strict"]):
+    """Refuse ids and positions that the model cannot read, in all that will be scored or continued.
+
+    Raises:
+        ValueError: names the model, the record and the token.
+    """
+    name = repr(tokenizer.name_or_path or model.config.model_type)
+    limits, most = Limits.of(name, model.config, context), context_length(model)
+    encoding = encode_records(records, tokenizer, template)
+    windows = [config.of(record.task).window or most or n for record, n in zip(records, encoding.lengths, strict=True)]
+    limits.check(encoding, records, tokenizer, np.minimum(encoding.lengths, windows))
+    asked = [records[i] for i in _of(records, config, "choice")]
+    if asked:
+        of_all = choice_encoding(tokenizer, asked, template)
+        limits.check(of_all, [record for record in asked for _ in record.choices or ()], tokenizer)
+    for record in (records[i] for i in _of(records, config, *GENERATED)):
+        ids = prompt_ids(tokenizer, rendered(tokenizer, record, template).prompt, template.chat_template)
+        check_length(model, ids, config.of(record.task).max_new_tokens, f"model {name}: record {record.id!r}")
+
+
 def likelihoods(model, tokenizer, records, template: Template, config: EvaluateConfig, pad: int) -> Scores:
     """Nats of every record; texts longer than the window of their task are read in windows."""
     encoding = encode_records(records, tokenizer, template)
@@ -112,12 +150,14 @@ def _of(records: list[Record], config: EvaluateConfig, *scorers: str) -> list[in
 def _generate(model, tokenizer, records, template, config: EvaluateConfig, verdicts: list[Verdict]) -> None:
     """Texts and the answers in them. Tasks that generate alike are batched together."""
     alike: dict[tuple, list[int]] = {}
-    for i in _of(records, config, "exact", "number", "math", "code"):
+    for i in _of(records, config, *GENERATED):
         scoring = config.of(records[i].task)
         alike.setdefault((scoring.max_new_tokens, *scoring.stop), []).append(i)
     for members in alike.values():
-        prompts = [render(records[i], template).prompt for i in members]
-        texts = generate(model, tokenizer, prompts, config.of(records[members[0]].task), config.batch_size)
+        prompts = [rendered(tokenizer, records[i], template).prompt for i in members]
+        scoring = config.of(records[members[0]].task)
+        options = {"chat": True} if template.chat_template else {}
+        texts = generate(model, tokenizer, prompts, scoring, config.batch_size, **options)
         for i, text in zip(members, texts, strict=True):
             scoring, verdict = config.of(records[i].task), verdicts[i]
             verdict.text, verdict.prediction = text, extract(text, scoring)

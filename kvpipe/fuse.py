@@ -17,6 +17,8 @@ from einops import rearrange, reduce
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from kvpipe.shapes import wide
+
 
 @runtime_checkable
 class Caches(Protocol):
@@ -100,7 +102,7 @@ class MeanFusion(Fusion):
 
     def preference(self, targets: Caches, **context: Any) -> Tensor:
         """Zeros."""
-        return targets.keys.new_zeros(len(targets.keys), 1, targets.keys.shape[2], 1, 1, dtype=torch.float32)
+        return wide(targets.keys.new_zeros(len(targets.keys), 1, targets.keys.shape[2], 1, 1))
 
 
 class FixedFusion(Fusion):
@@ -182,9 +184,9 @@ class AttentionFusion(Fusion):
         if self.detach_queries:
             queries = queries.detach()
         grouped = reduce(
-            queries.float(), "layer batch (head group) time dim -> layer batch head time dim", "mean", head=heads
+            wide(queries), "layer batch (head group) time dim -> layer batch head time dim", "mean", head=heads
         )
-        return torch.stack([(grouped * keys.float()).sum(-1) for keys in targets.keys]) * dim**-0.5
+        return torch.stack([(grouped * wide(keys)).sum(-1) for keys in targets.keys]) * dim**-0.5
 
 
 class LearnableFusion(Fusion):
@@ -209,7 +211,7 @@ class LearnableFusion(Fusion):
                 "learnable fusion needs `hidden`, the student's hidden states (layer, batch, time, hidden)"
             )
         logits = self.router(hidden.detach() if self.detach_hidden else hidden)
-        return rearrange(logits.float(), "layer batch time teacher -> teacher layer batch 1 time")
+        return rearrange(wide(logits), "layer batch time teacher -> teacher layer batch 1 time")
 
 
 class SelectFusion(Fusion):
@@ -225,7 +227,7 @@ class SelectFusion(Fusion):
             raise ValueError(
                 "select fusion got NaN in `teacher_losses`; say by `present` which teachers an example has"
             )
-        return rearrange(-teacher_losses.detach().float(), "teacher batch -> teacher 1 batch 1 1")
+        return rearrange(-wide(teacher_losses.detach()), "teacher batch -> teacher 1 batch 1 1")
 
     def weigh(self, preference: Tensor, mask: Tensor) -> Tensor:
         """All weight on the best of the teachers present."""
@@ -259,18 +261,29 @@ def build_fusion(kind: str, *, n_teachers: int, hidden_size: int | None = None, 
     return fusion
 
 
-def entropy(
+def position_entropy(
     weights: Float[Tensor, "teacher layers batch heads times"], present: Bool[Tensor, "teacher batch ..."]
-) -> Tensor:
+) -> tuple[Float[Tensor, "batch times"], Bool[Tensor, "batch times"]]:
     """Entropy of the weights over the teachers present, as a share of its maximum: 0 is one teacher, 1 is the mean.
 
-    Averaged over layers, heads and all positions with at least two teachers (0 if there are none); differentiable.
-    Adding ``−γ · entropy`` to the loss keeps learned weights from collapsing onto one teacher.
+    Averaged over layers and heads, and where at least two teachers are present: elsewhere it is 0. Differentiable.
     """
     counts = _over_cache(present).sum(dim=0).to(weights.dtype)
     nats = -torch.xlogy(weights, weights.clamp(min=torch.finfo(weights.dtype).tiny)).sum(dim=0)
-    share, several = torch.broadcast_tensors(nats / counts.clamp(min=2).log(), counts >= 2)
-    return share.masked_fill(~several, 0).sum() / several.sum().clamp(min=1)
+    share = reduce(nats / counts.clamp(min=2).log(), "layers batch heads times -> batch times", "mean")
+    share, several = torch.broadcast_tensors(share, counts[0, :, 0] >= 2)
+    return share.masked_fill(~several, 0), several
+
+
+def entropy(
+    weights: Float[Tensor, "teacher layers batch heads times"], present: Bool[Tensor, "teacher batch ..."]
+) -> Tensor:
+    """Mean of `position_entropy` over all positions with at least two teachers (0 if there are none).
+
+    Adding ``−γ · entropy`` to the loss keeps learned weights from collapsing onto one teacher.
+    """
+    share, several = position_entropy(weights, present)
+    return share.sum() / several.sum().clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -320,11 +333,11 @@ def mean_weights(
 ) -> dict[str, Float[Tensor, "layers teacher"]]:
     """Mean weight of each teacher in each layer, per task, over the unmasked positions: what the report draws."""
     shown = rearrange(mask, "batch time -> 1 1 batch 1 time")
-    wide, shown = torch.broadcast_tensors(weights.detach().float(), shown)
+    every, shown = torch.broadcast_tensors(wide(weights.detach()), shown)
     result = {}
     for task in dict.fromkeys(tasks):
         rows = torch.tensor([number for number, name in enumerate(tasks) if name == task], device=weights.device)
-        here, kept = wide.index_select(2, rows), shown.index_select(2, rows)
+        here, kept = every.index_select(2, rows), shown.index_select(2, rows)
         total = (here * kept).sum(dim=(2, 3, 4)) / kept.sum(dim=(2, 3, 4)).clamp(min=1)
         result[task] = rearrange(total, "teacher layer -> layer teacher")
     return result

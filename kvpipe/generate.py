@@ -11,29 +11,34 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from kvpipe.align.regime import by_own_length, switch_lengths
+from kvpipe.chat import end_of_turn
 from kvpipe.config import ScoringConfig
-from kvpipe.tokens import encode
+from kvpipe.encoding import prompt_ids
 
 MARGIN = 8
 """Tokens looked at beside the bytes of the longest stop string: some spell a part of a character, or nothing."""
 
 
 @torch.no_grad()
-def generate(model, tokenizer, prompts: list[str], config: ScoringConfig, batch_size: int) -> list[str]:
+def generate(
+    model, tokenizer, prompts: list[str], config: ScoringConfig, batch_size: int, chat: bool = False
+) -> list[str]:
     """Greedy continuations, batched by length with left padding, cut at the end of text or the first stop string.
 
     The model's own generation settings (sampling, repetition penalty …) are not used, its end-of-text tokens are.
+    `chat`: the prompts are written by the tokenizer's chat template, whose end of turn ends the text too.
 
     Raises:
         ValueError: a prompt and what may follow are longer than the model can read; shows the prompt.
     """
     device = next(model.parameters()).device
     ends = end_tokens(model, tokenizer)
+    if chat and (turn := end_of_turn(tokenizer)) is not None:
+        ends = sorted({*(ends or ()), turn})
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    encoded = [encode(tokenizer, prompt).ids for prompt in prompts]
-    # a template that appends an end-of-text token would end the text before it begins
-    encoded = [ids[:-1] if len(ids) and int(ids[-1]) == tokenizer.eos_token_id else ids for ids in encoded]
-    _check_lengths(model, prompts, encoded, config.max_new_tokens)
+    encoded = [prompt_ids(tokenizer, prompt, chat) for prompt in prompts]
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        check_length(model, ids, config.max_new_tokens, f"{prompt[:80]!r}…")
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     texts = [""] * len(prompts)
     # keys in a cache keep their rotation: a text that outgrows the frequencies it began with is read anew every step
@@ -115,14 +120,18 @@ def context_length(model) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def _check_lengths(model, prompts: list[str], encoded: list[Tensor], new: int) -> None:
+def check_length(model, ids: Int64[Tensor, "time"], new: int, what: str) -> None:
+    """Refuse a prompt that leaves no room for `new` tokens; `what` names it.
+
+    Raises:
+        ValueError: they are more than the model reads.
+    """
     limit = context_length(model)
-    for prompt, ids in zip(prompts, encoded, strict=True):
-        if limit is not None and len(ids) + new > limit:
-            raise ValueError(
-                f"a prompt of {len(ids)} tokens and max_new_tokens {new} exceed the {limit} tokens that the model reads: "
-                f"{prompt[:80]!r}…; lower max_new_tokens or shorten the record"
-            )
+    if limit is not None and len(ids) + new > limit:
+        raise ValueError(
+            f"a prompt of {len(ids)} tokens and max_new_tokens {new} exceed the {limit} tokens that the model reads: "
+            f"{what}; lower max_new_tokens or shorten the record"
+        )
 
 
 @contextmanager

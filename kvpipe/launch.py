@@ -13,6 +13,8 @@ from typing import Any
 ONE_PROCESS = "python -m kvpipe"
 EACH_NODE = 'exec accelerate launch --machine_rank "$SLURM_NODEID" "$@"'
 """Run by srun once on every node, where alone its rank is known."""
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Set by torchrun and by accelerate for each of several processes."""
 PORT = "$((20000 + SLURM_JOB_ID % 20000))"
 """Of the first process of a job on several nodes: known to all of them, and another one for every job."""
 
@@ -75,6 +77,26 @@ def check_nodes(resources: Mapping[str, Any]) -> None:
         raise ValueError(
             f"a cell on {resources['nodes']} nodes calls srun itself, which would wait for ever for the GPUs of the "
             f"srun around it; add to set-resources: train: in the profile: {', '.join(lines)}"
+        )
+
+
+def check_environment(environment: Mapping[str, str]) -> None:
+    """Refuse the variables of another job's launcher: this process would wait for ever for the other ones.
+
+    Raises:
+        ValueError: several processes are said, and not all that a launcher says of them.
+    """
+    several = environment.get("WORLD_SIZE", "1") not in ("", "1") or environment.get("LOCAL_RANK", "-1") not in (
+        "",
+        "-1",
+    )
+    said = [name for name in LAUNCHER if environment.get(name)]
+    lacking = [name for name in LAUNCHER if name not in said]
+    if several and lacking:
+        raise ValueError(
+            f"the environment has {', '.join(f'{name}={environment[name]}' for name in said)} and no {', '.join(lacking)}: "
+            f"variables of another job's launcher. Unset them (env -u {' -u '.join(said)} …), or start several processes "
+            "by accelerate launch --module kvpipe train …"
         )
 
 

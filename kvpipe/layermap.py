@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from kvpipe.align.layer import proportional_map, top_k_mix
 from kvpipe.config import LayerConfig
+from kvpipe.dag import digest
+from kvpipe.provenance import read_json
 
 KINDS = ("keys", "values")
 MEASURED = (*KINDS, "hidden")
@@ -60,13 +63,13 @@ def layer_plan(config: LayerConfig, src_layers: int, dst_layers: int, layer_map:
 
     Raises:
         FileNotFoundError: `cka` and the layer map has not been made.
-        ValueError: an explicit list does not fit the models.
+        ValueError: an explicit list or the layer map does not fit the models.
     """
     if config.kind == "cka":
         if layer_map is None or not layer_map.is_file():
             name = layer_map.stem if layer_map is not None else "…"
             raise FileNotFoundError(f"layer map {layer_map} is missing: run `kvpipe layer-map --teacher {name}` first")
-        similarity = json.loads(layer_map.read_text(encoding="utf-8"))["similarity"]
+        similarity = _similarity(layer_map, src_layers, dst_layers)
         k = min(config.k, src_layers)
         measured = KINDS if config.by == "own" else ("hidden", "hidden")
         compared = [_near(torch.tensor(similarity[kind]), config.near) for kind in measured]
@@ -81,6 +84,23 @@ def layer_plan(config: LayerConfig, src_layers: int, dst_layers: int, layer_map:
         )
     index = torch.tensor(chosen)[None, :, None].expand(2, -1, 1)
     return LayerPlan(index, torch.ones(2, dst_layers, 1), False)
+
+
+def _similarity(path: Path, src_layers: int, dst_layers: int) -> dict[str, list[list[float]]]:
+    """The matrices of a layer map, `(dst_layer, src_layer)` each.
+
+    Raises:
+        ValueError: the file is damaged, or was made for other models.
+    """
+    fix = f"delete it and run `kvpipe layer-map --teacher {path.stem}`"
+    document = read_json(path, fix)
+    similarity = document.get("similarity")
+    if not isinstance(similarity, dict) or digest(similarity, 64) != document.get("sha256"):
+        raise ValueError(f"layer map {path} is damaged: its numbers are not those that were measured; {fix}")
+    sizes = {kind: (len(rows), *{len(row) for row in rows}) for kind, rows in similarity.items()}
+    if sizes != dict.fromkeys(MEASURED, (dst_layers, src_layers)):
+        raise ValueError(f"layer map {path}: expected {dst_layers} × {src_layers} layers, it has {sizes}; {fix}")
+    return similarity
 
 
 def _near(similarity: Float[Tensor, "dst_layer src_layer"], near: int | None) -> Float[Tensor, "dst_layer src_layer"]:
@@ -99,13 +119,14 @@ def write_layer_map(
     """Save the similarity, and the layers and β that an arm with the default settings takes (each arm applies its own)."""
     dst_layers, src_layers = similarity["keys"].shape
     path.parent.mkdir(parents=True, exist_ok=True)
-    document = {
+    document: dict[str, Any] = {
         "teacher": teacher,
         "src_layers": src_layers,
         "dst_layers": dst_layers,
         "rows": rows,
         "similarity": {kind: matrix.tolist() for kind, matrix in similarity.items()},
     }
+    document["sha256"] = digest(document["similarity"], 64)
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     plan = layer_plan(LayerConfig(kind="cka"), src_layers, dst_layers, path)
     document["top_k"] = {

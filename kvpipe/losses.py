@@ -1,7 +1,8 @@
 """Losses, unreduced: one number per example and position, 0 where masked (spec 3.8).
 
 The training loss is ``CE + λ_K · L_K + λ_V · L_V``. Everything here is a pure function; weights come from `Schedule`.
-All losses are computed in float32 whatever the inputs' dtype.
+All losses are computed in float32, or in float64 where an input is. A batch may come in parts (micro-batches,
+processes): a part's loss is its `masked_sum` over the count of the whole batch, scaled by `pooled_std` of all parts.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from jaxtyping import Float, Integer, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
+from kvpipe.shapes import wide
+
 IGNORED = -100
 """The label of a position that has no loss, as in transformers."""
 PIECE = 1 << 28
@@ -28,14 +31,15 @@ def kv_loss(
     target: Float[Tensor, "*layer batch head time dim"],
     mask: Shaped[Tensor, "batch time"],
     kind: Literal["mse", "smooth_l1"] = "mse",
-    scale: Literal["std"] | None = None,
+    scale: Literal["std"] | Tensor | None = None,
 ) -> Float[Tensor, "batch time"]:
     """Squared or smooth-L1 (β = 1) distance of caches, averaged over layer, head and dim.
 
     `mask` is nonzero where a position counts; what stands in masked positions of either side, NaN too, has no
     influence on the loss, its gradient or the scale. With ``scale="std"`` each layer's residual is divided by the
     standard deviation of its target over the unmasked positions, detached, so that no layer dominates. A layer whose
-    target is constant there has no such scale and is left as it is.
+    target is constant there has no such scale and is left as it is. A part of a batch is given the whole's deviations
+    as ``scale``, one per layer.
     """
     return layer_kv_losses(student, target, mask, kind, scale).reshape(-1, *mask.shape).mean(0)
 
@@ -45,14 +49,14 @@ def layer_kv_losses(
     target: Float[Tensor, "*layer batch head time dim"],
     mask: Shaped[Tensor, "batch time"],
     kind: Literal["mse", "smooth_l1"] = "mse",
-    scale: Literal["std"] | None = None,
+    scale: Literal["std"] | Tensor | None = None,
 ) -> Float[Tensor, "*layer batch time"]:
     """`kv_loss` of each layer by itself, for the log and for `check_finite`."""
     hidden = rearrange(mask == 0, "batch time -> batch 1 time 1")
     # Masked before anything else: 0 · NaN is NaN, in the backward pass too.
-    residual = (student.float() - target.float()).masked_fill(hidden, 0)
-    if scale == "std":
-        std = target_std(target, mask)
+    residual = (wide(student) - wide(target)).masked_fill(hidden, 0)
+    if isinstance(scale, Tensor) or scale == "std":
+        std = scale if isinstance(scale, Tensor) else target_std(target, mask)
         residual = residual / torch.where(std > 0, std, 1.0)[..., None, None, None, None]
     elif scale is not None:
         raise ValueError(f"scale must be None or 'std'; got {scale!r}")
@@ -66,21 +70,42 @@ def layer_kv_losses(
 
 
 @torch.no_grad()
+def target_moments(
+    target: Float[Tensor, "*layer batch head time dim"], mask: Shaped[Tensor, "batch time"]
+) -> Float[Tensor, "3 *layer"]:
+    """Count, mean and summed squared deviation of each layer's target over the unmasked positions, heads and dims."""
+    shown = rearrange(mask != 0, "batch time -> batch 1 time 1")
+    axes = (-4, -3, -2, -1)
+    values = wide(target)
+    count = shown.sum() * target.shape[-3] * target.shape[-1]
+    mean = values.masked_fill(~shown, 0).sum(axes) / count.clamp(min=1)
+    centred = (values - mean[..., None, None, None, None]).masked_fill(~shown, 0)
+    return torch.stack([count.to(mean).expand_as(mean), mean, centred.square().sum(axes)])
+
+
+@torch.no_grad()
+def pooled_std(moments: Float[Tensor, "part 3 *layer"]) -> Float[Tensor, "*layer"]:
+    """The deviation of all parts together from each one's `target_moments`; 0 where the target is constant.
+
+    Chan, Golub and LeVeque 1983: no difference of large sums, so parts of any size give the whole's deviation.
+    """
+    count, mean, squares = moments.unbind(1)
+    total = count.sum(0).clamp(min=1)
+    middle = (count * mean).sum(0) / total
+    std = ((squares + count * (mean - middle).square()).sum(0) / total).sqrt()
+    return torch.where(std <= 1e-6 * middle.abs(), 0.0, std)  # what rounding leaves of a constant
+
+
 def target_std(
     target: Float[Tensor, "*layer batch head time dim"], mask: Shaped[Tensor, "batch time"]
 ) -> Float[Tensor, "*layer"]:
-    """Standard deviation of each layer's target over the unmasked positions, heads and dims; 0 where it is constant.
+    """Standard deviation of each layer's target over the unmasked positions, heads and dims; 0 where it is constant."""
+    return pooled_std(target_moments(target, mask)[None])
 
-    A falling value during training means that a trainable projector collapses.
-    """
-    shown = rearrange(mask != 0, "batch time -> batch 1 time 1")
-    axes = (-4, -3, -2, -1)
-    wide = target.float()
-    count = (shown.sum() * target.shape[-3] * target.shape[-1]).clamp(min=1)
-    mean = wide.masked_fill(~shown, 0).sum(axes) / count
-    centred = (wide - mean[..., None, None, None, None]).masked_fill(~shown, 0)
-    std = (centred.square().sum(axes) / count).sqrt()
-    return torch.where(std <= 1e-6 * mean.abs(), 0.0, std)  # what rounding leaves of a constant
+
+def masked_sum(values: Float[Tensor, "batch time"], mask: Shaped[Tensor, "batch time"]) -> Float[Tensor, ""]:
+    """The sum over unmasked tokens."""
+    return values.masked_fill(mask == 0, 0).sum()
 
 
 def masked_mean(
@@ -88,12 +113,11 @@ def masked_mean(
 ) -> Float[Tensor, ""]:
     """The mean over unmasked tokens, or over examples of each one's mean (those without a token left out); else 0."""
     shown = mask != 0
-    kept = values.masked_fill(~shown, 0)
     if per == "token":
-        return kept.sum() / shown.sum().clamp(min=1)
+        return masked_sum(values, mask) / shown.sum().clamp(min=1)
     if per == "example":
         counts = shown.sum(1)
-        return (kept.sum(1) / counts.clamp(min=1)).sum() / (counts > 0).sum().clamp(min=1)
+        return (values.masked_fill(~shown, 0).sum(1) / counts.clamp(min=1)).sum() / (counts > 0).sum().clamp(min=1)
     raise ValueError(f"per must be 'token' or 'example'; got {per!r}")
 
 
@@ -105,7 +129,7 @@ def token_nll(
 
     The first position, which nothing predicts, and labels of −100 are 0.
     """
-    scores = rearrange(logits[:, :-1].float(), "batch time vocab -> (batch time) vocab")
+    scores = rearrange(wide(logits[:, :-1]), "batch time vocab -> (batch time) vocab")
     nll = F.cross_entropy(scores, labels[:, 1:].flatten().long(), ignore_index=IGNORED, reduction="none")
     return F.pad(rearrange(nll, "(batch time) -> batch time", batch=len(labels)), (1, 0))
 
@@ -149,7 +173,7 @@ def relation_loss(
             raise ValueError(
                 f"{side}: {x.shape[1]} heads of {x.shape[3]} do not divide into {relation_heads} relation heads"
             )
-        flat = rearrange(x.float(), "batch head time dim -> batch time (head dim)").masked_fill(~shown[..., None], 0)
+        flat = rearrange(wide(x), "batch head time dim -> batch time (head dim)").masked_fill(~shown[..., None], 0)
         split = rearrange(flat, "batch time (relation dim) -> batch relation time dim", relation=relation_heads)
         scores = split @ split.mT * split.shape[-1] ** -0.5
         return scores.masked_fill(~allowed, -torch.inf).log_softmax(-1)
@@ -176,9 +200,9 @@ def logit_kd_loss(
     is multiplied by its square so that gradients keep their size (Hinton et al. 2015).
     """
     shown = mask != 0
-    ids, teacher = _merged_twins(top_ids.long(), top_logprobs.float())
+    ids, teacher = _merged_twins(top_ids.long(), wide(top_logprobs))
     matched = ids >= 0
-    log_student = student_logits.float().log_softmax(-1).gather(-1, ids.clamp(min=0))
+    log_student = wide(student_logits).log_softmax(-1).gather(-1, ids.clamp(min=0))
     sides = []
     for log_probs in (teacher, log_student):
         log_probs = log_probs.masked_fill(~matched, -torch.inf)

@@ -13,12 +13,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvpipe.config import Chat, RowData
+from kvpipe.patterns import budget
 from kvpipe.records import Record
 
 LISTS = ("choices", "labels")
 """Fields that are lists of texts."""
 OPTIONAL = ("reasoning", "teacher_reasoning", "tests")
 """Fields that may be empty though they are mapped."""
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
+"""Other names of roles."""
 
 
 def to_record(row: Mapping[str, Any], source: RowData, name: str) -> Record:
@@ -34,7 +37,11 @@ def to_record(row: Mapping[str, Any], source: RowData, name: str) -> Record:
             choices. The message does not name the row: the caller knows its file and number.
     """
     columns = dict(row)
+    messages = None
     if source.chat is not None:
+        # the prompt of another column is not these turns alone
+        if source.columns.get("prompt") == "prompt" and "prompt" not in source.remove:
+            messages = turns(columns, source.chat)[:-1]
         columns |= conversation(columns, source.chat)
     for column, expression in source.split.items():
         columns |= _split(columns, column, expression)
@@ -46,7 +53,8 @@ def to_record(row: Mapping[str, Any], source: RowData, name: str) -> Record:
             fields[field] = fill(spec, columns, field)
     for field, expression in source.remove.items():
         if isinstance(fields.get(field), str):
-            fields[field] = re.sub(expression, "", fields[field])
+            with budget(f"remove: {field}: {_short(expression)}"):
+                fields[field] = re.sub(expression, "", fields[field])
     if "choice" in fields:
         fields["answer"] = _chosen(fields)
     empty = [f for f, value in fields.items() if f not in OPTIONAL and isinstance(value, str) and not value.strip()]
@@ -66,6 +74,7 @@ def to_record(row: Mapping[str, Any], source: RowData, name: str) -> Record:
         teacher_reasoning=fields.get("teacher_reasoning") or None,
         tests=fields.get("tests") or None,
         choices=None if choices is None else tuple(choices),
+        messages=messages or None,
     )
 
 
@@ -93,6 +102,13 @@ def fill(spec: str, columns: Mapping[str, Any], field: str) -> str:
 
 def conversation(columns: Mapping[str, Any], chat: Chat) -> dict[str, str]:
     """`prompt` and `answer` of a list of messages: the assistant's last message is the answer, what follows is left out."""
+    *before, (_, answer) = turns(columns, chat, named=False)
+    written = [chat.turns[role].replace("{content}", content) for role, content in before]
+    return {"prompt": "".join(written), "answer": answer}
+
+
+def turns(columns: Mapping[str, Any], chat: Chat, named: bool = True) -> tuple[tuple[str, str], ...]:
+    """(role, text) of the messages up to the assistant's last; `named`: with the roles that chat templates know."""
     messages = lookup(columns, chat.column, "chat")
     if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
         raise ValueError(f"column {chat.column!r} is no list of messages")
@@ -103,9 +119,9 @@ def conversation(columns: Mapping[str, Any], chat: Chat) -> dict[str, str]:
     unknown = sorted(set(roles[:last]) - chat.turns.keys())
     if unknown:
         raise ValueError(f"role(s) {unknown} have no entry in chat.turns (has {sorted(chat.turns)})")
-    said = [_said(message, chat, number) for number, message in enumerate(messages[: last + 1], start=1)]
-    turns = [chat.turns[role].replace("{content}", content) for role, content in zip(roles[:last], said, strict=False)]
-    return {"prompt": "".join(turns), "answer": said[last]}
+    if named:
+        roles = ["assistant" if role == chat.assistant else ROLES.get(role, role) for role in roles]
+    return tuple((roles[i], _said(messages[i], chat, i + 1)) for i in range(last + 1))
 
 
 def _said(message: Mapping[str, Any], chat: Chat, number: int) -> str:
@@ -125,7 +141,8 @@ def _said(message: Mapping[str, Any], chat: Chat, number: int) -> str:
 
 def _split(columns: Mapping[str, Any], column: str, expression: str) -> dict[str, str]:
     text = _text(lookup(columns, column, "split"), column)
-    match = re.search(expression, text)
+    with budget(f"split: {column}: {_short(expression)}"):
+        match = re.search(expression, text)
     if match is None:
         named = ", ".join(re.compile(expression).groupindex)
         raise ValueError(f"column {column!r} does not match {_short(expression)}, which finds {named}: {_short(text)}")

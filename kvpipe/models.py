@@ -21,7 +21,7 @@ from kvpipe.align.regime import by_own_length
 from kvpipe.config import Loading, TokenizerRecipe
 from kvpipe.files import set_mode
 from kvpipe.folders import UNUSED, bad_tokenizer, describe, lacking, misfit, no_language_model, read_config
-from kvpipe.provenance import MANIFEST, digest_of
+from kvpipe.provenance import MANIFEST, digest_of, read_json, verify
 from kvpipe.sizes import read_header
 
 # bars of "loading weights" say nothing in a log file; problems are raised, not logged
@@ -140,17 +140,24 @@ def _metaspace_bpe(recipe: TokenizerRecipe, texts: Iterable[str]) -> PreTrainedT
 def recorded(folder: Path) -> dict[str, Any]:
     """What the folder's manifest says of its source and of loading it; empty where there is no manifest."""
     path = folder / MANIFEST
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise ValueError(
-            f"{path} is no manifest (not a JSON object): write it again with kvpipe models --name {folder.name}"
-        )
-    return found
+    return read_json(path, f"run `kvpipe models --name {folder.name}`") if path.is_file() else {}
+
+
+def verify_files(folder: Path, weights: bool = True) -> None:
+    """Compare a folder's files with its manifest, each once in a process; one without a manifest is taken as it is.
+
+    Args:
+        folder: a model folder.
+        weights: read the weights too; else all other files alone.
+
+    Raises:
+        ValueError: a file is missing, damaged or was replaced.
+    """
+    files = recorded(folder).get("files", {})
+    fix = f"run `kvpipe models --name {folder.name}`"
+    for name, expected in files.items():
+        if weights or not name.endswith(".safetensors"):
+            verify(folder / name, expected, folder / MANIFEST, fix)
 
 
 def load_tokenizer(folder: Path, trust: bool = False) -> Any:
@@ -167,6 +174,7 @@ def load_tokenizer(folder: Path, trust: bool = False) -> Any:
         ValueError: tokenizer.json is damaged, or needs code that is not trusted; it has no token to pad with; or it cuts
             texts otherwise than when the folder's manifest was written.
     """
+    verify_files(folder, weights=False)
     if problem := bad_tokenizer(folder):
         raise ValueError(f"{folder}: {problem}")
     coded = has_tokenizer_code(folder)
@@ -233,6 +241,7 @@ def load_config(folder: Path, trust: bool = False) -> Any:
     Raises:
         ValueError: config.json is damaged, or not that of a causal language model that can be loaded.
     """
+    verify_files(folder, weights=False)
     if problem := no_language_model(read_config(folder)):
         raise ValueError(f"{folder}: {problem}")
     return AutoConfig.from_pretrained(folder, trust_remote_code=trust)
@@ -259,6 +268,7 @@ def load_model(
         raise FileNotFoundError(f"{folder}: {', '.join(problems)}")
     if problem := no_language_model(read_config(folder)) or misfit(folder):
         raise ValueError(f"{folder}: {problem}")
+    verify_files(folder)
     load = Loading.model_validate(recorded(folder).get("load", {}))
     options: dict[str, Any] = {"trust_remote_code": trust}
     if load.quantize != "none":

@@ -15,6 +15,7 @@ from kvpipe.config import DataConfig, EmbeddedData, Recipe, TokenizerRecipe
 from kvpipe.corpus import generate
 from kvpipe.encoding import encode_records
 from kvpipe.files import set_mode
+from kvpipe.limits import Limits
 from kvpipe.models import build_model, train_tokenizer
 from kvpipe.records import Reading, Record, render
 
@@ -91,6 +92,9 @@ def pretrain(recipe: Recipe, data: DataConfig, out: Path, log=print) -> dict[str
         encode_records(records, tokenizer, data.template, reading, end=True) for records, reading in parts if records
     ]
     model = build_model(recipe.architecture, tokenizer, recipe.seed).train()
+    limits = Limits.of(repr(out.name), model.config, data.context)
+    for (records, _), encoding in zip([part for part in parts if part[0]], encodings, strict=True):
+        limits.check(encoding, records, tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.01, fused=True)
     rate = torch.optim.lr_scheduler.LambdaLR(
         optimizer,

@@ -9,6 +9,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """A text with its control characters escaped (all but tab and line end): what comes from data, names and logs must not
+    reach a terminal as commands."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
 
 def nearest(name: Any, valid: Iterable[str]) -> str:
     """The end of a message about a wrong name: the nearest valid one, and all of them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import platform
 import subprocess
@@ -65,6 +66,51 @@ def digest_of(path: Path, kind: str) -> str:
         while block := handle.read(1 << 20):
             found.update(block)
     return f"{kind}:{found.hexdigest()}"
+
+
+def content_digest(path: Path) -> str:
+    """SHA-256 of a file in hex; read once in a process, and again only after the file has changed."""
+    found = path.stat()
+    # ctime too: no program can set it, so that a file written anew with its old size and mtime is seen
+    return _content(path.resolve(), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+@cache
+def _content(path: Path, *state: int) -> str:
+    return digest_of(path, "sha256").removeprefix("sha256:")
+
+
+def verify(path: Path, expected: str, said_by: Path, fix: str) -> None:
+    """Refuse a file that is not the one whose SHA-256 was written down.
+
+    Args:
+        path: the file.
+        expected: SHA-256 in hex.
+        said_by: where that stands.
+        fix: what to do, for the message.
+
+    Raises:
+        ValueError: the file is missing, damaged, or another one.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, which {said_by} lists: {fix}")
+    if content_digest(path) != expected:
+        raise ValueError(f"{path} is damaged or was replaced: its checksum is not the one in {said_by}; {fix}")
+
+
+def read_json(path: Path, fix: str) -> dict[str, Any]:
+    """A JSON object that a step has written.
+
+    Raises:
+        ValueError: it cannot be read as one; names the file and what to do.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): {fix}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged (no JSON object): {fix}")
+    return found
 
 
 def folder_digest(folder: Path) -> str:

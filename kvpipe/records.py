@@ -14,7 +14,7 @@ from kvpipe.config import Template
 from kvpipe.segments import Segmented
 
 SPLITS = ("train", "validation", "test")
-OPTIONAL = ("tests", "choices")
+OPTIONAL = ("tests", "choices", "messages")
 """Fields that few data sets have."""
 Reading = Literal["student", "own"]
 
@@ -24,7 +24,8 @@ class Record:
     """One example.
 
     `teacher_reasoning` is the teacher's own, longer working for the same answer; `tests` is code that a program must
-    pass; `choices` are the answers to choose from, `answer` among them. Plain text is all `reasoning`.
+    pass; `choices` are the answers to choose from, `answer` among them; `messages` are the turns (role, text) before the
+    answer, where the row is a conversation. Plain text is all `reasoning`.
     """
 
     id: str
@@ -35,6 +36,7 @@ class Record:
     teacher_reasoning: str | None = None
     tests: str | None = None
     choices: tuple[str, ...] | None = None
+    messages: tuple[tuple[str, str], ...] | None = None
 
     def content_hash(self) -> str:
         """Hash of what the example asks and answers (of plain text: of the text), whatever its id."""
@@ -63,7 +65,7 @@ def render(record: Record, template: Template, reading: Reading = "student") -> 
     )
 
 
-TYPES = {"choices": pa.list_(pa.string())}
+TYPES = {"choices": pa.list_(pa.string()), "messages": pa.list_(pa.list_(pa.string()))}
 SCHEMA = pa.schema(
     [
         pa.field(f.name, TYPES.get(f.name, pa.string()), nullable=f.name in ("teacher_reasoning", *OPTIONAL))
@@ -92,4 +94,7 @@ def read_records(path: Path) -> list[Record]:
     if missing:
         raise ValueError(f"{path}: column(s) {missing} missing (has {table.column_names})")
     rows = table.select([name for name in SCHEMA.names if name in table.column_names]).to_pylist()
-    return [Record(**{**row, "choices": tuple(row["choices"]) if row.get("choices") else None}) for row in rows]
+    for row in rows:
+        row["choices"] = tuple(row["choices"]) if row.get("choices") else None
+        row["messages"] = tuple((role, text) for role, text in row["messages"]) if row.get("messages") else None
+    return [Record(**row) for row in rows]

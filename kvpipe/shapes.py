@@ -1,4 +1,4 @@
-"""The axis alphabet, the `KV` container and nothing else.
+"""The axis alphabet, the `KV` container and the precision of sums.
 
 Axes, in this order wherever they occur together: ``layer batch head time dim``. Teacher axes are
 ``src_*``, student axes ``dst_*``. ``head`` counts KV heads (`num_key_value_heads`), ``dim`` is the real
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -27,3 +28,8 @@ class KV:
     def detach(self) -> KV:
         """Both tensors cut from the graph."""
         return KV(self.keys.detach(), self.values.detach())
+
+
+def wide(values: Tensor) -> Tensor:
+    """In float32, or in float64 where it is: what losses, weights and sums are computed in."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Group
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from kvpipe.attempts import record_of, total
 from kvpipe.dag import Dag, Paths
+from kvpipe.problems import printable
 
 RUNNING_WITHIN = 600
 """A cell counts as running while its log, checkpoints or record changed in the last so many seconds."""
@@ -43,7 +43,10 @@ def cell(paths: Paths, arm: str, seed: int) -> Cell:
     cost = paths.cell(arm, seed) / "cost.json"
     if cost.is_file():
         found = json.loads(cost.read_text(encoding="utf-8"))
-        state = "done" if paths.items(arm, seed).is_file() else "trained"
+        items = paths.items(arm, seed)
+        # scores that are older than the cell are those of another student
+        scored = items.is_file() and items.stat().st_mtime_ns >= cost.stat().st_mtime_ns
+        state = "done" if scored else "trained"
         detail = f"{found['train_seconds']:.0f} s, {found['peak_memory_bytes'] / 1e9:.2f} GB"
         # made before attempts were recorded: the steps' own time
         spent = {"attempts": found.get("restarts", 0) + 1, "wall_seconds": found["train_seconds"], **found}
@@ -73,7 +76,7 @@ def _cell(arm: str, seed: int, state: str, detail: str, log: Path | None, spent:
         arm,
         seed,
         state,
-        detail,
+        printable(detail),
         log,
         attempts=spent.get("attempts", 0),
         wall_seconds=float(spent.get("wall_seconds", 0)),
@@ -99,7 +102,7 @@ def grid(dag: Dag, cells: dict[tuple[str, int], Cell]) -> Table:
         table.add_column(f"seed {seed}")
     for arm in dag.arms:
         row = [cells[arm, seed] for seed in dag.config.seeds]
-        table.add_row(arm, *(f"[{COLOURS[c.state]}]{c.state}[/] {escape(c.detail[:60])}" for c in row))
+        table.add_row(arm, *(Text.assemble((c.state, COLOURS[c.state]), f" {c.detail[:60]}") for c in row))
     return table
 
 

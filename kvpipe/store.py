@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from kvpipe.config import StoreConfig
 from kvpipe.encoding import Encoding, concatenated_ranges
 from kvpipe.files import save_tensors
 from kvpipe.losses import PIECE, token_nll
+from kvpipe.provenance import content_digest, read_json, verify
 from kvpipe.sizes import estimate_bytes as estimate_bytes
 
 VERSION = 1
@@ -253,8 +254,13 @@ def write_index(folder: Path, key: StoreKey, shards: list[Path]) -> None:
         with safe_open(path, framework="pt") as handle:
             fidelity.append(json.loads(handle.metadata()["fidelity"]))
             rows += handle.get_slice("nll").get_shape()[0]
-        digest = sha256(path.read_bytes()).hexdigest()
-        entries.append({"file": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size, "sha256": digest})
+        entries.append(
+            {
+                "file": path.relative_to(folder).as_posix(),
+                "bytes": path.stat().st_size,
+                "sha256": content_digest(path),
+            }
+        )
     index = {
         "key": key.as_dict(),
         "shards": entries,
@@ -269,24 +275,35 @@ def write_index(folder: Path, key: StoreKey, shards: list[Path]) -> None:
 class Store:
     """A memory-mapped store.
 
+    Every shard's checksum is compared with the index's when the store is opened, once in a process.
+
     Raises:
-        FileNotFoundError, ValueError: a shard is missing or has another size than the index says.
+        FileNotFoundError: there is no index.
+        ValueError: the index cannot be read; or a shard is missing, damaged, or not the one in this place.
     """
 
-    def __init__(self, folder: Path, verify: bool = False):
+    def __init__(self, folder: Path):
         self.folder = folder
         index_path = folder / INDEX
+        build = f"`kvpipe teacher-kv --teacher {folder.parent.name} --reading {folder.name}`"
         if not index_path.is_file():
-            raise FileNotFoundError(f"{index_path} does not exist: run `kvpipe teacher-kv` for {folder.name}")
-        self.index = json.loads(index_path.read_text(encoding="utf-8"))
-        self.layers: tuple[int, ...] = tuple(self.index["key"]["layers"])
+            raise FileNotFoundError(f"{index_path} does not exist: run {build}")
+        fix = f"delete it and {index_path}, then run {build}"
+        self.index = read_json(index_path, fix)
+        try:
+            self.layers: tuple[int, ...] = tuple(self.index["key"]["layers"])
+            listed = [(folder / entry["file"], entry["bytes"], entry["sha256"]) for entry in self.index["shards"]]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{index_path} is damaged ({error!r} is not in it): {fix}") from None
+        for path, size, _ in listed:  # said at once, before gigabytes are read
+            if not path.is_file() or path.stat().st_size != size:
+                raise ValueError(f"{path} is missing or truncated: {fix}")
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda entry: verify(entry[0], entry[2], index_path, fix), listed))
         self._shards: list[dict[str, Tensor]] = []
-        for entry in self.index["shards"]:
-            path = folder / entry["file"]
-            if not path.is_file() or path.stat().st_size != entry["bytes"]:
-                raise ValueError(f"{path}: missing or truncated; delete {index_path} and build the store again")
-            if verify and sha256(path.read_bytes()).hexdigest() != entry["sha256"]:
-                raise ValueError(f"{path}: checksum does not match {index_path}; delete both and build again")
+        for number, (path, _, _) in enumerate(listed):
+            if _shard_key(path) != {**self.index["key"], "shard": number}:
+                raise ValueError(f"{path} is another store's shard, or another shard of this one: {fix}")
             with safe_open(path, framework="pt") as handle:
                 self._shards.append({name: handle.get_tensor(name) for name in handle.keys()})  # noqa: SIM118
 

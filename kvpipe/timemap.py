@@ -42,7 +42,8 @@ def build_time_map(config: TimeConfig, src: Encoding, dst: Encoding, source: np.
     """Align all examples of a split.
 
     Args:
-        config: `overlap` and `position` need both sides to have read the same text.
+        config: `position` needs both sides to have read the same text; where two chat templates make texts differ,
+            `overlap` is `segment`.
         src: the teacher's tokens.
         dst: the student's tokens.
         source: for every student example the teacher example it reads; itself by default. For examples that read
@@ -56,7 +57,7 @@ def build_time_map(config: TimeConfig, src: Encoding, dst: Encoding, source: np.
     own = source == identity
     if config.kind == "position":
         index, weight = _by_position(src, dst, source)
-    elif config.kind == "overlap" and own.all():
+    elif config.kind == "overlap" and own.all() and (src.segment_hashes == dst.segment_hashes).all():
         groups = np.stack([np.zeros(len(dst), np.int64), dst.byte_segments[:, -1, 1]], axis=1)[:, None]
         same_text = np.ones((len(dst), 1), dtype=bool)
         index, weight = _by_bytes(config, src, dst, groups, groups, same_text)
@@ -69,7 +70,9 @@ def build_time_map(config: TimeConfig, src: Encoding, dst: Encoding, source: np.
             resampled = _by_segment(src, dst, source, ~same_text)
         else:
             resampled = _by_anchors(src, dst, source, ~same_text, predictive=config.differing == "predictive")
-        index, weight = _merge((index, weight), resampled)
+        # a token without text has no target, as where texts are the same
+        with_text = torch.from_numpy(dst.spans[:, 1] > dst.spans[:, 0])[:, None]
+        index, weight = _merge((index, weight), (resampled[0], resampled[1] * with_text))
     # where there is no weight any row of the example will do
     first, _ = _rows_read(src, dst, source)
     return TimeMap(torch.where(weight > 0, index, first), weight, source)
@@ -127,6 +130,14 @@ def _shifted(encoding: Encoding, groups: np.ndarray, base: np.ndarray, keep: np.
     return torch.from_numpy(shifted)
 
 
+def shared_spans(src: Encoding, dst: Encoding) -> tuple[Tensor, Tensor]:
+    """Spans of both sides with a byte range of its own for every segment; tokens of segments that differ are empty."""
+    same = src.segment_hashes == dst.segment_hashes
+    lengths = np.maximum(np.diff(src.byte_segments, axis=-1), np.diff(dst.byte_segments, axis=-1))[..., 0] + 1
+    base = (np.cumsum(lengths) - lengths.ravel()).reshape(lengths.shape)
+    return _shifted(src, src.byte_segments, base, same), _shifted(dst, dst.byte_segments, base, same)
+
+
 def _by_segment(src: Encoding, dst: Encoding, source: np.ndarray, resample: np.ndarray) -> tuple[Tensor, Tensor]:
     """Linear interpolation for the marked segments (example, segment)."""
     examples, segments = np.nonzero(resample)
@@ -145,9 +156,10 @@ def _by_anchors(
     for example, segment in zip(*np.nonzero(resample), strict=True):
         ends, rows = [], []
         for side, number in ((src, source[example]), (dst, example)):
-            start, stop = side.segments[number, segment] + side.offsets[number]
-            ends.append(side.spans[start:stop, 1] - side.byte_segments[number, segment, 0])
-            rows.append((start, stop))
+            these = np.arange(*(side.segments[number, segment] + side.offsets[number]))
+            these = these[side.spans[these, 1] > side.spans[these, 0]]
+            ends.append(side.spans[these, 1] - side.byte_segments[number, segment, 0])
+            rows.append(these)
         pairs = anchors(src.texts[source[example]][segment], dst.texts[example][segment])
         if predictive:
             reached = warp(_next_words(dst.texts[example][segment].encode(), ends[1]), pairs, jump="after")
@@ -155,9 +167,9 @@ def _by_anchors(
             reached = warp(ends[1], pairs)
         # a little slack for the rounding of the interpolation
         last = np.searchsorted(ends[0], reached + 1e-6, side="right") - 1
-        (first, _), (start, stop) = rows
-        index[start:stop, 0] = first + np.maximum(last, 0)
-        weight[start:stop, 0] = last >= 0
+        if len(rows[0]):
+            index[rows[1], 0] = rows[0][np.maximum(last, 0)]
+            weight[rows[1], 0] = last >= 0
     return torch.from_numpy(index), torch.from_numpy(weight)
 
 

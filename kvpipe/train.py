@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import shutil
@@ -21,18 +22,18 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from kvpipe import attempts, card, checkpoint
+from kvpipe import attempts, card, checkpoint, launch
 from kvpipe.batches import Batch, collate, count_predicted, schedule
 from kvpipe.capture import Recorder
 from kvpipe.cell import Workspace
-from kvpipe.config import Arm, TrainConfig
+from kvpipe.config import Arm, ConfigError, TrainConfig
 from kvpipe.dag import digest
-from kvpipe.device import check_device
-from kvpipe.distill import Distiller, Step
+from kvpipe.device import check_device, check_precision, resolve_device, without_environment
+from kvpipe.distill import Distiller, Step, Term, Whole
 from kvpipe.export import export
 from kvpipe.likelihood import score, scoring_batches
 from kvpipe.lora import adapted
-from kvpipe.losses import check_finite, masked_mean, token_nll
+from kvpipe.losses import NonFiniteLossError, check_finite, masked_sum, token_nll
 from kvpipe.models import manifest_hash
 from kvpipe.outofmemory import evaluation_advice, explained, training_advice
 from kvpipe.provenance import describe
@@ -56,6 +57,25 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 def budget(config: TrainConfig, arm: Arm) -> TrainConfig:
     """Training of an arm's cells: the same for every arm, but for the steps where an arm says so."""
     return config.model_copy(update={"steps": max(1, round(config.steps * arm.steps))})
+
+
+def check_settings(config: TrainConfig, log=print) -> None:
+    """Refuse what cannot be trained here, before anything is computed.
+
+    Raises:
+        NoDevice: `train.device` names a GPU and torch sees none.
+        ConfigError: fp16 on a CPU, more micro-batches over all processes than examples in a batch, or a launcher's way
+            of training that there is not.
+    """
+    check_device(config.device, log)
+    check_precision(config.precision, resolve_device(config.device))
+    without_environment()
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.accumulate * processes > config.batch_size:
+        raise ConfigError(
+            f"train.batch_size {config.batch_size} is less than train.accumulate {config.accumulate} × {processes} "
+            f"processes = {config.accumulate * processes} micro-batches: raise it, or use fewer"
+        )
 
 
 def train(work: Workspace, arm_name: str, seed: int, out: Path, checkpoints: Path, log=print) -> None:
@@ -86,8 +106,14 @@ def train(work: Workspace, arm_name: str, seed: int, out: Path, checkpoints: Pat
             f"{out} could not be written: {error}. Free some space and run the same command again: it goes on from the "
             f"last checkpoint in {checkpoints}"
         ) from error
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    attempts.record_of(checkpoints).unlink(missing_ok=True)
+    run.accelerator.wait_for_everyone()
+    if run.accelerator.is_main_process:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        attempts.record_of(checkpoints).unlink(missing_ok=True)
+
+
+def _unheard(*_: object) -> None:
+    """The log of all processes but the main one, which say the same."""
 
 
 @contextmanager
@@ -113,22 +139,44 @@ class Counters:
     restarts: int = 0
 
 
+@dataclass
+class _Part:
+    """A micro-batch of this process, and what the teachers say of it."""
+
+    batch: Batch
+    read: Any
+
+
+@dataclass
+class _Batch:
+    """A step's batch: this process's parts; predicted tokens and `whole` are those of all processes."""
+
+    step: int
+    parts: list[_Part]
+    predicted: int
+    logged: bool
+    whole: Whole | None
+
+
 class _Run:
     def __init__(self, work: Workspace, arm_name: str, seed: int, checkpoints: Path, log):
         # accelerate takes over a second to import, which the functions above do not need
         from accelerate import Accelerator
 
+        launch.check_environment(os.environ)
         self.work, self.arm_name, self.seed, self.checkpoints, self.log = work, arm_name, seed, checkpoints, log
         self.arm = work.dag.arm(arm_name)
         self.config = budget(work.config.train, self.arm)
         self.drawn = seed + self.arm.seed_offset
         torch.set_num_threads(self.config.threads)
         torch.use_deterministic_algorithms(True, warn_only=True)
-        check_device(self.config.device, log)
+        check_settings(self.config, log=log)
         work.check([arm_name])
         precision = "no" if self.config.precision == "fp32" else self.config.precision
         self.accelerator = Accelerator(mixed_precision=precision, cpu=self.config.device == "cpu")
         self.device = self.accelerator.device
+        if not self.accelerator.is_main_process:
+            self.log = log = _unheard
         self.attempt = attempts.Attempt(checkpoints, str(self.device), self.accelerator.num_processes)
         self._note()
         self.encoding = work.student_encoding("train")
@@ -272,55 +320,122 @@ class _Run:
             group["lr"] = group["peak"] * rate
         examples = self.batches[step]
         processes = self.accelerator.num_processes
-        parts = processes * self.config.accumulate
-        share = np.array_split(examples, parts)[self.accelerator.process_index :: processes]
-        whole = float(self.encoding.lengths[examples].sum())
-        whole_predicted = count_predicted(self.encoding, examples, self.config.loss_on)
+        micros = np.array_split(examples, processes * self.config.accumulate)
+        parts = [self._part(micro) for micro in micros[self.accelerator.process_index :: processes]]
+        predicted = count_predicted(self.encoding, examples, self.config.loss_on)
         logged = step + 1 == self.config.steps or (step + 1) % self.config.log_every == 0
-        # gradients of single terms cost a backward pass each
-        watched_step = logged and (step + 1) % self.config.eval_every == 0
-        values: dict[str, float] = {}
-        watched: dict[str, float] = {}
-        for number, micro in enumerate(share):
-            batch = collate(self.encoding, micro, self.pad_id, self.config.loss_on).to(self.device)
-            # every micro-batch weighs by its tokens, in cross-entropy by those that carry it, and processes average
-            # their gradients
-            tokens = float(self.encoding.lengths[micro].sum())
-            weight = tokens / whole * processes
-            predicted = int(batch.predicted.sum()) / whole_predicted * processes
-            last = number == len(share) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                cross_entropy, added = self._forward(batch, recorder, step)
-                terms = {"ce": cross_entropy} | {name: term.value for name, term in added.terms.items()}
-                check_finite(terms, step + 1)
-                if logged and last:
-                    watched = added.watch()
-                if watched_step and last:
-                    watched |= self._gradient_norms(cross_entropy, added)
-                distilled = [term.value * term.weight * weight for term in added.terms.values()]
-                self.accelerator.backward(sum(distilled, cross_entropy * predicted))
-            for name, value in terms.items():
-                part = (predicted if name == "ce" else weight) / processes
-                values[name] = values.get(name, 0.0) + value.item() * part
-            self.counters.padded_tokens += batch.input_ids.numel() * processes
+        work = _Batch(step, parts, predicted, logged, None)
+        if self.distiller is not None and recorder is not None and len(parts) > 1:
+            work.whole = self._measure(work, recorder)
+        # gradients of single terms cost a pass each
+        watch_gradients = logged and (step + 1) % self.config.eval_every == 0
+        ratios = self._gradient_ratios(work, recorder) if watch_gradients else {}
+        values, weights, watched = self._pass(work, recorder)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        gradients = {"gradient": norm}
+        if self.distiller is not None:
+            learned = [p.grad for p in self.distiller.parameters() if p.grad is not None]
+            gradients |= {"gradient of projectors and fusion": nn.utils.get_total_norm(learned)} if learned else {}
         if self.config.precision != "fp16":  # whose loss scaling skips such steps itself
-            check_finite({"gradient": norm}, step + 1)
+            check_finite(gradients, step + 1)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.counters.tokens += int(whole)
-        weights = {f"lambda_{name}": term.weight for name, term in added.terms.items()}
+        self.counters.tokens += int(self.encoding.lengths[examples].sum())
+        self.counters.padded_tokens += sum(len(m) * int(self.encoding.lengths[m].max()) for m in micros)
         return {
             "step": step + 1,
             "tokens": self.counters.tokens,
             "learning_rate": rate * self.config.learning_rate,
             "grad_norm": float(norm),
             **values,
-            **weights,
+            **{f"lambda_{name}": weight for name, weight in weights.items()},
             **watched,
+            **ratios,
         }
 
-    def _forward(self, batch: Batch, recorder: Recorder | None, step: int) -> tuple[torch.Tensor, Step]:
+    def _part(self, examples: np.ndarray) -> _Part:
+        """A micro-batch; its teachers are asked here and not again."""
+        batch = collate(self.encoding, examples, self.pad_id, self.config.loss_on).to(self.device)
+        return _Part(batch, None if self.distiller is None else self.distiller.read(batch))
+
+    def _whole(self, rows: list[torch.Tensor]) -> Whole:
+        """What the rows that were measured of micro-batches amount to over all processes."""
+        assert self.distiller is not None
+        return self.distiller.whole(self.accelerator.gather(torch.stack(rows)))
+
+    def _draw(self, step: int) -> None:
+        """Begin the random numbers of a step (dropout): each process its own, and every pass over a batch the same."""
+        state = np.random.SeedSequence([self.drawn, step, self.accelerator.process_index]).generate_state(1, np.uint64)
+        torch.manual_seed(int(state[0]))
+
+    @torch.no_grad()
+    def _measure(self, work: _Batch, recorder: Recorder) -> Whole:
+        """What the terms of micro-batches are divided by; one micro-batch measures itself in its own forward."""
+        assert self.distiller is not None
+        self._draw(work.step)
+        rows = []
+        for part in work.parts:
+            hidden = self._forward(part.batch)[1] if self.distiller.reads_student else None
+            rows.append(
+                self.distiller.measure(part.batch, self.distiller.target(part.batch, part.read, hidden, recorder))
+            )
+        return self._whole(rows)
+
+    def _pass(
+        self, work: _Batch, recorder: Recorder | None, only: str | None = None
+    ) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+        """Gradients of a batch's loss; gives the terms, their weights λ and what is watched, all of the whole batch.
+
+        With `only`, gradients of that weighted term alone.
+        """
+        self._draw(work.step)
+        processes = self.accelerator.num_processes
+        sums: dict[str, Any] = {}
+        watched: list[dict[str, tuple[float, float]]] = []
+        added = Step({}, dict)
+        for number, part in enumerate(work.parts):
+            last = number == len(work.parts) - 1
+            with nullcontext() if last and only is None else self.accelerator.no_sync(self.model):
+                cross_entropy, added = self._terms(work, part, recorder)
+                terms = {"ce": Term(cross_entropy, 1.0)} | added.terms
+                for name, term in terms.items():
+                    sums[name] = sums.get(name, 0.0) + term.value.detach()
+                wanted = [term.value * term.weight for name, term in terms.items() if only in (None, name)]
+                total = sum(wanted) * processes  # which average their gradients
+                if only is None:
+                    self.accelerator.backward(total)
+                elif total.requires_grad:
+                    total.backward()
+            if work.logged and only is None:
+                watched.append(added.watch())
+        if self.distiller is not None:
+            self._average_gradients(self.distiller)  # which is not inside DDP, as the student is
+        whole = self.accelerator.reduce(torch.stack(list(sums.values())), "sum")
+        values = dict(zip(sums, whole, strict=True))
+        check_finite(values, work.step + 1)
+        weights = {name: term.weight for name, term in added.terms.items()}
+        return {name: value.item() for name, value in values.items()}, weights, self._watched(watched)
+
+    def _average_gradients(self, module: nn.Module) -> None:
+        """Over processes."""
+        if self.accelerator.num_processes > 1:
+            for parameter in module.parameters():
+                if parameter.requires_grad:
+                    own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                    parameter.grad = self.accelerator.reduce(own, "mean")
+
+    def _watched(self, parts: list[dict[str, tuple[float, float]]]) -> dict[str, float]:
+        """Sums over all parts of all processes, divided."""
+        if self.accelerator.num_processes > 1 and parts:
+            from accelerate.utils import gather_object
+
+            parts = gather_object(parts)
+        names = dict.fromkeys(name for part in parts for name in part)
+        totals = {name: np.sum([part[name] for part in parts if name in part], axis=0).tolist() for name in names}
+        return {name: above / below for name, (above, below) in totals.items() if below}
+
+    def _forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The student's logits, and the input of every layer, which its keys and values are made from."""
         needs_hidden = self.distiller is not None and self.distiller.needs_hidden
         output = self.model(
             input_ids=batch.input_ids,
@@ -328,31 +443,50 @@ class _Run:
             use_cache=False,
             output_hidden_states=needs_hidden,
         )
-        cross_entropy = masked_mean(token_nll(output.logits, batch.labels), batch.predicted)
+        return output.logits, torch.stack(output.hidden_states[:-1]) if needs_hidden else None
+
+    def _terms(self, work: _Batch, part: _Part, recorder: Recorder | None) -> tuple[torch.Tensor, Step]:
+        """A micro-batch's share of cross-entropy and of what the arm adds."""
+        logits, hidden = self._forward(part.batch)
+        cross_entropy = masked_sum(token_nll(logits, part.batch.labels), part.batch.predicted) / work.predicted
         if self.distiller is None or recorder is None:
             return cross_entropy, Step({}, dict)
-        # the input of every layer, which its keys and values are made from
-        hidden = torch.stack(output.hidden_states[:-1]) if needs_hidden else None
-        return cross_entropy, self.distiller(batch, output.logits, hidden, recorder, (step, self.config.steps))
+        target = self.distiller.target(part.batch, part.read, hidden, recorder)
+        whole = work.whole
+        if whole is None:
+            whole = self._whole([self.distiller.measure(part.batch, target)])
+        progress = (work.step, self.config.steps)
+        return cross_entropy, self.distiller.terms(part.batch, target, whole, logits, recorder, progress)
 
-    def _gradient_norms(self, cross_entropy: torch.Tensor, added: Step) -> dict[str, float]:
+    def _gradient_ratios(self, work: _Batch, recorder: Recorder | None) -> dict[str, float]:
         """Norm of each weighted term's gradient on the student, relative to that of the cross-entropy."""
-        if not added.terms or self.accelerator.num_processes > 1:
+        if self.distiller is None:
             return {}
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
 
-        def norm(value: torch.Tensor) -> float:
-            grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-            return float(sum(g.float().square().sum() for g in grads if g is not None)) ** 0.5
+        def norm(name: str) -> tuple[float, list[str]]:
+            _, weights, _ = self._pass(work, recorder, name)
+            self._average_gradients(self.model)
+            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+            found = float(sum(g.float().square().sum() for g in grads)) ** 0.5
+            self.optimizer.zero_grad(set_to_none=True)
+            return found, list(weights)
 
-        base = norm(cross_entropy)
-        return {f"grad_ratio_{n}": norm(t.value * t.weight) / max(base, 1e-12) for n, t in added.terms.items()}
+        base, names = norm("ce")
+        return {f"grad_ratio_{name}": norm(name)[0] / max(base, 1e-12) for name in names}
 
     def _evaluate(self, step: int) -> None:
         with explained("scoring the validation split", evaluation_advice(self.work.config.evaluate)):
             scores = score(self.accelerator.unwrap_model(self.model), self.validation, self.validation_batches)
         self._note()
-        line = {"step": step, "tokens": self.counters.tokens, "validation_loss": scores.mean_nll()}
+        if not scores.tokens.sum():
+            raise ValueError("no token of the validation split's completions is scored: give it records with an answer")
+        loss = scores.mean_nll()
+        if not np.isfinite(loss):
+            raise NonFiniteLossError(
+                f"the validation loss after step {step} is {loss}: look at the student's weights and the split (before "
+                "step 1), or lower the learning rate; nothing of this step was saved"
+            )
+        line = {"step": step, "tokens": self.counters.tokens, "validation_loss": loss}
         self.history.append(line)
         self.log(f"step {step}/{self.config.steps}  validation loss {line['validation_loss']:.4f}")
 

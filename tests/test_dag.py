@@ -27,7 +27,7 @@ def params(dag: Dag) -> dict[tuple, str]:
     out |= {("fit", arm): dag.depends("fit", fit=dag.fit_id(a)) for arm, a in dag.arms.items() if dag.needs_fit(a)}
     out |= {("models", m): dag.depends("models", model=m) for m in dag.config.models}
     out |= {("teacher_kv", t): dag.depends("teacher_kv", teacher=t) for t in dag.teachers}
-    steps = ("doctor", "data", "layer_map", "evaluate", "untrained", "arm", "stats", "audit", "report")
+    steps = ("data", "layer_map", "evaluate", "untrained", "arm", "stats", "audit", "report")
     return out | {(step,): dag.depends(step) for step in steps}
 
 

@@ -53,6 +53,11 @@ def run(work, distiller, model=None, progress=(0, 10)):
     return SimpleNamespace(step=step, batch=batch, kv=kv, logits=logits)
 
 
+def divided(step):
+    """What is watched of a batch in one part."""
+    return {name: above / below for name, (above, below) in step.watch().items()}
+
+
 def by_hand(own, target, mask, scaled):
     """Mean over unmasked positions of the squared residual, each layer in units of its target's deviation."""
     total = 0.0
@@ -110,7 +115,7 @@ def test_terms_are_the_loss_by_hand(work, scaled):
         term = found.step.terms[name]
         assert term.weight == factor
         torch.testing.assert_close(term.value, by_hand(own, target, mask, scaled), atol=1e-4, rtol=1e-4)
-    watched = found.step.watch()
+    watched = divided(found.step)
     assert watched["masked_share"] == pytest.approx(1 - (mask.sum() / found.batch.mask.sum()).item())
     for task in table:
         shares = [watched[f"weight/{task}/{name}"] for name in ("alpha", "beta")]
@@ -188,7 +193,7 @@ def test_selection_follows_the_teachers_losses(work):
             with torch.no_grad():
                 expected = model(input_ids=ids, labels=ids).loss * (ids.shape[1] - 1)
             assert losses[row, example] == pytest.approx(expected.item(), rel=1e-3)
-    watched = run(work, work.distiller(arm, 0)).step.watch()
+    watched = divided(run(work, work.distiller(arm, 0)).step)
     best = losses[:, EXAMPLES].argmin(0)
     tasks = [work.records("train")[e].task for e in EXAMPLES]
     for task in set(tasks):

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -245,7 +244,7 @@ def test_an_interpreter_in_a_private_folder_below_tmp(tmp_path, mask, walls):
     try:
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", home / "venv"], check=True)
         packages = next((home / "venv").glob("lib/python3*/site-packages"))
-        (packages / "others.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+        (packages / "others.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
     finally:
         os.umask(before)
     code = "import statistics, sys, sysconfig\nassert open(sys.prefix + '/pyvenv.cfg').read()\n"

@@ -307,12 +307,13 @@ def test_nan_in_a_term_stops_with_step_and_term(cell, monkeypatch, tmp_path):
     real, calls = distill.kv_loss, iter(range(1000))
 
     def poisoned(*args, **kwargs):
-        # one call for keys and one for values in every step: the seventh is the values' of step 4
+        # one call for keys and one for values in every step (those whose gradients are watched apart have more): the
+        # seventh is the values' of step 4
         return real(*args, **kwargs) * (float("nan") if next(calls) == 7 else 1.0)
 
     monkeypatch.setattr(distill, "kv_loss", poisoned)
     with pytest.raises(NonFiniteLossError, match=r"step 4: loss term 'v' is NaN"):
-        cell("two", {"train.checkpoint_every": 3})
+        cell("two", {"train.checkpoint_every": 3, "train.eval_every": 6})
     assert [p.name for p in tmp_path.glob("*/checkpoints/*")] == ["step-00000003"]
     assert not list(tmp_path.glob("*/out/*"))
 

@@ -208,6 +208,18 @@ def modeling_module(config: PretrainedConfig) -> ModuleType:
         ) from error
 
 
+def positions_are_a_table(config: PretrainedConfig) -> bool:
+    """Whether positions are looked up in a table of `max_position_embeddings` rows: learned ones, and those of GPT-J."""
+    config = config.get_text_config(decoder=True)
+    if config.model_type in ("gptj", "codegen"):
+        return True
+    try:
+        family = modeling_module(config)
+    except ValueError:  # code of the model's own repository
+        return False
+    return not getattr(config, "alibi", False) and not any(n.endswith("RotaryEmbedding") for n in vars(family))
+
+
 def _rotary_class(config: PretrainedConfig, family: ModuleType) -> type | None:
     """The family's text rotary module, or None for a family without one."""
     names = [n for n in vars(family) if n.endswith("RotaryEmbedding") and "Vision" not in n and "Audio" not in n]

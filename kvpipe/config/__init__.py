@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,10 @@ class Config(Section):
                     raise ValueError(f"models.{name}.like: {model.like!r} has no weights of its own")
             if name == self.student and isinstance(model, LocalModel | HubModel) and model.load != Loading():
                 raise ValueError(f"models.{name}.load: the student is trained, from fp32 weights; set train.precision")
+            if self.data.template.chat_template and isinstance(model, PretrainModel | ScratchModel):
+                raise ValueError(
+                    f"data.template.chat_template: models.{name} is made here (source: {model.source}) and has no chat template"
+                )
             if isinstance(model, ScratchModel) and name != self.student:
                 raise ValueError(f"models.{name}: source scratch is for the student only")
         tasks = {task for source in self.data.sources for task in source.task_names}
@@ -327,8 +332,39 @@ def merge(values: dict, over: dict) -> dict:
     return out
 
 
+ENTRIES = 100_000
+"""Most entries of a document, every alias written out."""
+
+
+def entries(node: Any, counted: dict[int, float] | None = None) -> float:
+    """How many entries a document (nodes of YAML, or dictionaries and lists) has when every alias is written out; infinite
+    where it contains itself."""
+    counted = {} if counted is None else counted
+    node = node.value if isinstance(node, yaml.Node) else node
+    if not isinstance(node, dict | list | tuple):
+        return 1.0
+    if id(node) not in counted:
+        counted[id(node)] = math.inf
+        parts = node.values() if isinstance(node, dict) else node
+        counted[id(node)] = 1.0 + sum(entries(part, counted) for part in parts)
+    return counted[id(node)]
+
+
+def _bounded(node: Any) -> None:
+    if entries(node) > ENTRIES:
+        raise ValueError(
+            f"it has more than {ENTRIES:,} entries when its aliases (*name) are written out; expected a configuration"
+        )
+
+
 class _OneOfEach(yaml.SafeLoader):
-    """YAML in which a key stands once in its mapping: YAML's own rule, which PyYAML does not keep."""
+    """YAML in which a key stands once in its mapping, YAML's own rule, and aliases do not multiply; PyYAML keeps neither."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        """The document, if it stays one when its aliases are written out."""
+        node = super().get_single_node()
+        _bounded(node)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         """The mapping; what `<<` brings in may be given anew."""
@@ -348,6 +384,8 @@ class _OneOfEach(yaml.SafeLoader):
 def _yaml(text: str, origin: str) -> Any:
     try:
         return yaml.load(text, Loader=_OneOfEach)
+    except RecursionError:
+        raise ConfigError(f"{origin}: nested too deeply; expected a configuration of a few levels") from None
     except (yaml.YAMLError, ValueError) as error:  # a date or a number that is none is a plain ValueError
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -389,6 +427,10 @@ def lock_path(path: str | Path) -> Path:
 def with_lock(values: dict, paths: Sequence[str | Path]) -> dict:
     """The merged values of configuration files, laid over the lock beside the first of them."""
     path = lock_path(paths[0]) if paths else None
+    try:
+        _bounded(values)  # Snakemake has read them by a loader of its own
+    except ValueError as error:
+        raise ConfigError(f"{', '.join(map(str, paths))}: {error}") from None
     return merge(read(path), values) if path is not None and path.is_file() else values
 
 

@@ -197,6 +197,10 @@ class TextTemplate(Section):
 class Template(TextTemplate):
     """How one record becomes text; the same for every arm."""
 
+    chat_template: bool = False
+    """Render records as conversations by each model's own chat template: the messages of the row, or the prompt (without
+    white space at its ends) as one message of the user, then reasoning and answer as the assistant's. Without it, texts
+    are the same for every model."""
     tasks: dict[Name, TextTemplate] = Field(default={})
     """Task → its own template. Keys that are not given there are those above."""
 
@@ -237,6 +241,10 @@ class DataConfig(Section):
     """How one record becomes text; the same for every arm."""
     seed: Seed = 0
     """Seed of the embedded corpora."""
+    context: Literal["warn", "strict"] = "warn"
+    """Texts longer than a model's `max_position_embeddings`, where its positions are rotary: `warn` says so once for each
+    model and goes on, `strict` is an error before anything is computed. Models whose positions are a table (GPT-2, OPT)
+    refuse them always, and evaluation reads longer texts in windows."""
     ngram: Count = 13
     """Word n-gram length of the train/test leakage audit."""
     duplicates: Literal["keep", "drop", "error"] = "keep"

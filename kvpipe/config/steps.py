@@ -67,7 +67,7 @@ class TrainConfig(Section):
     batch_size: Count = 32
     """Examples per optimizer step over all devices."""
     accumulate: Count = 1
-    """Micro-batches per optimizer step."""
+    """Micro-batches per optimizer step and process; all losses and gradients are those of the whole batch."""
     learning_rate: PositiveFloat = 3e-3
     """Peak learning rate of AdamW under a cosine schedule."""
     warmup: Fraction = 0.05
@@ -75,7 +75,7 @@ class TrainConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Weight decay of AdamW."""
     max_grad_norm: PositiveFloat = 1.0
-    """Gradients are clipped to this norm."""
+    """The student's gradients are clipped to this norm."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Mixed precision of the student."""
     gradient_checkpointing: bool = False
@@ -118,6 +118,8 @@ class TrainConfig(Section):
                 f"accumulate: {self.accumulate} micro-batches of a batch of {self.batch_size} examples leave some "
                 f"empty; at most {self.batch_size}"
             )
+        if self.precision == "fp16" and self.device == "cpu":
+            raise ValueError("precision: fp16 is not computed on a CPU; set fp32 or bf16, or another device")
         return self
 
 

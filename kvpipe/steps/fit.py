@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kvpipe import fit
+from kvpipe import fit, made
 from kvpipe.align.regime import positions_from_mask
 from kvpipe.align.rope import Rope
 from kvpipe.attention import output_cosine
@@ -60,6 +60,7 @@ def make_fit(work: Workspace, fit_id: str) -> None:
             for teacher, target in zip(arm.teachers, targets, strict=True)
         }
     save_projectors(work.paths.projector(fit_id), arm.teachers, projectors, document)
+    made.note(work.dag, work.paths, "fit", fit_id)
 
 
 def _student_cache(work: Workspace, examples: np.ndarray, length: int) -> tuple[Tensor | None, KV, list[Rope], Tensor]:

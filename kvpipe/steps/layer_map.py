@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from einops import rearrange
 
-from kvpipe import layermap
+from kvpipe import layermap, made
 from kvpipe.align.layer import StreamingCKA
 from kvpipe.batches import collate, schedule
 from kvpipe.capture import Recorder, kv_geometry
@@ -55,6 +55,7 @@ def make_layer_map(work: Workspace, teacher: str) -> None:
         streams["hidden"].update(hidden[:, mask], _teacher_rows(theirs["hidden"].keys, mask))
     similarity = {kind: stream.compute() for kind, stream in streams.items()}
     layermap.write_layer_map(work.paths.layer_map(teacher), teacher, similarity, rows)
+    made.note(work.dag, work.paths, "layer_map", teacher)
 
 
 def _student_rows(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

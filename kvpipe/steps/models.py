@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from kvpipe import hub
+from kvpipe import hub, made
 from kvpipe.cell import Workspace
 from kvpipe.config import HubModel, LocalModel, PretrainModel, RandomModel, ScratchModel
 from kvpipe.folders import lacking, misfit, no_cache, no_language_model, read_config
@@ -54,6 +54,7 @@ def make_model(work: Workspace, name: str) -> None:
         _check(work, name, out)
         how["tokenizer"] = fingerprint(load_tokenizer(out, work.trusts(name)))
     write_manifest(out, source, **how)
+    made.note(work.dag, work.paths, "models", name)
 
 
 def _check(work: Workspace, name: str, folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvpipe import store
+from kvpipe import made, store
 from kvpipe.capture import kv_geometry
 from kvpipe.cell import Workspace
 from kvpipe.outofmemory import explained, teacher_advice
@@ -29,3 +29,4 @@ def make_store_index(work: Workspace, teacher: str, reading) -> None:
     """The index of a store whose shards are there."""
     shards = [work.paths.shard(teacher, reading, i) for i in range(work.config.store.shards)]
     store.write_index(work.paths.store(teacher, reading), work.store_key(teacher, reading), shards)
+    made.note(work.dag, work.paths, "teacher_kv", teacher, reading)

@@ -26,6 +26,7 @@ from kvpipe.doctor.slurm import examine_slurm
 from kvpipe.doctor.sources import examine_sources
 from kvpipe.doctor.storage import examine_storage
 from kvpipe.layermap import layer_plan
+from kvpipe.limits import Limits
 from kvpipe.losses import check_finite
 from kvpipe.provenance import PACKAGE
 from kvpipe.steps import teacher_kv
@@ -257,6 +258,8 @@ TRAINING = {
     "The saved student differs",
     "The layer map is missing",
     "A text is too long",
+    "A token has no embedding",
+    "A text is longer than a model reads",
     "A key that does not exist",
 }
 
@@ -356,6 +359,13 @@ def test_training(cell, capsys, monkeypatch, tmp_path):
     )
     long = Workspace(config(tmp_path, {"train.max_length": 5}), work.paths)
     said["A text is too long"] = raised(long.student_encoding, "train")
+    for title, limits in (
+        ("A token has no embedding", Limits("'alpha'", 5, None, False)),
+        ("A text is longer than a model reads", Limits("'alpha'", 999, 5, False, "strict")),
+    ):
+        short = Workspace(config(tmp_path), work.paths)
+        short._limits["alpha"] = limits
+        said[title] = raised(short.teacher_encoding, "alpha", "train", "student")
     written = values(tmp_path)
     written["train"]["step"] = written["train"].pop("steps")
     path = tmp_path / "config.yaml"

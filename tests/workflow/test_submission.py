@@ -147,7 +147,7 @@ def test_a_cell_on_several_nodes_starts_the_image_on_each(login, tmp_path):
     assert line and line[1] == (
         "exec "
         + command(4, 2, "apptainer exec --home $PWD --nv containers/kvpipe-cuda-0123456789ab.sif")
-        + " train --arm full --seed 0 --out results/train/full/seed0 --checkpoints results/checkpoints/full/seed0"
+        + " train --made --arm full --seed 0 --out results/train/full/seed0 --checkpoints results/checkpoints/full/seed0"
         " > results/logs/train/full/seed0.log 2>&1"
     )
 
@@ -177,5 +177,4 @@ def test_every_rule_that_may_run_into_its_limit_has_more_time_in_the_next_attemp
     rules = {
         r: v for r, v in settings["set-resources"].items() if re.search(r"min\(\d+ \* attempt, \d+\)", v["runtime"])
     }
-    # `doctor` looks, for seconds
-    assert rules.keys() | {"doctor"} == RULES
+    assert rules.keys() == RULES

@@ -1,13 +1,16 @@
 """What Snakemake would run: on a copy of the checkout, by dry runs, from clean and after a faked complete run."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from itertools import combinations
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
@@ -47,8 +50,8 @@ def python(folder: Path, *arguments: str, **variables: str) -> subprocess.Comple
     )
 
 
-def snakemake(folder: Path, *arguments: str) -> str:
-    done = python(folder, "-m", "snakemake", "--cores", "1", *arguments)
+def snakemake(folder: Path, *arguments: str, **variables: str) -> str:
+    done = python(folder, "-m", "snakemake", "--cores", "1", *arguments, **variables)
     assert done.returncode == 0, done.stderr + done.stdout
     return done.stdout + done.stderr
 
@@ -57,9 +60,14 @@ BLOCK = re.compile(r"^(?:local)?rule (\w+):\n((?:    .*\n)*)", re.MULTILINE)
 
 
 def planned(folder: Path, *arguments: str) -> list[str]:
-    """Jobs of a dry run: the rule, and its wildcards where it has some, as `train arm=exp3 seed=0`."""
+    """Jobs of a dry run."""
+    return jobs_of(snakemake(folder, "-n", *arguments))
+
+
+def jobs_of(said: str) -> list[str]:
+    """Jobs that a dry run lists: the rule, and its wildcards where it has some, as `train arm=exp3 seed=0`."""
     jobs = []
-    for rule, body in BLOCK.findall(snakemake(folder, "-n", *arguments)):
+    for rule, body in BLOCK.findall(said):
         wildcards = re.search(r"wildcards: (.*)", body)
         jobs.append(" ".join([rule, *sorted(wildcards[1].split(", "))]) if wildcards else rule)
     return sorted(jobs)
@@ -100,7 +108,7 @@ def test_the_whole_dag_has_one_job_per_cell(copy):
     assert [j for j in jobs if j.startswith("evaluate ")] == sorted(cells("evaluate"))
     assert [j for j in jobs if j.startswith("arm ")] == sorted(f"arm arm={arm}" for arm in ARMS)
     count = Counter(job.split()[0] for job in jobs)
-    once = ("doctor", "data", "audit", "stats", "report", "untrained")
+    once = ("data", "audit", "stats", "report", "untrained")
     assert {rule: count[rule] for rule in once} == dict.fromkeys(once, 1)
     # exp5 and exp6, full and null-shuffled share a fit; both teachers are mapped, for full
     assert (count["fit"], count["layer_map"], count["model"], count["teacher_quality"]) == (5, 2, 3, 2)
@@ -112,13 +120,13 @@ def test_the_whole_dag_has_one_job_per_cell(copy):
 def test_one_cell_needs_just_its_own(copy):
     assert planned(copy, "results/evaluate/exp3/seed1.parquet") == sorted(
         [
-            "doctor", "data", "evaluate arm=exp3 seed=1", "train arm=exp3 seed=1", "layer_map teacher=math",
+            "data", "evaluate arm=exp3 seed=1", "train arm=exp3 seed=1", "layer_map teacher=math",
             "model model=math", "model model=student", "teacher_kv reading=student teacher=math",
             *(j for j in planned(copy, "results/evaluate/exp3/seed0.parquet") if j.startswith("fit ")),
         ]
     )  # fmt: skip
     control = planned(copy, "results/train/control/seed0/history.jsonl")
-    assert control == ["data", "doctor", "model model=student", "train arm=control seed=0"]
+    assert control == ["data", "model model=student", "train arm=control seed=0"]
 
 
 def test_one_arm_needs_its_cells(copy):
@@ -183,9 +191,20 @@ def test_a_named_profile_is_not_overridden_by_the_default_one(copy, form):
 
 
 # ---------------------------------------------------------------- after a complete run
+IN_IMAGE = ("--software-deployment-method", "apptainer")
+"""As on a cluster, so that the image is among what may change; apptainer itself is a stand-in."""
+
+
 @pytest.fixture(scope="module")
 def complete(copy):
-    """Every output there, empty, with what Snakemake remembers of a run."""
+    """Every output there, empty, with what Snakemake remembers of a run; gives the plan of the next one."""
+    tools = copy / "tools"
+    tools.mkdir()
+    (tools / "apptainer").write_text("#!/bin/sh\necho apptainer version 1.4.5\n", encoding="utf-8")
+    (tools / "apptainer").chmod(0o755)
+    (copy / "containers").mkdir()
+    for name in ("kvpipe.sif", "other.sif"):
+        (copy / "containers" / name).touch()
     summary = python(copy, "-m", "snakemake", "--cores", "1", "--summary", "results/report.html")
     assert summary.returncode == 0, summary.stderr
     for line in summary.stdout.splitlines()[1:]:
@@ -195,79 +214,198 @@ def complete(copy):
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
-    snakemake(copy, "--touch", "--forceall", "results/report.html")
-    return copy
+    path = f"{tools}:{os.environ['PATH']}"
+
+    def run(*arguments: str, **variables: str) -> str:
+        return snakemake(copy, *IN_IMAGE, *arguments, "--", "results/report.html", PATH=path, **variables)
+
+    run("--touch", "--forceall")
+    run.folder, run.plans = copy, {}
+    run.all = set(jobs_of(run("-n", "--forceall")))
+    assert len(run.all) > 50
+    return run
 
 
-def after(complete: Path, file: str, change) -> list[str]:
-    with edited(complete / file, change):
-        return planned(complete, "results/report.html")
+def after(complete, *names: str) -> set[str]:
+    """The plan once the named changes are made, each plan computed once."""
+    if names not in complete.plans:
+        variables: dict[str, str] = {}
+        with ExitStack() as stack:
+            for name in names:
+                for file, change in CHANGES[name].edits.items():
+                    if file == "image":
+                        variables["KVPIPE_IMAGE"] = change
+                    else:
+                        stack.enter_context(edited(complete.folder / file, change))
+            complete.plans[names] = set(jobs_of(complete("-n", **variables)))
+    return complete.plans[names]
 
 
-END = ["audit", "report", "stats"]
+END = {"audit", "report", "stats"}
+TRAINED = {"train", "evaluate", "lm_eval", "arm", *END}
+SCORED = {"evaluate", "untrained", "teacher_quality", "arm", *END}
+
+
+class Change(NamedTuple):
+    """A change of files, or of the image; and the jobs that it reaches, as rules or as single jobs without their fits."""
+
+    edits: dict[str, Any]
+    reaches: set[str]
+    quick: bool = False
+
+    def expected(self, jobs: set[str]) -> set[str]:
+        return {job for job in jobs if {job, job.split()[0], " ".join(job.split()[:2])} & self.reaches}
+
+
+def yaml_change(change) -> dict[str, Any]:
+    return {"config/config.yaml": setting(change)}
+
+
+def code_change(file: str, text: str = "\n\nCHANGED = 1\n") -> dict[str, Any]:
+    return {file: lambda before: before + text}
+
+
+def arm_jobs(*arms: str) -> set[str]:
+    return {f"{rule} arm={arm}" for arm in arms for rule in ("arm", "train", "evaluate")} | END
+
+
+def said_otherwise(text: str) -> str:
+    return text.replace('"""Train one cell:', '"""Train a single cell:') + "\n# a last word\n"
+
+
+BELOW_DATA = {"layer_map", "teacher_kv", "fit", "untrained", "teacher_quality"} | TRAINED
+LORA = {"rank": 2, "alpha": 4, "target_modules": ["q_proj"]}
+LAYERS = {"kind": "cka", "k": 3}
+CHANGES = {
+    # what the doctor alone looks at, and what says nothing of the results
+    "a model that no arm uses": Change(
+        yaml_change(lambda v: v["models"].update(spare={"source": "random", "like": "math", "seed": 9})), set(), True
+    ),
+    "code of the doctor": Change(code_change("kvpipe/doctor/__init__.py"), set()),
+    "words in the code": Change({"kvpipe/train.py": said_otherwise}, set(), True),
+    "settings of the machine": Change(
+        yaml_change(lambda v: v["train"].update(checkpoint_every=3, device="cpu", threads=1)), set()
+    ),
+    # what the doctor looks at too
+    "LoRA": Change(yaml_change(lambda v: v["train"].update(lora=LORA)), TRAINED, True),
+    "code of hub.py, the doctor's too": Change(code_change("kvpipe/hub.py"), {"model"} | BELOW_DATA, True),
+    "code of sizes.py, the doctor's too": Change(code_change("kvpipe/sizes.py"), {"model"} | BELOW_DATA),
+    "the image": Change({"image": "containers/other.sif"}, {"data", "model"} | BELOW_DATA, True),
+    # arms and seeds
+    "an arm's loss": Change(
+        yaml_change(lambda v: v["arms"]["exp2"]["set"].update({"loss.lambda_k": 0.5})), arm_jobs("exp2"), True
+    ),
+    "an arm's layers": Change(
+        yaml_change(lambda v: v["arms"]["exp3"]["set"].update(layer=LAYERS)), arm_jobs("exp3"), True
+    ),
+    "a new arm": Change(
+        yaml_change(lambda v: v["arms"].update(mine={"base": "exp1", "set": {"loss.lambda_k": 0.0}})), arm_jobs("mine")
+    ),
+    "a new seed": Change(
+        yaml_change(lambda v: v["seeds"].append(5)),
+        {"arm", *END, *(f"{rule} arm={arm} seed=5" for rule in ("train", "evaluate") for arm in ARMS)},
+        True,
+    ),
+    # steps for all
+    "the learning rate": Change(
+        yaml_change(lambda v: v["train"].update(learning_rate=0.004)),
+        # the layer map's reference student is trained
+        {"layer_map"} | TRAINED,
+        True,
+    ),
+    "the steps": Change(yaml_change(lambda v: v["train"].update(steps=801)), TRAINED),
+    "the data": Change(yaml_change(lambda v: v["data"]["sources"][0].update(difficulty=1)), {"data"} | BELOW_DATA),
+    "n-grams": Change(yaml_change(lambda v: v["data"].update(ngram=9)), {"audit", "report"}),
+    "the template": Change(
+        yaml_change(lambda v: v["data"].update(template={"answer": "{answer} ."})),
+        BELOW_DATA,
+    ),
+    "the store's type": Change(
+        yaml_change(lambda v: v["store"].update(dtype="int8")),
+        {"teacher_kv", "fit", *(j for arm in ARMS if arm != "control" for j in arm_jobs(arm))},
+    ),
+    "generation": Change(yaml_change(lambda v: v["evaluate"].update(max_new_tokens=41)), SCORED),
+    "code of the evaluation": Change(code_change("kvpipe/evaluate.py"), SCORED, True),
+    "code of the training": Change(code_change("kvpipe/train.py"), TRAINED),
+    # statistics and report
+    "resamples": Change(yaml_change(lambda v: v["stats"].update(resamples=17)), {"stats", "report"}),
+    "the title": Change(yaml_change(lambda v: v.update(title="other")), {"report"}),
+    "code of the report": Change(code_change("kvpipe/report/wording.py"), {"report"}, True),
+    "the report's page": Change(code_change("kvpipe/report/template.html", "\n<!-- more -->\n"), {"report"}, True),
+}
+# each pair once; in the quick ones something is changed that is behind another change in the order of the jobs
+PAIRS = [*combinations(CHANGES, 2)]
+QUICK = {
+    ("a model that no arm uses", "the learning rate"),
+    ("a model that no arm uses", "the image"),
+    ("LoRA", "n-grams"),
+    ("code of hub.py, the doctor's too", "an arm's loss"),
+}
+assert set(PAIRS) >= QUICK
 
 
 def test_a_complete_run_has_nothing_to_do(complete):
-    assert "Nothing to be done" in snakemake(complete, "-n", "results/report.html")
+    assert "Nothing to be done" in complete("-n")
 
 
-def test_an_arms_layers_reach_its_cells_and_its_fit(complete):
-    jobs = after(complete, "config/config.yaml", setting(lambda v: v["arms"]["exp3"]["set"]["layer"].update(k=3)))
-    assert [j for j in jobs if not j.startswith("fit ")] == sorted(
-        ["arm arm=exp3", *END, *cells("evaluate", ["exp3"]), *cells("train", ["exp3"])]
-    )
-    assert len([j for j in jobs if j.startswith("fit ")]) == 1
+@pytest.mark.parametrize(
+    "name", [n if c.quick else pytest.param(n, marks=pytest.mark.slow) for n, c in CHANGES.items()]
+)
+def test_a_change_reaches_its_jobs_and_no_other(complete, name):
+    found, change = after(complete, name), CHANGES[name]
+    if name in ("a new seed", "a new arm", "an arm's layers"):  # jobs that were not there before
+        rest = {job for job in found if not job.startswith("fit ")}
+        expected = change.expected(complete.all | found) - {j for j in found if j.startswith("fit ")}
+        assert rest == expected
+        assert len(found) - len(rest) == (name == "an arm's layers")
+        return
+    expected = change.expected(complete.all)
+    if name == "the learning rate":  # fits of arms that choose layers by similarity
+        measured = {job for job in found if job.startswith("fit ")}
+        assert 0 < len(measured) < len([job for job in complete.all if job.startswith("fit ")])
+        expected |= measured
+    assert found == expected
 
 
-def test_an_arms_loss_reaches_its_cells_only(complete):
-    jobs = after(
-        complete, "config/config.yaml", setting(lambda v: v["arms"]["exp2"]["set"].update({"loss.lambda_k": 0.5}))
-    )
-    assert jobs == sorted(["arm arm=exp2", *END, *cells("evaluate", ["exp2"]), *cells("train", ["exp2"])])
-
-
-@pytest.mark.slow
-def test_a_new_arm_runs_its_own_cells(complete):
-    new = {"base": "exp1", "set": {"loss.lambda_k": 0.0}}
-    jobs = after(complete, "config/config.yaml", setting(lambda v: v["arms"].update(mine=new)))
-    assert jobs == sorted(["arm arm=mine", *END, *cells("evaluate", ["mine"]), *cells("train", ["mine"])])
-
-
-def test_a_new_seed_runs_the_new_cells_only(complete):
-    jobs = after(complete, "config/config.yaml", setting(lambda v: v["seeds"].append(5)))
-    tables = [f"arm arm={arm}" for arm in ARMS]
-    assert jobs == sorted([*tables, *END, *cells("evaluate", seeds=[5]), *cells("train", seeds=[5])])
+@pytest.mark.parametrize(
+    "pair", [p if p in QUICK else pytest.param(p, marks=pytest.mark.slow) for p in PAIRS], ids=" and ".join
+)
+def test_two_changes_reach_what_each_of_them_reaches(complete, pair):
+    """Snakemake does not look at jobs below one that runs again: they must all follow from it."""
+    one, other = (after(complete, name) for name in pair)
+    assert after(complete, *pair) >= one | other
 
 
 def test_a_cell_removed_with_the_report_runs_again_alone(complete, tmp_path):
-    removed = [complete / "results/train/exp3/seed0", complete / "results/report.html"]
+    removed = [complete.folder / "results/train/exp3/seed0", complete.folder / "results/report.html"]
     for path in removed:
         shutil.move(path, tmp_path / path.name)
     try:
-        jobs = planned(complete, "results/report.html")
+        jobs = jobs_of(complete("-n"))
     finally:
         for path in removed:
             shutil.move(tmp_path / path.name, path)
     assert jobs == sorted(["arm arm=exp3", *END, *cells("evaluate", ["exp3"], [0]), *cells("train", ["exp3"], [0])])
 
 
-def test_code_of_the_evaluation_retrains_nothing(complete):
-    jobs = after(complete, "kvpipe/evaluate.py", lambda text: text + "\n\nCHANGED = 1\n")
-    assert {j.split()[0] for j in jobs} == {"evaluate", "untrained", "teacher_quality", "arm", *END}
-    assert len([j for j in jobs if j.startswith("evaluate ")]) == len(cells("evaluate"))
-
-
-@pytest.mark.slow
-def test_code_of_the_training_leaves_what_is_before_it(complete):
-    jobs = after(complete, "kvpipe/train.py", lambda text: text + "\n\nCHANGED = 1\n")
-    assert {j.split()[0] for j in jobs} == {"train", "evaluate", "arm", *END}
-
-
-def test_words_in_the_code_run_nothing(complete):
-    def words(text: str) -> str:
-        return text.replace('"""Train one cell:', '"""Train a single cell:') + "\n# a last word\n"
-
-    assert after(complete, "kvpipe/train.py", words) == []
+# ---------------------------------------------------------------- the doctor, before the first job
+def test_what_would_fail_is_said_before_anything_starts(copy, tmp_path):
+    for name in ("kvpipe", "workflow", "config"):
+        shutil.copytree(copy / name, tmp_path / name)
+    run = ("-m", "snakemake", "--cores", "1", "results/data/train.parquet")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    results = tmp_path / "results"
+    with edited(tmp_path / "config/config.yaml", setting(lambda v: v["models"]["math"].update(path="nowhere"))):
+        refused = python(tmp_path, *run, PATH=path)
+        assert refused.returncode == 1 and "Traceback" not in refused.stderr
+        assert "nowhere: config.json is missing" in refused.stderr and "nothing was started" in refused.stderr
+        assert not (results / "data").exists() and not list(results.glob("logs/data*"))
+        assert any(f["status"] == "would fail" for f in json.loads((results / "doctor.json").read_text())["findings"])
+        assert python(tmp_path, *run, "-n", PATH=path).returncode == 0, "a dry run starts nothing anyway"
+    done = python(tmp_path, *run, PATH=path)
+    assert done.returncode == 0, done.stderr
+    assert (results / "data" / "train.parquet").is_file()
+    assert not any(f["status"] == "would fail" for f in json.loads((results / "doctor.json").read_text())["findings"])
 
 
 # ---------------------------------------------------------------- where a checkout may lie
@@ -284,24 +422,6 @@ def test_a_rule_runs_below_a_path_with_a_space_and_results_as_a_link(copy, tmp_p
     done = python(checkout, "-m", "snakemake", "--cores", "1", "results/data/train.parquet", PATH=path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (scratch / "results" / "data" / "train.parquet").stat().st_size > 1000
-
-
-@pytest.mark.parametrize("file", ["kvpipe/report/wording.py", "kvpipe/report/template.html"])
-def test_text_of_the_report_renders_the_report(complete, file):
-    addition = "\n<!-- more -->\n" if file.endswith("html") else "\n\nCHANGED = 'more'\n"
-    assert after(complete, file, lambda text: text + addition) == ["report"]
-
-
-@pytest.mark.slow
-def test_statistics_run_again_without_cells(complete):
-    jobs = after(complete, "config/config.yaml", setting(lambda v: v["stats"].update(resamples=17)))
-    assert jobs == ["report", "stats"]
-
-
-@pytest.mark.slow
-def test_settings_of_the_machine_run_nothing(complete):
-    jobs = after(complete, "config/config.yaml", setting(lambda v: v["train"].update(checkpoint_every=3, device="cpu")))
-    assert jobs == []
 
 
 @pytest.mark.slow

@@ -1,5 +1,9 @@
+import argparse
 import json
 import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 from kvpipe import config as configuration
@@ -86,8 +90,32 @@ def code_of(step):
     return code_hash(f"kvpipe.{step}")
 
 
-# ---------------------------------------------------------------- processes of a cell, by its resources
+# ---------------------------------------------------------------- before the first job
 APPTAINER = "apptainer" in {str(method) for method in workflow.deployment_settings.deployment_method}
+IN_IMAGE = f"apptainer exec --home $PWD {workflow.deployment_settings.apptainer_args} {IMAGE}" if APPTAINER else ""
+
+
+def examine():
+    """Start nothing where the doctor sees what would fail. Its findings are in the report; they make no job run again."""
+    if workflow.touch:
+        return
+    named = argparse.ArgumentParser()
+    named.add_argument("--profile", nargs="*", default=[os.environ.get("SNAKEMAKE_PROFILE")])
+    profile = named.parse_known_args()[0].profile[-1]
+    python = f"{IN_IMAGE} python" if APPTAINER else shlex.quote(sys.executable)
+    command = f"{python} -m kvpipe doctor --out {PATHS.root}/doctor.json"
+    command += f" --profile {shlex.quote(profile)}" if profile else ""
+    done = subprocess.run(command, shell=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log = PATHS.root / "logs" / "doctor.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text(done.stdout, encoding="utf-8")
+    if done.returncode:
+        raise WorkflowError(
+            f"{done.stdout}nothing was started, since it would fail ({log}); --no-hooks starts it all the same"
+        )
+
+
+# ---------------------------------------------------------------- processes of a cell, by its resources
 CELL = workflow.resource_settings.overwrite_resources.get("train", {})
 CELL_NODES = CELL["nodes"].value if "nodes" in CELL else 1
 
@@ -100,8 +128,7 @@ def cell_image():
 def cell_launcher(wildcards, resources):
     """One process, or accelerate's launcher."""
     launch.check_nodes(resources)
-    start = f"apptainer exec --home $PWD {workflow.deployment_settings.apptainer_args} {IMAGE}" if APPTAINER else ""
-    return launch.command(*launch.processes(resources), container=start)
+    return launch.command(*launch.processes(resources), container=IN_IMAGE)
 
 
 # ---------------------------------------------------------------- inputs

@@ -1,7 +1,4 @@
 rule data:
-    input:
-        # first, but a new diagnosis does not make new data
-        doctor=ancient("results/doctor.json"),
     output:
         "results/data/train.parquet",
         "results/data/validation.parquet",

@@ -1,7 +1,6 @@
 rule model:
     input:
         model_inputs,
-        doctor=ancient("results/doctor.json"),
     output:
         "results/models/{model}/MANIFEST.json",
     log:

@@ -50,7 +50,6 @@ rule report:
         "results/stats/contrasts.csv",
         "results/cost/arms.csv",
         "results/audit.json",
-        "results/doctor.json",
         items_of(PLAN.arms),
         histories_of(PLAN.arms),
         expand("results/arms/{arm}.csv", arm=PLAN.arms),

@@ -24,5 +24,5 @@ rule train:
         launch=cell_launcher,
     # exec: a shell in between would end at SIGTERM, and SLURM kill what is left of the job before it has saved
     shell:
-        "exec {params.launch} train --arm {wildcards.arm} --seed {wildcards.seed}"
+        "exec {params.launch} train --made --arm {wildcards.arm} --seed {wildcards.seed}"
         " --out {params.cell} --checkpoints {params.checkpoints} > {log} 2>&1"

@@ -1,0 +1,40 @@
+"""Regular expressions of the configuration on data and generated text: within a budget of processor time."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+SECONDS = 10.0
+"""Processor time for one expression on one text; what is meant to match takes milliseconds."""
+
+
+@contextmanager
+def budget(what: str) -> Iterator[None]:
+    """End what runs inside after `SECONDS`, in the main thread; `re` looks for signals while it searches.
+
+    Args:
+        what: the expression, as the error names it.
+
+    Raises:
+        ValueError: it took longer.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise ValueError(
+            f"{what} has found no end within {SECONDS:g} s: it tries exponentially many ways, as (a+)+ does; write it "
+            "without a repetition inside a repetition"
+        )
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
