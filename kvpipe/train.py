@@ -173,7 +173,7 @@ class _Run:
         check_settings(self.config, log=log)
         work.check([arm_name])
         precision = "no" if self.config.precision == "fp32" else self.config.precision
-        self.accelerator = Accelerator(mixed_precision=precision, cpu=self.config.device == "cpu")
+        self.accelerator = Accelerator(mixed_precision=precision, cpu=resolve_device(self.config.device) == "cpu")
         self.device = self.accelerator.device
         if not self.accelerator.is_main_process:
             self.log = log = _unheard

@@ -105,6 +105,7 @@ def test_two_processes_are_one(folder, whole, tmp_path, accumulate):
     for arm in ARMS:
         agree(out, tmp_path, arm, tolerance)
         assert not (tmp_path / f"{arm}.checkpoints").exists()
+        assert json.loads((tmp_path / arm / "cost.json").read_text())["processes"] == 2
         one, two = (load_file(f / arm / "model" / "model.safetensors") for f in (out, tmp_path))
         for name, tensor in one.items():
             torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
@@ -161,6 +162,30 @@ def pair(tmp_path, folder, out, changed, arm, kill=-1):
     (tmp_path / "script.py").write_text(SCRIPT)
     given = {"folder": str(folder), "out": str(out), "overrides": changed, "arms": [arm], "kill": kill}
     return together(2, str(tmp_path / "script.py"), str(Path(__file__).parent), json.dumps(given))
+
+
+def test_two_processes_go_on_where_a_signal_to_one_of_them_stopped_both(folder, tmp_path):
+    """Dropout too: every process draws its own numbers, and the same again."""
+    changed = overrides(
+        {"train.steps": 4, "arms.dropped": {"base": "moving", "set": {"projector.dropout": 0.2}}, "train.batch_size": 4}
+    )
+    prepare(Workspace(config(folder, changed), Paths(folder / "results")), "dropped", log=lambda *_: None)
+    whole = pair(tmp_path, folder, tmp_path / "whole", changed, "dropped")
+    stopped = pair(tmp_path, folder, tmp_path / "parts", changed, "dropped", kill=1)
+    assert [p.returncode for p in stopped] == [training.EXIT_INTERRUPTED] * 2, stopped[0].stderr
+    again = pair(tmp_path, folder, tmp_path / "parts", changed, "dropped")
+    for done in (whole, again):
+        assert [p.returncode for p in done] == [0, 0], done[0].stderr + done[1].stderr
+    said = [[json.loads(p.stdout.splitlines()[-1]) for p in done] for done in (whole, stopped, again)]
+    assert [[s["begun"] for s in both] for both in said] == [[[0, 1, 2, 3]] * 2, [[0, 1]] * 2, [[2, 3]] * 2]
+    kept = [[str(out / "dropped.checkpoints")] for out in (tmp_path / "whole", tmp_path / "parts")]
+    assert [[r for r in s["removed"] if "checkpoints" in r] for s in said[0]] == [kept[0], []], (
+        "the main process alone deletes checkpoints"
+    )
+    assert [[r for r in s["removed"] if "checkpoints" in r] for s in said[2]] == [kept[1], []]
+    one, two = ((out / "dropped" / "model" / "model.safetensors") for out in (tmp_path / "whole", tmp_path / "parts"))
+    assert one.read_bytes() == two.read_bytes()
+    assert found(tmp_path / "whole", "dropped")[0] == found(tmp_path / "parts", "dropped")[0]
 
 
 def test_checkpoints_are_deleted_after_the_result_is_written(folder, tmp_path, monkeypatch):
