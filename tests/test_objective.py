@@ -108,7 +108,8 @@ def test_two_processes_are_one(folder, whole, tmp_path, accumulate):
         assert json.loads((tmp_path / arm / "cost.json").read_text())["processes"] == 2
         one, two = (load_file(f / arm / "model" / "model.safetensors") for f in (out, tmp_path))
         for name, tensor in one.items():
-            torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
+            # one Adam step magnifies what rounding leaves of a gradient near 0
+            torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-7 if double else 1e-4)
 
 
 def test_a_live_teacher_reads_every_micro_batch_once(tmp_path, monkeypatch):
