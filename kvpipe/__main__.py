@@ -317,6 +317,7 @@ def evaluate(
     from kvpipe.cell import Workspace
     from kvpipe.evaluate import evaluate as run
     from kvpipe.outofmemory import evaluation_advice, explained
+    from kvpipe.tables import CELL, cell_of
 
     if (model is None) == (cell is None):
         raise typer.BadParameter("give either --model or --cell")
@@ -335,6 +336,7 @@ def evaluate(
             context=settings.data.context,
         )
     out.parent.mkdir(parents=True, exist_ok=True)
+    table.attrs[CELL] = cell_of(folder)
     table.to_parquet(out, index=False)
     bits, judged = table.nll.sum() / math.log(2) / table.bytes.sum(), table.correct.dropna()
     right = f", {judged.astype(float).mean():.1%} of {len(judged)} answers right" if len(judged) else ""
@@ -375,6 +377,7 @@ def untrained(
 
     from kvpipe.evaluate import evaluate_model
     from kvpipe.outofmemory import evaluation_advice, explained
+    from kvpipe.tables import CELL
 
     work = _workspace(config, results, overrides)
     torch.set_num_threads(work.config.train.threads)
@@ -389,6 +392,7 @@ def untrained(
             context=work.config.data.context,
         )
     out.parent.mkdir(parents=True, exist_ok=True)
+    table.attrs[CELL] = None
     table.to_parquet(out, index=False)
 
 

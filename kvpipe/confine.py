@@ -52,11 +52,12 @@ def separate(libc, root: str, shown: list[str]) -> None:
         for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
             Path("/proc/self", name).write_text(text)
     _call(libc.mount, None, b"/", None, ctypes.c_ulong(MS_REC | MS_PRIVATE), None)
-    options = f"size={FOLDER_MB}m,mode=755".encode()
-    _call(libc.mount, b"tmpfs", os.fsencode(root), b"tmpfs", ctypes.c_ulong(MS_NOSUID | MS_NODEV), options)
+    own = Path(root, "tmp")
+    for folder, mode in ((Path(root), "755"), (own, "1777")):
+        folder.mkdir(exist_ok=True)
+        options = f"size={FOLDER_MB}m,mode={mode}".encode()
+        _call(libc.mount, b"tmpfs", bytes(folder), b"tmpfs", ctypes.c_ulong(MS_NOSUID | MS_NODEV), options)
     os.umask(0o022)
-    Path(root, "tmp").mkdir()
-    Path(root, "tmp").chmod(0o1777)
     for path in map(Path, shown):
         target = Path(root + str(path))
         if not path.exists() or target.exists():
@@ -64,15 +65,16 @@ def separate(libc, root: str, shown: list[str]) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.mkdir() if path.is_dir() else target.touch()
         _call(libc.mount, bytes(path), bytes(target), None, ctypes.c_ulong(MS_BIND | MS_REC), None)
-        read_only(libc, target)
+    read_only(libc, Path(root))
+    read_only(libc, own, 0)
     os.chroot(root)
     os.chdir("/tmp")
 
 
-def read_only(libc, path: Path) -> None:
-    """What is mounted there, and below, can be changed by nobody."""
-    attributes = struct.pack("4Q", ATTR_RDONLY, 0, 0, 0)
-    _call(libc.syscall, SYS_MOUNT_SETATTR, AT_FDCWD, bytes(path), AT_RECURSIVE, attributes, ctypes.c_size_t(32))
+def read_only(libc, path: Path, on: int = 1) -> None:
+    """What is mounted there, and below, can be changed by nobody; with 0 that mount alone can be again."""
+    attributes = struct.pack("4Q", ATTR_RDONLY * on, ATTR_RDONLY * (1 - on), 0, 0)
+    _call(libc.syscall, SYS_MOUNT_SETATTR, AT_FDCWD, bytes(path), AT_RECURSIVE * on, attributes, ctypes.c_size_t(32))
 
 
 def fork(libc) -> None:

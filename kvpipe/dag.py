@@ -110,6 +110,12 @@ class Dag:
         """Models that some arm learns from, in order of first use."""
         return list(dict.fromkeys(t for arm in self.arms.values() for t in arm.teachers))
 
+    @property
+    def recorded_models(self) -> list[str]:
+        """Models whose keys and values, or queries, are recorded: teachers, and the student where an arm matches them."""
+        matched = any(arm.loss.kind in ("kv", "relation") for arm in self.arms.values())
+        return [*self.teachers, self.config.student] if matched else self.teachers
+
     def arms_of(self, teacher: str) -> list[str]:
         """Arms that learn from a model."""
         return [name for name, arm in self.arms.items() if teacher in arm.teachers]

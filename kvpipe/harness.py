@@ -7,7 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kvpipe.config import EvaluateConfig
+from kvpipe.models import load_model, load_tokenizer
 
 SHOWN = ("alias", "name", "sample_len", "samples")
 """Entries of the harness's results that are no metrics."""
@@ -29,6 +32,7 @@ def run_tasks(folder: Path, config: EvaluateConfig, device: str, trust: bool = F
     if importlib.util.find_spec("lm_eval") is None:
         raise ModuleNotFoundError('evaluate.lm_eval_tasks needs the package lm_eval: pip install "kvpipe[lm-eval]"')
     import lm_eval
+    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     folder_of_tasks, tasks = config.lm_eval_folder, config.lm_eval_tasks
@@ -42,13 +46,16 @@ def run_tasks(folder: Path, config: EvaluateConfig, device: str, trust: bool = F
         raise ValueError(
             f"evaluate.lm_eval_tasks: no task {', '.join(unknown)} in lm_eval {lm_eval.__version__}{where}"
         )
+    # loaded here: the package would draw missing weights at random, and build a tokenizer by the model's type
+    model = HFLM(
+        pretrained=load_model(folder, dtype=torch.float32, device=device, trust=trust),
+        tokenizer=load_tokenizer(folder, trust),
+        batch_size=config.batch_size,
+    )
     found = lm_eval.simple_evaluate(
-        model="hf",
-        model_args={"pretrained": str(folder), "dtype": "float32", "trust_remote_code": trust},
+        model=model,
         tasks=list(tasks),
         task_manager=manager,
-        batch_size=config.batch_size,
-        device=device,
         limit=config.lm_eval_limit,
         bootstrap_iters=0,  # intervals are a matter of the statistics step, over seeds and items
         confirm_run_unsafe_code=False,

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from kvpipe.align.regime import by_own_length
 from kvpipe.config import Loading, TokenizerRecipe
 from kvpipe.files import set_mode
+from kvpipe.folders import UNUSED, bad_tokenizer, describe, lacking, misfit, no_language_model, read_config
 from kvpipe.provenance import MANIFEST, digest_of, read_json, verify
 from kvpipe.sizes import read_header
 
@@ -162,22 +163,87 @@ def verify_files(folder: Path, weights: bool = True) -> None:
 def load_tokenizer(folder: Path, trust: bool = False) -> Any:
     """The tokenizer of a model folder; it must be a fast one, since spans come from it.
 
+    It is the one of `tokenizer.json` with the settings and the chat template beside it. `AutoTokenizer` would build that
+    of the model's type anew for many types (qwen2, gpt2, …), with that type's splits and normaliser, whatever the file says.
+
     Args:
         folder: a model folder.
         trust: run code that lies in it (`Workspace.trusts`). Never read from the folder, whose files come from others.
+
+    Raises:
+        ValueError: tokenizer.json is damaged, or needs code that is not trusted; it has no token to pad with; or it cuts
+            texts otherwise than when the folder's manifest was written.
     """
     verify_files(folder, weights=False)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+    if problem := bad_tokenizer(folder):
+        raise ValueError(f"{folder}: {problem}")
+    coded = has_tokenizer_code(folder)
+    from_file = (folder / "tokenizer.json").is_file() and not coded
+    if coded and not trust:
+        raise ValueError(
+            f"{folder}: its tokenizer is code of its own (tokenizer_config.json: auto_map), which runs with "
+            "models.<name>.trust_remote_code: true only; without that entry it is the one of tokenizer.json"
+        )
+    tokenizer = (PreTrainedTokenizerFast if from_file else AutoTokenizer).from_pretrained(
+        folder, trust_remote_code=trust
+    )
     if not tokenizer.is_fast:
         raise ValueError(f"{folder}: only a slow tokenizer is there; kvpipe needs tokenizer.json for byte spans")
     if tokenizer.pad_token_id is None:  # as Llama-3 ships; padding is masked, any token will do
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"{folder}: its tokenizer has no pad token and no end-of-text token: name them in tokenizer_config.json "
+                "(pad_token, eos_token)"
+            )
         tokenizer.pad_token = tokenizer.eos_token
+    known = recorded(folder).get("tokenizer")
+    if known is not None and known != fingerprint(tokenizer):
+        raise ValueError(
+            f"{folder}: its tokenizer no longer gives the ids that {MANIFEST} was written with: tokenizer.json or the "
+            f"package that reads it is another. Make the model again (kvpipe models --name {folder.name}), and what was built "
+            "with it"
+        )
     return tokenizer
 
 
+def has_tokenizer_code(folder: Path) -> bool:
+    """Whether a folder's tokenizer is code of its own, which runs only where the configuration trusts it."""
+    settings = folder / "tokenizer_config.json"
+    try:
+        return settings.is_file() and "auto_map" in json.loads(settings.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{settings} is no JSON ({error}): copy or download it again") from error
+
+
+FINGERPRINT = (
+    "What is 17 + 25?\nIt's 42, isn't it? WE'LL see: 1234567890 3.14159 1,000,000\n#### 42",
+    "  two   three    four     \t\ttabs\r\n\r\n\n\n \n trailing   ",
+    "def add(x, y):\n\tif x != y:\n        return x**2 // y  # sum\n    print(f'{x:>8}', [1, 22, 333])\n",
+    "Zażółć gęślą jaźń, naïve café — e\u0301 ﬁ ① ½ “quotes” … ͏ \u200b\ufeff",
+    "日本語のトークン化は難しい。我们使用模型，12个。 한국어 문장입니다. مرحبا بالعالم Привет, мир! שלום",
+    "😀👍🏽 👩‍👩‍👧🇩🇪 ▁▁ Ġ <0x0A> \x00\x1b",
+    "camelCase snake_case SCREAMING_CASE https://a.b/c?d=e&f=%20 a@b.c \\frac{1}{2} $x^2$ <b>&amp;</b>",
+    "<s></s><unk><|endoftext|><|im_start|>user\nhi<|im_end|><bos><eos><|eot_id|>[INST] x [/INST]",
+)
+"""Texts on which tokenizers that differ in splits, normaliser, digits, spaces, bytes or added tokens differ in ids."""
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """Hash of the ids that a tokenizer gives to fixed texts, with and without its special tokens, and of its special ids."""
+    ids = [tokenizer(list(FINGERPRINT), add_special_tokens=special)["input_ids"] for special in (True, False)]
+    named = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    return sha256(json.dumps([ids, named]).encode()).hexdigest()
+
+
 def load_config(folder: Path, trust: bool = False) -> Any:
-    """The transformers config of a model folder; `trust` as in `load_tokenizer`."""
+    """The transformers config of a model folder; `trust` as in `load_tokenizer`.
+
+    Raises:
+        ValueError: config.json is damaged, or not that of a causal language model that can be loaded.
+    """
     verify_files(folder, weights=False)
+    if problem := no_language_model(read_config(folder)):
+        raise ValueError(f"{folder}: {problem}")
     return AutoConfig.from_pretrained(folder, trust_remote_code=trust)
 
 
@@ -193,9 +259,15 @@ def load_model(
         trust: as in `load_tokenizer`.
 
     Raises:
+        FileNotFoundError: weights are missing or cut off.
+        ValueError: they are not those of the config: transformers would draw at random what is missing.
         ModuleNotFoundError: 8 or 4 bit is asked for and bitsandbytes is not installed.
         RuntimeError: the layers do not fit into the devices together.
     """
+    if problems := lacking(folder, ("config.json",)):
+        raise FileNotFoundError(f"{folder}: {', '.join(problems)}")
+    if problem := no_language_model(read_config(folder)) or misfit(folder):
+        raise ValueError(f"{folder}: {problem}")
     verify_files(folder)
     load = Loading.model_validate(recorded(folder).get("load", {}))
     options: dict[str, Any] = {"trust_remote_code": trust}
@@ -203,13 +275,22 @@ def load_model(
         options["quantization_config"] = _quantization(folder, load)
     if load.sharded or load.quantize != "none":
         options["device_map"] = "auto" if load.sharded else {"": device}
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype or DTYPES[load.dtype], use_safetensors=True, **options
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype or DTYPES[load.dtype],
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # and named below, with all the rest
+        **options,
     )
+    model, found = loaded
+    unexpected = [name for name in found["unexpected_keys"] if not UNUSED.search(name)]
+    if problem := describe(found["missing_keys"], unexpected, found["mismatched_keys"]):
+        raise ValueError(f"{folder}: {problem}")
     if "device_map" not in options:
-        return by_own_length(model.to(device)).eval()  # type: ignore[arg-type, return-value]
+        return by_own_length(model.to(device)).eval()
     check_placement(folder, getattr(model, "hf_device_map", {}))
-    return by_own_length(model).eval()  # type: ignore[return-value]
+    return by_own_length(model).eval()
 
 
 def check_placement(folder: Path, places: dict[str, Any]) -> None:
@@ -267,7 +348,7 @@ def random_model(folder: Path, seed: int, dtype: torch.dtype = torch.float32, tr
     torch.manual_seed(seed)
     config = load_config(folder, trust)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
-    return by_own_length(model).eval()  # type: ignore[return-value]
+    return by_own_length(model).eval()
 
 
 def has_weights(folder: Path) -> bool:
@@ -295,6 +376,7 @@ def write_manifest(folder: Path, source: dict[str, Any], **how: Any) -> None:
 
 def manifest_hash(folder: Path) -> str:
     """Hash of the manifest: identifies the model's content."""
+    recorded(folder)  # a damaged one says nothing of the model
     return sha256((folder / MANIFEST).read_bytes()).hexdigest()
 
 

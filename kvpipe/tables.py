@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,6 +23,8 @@ from kvpipe.stats import (
 ALL = "all"
 UNTRAINED = "untrained"
 ACCURACY = "accuracy"
+CELL = "cell"
+"""Attribute of a table of items: the arm and seed whose scores they are, None for a model that is no cell."""
 ITEM_METRICS: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
     # the mean over items of these is the ratio of sums over a task: nats per byte of text, not the mean of ratios
     "bits_per_byte": lambda d: d.nll / np.log(2) / d.bytes.mean(),
@@ -30,6 +33,9 @@ ITEM_METRICS: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
     "bits_per_byte_all_text": lambda d: d.nll_all / np.log(2) / d.bytes_all.mean(),
     "log_perplexity_all_text": lambda d: d.nll_all / d.tokens_all.mean(),
 }
+UNTESTED = {"tokens_to_control"}
+"""Metrics that are described and not tested: a seed that never gets there has no number, so that the failures would leave
+the comparison."""
 CURVE_METRICS = ("tokens_to_control", "validation_area")
 COST_METRICS = ("train_seconds", "peak_memory_bytes")
 WITHIN = ("exp2", "exp3", "exp4", "exp5", "exp6", "full")
@@ -41,14 +47,17 @@ def read_items(paths: Paths, arm: str, seeds: list[int]) -> pd.DataFrame:
     """All items of an arm with columns `seed` and `model`, the digest of the weights; only cells that exist.
 
     Raises:
-        ValueError: a number is not finite, or the scores are of other weights than those that the cell has now.
+        ValueError: a number is not finite, or the scores are of another cell, or of other weights than it has now.
     """
     frames = []
     for seed in seeds:
         path, cell = paths.items(arm, seed), paths.cell(arm, seed)
         if path.is_file():
-            items = _complete(pd.read_parquet(path), path)
-            scored, trained = items.attrs.get("model", ""), _trained(cell)
+            items = _complete(_own(pd.read_parquet(path), path, arm, seed), path)
+            scored, trained = (
+                items.attrs.get("model", ""),
+                read_cost(paths, arm, seed).get("model", {}).get("digest", ""),
+            )
             if scored and trained and scored != trained:
                 raise ValueError(
                     f"{path} has the scores of a model {scored}, {cell} is {trained}: evaluate the cell again"
@@ -57,11 +66,43 @@ def read_items(paths: Paths, arm: str, seeds: list[int]) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame({"seed": [], "model": []})
 
 
-def _trained(cell: Path) -> str:
-    """Digest of the model that a cell's training wrote; empty where it is not recorded."""
-    path = cell / "cost.json"
-    cost = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return cost.get("model", {}).get("digest", "")
+def cell_of(model: Path) -> dict[str, Any] | None:
+    """Arm and seed of the cell that a model folder belongs to; None for every other model."""
+    path = model.parent / "cost.json"
+    if not path.is_file():
+        return None
+    provenance = json.loads(path.read_text(encoding="utf-8")).get("provenance", {})
+    return {key: provenance.get(key) for key in ("arm", "seed")}
+
+
+def _own(items: pd.DataFrame, path: Path, arm: str, seed: int) -> pd.DataFrame:
+    """Items of another cell would pass for this one's. Tables of earlier versions do not say whose they are."""
+    if CELL in items.attrs and (cell := items.attrs.pop(CELL)) != {"arm": arm, "seed": seed}:
+        whose = f"arm {cell['arm']}, seed {cell['seed']}" if cell else "a model that is no cell"
+        raise ValueError(
+            f"{path}: these are the scores of {whose}, not of arm {arm}, seed {seed}; score the cell again"
+        )
+    return items
+
+
+def read_cost(paths: Paths, arm: str, seed: int) -> dict[str, Any]:
+    """What a cell cost; empty where it is not trained.
+
+    Raises:
+        ValueError: the file is no JSON object, or is another cell's.
+    """
+    path = paths.cell(arm, seed) / "cost.json"
+    if not path.is_file():
+        return {}
+    try:
+        cost = json.loads(path.read_text(encoding="utf-8"))
+        provenance = cost.get("provenance", {})
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: not the JSON object that training writes ({error}); train the cell again") from None
+    if provenance.get("arm", arm) != arm or provenance.get("seed", seed) != seed:
+        whose = f"arm {provenance['arm']}, seed {provenance['seed']}"
+        raise ValueError(f"{path}: this is the cell of {whose}, not of arm {arm}, seed {seed}; train the cell again")
+    return cost
 
 
 def _complete(items: pd.DataFrame, path: Path) -> pd.DataFrame:
@@ -110,7 +151,7 @@ def arm_table(dag: Dag, paths: Paths, arm: str) -> pd.DataFrame:
         items = read_items(paths, arm, [seed])
         if not len(items):
             raise FileNotFoundError(f"{paths.items(arm, seed)} is missing: evaluate the cell first")
-        cost = json.loads((paths.cell(arm, seed) / "cost.json").read_text(encoding="utf-8"))
+        cost = read_cost(paths, arm, seed)
         curve = read_curve(paths, arm, seed)
         per_task = {task: {m: f(d).mean() for m, f in ITEM_METRICS.items()} for task, d in items.groupby("task")}
         macro = {m: _macro([values[m] for values in per_task.values()]) for m in ITEM_METRICS}
@@ -252,17 +293,21 @@ def _arm_row(arm: str, metric: str, task: str, matrix: np.ndarray, config: Stats
     kept = matrix[~np.isnan(matrix).any(1)]
     row = {"arm": arm, "metric": metric, "task": task, "mean": np.nan, "low": np.nan, "high": np.nan}
     if len(kept):
-        interval = crossed_bootstrap(kept, config.resamples, config.confidence, config.seed)
-        # a share lies between 0 and 1, whatever a symmetric interval says
-        low, high = (
-            np.clip([interval.low, interval.high], 0, 1) if metric == ACCURACY else (interval.low, interval.high)
-        )
-        row |= {"mean": interval.estimate, "low": low, "high": high}
+        row["mean"] = kept.mean()
+        if kept.size > 1:  # a single number has no interval
+            interval = crossed_bootstrap(kept, config.resamples, config.confidence, config.seed)
+            # nothing here is below 0 and no share above 1, whatever a symmetric interval says
+            row["low"], row["high"] = np.clip([interval.low, interval.high], 0, _largest(metric))
     return row | {
         "n_seeds": len(kept),
         "n_items": matrix.shape[1],
         "missing_seeds": len(matrix) - len(kept),
     }
+
+
+def _largest(metric: str) -> float:
+    """The largest value that a metric can have, and so the largest difference."""
+    return 1.0 if metric == ACCURACY else np.inf
 
 
 def contrasts(arms: list[str], roles: Mapping[str, str], bases: Mapping[str, str | None]) -> list[tuple[str, str]]:
@@ -283,7 +328,11 @@ def contrasts_table(
     matrix: Callable[[str, str, str], np.ndarray],
     config: StatsConfig,
 ) -> pd.DataFrame:
-    """`contrasts.csv`: paired differences with corrections over their family, of one metric and task."""
+    """`contrasts.csv`: paired differences with corrections over their family, of one metric and task.
+
+    A family holds the contrasts that are tested: those of two seeds or more that have all the seeds that were planned, of
+    a metric that is no `UNTESTED` one. Of every other the estimate is given, and no p, interval or family.
+    """
     rows = []
     pairs = contrasts(arms, roles, bases)
     for metric, task in measures:
@@ -292,11 +341,11 @@ def contrasts_table(
             for arm, reference in (pair for pair in pairs if family_of(pair, roles) == name):
                 difference = matrix(arm, metric, task) - matrix(reference, metric, task)
                 members.append((arm, reference, difference[~np.isnan(difference).any(1)], len(difference)))
-            size = sum(len(kept) > 0 for _, _, kept, _ in members)
-            block = [_contrast_row(*member, metric, task, size, config) for member in members]
+            size = sum(_tested(metric, kept, seeds) for _, _, kept, seeds in members)
+            block = [_contrast_row(*member, metric, task, name, size, config) for member in members]
             p = [row["p"] for row in block]
             for row, bonferroni, holm in zip(block, adjust(p, "bonferroni"), adjust(p, "holm"), strict=True):
-                rows.append(row | {"p_bonferroni": bonferroni, "p_holm": holm, "family": name, "family_size": size})
+                rows.append(row | {"p_bonferroni": bonferroni, "p_holm": holm})
     return pd.DataFrame(rows)[COLUMNS]
 
 
@@ -321,23 +370,34 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-def _contrast_row(arm, reference, kept: np.ndarray, seeds: int, metric: str, task: str, size: int, config) -> dict:
-    row = {"arm": arm, "reference": reference, "metric": metric, "task": task}
+def _tested(metric: str, kept: np.ndarray, seeds: int) -> bool:
+    """One seed says nothing of other seeds, and seeds that are lost may be lost for what they would have shown."""
+    return metric not in UNTESTED and len(kept) == seeds > 1
+
+
+def _contrast_row(
+    arm: str, reference: str, kept: np.ndarray, seeds: int, metric: str, task: str, name: str, size: int, config
+) -> dict:
+    row = {"arm": arm, "reference": reference, "metric": metric, "task": task, "family": None, "family_size": 0}
     numbers = dict.fromkeys(
         ("estimate", "low", "high", "p", "low_corrected", "high_corrected", "effect_size", "mde"), np.nan
     )
-    if len(kept):
+    if len(kept) and (metric not in UNTESTED or len(kept) == seeds):
+        numbers["estimate"] = kept.mean()
+    if _tested(metric, kept, seeds):
+        most = _largest(metric)
+        row |= {"family": name, "family_size": size}
         plain = crossed_bootstrap(kept, config.resamples, config.confidence, config.seed)
         corrected = adjusted_interval(kept, size, config.resamples, config.confidence, config.seed)
+        mde = minimum_detectable_effect(kept, (1 - config.confidence) / size, config.power)
+        bounds = {"low": plain.low, "high": plain.high}
+        bounds |= {"low_corrected": corrected.low, "high_corrected": corrected.high}
         numbers = {
             "estimate": plain.estimate,
-            "low": plain.low,
-            "high": plain.high,
             "p": plain.p,
-            "low_corrected": corrected.low,
-            "high_corrected": corrected.high,
+            **{key: float(np.clip(bound, -most, most)) for key, bound in bounds.items()},
             "effect_size": effect_size(kept),
-            "mde": minimum_detectable_effect(kept, (1 - config.confidence) / size, config.power),
+            "mde": mde if mde <= most else np.nan,  # no difference would be large enough
         }
     n_items = kept.shape[1]
     return row | numbers | {"n_seeds": len(kept), "n_items": n_items, "missing_seeds": seeds - len(kept)}
@@ -376,8 +436,7 @@ def _costs(dag: Dag, paths: Paths) -> dict[tuple[str, str, str], np.ndarray]:
     for arm in dag.arms:
         found = []
         for seed in dag.config.seeds:
-            path = paths.cell(arm, seed) / "cost.json"
-            found.append(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
+            found.append(read_cost(paths, arm, seed))
         for metric in COST_METRICS:
             out[arm, metric, ALL] = np.array([[cost.get(metric, np.nan)] for cost in found], dtype=float)
     return out

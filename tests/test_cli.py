@@ -204,7 +204,7 @@ def test_the_untrained_student_is_scored_on_the_configured_device(files, tmp_pat
     build(tmp_path)
     seen = []
 
-    def scored(model, *arguments):
+    def scored(model, *arguments, **more):
         seen.append({parameter.device.type for parameter in model.parameters()})
         return pd.DataFrame()
 

@@ -40,7 +40,7 @@ def kvpipe(*arguments, **environment):
 
 @pytest.mark.parametrize("what", ["a key", "a value", "a line of data", "a column"])
 def test_errors_are_shown_escaped(tmp_path, what):
-    settings = values(tmp_path)
+    settings = values(tmp_path) | {"arms": {"control": {}}}
     rows = tmp_path / "rows.jsonl"
     rows.write_text('"\x9b2J"\n' if what == "a line of data" else json.dumps({EVIL: "x", "b": "c"}) + "\n")
     if what == "a key":
@@ -48,7 +48,18 @@ def test_errors_are_shown_escaped(tmp_path, what):
     elif what == "a value":
         settings["student"] = EVIL
     else:
-        settings["data"] = {"sources": [{"kind": "file", "task": "t", "train": str(rows), "columns": {"prompt": "p"}}]}
+        settings["data"] = {
+            "sources": [
+                {
+                    "kind": "files",
+                    "task": "t",
+                    "train": str(rows),
+                    "validation": str(rows),
+                    "test": str(rows),
+                    "columns": {"prompt": "p"},
+                }
+            ]
+        }
     config = tmp_path / "c.json"
     config.write_text(json.dumps(settings))
     done = kvpipe("data", "--config", config, "--results", tmp_path / "results")

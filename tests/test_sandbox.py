@@ -164,7 +164,7 @@ def test_the_environment_is_empty(monkeypatch, walls):
 
 
 @both
-@pytest.mark.parametrize("path", [os.__file__, f"{sys.prefix}/pyvenv.cfg", "/usr/new", "/dev/new"])
+@pytest.mark.parametrize("path", [os.__file__, f"{sys.prefix}/pyvenv.cfg", "/usr/new", "/dev/new", "/new"])
 def test_the_system_is_read_only(path, walls):
     before = Path(path).read_bytes() if Path(path).exists() else None
     outcome = sandbox.run(f"open({path!r}, 'a').write('x')", CONFIG, walls)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from kvpipe.config import Config, FileData, HubData, HubModel, LocalModel
-from kvpipe.dag import Paths
+from kvpipe.dag import Dag, Paths
 from kvpipe.doctor.finding import FAIL, OK, WARNING, Finding, inside_a_job
+from kvpipe.folders import bad_tokenizer, lacking, misfit, no_cache, no_language_model, read_config
 from kvpipe.hub import HubError, absent, candidates, hub_models, missing_bytes, token
-from kvpipe.sizes import read_header
 
-NEEDED = ("config.json", "tokenizer.json")
-INDEX = "model.safetensors.index.json"
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 SPLITS = ("train", "validation", "test")
 
@@ -24,11 +21,12 @@ def examine_sources(config: Config, paths: Paths) -> list[Finding]:
     """Findings on the configured models and data; nothing is downloaded."""
     out: list[Finding] = []
     hub = hub_models(config)  # those that `kvpipe lock` asks for: what no cell needs fails nothing
+    recorded = Dag(config).recorded_models
     for name, model in config.models.items():
         if isinstance(model, LocalModel):
-            out += _local(name, model)
+            out += _local(name, model, name in recorded)
         elif isinstance(model, HubModel) and name in hub:
-            out += _hub(name, model, paths.model(name), copy_of(model, config))
+            out += _hub(name, model, paths.model(name), copy_of(model, config), name in recorded)
     if hub:
         fix = "correct `libraries`, or leave it out"
         out += [Finding("libraries", WARNING, line, fix) for line in absent(config.libraries)]
@@ -44,40 +42,31 @@ def _lock(unlocked: list[str]) -> Finding:
 
 
 # ---------------------------------------------------------------- folders
-def lacking(folder: Path) -> list[str]:
-    """What is wrong with a model folder: files that are missing, and weights that were not written to their end."""
-    missing = [name for name in NEEDED if not (folder / name).is_file()]
-    weights = sorted(folder.glob("*.safetensors"))
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            listed = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError):
-            return [f"{INDEX} cannot be read"]
-        missing += [name for name in listed if not (folder / name).is_file()]
-    elif not weights:
-        pickled = [path.name for path in (*folder.glob("pytorch_model*.bin"), *folder.glob("*.pt"))]
-        missing.append("*.safetensors" + (f" (there is only {pickled[0]}: pickles are not loaded)" if pickled else ""))
-    return [f"{name} is missing" for name in missing] + [
-        f"{path.name} is cut off" for path in weights if not whole(path)
-    ]
+def unusable(folder: Path, recorded: bool) -> list[str]:
+    """What is wrong with a model folder: files, a config that no teacher or student has, tensors that do not fit it.
 
-
-def whole(path: Path) -> bool:
-    """Whether a safetensors file is as long as its header says; reads the header only."""
+    Args:
+        folder: the model's.
+        recorded: whether keys and values of the model are recorded.
+    """
+    if found := lacking(folder):
+        return found
     try:
-        header, begin = read_header(path)
-        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-        return path.stat().st_size == begin + end
-    except (OSError, ValueError, KeyError):
-        return False
+        values = read_config(folder)
+        kinds = no_language_model(values) or (no_cache(values) if recorded else None)
+        return [problem for problem in (kinds or misfit(folder), bad_tokenizer(folder)) if problem]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # fields of another type than they have
+        return [str(error)]
 
 
-def _local(name: str, model: LocalModel) -> Iterator[Finding]:
+def _local(name: str, model: LocalModel, recorded: bool) -> Iterator[Finding]:
     folder = Path(model.path)
-    missing = lacking(folder)
+    missing = unusable(folder, recorded)
     if not missing:
         yield Finding(f"model {name}", OK, f"{folder} is complete")
+        return
+    if not lacking(folder):  # the problem says what to do
+        yield Finding(f"model {name}", FAIL, f"{folder}: {'; '.join(missing)}", f"or correct models.{name}.path")
         return
     fix = "set source: pretrain" if model.recipe else f"correct models.{name}.path"
     if any("cut off" in problem or "-of-" in problem for problem in missing):
@@ -147,15 +136,21 @@ def copy_of(model: HubModel, config: Config) -> Path | None:
         return None
 
 
-def _hub(name: str, model: HubModel, folder: Path, copy: Path | None = None) -> Iterator[Finding]:
+def _hub(
+    name: str, model: HubModel, folder: Path, copy: Path | None = None, recorded: bool = False
+) -> Iterator[Finding]:
     label, where = f"model {name}", f"{model.repo} at {model.revision}"
     step = f"on a machine with a network: kvpipe models --name {name}"
     if (folder / "MANIFEST.json").is_file():
-        missing = lacking(folder)
-        if missing:
-            yield Finding(label, FAIL, f"{folder}: {', '.join(missing)}", f"rm -r {folder}; {step}")
+        if lacking(folder):
+            yield Finding(label, FAIL, f"{folder}: {', '.join(lacking(folder))}", f"rm -r {folder}; {step}")
+        elif missing := unusable(folder, recorded):
+            yield Finding(label, FAIL, f"{folder}: {'; '.join(missing)}", f"or correct models.{name}.repo")
         else:
             yield Finding(label, OK, f"{where} is complete in {folder}")
+        return
+    if copy is not None and (missing := unusable(copy, recorded)):
+        yield Finding(label, FAIL, f"{copy}: {'; '.join(missing)}", f"or correct models.{name}.repo")
         return
     if copy is not None:
         yield Finding(label, OK, f"{where} is in {copy}: nothing to download")

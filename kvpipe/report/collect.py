@@ -26,7 +26,7 @@ CONTRAST_COLUMNS = [
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `n_seeds` seeds with its 95% interval; NaN where it could not be computed."""
+    """A mean over `n_seeds` seeds with its interval; NaN where it could not be computed."""
 
     mean: float
     low: float
@@ -62,14 +62,20 @@ class Contrast:
 
     @property
     def known(self) -> bool:
-        """Whether there is an estimate with a corrected interval."""
-        return isfinite(self.estimate) and isfinite(self.low_corrected) and isfinite(self.high_corrected)
+        """Whether there is an estimate."""
+        return isfinite(self.estimate)
+
+    @property
+    def tested(self) -> bool:
+        """Whether it has a corrected interval: not with one seed, nor with fewer seeds than were planned."""
+        return self.known and isfinite(self.low_corrected) and isfinite(self.high_corrected)
 
     @property
     def verdict(self) -> str:
-        """`better`, `worse` or `undecided` by the corrected interval alone; `missing` without one."""
-        if not self.known:
-            return "missing"
+        """`better`, `worse` or `undecided` by the corrected interval alone; `untested` without one, `missing` without an
+        estimate."""
+        if not self.tested:
+            return "untested" if self.known else "missing"
         if self.low_corrected <= 0 <= self.high_corrected:
             return "undecided"
         return "better" if (self.low_corrected > 0) == (self.metric in HIGHER_IS_BETTER) else "worse"
@@ -224,6 +230,7 @@ class Results:
             out.append(f"{len(self.missing_cells)} of {len(self.dag.cells)} cells are not finished: {names}.")
         if not (self.paths.cost / "arms.csv").is_file():
             out.append("The tables of training time and memory (cost/) are absent.")
+        out += self._untested()
         unmeasured = [t for t in self.judged_teachers if t not in self.teacher_items]
         if unmeasured:
             out.append(f"Teacher quality was not measured for {', '.join(unmeasured)}.")
@@ -232,6 +239,16 @@ class Results:
         if self.doctor is None:
             out.append("The doctor's findings (doctor.json) are absent.")
         return out
+
+    def _untested(self) -> list[str]:
+        """Sentences on contrasts that are no test: of one seed, of fewer seeds than planned."""
+        planned = len(self.config.seeds)
+        if planned == 1:
+            return ["One seed: differences are those of these single runs; there is no p-value, interval or verdict."]
+        out: dict[str, list[str]] = {}
+        for c in (c for c in self.contrasts.values() if c.task == "all" and c.n_seeds < planned):
+            out.setdefault(f"{c.arm} − {c.reference}, {c.n_seeds} of {planned} seeds", []).append(c.metric)
+        return [f"Not tested: {pair} ({', '.join(metrics)})." for pair, metrics in out.items()]
 
     @staticmethod
     def _documents(paths: dict[Any, Path]) -> dict[Any, dict[str, Any]]:

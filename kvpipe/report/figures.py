@@ -22,7 +22,7 @@ LINES_PER_PANEL = 4
 
 # ---------------------------------------------------------------- contrasts
 def forest(results: Results) -> Picture | None:
-    """Contrasts of bits per byte and accuracy: estimate, 95% interval (thick), corrected interval (thin)."""
+    """Contrasts of bits per byte and accuracy: estimate, interval (thick), corrected interval (thin)."""
     blocks: list[tuple[str, list[str]]] = []
     references = list(dict.fromkeys(c.reference for c in results.contrasts.values()))
     for reference in sorted(references, key=lambda r: (r != "control", r)):
@@ -75,8 +75,15 @@ def forest(results: Results) -> Picture | None:
 
 
 def _interval(axes: Axes, y: float, contrast: Contrast | None, colour: str, factor: float) -> None:
-    if contrast is None or not contrast.known:
-        axes.text(0, y, " no result", va="center", color=SOFT, size=8)
+    if contrast is None or not contrast.tested:
+        axes.text(
+            0,
+            y,
+            " not tested" if contrast is not None and contrast.known else " no result",
+            va="center",
+            color=SOFT,
+            size=8,
+        )
         return
     low, high = factor * contrast.low_corrected, factor * contrast.high_corrected
     axes.plot([low, high], [y, y], color=colour, linewidth=1.1, solid_capstyle="butt")

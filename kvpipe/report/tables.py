@@ -132,7 +132,9 @@ def task_rows(results: Results, notes: Notes) -> list[dict[str, Any]]:
 
 def _best(results: Results, metric: str, task: str) -> str | None:
     found = {a: results.arms.get((a, metric, task)) for a in results.arm_order}
-    known = {arm: e.mean for arm, e in found.items() if e is not None and e.known}
+    # the mean of the seeds that are left is no mean to be best by
+    whole = len(results.config.seeds)
+    known = {arm: e.mean for arm, e in found.items() if e is not None and e.known and e.n_seeds >= whole}
     if not known:
         return None
     return (max if metric in HIGHER_IS_BETTER else min)(known, key=lambda arm: known[arm])
@@ -187,8 +189,8 @@ def contrast_rows(results: Results) -> list[dict[str, Any]]:
                     "reference": c.reference,
                     "role": results.role(c.arm),
                     "estimate": signed(factor * c.estimate, digits),
-                    "interval": f"{low} to {high}" if c.known else DASH,
-                    "corrected": f"{low_c} to {high_c}" if c.known else DASH,
+                    "interval": f"{low} to {high}" if c.tested else DASH,
+                    "corrected": f"{low_c} to {high_c}" if c.tested else DASH,
                     "p": p_value(c.p),
                     "bonferroni": p_value(c.p_bonferroni),
                     "holm": p_value(c.p_holm),

@@ -19,7 +19,7 @@ METRIC_NAMES = {
     "bits_per_byte_all_text": "bits per byte, all text",
     "log_perplexity_all_text": "perplexity, all text",
 }
-VERDICTS = {"better": "better", "worse": "worse", "undecided": "undecided", "missing": "missing"}
+VERDICTS = {verdict: verdict for verdict in ("better", "worse", "undecided", "missing")} | {"untested": "not tested"}
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,11 @@ def shown(metric: str, value: float) -> str:
     return number(*scaled(metric, value))
 
 
+def level(results: Results) -> str:
+    """The confidence that was asked for, as it is written: `95%`."""
+    return f"{100 * results.config.stats.confidence:g}%"
+
+
 def listed(names: list[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
@@ -81,18 +86,19 @@ def listed(names: list[str]) -> str:
 # ---------------------------------------------------------------- conclusions
 def difference(c: Contrast) -> str:
     """The estimate with its corrected interval and Holm p, in the metric's unit."""
+    seeds = f"{c.n_seeds} seed{'s' if c.n_seeds != 1 else ''}"
     if c.metric == "log_perplexity":
         ratio, low, high = (number(exp(x), 3) for x in (c.estimate, c.low_corrected, c.high_corrected))
         percent = f"{abs(100 * (exp(c.estimate) - 1)):.1f}% {'lower' if c.estimate < 0 else 'higher'}"
-        change = f"{ratio} × {c.reference}’s, {percent} (corrected interval {low} × to {high} ×"
+        change, interval = f"{ratio} × {c.reference}’s, {percent}", f"corrected interval {low} × to {high} ×"
     else:
         unit, factor, digits = {
             "accuracy": (" points", 100, 1),
             "bits_per_byte": (" bits per byte", 1, 3),
         }.get(c.metric, ("", 1, 3))
         estimate, low, high = (signed(factor * x, digits) for x in (c.estimate, c.low_corrected, c.high_corrected))
-        change = f"{estimate}{unit} (corrected interval {low} to {high}"
-    return f"{change}, Holm p {p_value(c.p_holm)})"
+        change, interval = f"{estimate}{unit}", f"corrected interval {low} to {high}"
+    return f"{change} ({interval}, Holm p {p_value(c.p_holm)})" if c.tested else f"{change} ({seeds}, not tested)"
 
 
 def conclusions(results: Results) -> list[Statement]:
@@ -133,10 +139,14 @@ def _full_against_control(results: Results) -> list[Statement]:
         "better": "full beats control.",
         "worse": "full is worse than control.",
         "undecided": "full is not shown to beat control.",
+        "untested": "full against control is not tested.",
     }[main.verdict]
     text = f"{_both(results, 'bits_per_byte')} bits per byte: {difference(main)}."
     if main.verdict == "undecided":
-        text += f" The corrected interval includes 0; a true difference of {number(main.mde, 3)} would have been found."
+        chance = f"with {100 * results.config.stats.power:g}% probability"
+        text += (
+            f" The corrected interval includes 0; a true difference of {number(main.mde, 3)} would be found {chance}."
+        )
     out = [Statement({"better": "good", "worse": "bad"}.get(main.verdict, "neutral"), lead, text)]
     for metric, words in (("log_perplexity", "Perplexity"), ("accuracy", "Accuracy")):
         c = contrasts[metric]
@@ -144,7 +154,9 @@ def _full_against_control(results: Results) -> list[Statement]:
             out.append(Statement("missing", f"{words}: no result.", "The contrast has no estimate in the statistics."))
             continue
         tone = {"better": "good", "worse": "bad"}.get(c.verdict, "neutral")
-        word = {"better": "is better", "worse": "is worse", "undecided": "is not shown to differ"}[c.verdict]
+        word = {"better": "is better", "worse": "is worse", "undecided": "is not shown to differ"}.get(
+            c.verdict, "is not tested"
+        )
         out.append(Statement(tone, f"{words} {word}.", f"{_both(results, metric)}: {difference(c)}."))
     return out
 
@@ -161,6 +173,10 @@ def _nulls(results: Results) -> list[Statement]:
         if c is None or not c.known:
             out.append(Statement("missing", f"{name}: no result.", "Whether this null stays null is not known."))
             continue
+        if not c.tested:
+            text = f"{difference(c)}. Whether this null stays null is not known."
+            out.append(Statement("missing", f"{name} is not tested:", text))
+            continue
         # Judged by the plain interval: one widened for a family of claims would make it easier to pass as null.
         below, above = c.high < 0, c.low > 0
         better, worse = (above, below) if c.metric in HIGHER_IS_BETTER else (below, above)
@@ -174,10 +190,12 @@ def _nulls(results: Results) -> list[Statement]:
             if worse
             else "is not shown to differ from control"
         )
-        plain = f"95% interval {signed(c.low, 3)} to {signed(c.high, 3)}, not corrected"
+        plain = f"{level(results)} interval {signed(c.low, 3)} to {signed(c.high, 3)}, not corrected"
+        # worse than control is a finding; an interval that includes 0 is none
+        tone = "bad" if not holds else "good" if worse else "neutral"
         lead = f"{name} {'shows no benefit' if holds else 'is not null'}:"
         text = f"it {what}, {signed(c.estimate, 3)} bits per byte ({plain})."
-        out.append(Statement("good" if holds else "bad", lead, text))
+        out.append(Statement(tone, lead, text))
     return out
 
 
@@ -194,6 +212,7 @@ def _components(results: Results) -> list[Statement]:
         ("better", "better than"),
         ("worse", "worse than"),
         ("undecided", "not shown to differ from"),
+        ("untested", "not tested against"),
     ):
         names = [f"{c.arm} ({signed(c.estimate)})" for c in found if c.verdict == verdict]
         if names:
@@ -209,18 +228,19 @@ def _baselines(results: Results) -> list[Statement]:
     names = [n for n in results.arm_order if results.role(n) == "baseline"]
     if full is None or not full.known or not names:
         return []
-    parts, tones = [], set()
+    parts: list[str] = []
+    tones: list[str] = []
     for name in names:
         direct = results.contrasts.get(("full", name, "bits_per_byte", "all"))
         other = results.arms.get((name, "bits_per_byte", "all"))
+        tones += [] if direct is None else [direct.verdict]
         if direct is not None and direct.known:
             parts.append(f"{name}: {VERDICTS[direct.verdict]}, {difference(direct)}")
-            tones.add(direct.verdict)
         elif other is not None and other.known:
             parts.append(f"{name} {number(other.mean, 3)}")
         else:
             parts.append(f"{name} {DASH}")
-    tone = "good" if tones == {"better"} else "bad" if "worse" in tones else "neutral"
+    tone = "good" if set(tones) == {"better"} else "bad" if "worse" in tones else "neutral"
     note = "" if tones else " (means only: no contrast between full and a baseline was computed)"
     return [
         Statement(
@@ -240,4 +260,4 @@ def _speed(results: Results) -> list[Statement]:
     share = f"{100 * full.mean / control.mean:.0f}%"
     tokens = f"{full.mean / 1000:,.0f} thousand training tokens"
     text = f"full reaches control’s final validation loss after {tokens}, {share} of what control needs."
-    return [Statement("good" if full.mean < control.mean else "neutral", "Convergence:", text)]
+    return [Statement("neutral", "Convergence:", f"{text} This is not tested.")]

@@ -9,7 +9,16 @@ from typing import Any
 from kvpipe import hub, made
 from kvpipe.cell import Workspace
 from kvpipe.config import HubModel, LocalModel, PretrainModel, RandomModel, ScratchModel
-from kvpipe.models import fetch_local, link_folder, randomise, recorded, write_manifest
+from kvpipe.folders import lacking, misfit, no_cache, no_language_model, read_config
+from kvpipe.models import (
+    fetch_local,
+    fingerprint,
+    link_folder,
+    load_tokenizer,
+    randomise,
+    recorded,
+    write_manifest,
+)
 from kvpipe.pretrain import pretrain, student_tokenizer
 from kvpipe.provenance import MANIFEST
 
@@ -41,8 +50,21 @@ def make_model(work: Workspace, name: str) -> None:
             tokenizer.save_pretrained(out)
             work.student(seed=0).config.save_pretrained(out)
             source = model.model_dump()
+    if not isinstance(model, HubModel):  # whose files are checked against the lock, and by `load_model`
+        _check(work, name, out)
+        how["tokenizer"] = fingerprint(load_tokenizer(out, work.trusts(name)))
     write_manifest(out, source, **how)
     made.note(work.dag, work.paths, "models", name)
+
+
+def _check(work: Workspace, name: str, folder: Path) -> None:
+    """Refuse, before anything is computed with it, a model that cannot be loaded as it is or has no cache to record."""
+    values = read_config(folder)
+    problem = no_language_model(values) or (no_cache(values) if name in work.dag.recorded_models else None)
+    if problem is None and not isinstance(work.config.models[name], ScratchModel):
+        problem = "; ".join(lacking(folder, ("config.json",))) or misfit(folder)
+    if problem is not None:
+        raise ValueError(f"models.{name}: {problem}")
 
 
 def _fetch_hub(work: Workspace, name: str, model: HubModel, out: Path) -> dict[str, Any]:

@@ -263,7 +263,8 @@ def test_full_better(work):
     found = leads(work)
     assert found["full beats control."] == "good"
     assert found["null-shuffled shows no benefit:"] == "good"  # worse than control is no benefit
-    assert found["null-control shows no benefit:"] == "good"
+    assert found["null-control shows no benefit:"] == "neutral"  # its interval includes 0, which decides nothing
+    assert found["Convergence:"] == "neutral"  # described, not tested
 
 
 def test_full_undecided_says_so(work):
@@ -304,7 +305,61 @@ def test_numbers_are_those_of_the_tables(whole):
     )
     assert "45.5% against 35.0%: +10.5 points" in text
     assert "350 thousand training tokens, 70% of what control needs" in text
-    assert "cannot go below p = 0.25" in text
+    assert "95% interval" in text and "90% interval" not in text
+
+
+def test_the_confidence_is_the_one_that_was_asked_for(work):
+    asked = workspace(work.paths.root, "stats.confidence=0.9", "stats.power=0.7")
+    fake_stats(asked, full=-0.04)
+    out = work.paths.root / "report.html"
+    write_report(asked, out)
+    text = Page(out.read_text(encoding="utf-8")).text
+    assert "95%" not in text and "90% interval −" in text and "with 90% intervals" in text
+    assert "would be found with 70% probability" in text
+
+
+def change(work, table: str, rows, **values) -> None:
+    """Some rows of `contrasts.csv` changed."""
+    path = work.paths.stats / table
+    frame = pd.read_csv(path)
+    frame.loc[rows(frame), list(values)] = list(values.values())
+    frame.to_csv(path, index=False)
+
+
+UNTESTED = dict.fromkeys(("low", "high", "low_corrected", "high_corrected", "p", "p_bonferroni", "p_holm"), np.nan)
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_a_contrast_of_fewer_seeds_is_flagged_first_and_concludes_nothing(work, seeds):
+    for arm in ("full", "null-shuffled", "exp2"):
+        change(work, "contrasts.csv", lambda f, arm=arm: f.arm == arm, n_seeds=seeds, **UNTESTED)
+    found = leads(work)
+    assert found["full against control is not tested."] == "neutral"
+    assert found["null-shuffled is not tested:"] == "missing"
+    assert not [lead for lead, tone in found.items() if tone == "good" and "full" in lead]
+    out = work.paths.root / "report.html"
+    write_report(workspace(work.paths.root), out)
+    text = Page(out.read_text(encoding="utf-8")).text
+    first = text[: text.index("What was run", text.index("This report is incomplete"))]
+    assert f"Not tested: full − control, {seeds} of 3 seeds (bits_per_byte, log_perplexity, accuracy" in first
+    assert "not tested against exp1: exp2 (−0.012) and full (−0.108)" in first
+    rows = [row for row in tables.contrast_rows(Results(workspace(work.paths.root))) if row["arm"] == "full"]
+    assert {
+        (row["p"], row["holm"], row["corrected"], row["verdict_text"]) for row in rows if row["metric"] in METRICS
+    } == {("–", "–", "–", "not tested")}
+
+
+def test_one_planned_seed_is_said_first(work):
+    one = workspace(work.paths.root, "seeds=[0]")
+    change(one, "contrasts.csv", lambda f: f.arm != "", n_seeds=1, **UNTESTED)
+    assert any(line.startswith("One seed: ") for line in Results(one).absent)
+    assert not [s for s in wording.conclusions(Results(one)) if s.tone == "good"]
+
+
+def test_the_best_of_a_column_has_all_seeds(work):
+    change(work, "arms.csv", lambda f: f.arm == "full", n_seeds=2)
+    rows = tables.result_rows(Results(workspace(work.paths.root)), ["bits_per_byte"], "all", tables.Notes())
+    assert [row["name"] for row in rows if row["cells"][0].best] == ["exp5"]
 
 
 def test_baselines_are_compared_directly_where_the_tables_do(work):
