@@ -20,6 +20,7 @@ from torch import nn
 from kvpipe import checkpoint
 from kvpipe import train as training
 from kvpipe.cell import Workspace
+from kvpipe.provenance import content_digest
 from kvpipe.steps.prepare import prepare
 
 STEPS = 17
@@ -303,6 +304,9 @@ def test_another_teacher_is_refused(tmp_path, monkeypatch):
         training.train(work, "one", 0, *folders, log=lambda _: None)
     projector = work.paths.projector(work.dag.fit_id(work.dag.arm("one")))
     save_file({k: v + 1 for k, v in load_file(projector).items()}, projector)
+    document = projector.with_suffix(".json")  # fitted again, from another teacher
+    refitted = json.loads(document.read_text()) | {"sha256": content_digest(projector)}
+    document.write_text(json.dumps(refitted))
     with pytest.raises(checkpoint.CheckpointMismatch, match="projector"):
         training.train(work, "one", 0, *folders, log=lambda _: None)
 

@@ -13,6 +13,7 @@ from kvpipe.cell import Workspace
 from kvpipe.config import Config, LayerConfig
 from kvpipe.layermap import layer_plan
 from kvpipe.models import load_model, load_tokenizer
+from kvpipe.provenance import content_digest
 from kvpipe.status import cell as cell_of
 from kvpipe.steps.prepare import prepare
 from kvpipe.store import Store
@@ -154,8 +155,6 @@ def test_a_projector_of_another_teacher_is_refused(work):
     path = work.paths.projector(work.dag.fit_id(arm))
     save_file({name.replace("alpha", "beta"): tensor for name, tensor in load_file(path).items()}, path)
     document = json.loads(path.with_suffix(".json").read_text())
-    from kvpipe.provenance import content_digest
-
     path.with_suffix(".json").write_text(json.dumps(document | {"sha256": content_digest(path)}))
     with pytest.raises(ValueError, match=r"does not fit the arm \['alpha'\]: tensors \['alpha/bias'"):
         work.projectors(arm, [Store(work.paths.store("alpha", "student")).layers])

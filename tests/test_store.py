@@ -200,7 +200,7 @@ def test_a_finished_shard_is_kept_and_one_of_another_key_built_again(teacher, tm
     first, second = build(teacher, tmp_path, key_of(shards=2))
     before = first.stat().st_mtime_ns, second.stat().st_mtime_ns
     second.unlink()
-    (tmp_path / "shard-00001.partial").write_bytes(b"what an interrupted job left")
+    (tmp_path / "shard-00001.safetensors.partial").write_bytes(b"what an interrupted job left")
     build(teacher, tmp_path, key_of(shards=2))
     assert first.stat().st_mtime_ns == before[0] and second.stat().st_mtime_ns != before[1]
     Store(tmp_path)
