@@ -7,6 +7,8 @@ STAMP  := $(VENV)/installed
 CONFIG ?= config/config.yaml
 # The rules call `python`: that of the venv, though nobody has activated it.
 WITHIN := PATH="$(abspath $(BIN)):$$PATH"
+# The programs in tools/ share the zoos of the tests.
+TOOL   := $(WITHIN) PYTHONPATH=tests:tests/cache:tests/tokens python
 
 # One thread per process: Snakemake runs as many jobs as there are cores, pytest as many workers.
 export OMP_NUM_THREADS = 1
@@ -70,13 +72,13 @@ $(LM_EVAL)/installed: $(STAMP)
 	@touch $@
 
 test-lm-eval: $(LM_EVAL)/installed  ## kvpipe's scores against those of lm-evaluation-harness
-	$(LM_EVAL)/bin/python -m pytest tests/test_harness.py
+	$(LM_EVAL)/bin/python -m pytest tests/evaluate/test_harness.py
 
 test-cluster: $(STAMP)  ## the tests on a real one-node SLURM cluster
 	$(WITHIN) python -m pytest -m cluster
 
 torture: $(STAMP)  ## kill a training process 20 times at random and compare bit by bit
-	$(WITHIN) python tests/torture.py
+	$(TOOL) tools/torture.py
 
 # Relative paths of the configuration are those of the checkout.
 study: $(STAMP)  ## the study behind docs/method.md (hours), to build/study/results/report.html and build/study-20000/
@@ -90,15 +92,16 @@ teachers: $(STAMP)  ## train the embedded teachers again, into config/embedded
 	$(WITHIN) python -m kvpipe pretrain --config $(CONFIG)
 
 bench: $(STAMP)  ## measure docs/benchmarks.md again
-	$(WITHIN) python tests/benchmarks/run.py
+	$(TOOL) tools/benchmarks/run.py
 
 compat: $(STAMP)  ## the tables of docs/method.md: architectures, rotary embeddings, tokenizers
-	$(WITHIN) python tests/compat.py
+	$(TOOL) tools/compat.py
 
 lint: $(STAMP)  ## formatting, lint, types, workflow
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/snakefmt --check workflow
 	$(WITHIN) snakemake --lint
 

@@ -1,7 +1,7 @@
 """Tiny random models of many architectures, built from their config classes: no download, no two sizes alike.
 
 Each architecture says how its keys before rotation and its values can be read by plain forward hooks: the
-independent reference for `kvpipe.capture`.
+independent reference for `kvpipe.cache.capture`.
 """
 
 from __future__ import annotations

@@ -8,7 +8,9 @@ import pytest
 HEAVY = ("datasets", "lm_eval", "pyarrow.dataset", "matplotlib")
 
 
-@pytest.mark.parametrize("module", ["kvpipe.evaluate", "kvpipe.data", "kvpipe.harness", "kvpipe.sandbox"])
+@pytest.mark.parametrize(
+    "module", ["kvpipe.evaluate.score", "kvpipe.data.build", "kvpipe.evaluate.harness", "kvpipe.evaluate.sandbox.run"]
+)
 def test_optional_and_heavy_packages_wait_until_they_are_needed(module):
     code = f"import sys, {module}; print([name for name in {HEAVY!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -24,13 +24,13 @@ from typing import Any
 
 import torch
 
-from kvpipe import data
-from kvpipe.cell import Workspace
 from kvpipe.config import Config, DataConfig, TokenizerRecipe, parse
-from kvpipe.corpus import generate
-from kvpipe.dag import Paths
-from kvpipe.models import build_model, train_tokenizer
-from kvpipe.pretrain import tokenizer_texts
+from kvpipe.data import build as data
+from kvpipe.data.corpus import generate
+from kvpipe.distill.build import Workspace
+from kvpipe.experiment.plan import Paths
+from kvpipe.models.folders import build_model, train_tokenizer
+from kvpipe.models.pretrain import tokenizer_texts
 from kvpipe.steps.models import make_model
 
 DATA: dict[str, Any] = {

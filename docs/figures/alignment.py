@@ -3,7 +3,7 @@
     python docs/figures/alignment.py
 
 Tokens and links are real: the shipped `math` teacher, the student's tokenizer as config/config.yaml trains it, and
-`kvpipe.tokens.overlap` in its causal mode.
+`kvpipe.tokens.matrix.overlap` in its causal mode.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from kvpipe.config import load
-from kvpipe.corpus import generate
-from kvpipe.models import load_tokenizer, train_tokenizer
-from kvpipe.pretrain import tokenizer_texts
-from kvpipe.show import alignment_rows, visible
-from kvpipe.tokens import encode
+from kvpipe.data.corpus import generate
+from kvpipe.models.folders import load_tokenizer, train_tokenizer
+from kvpipe.models.pretrain import tokenizer_texts
+from kvpipe.tokens.matrix import encode
+from kvpipe.tokens.show import alignment_rows, visible
 
 ROOT = Path(__file__).parents[2]
 TEXT = "Nia has 17 red pens, buys 250."

@@ -1,6 +1,6 @@
 """The time step: teacher positions onto student positions (spec 3.2).
 
-Every alignment of time, segment interpolation here and the token overlap of `kvpipe.tokens`, is a sparse matrix
+Every alignment of time, segment interpolation here and the token overlap of `kvpipe.tokens.matrix`, is a sparse matrix
 ``(n_dst, n_src)`` with few entries per row. It is kept in *gather form*: for each student position ``m`` source
 positions and their weights. `gather_time` applies it; that is the only place where the caches are touched.
 """

@@ -39,6 +39,7 @@ from kvpipe.config.data import (
     TextTemplate,
     with_presets,
 )
+from kvpipe.config.errors import explain, nearest
 from kvpipe.config.models import (
     HubModel,
     Loading,
@@ -54,7 +55,7 @@ from kvpipe.config.models import (
 )
 from kvpipe.config.presets import PRESETS
 from kvpipe.config.section import ConfigError, Name, Section, Seed
-from kvpipe.config.steps import (
+from kvpipe.config.settings import (
     LOSS_ON,
     AuditConfig,
     EvaluateConfig,
@@ -67,7 +68,6 @@ from kvpipe.config.steps import (
     StoreConfig,
     TrainConfig,
 )
-from kvpipe.problems import explain, nearest
 
 __all__ = [
     "LOSS_ON",

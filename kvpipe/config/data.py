@@ -18,7 +18,7 @@ FieldName = Literal[
 
 
 class EmbeddedData(Section):
-    """Examples made by `kvpipe.corpus`, deterministic by seed, disjoint between splits by content."""
+    """Examples made by `kvpipe.data.corpus`, deterministic by seed, disjoint between splits by content."""
 
     kind: Literal["embedded"] = "embedded"
     """Records made by kvpipe."""

@@ -15,7 +15,7 @@ _BRACED = r"[^{}]"
 for _ in range(4):
     _BRACED = rf"(?:[^{{}}]++|\{{{_BRACED}*\}})"
 BOXED = rf"\\(?:boxed|fbox)\s*\{{?(?P<final>(?<=\{{){_BRACED}*(?=\}})|(?<!\{{)[^{{$\n][^$\n]*)"
-# The minus of a difference (5-3) is no sign. Spellings are made one before (`kvpipe.answers.plain`).
+# The minus of a difference (5-3) is no sign. Spellings are made one before (`kvpipe.evaluate.scorers.answers.plain`).
 NUMBER = (
     r"((?:(?<![\d)])-)?[$€£]?(?:\d[\d,]* \d+/\d+|\d[\d,]*\s*/\s*\d+|(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?)"
     r"(?:\s*(?:thousand|million|billion|trillion)\b|[kKM]\b)?)"

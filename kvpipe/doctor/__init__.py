@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from kvpipe.config import Config
-from kvpipe.dag import Paths
 from kvpipe.doctor.arms import examine_arms
 from kvpipe.doctor.asked import Asked, read_profile
 from kvpipe.doctor.container import examine_container
@@ -19,6 +18,7 @@ from kvpipe.doctor.sources import examine_sources
 from kvpipe.doctor.storage import examine_storage
 from kvpipe.doctor.versions import examine_versions
 from kvpipe.doctor.walls import examine_walls
+from kvpipe.experiment.plan import Paths
 
 __all__ = ["FAIL", "OK", "WARNING", "Finding", "examine", "read_profile", "show", "write"]
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from kvpipe.config import Config
-from kvpipe.dag import Paths
 from kvpipe.doctor.finding import FAIL, OK, Finding
 from kvpipe.doctor.workload import Workload
-from kvpipe.misfits import misfits
+from kvpipe.experiment.misfits import misfits
+from kvpipe.experiment.plan import Paths
 
 
 def examine_arms(config: Config, paths: Paths) -> list[Finding]:

@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from kvpipe import launch
 from kvpipe.doctor.finding import inside_a_job
-from kvpipe.provenance import PACKAGE
+from kvpipe.experiment import launch
+from kvpipe.experiment.provenance import PACKAGE
 
 RULES = PACKAGE.parent / "workflow" / "rules"
 PROFILES = (Path(), Path("~/.config/snakemake").expanduser(), Path("/etc/xdg/snakemake"))

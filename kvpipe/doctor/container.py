@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
-from kvpipe import launch
 from kvpipe.config import Config, FileData, HubData, HubModel, LocalModel
-from kvpipe.dag import Paths
 from kvpipe.doctor.asked import Asked
 from kvpipe.doctor.finding import FAIL, OK, WARNING, Answer, Finding, ask, inside_a_job
 from kvpipe.doctor.sources import data_files
-from kvpipe.provenance import PACKAGE
+from kvpipe.experiment import launch
+from kvpipe.experiment.plan import Paths
+from kvpipe.experiment.provenance import PACKAGE
 
 IMAGE = "containers/kvpipe.sif"
 CACHES = ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kvpipe import launch
 from kvpipe.config import Config
-from kvpipe.dag import Paths
 from kvpipe.doctor.asked import Asked
 from kvpipe.doctor.finding import FAIL, OK, WARNING, Finding, inside_a_job
 from kvpipe.doctor.look import nvidia
 from kvpipe.doctor.memory import PROBED
+from kvpipe.experiment import launch
+from kvpipe.experiment.plan import Paths
 
 DRIVERS = {11: 450, 12: 525, 13: 580}
 """CUDA's major version → the least NVIDIA driver that runs it (minor versions are compatible)."""

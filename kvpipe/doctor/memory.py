@@ -10,11 +10,11 @@ from collections.abc import Iterator
 import psutil
 
 from kvpipe.config import Config
-from kvpipe.dag import Paths
 from kvpipe.doctor.asked import Asked
 from kvpipe.doctor.finding import FAIL, GB, OK, WARNING, Finding, ask, inside_a_job
 from kvpipe.doctor.workload import Workload
-from kvpipe.sizes import Shape, training_bytes
+from kvpipe.experiment.plan import Paths
+from kvpipe.experiment.sizes import Shape, training_bytes
 
 MIB = float(2**20)
 BASE = 1.5 * GB

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvpipe.dag import Paths
 from kvpipe.doctor import look
 from kvpipe.doctor.asked import Asked, Request
 from kvpipe.doctor.container import image_path
 from kvpipe.doctor.finding import Answer, ask
 from kvpipe.doctor.memory import PROBED
 from kvpipe.doctor.slurm import Partition, read_partitions
+from kvpipe.experiment.plan import Paths
 
 MINUTES = 5
 """Time limit of the job."""

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvpipe.config import Config, FileData, HubData, HubModel, LocalModel
-from kvpipe.dag import Dag, Paths
 from kvpipe.doctor.finding import FAIL, OK, WARNING, Finding, inside_a_job
-from kvpipe.folders import bad_tokenizer, lacking, misfit, no_cache, no_language_model, read_config
-from kvpipe.hub import HubError, absent, candidates, hub_models, missing_bytes, token
+from kvpipe.experiment.plan import Dag, Paths
+from kvpipe.models.headers import bad_tokenizer, lacking, misfit, no_cache, no_language_model, read_config
+from kvpipe.models.hub import HubError, absent, candidates, hub_models, missing_bytes, token
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 SPLITS = ("train", "validation", "test")

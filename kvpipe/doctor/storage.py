@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvpipe.config import Config
-from kvpipe.dag import Paths
 from kvpipe.doctor.finding import FAIL, GB, OK, WARNING, Finding, ask
 from kvpipe.doctor.workload import Workload
+from kvpipe.experiment.plan import Paths
 
 LEAST_FREE = 2 * GB
 # not snakemake --directory: configuration, image and kvpipe are looked for below the working directory

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from kvpipe.config import Config, HubModel, LocalModel, Model
 from kvpipe.doctor.asked import Asked
 from kvpipe.doctor.finding import FAIL, OK, WARNING, Finding, inside_a_job
-from kvpipe.provenance import PACKAGE
+from kvpipe.experiment.provenance import PACKAGE
 
 PLUGIN = "snakemake-executor-plugin-slurm"
 LOGIN = {"snakemake", "pydantic", "pyyaml", "typer", "rich", "huggingface_hub"}

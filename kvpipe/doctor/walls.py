@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvpipe.config import Config
 from kvpipe.doctor.asked import Asked
 from kvpipe.doctor.finding import FAIL, OK, WARNING, Finding
-from kvpipe.sandbox import DESCRIPTION, SandboxError, choose
+from kvpipe.evaluate.sandbox.run import DESCRIPTION, SandboxError, choose
 
 
 def examine_walls(config: Config, asked: Asked) -> list[Finding]:

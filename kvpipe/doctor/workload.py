@@ -21,9 +21,9 @@ from kvpipe.config import (
     RandomModel,
     ScratchModel,
 )
-from kvpipe.dag import Dag, Paths
 from kvpipe.doctor.sources import data_files
-from kvpipe.sizes import Shape, count_parameters, estimate_bytes, shape, teacher_pass_bytes
+from kvpipe.experiment.plan import Dag, Paths
+from kvpipe.experiment.sizes import Shape, count_parameters, estimate_bytes, shape, teacher_pass_bytes
 
 SAMPLE = 100
 """Records of a file that are read for the mean length of its texts."""
@@ -194,7 +194,7 @@ def _sampled(source: EmbeddedData | FileData | HubData) -> tuple[int, float, dic
     if path is None or not path.is_file():
         return 0, 0.0, {"student": [], "own": []}
     try:
-        from kvpipe.mapping import to_record
+        from kvpipe.data.mapping import to_record
     except ImportError:  # a login node without pyarrow: lines can be counted all the same
         return (0 if path.suffix == ".parquet" else _sample(path)[0]), 0.0, {"student": [], "own": []}
 
@@ -209,7 +209,7 @@ def _sampled(source: EmbeddedData | FileData | HubData) -> tuple[int, float, dic
 def _written(path: Path) -> tuple[int, float, dict[str, list[str]]]:
     """The same of the split that the data step wrote; texts from all over it, since its tasks stand one after the other."""
     try:
-        from kvpipe.records import read_records
+        from kvpipe.data.records import read_records
     except ImportError:
         return 0, 0.0, {"student": [], "own": []}
     records = read_records(path)

@@ -9,11 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-from kvpipe.records import Record, render
+from kvpipe.data.records import Record, render
 from kvpipe.report.collect import Results
 from kvpipe.report.svg import MONOSPACE, SERIES, SOFT, WIDTH, Picture, inline, styled
-from kvpipe.show import alignment_rows, visible
-from kvpipe.tokens import Mode, encode
+from kvpipe.tokens.matrix import Mode, encode
+from kvpipe.tokens.show import alignment_rows, visible
 
 BYTES_PER_LINE = 82
 LINES = 2

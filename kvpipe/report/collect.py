@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from kvpipe.cell import Workspace
+from kvpipe.distill.build import Workspace
 
 ROLES = ("control", "experiment", "ablation", "baseline", "null")
 UNTRAINED = "untrained"

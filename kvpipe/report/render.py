@@ -9,9 +9,9 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from kvpipe import __version__
-from kvpipe.cell import Workspace
 from kvpipe.config import LOSS_ON
-from kvpipe.records import render
+from kvpipe.data.records import render
+from kvpipe.distill.build import Workspace
 from kvpipe.report import figures, tables, wording
 from kvpipe.report.alignment import token_alignment
 from kvpipe.report.collect import ROLES, Results

@@ -10,17 +10,18 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kvpipe import fit, made
 from kvpipe.align.regime import positions_from_mask
 from kvpipe.align.rope import Rope
-from kvpipe.attention import output_cosine
-from kvpipe.batches import collate
-from kvpipe.capture import Recorder
-from kvpipe.cell import Workspace, save_projectors
-from kvpipe.device import resolve_device
-from kvpipe.models import has_weights
-from kvpipe.shapes import KV
-from kvpipe.teacher import spread
+from kvpipe.cache.attention import output_cosine
+from kvpipe.cache.capture import Recorder
+from kvpipe.cache.kv import KV
+from kvpipe.cache.teacher import spread
+from kvpipe.data.batches import collate
+from kvpipe.distill import fit
+from kvpipe.distill.build import Workspace, save_projectors
+from kvpipe.experiment import made
+from kvpipe.experiment.device import resolve_device
+from kvpipe.models.folders import has_weights
 
 
 def make_fit(work: Workspace, fit_id: str) -> None:

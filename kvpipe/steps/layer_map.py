@@ -5,17 +5,19 @@ from __future__ import annotations
 import torch
 from einops import rearrange
 
-from kvpipe import layermap, made
+from kvpipe.align import layermap
 from kvpipe.align.layer import StreamingCKA
-from kvpipe.batches import collate, schedule
-from kvpipe.capture import Recorder, kv_geometry
-from kvpipe.cell import Workspace
+from kvpipe.align.timemap import build_time_map
+from kvpipe.cache.capture import Recorder, kv_geometry
+from kvpipe.cache.teacher import AlignedTeacher, HiddenRows, LiveRows, RowSource, spread
 from kvpipe.config import TimeConfig
-from kvpipe.device import resolve_device
-from kvpipe.losses import masked_mean, token_nll
-from kvpipe.models import has_weights
-from kvpipe.teacher import AlignedTeacher, HiddenRows, LiveRows, RowSource, spread
-from kvpipe.timemap import build_time_map
+from kvpipe.data.batches import collate, schedule
+from kvpipe.distill.build import Workspace
+from kvpipe.distill.losses import masked_mean
+from kvpipe.experiment import made
+from kvpipe.experiment.device import resolve_device
+from kvpipe.models.folders import has_weights
+from kvpipe.models.likelihood import token_nll
 
 
 def make_layer_map(work: Workspace, teacher: str) -> None:

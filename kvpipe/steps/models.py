@@ -6,11 +6,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from kvpipe import hub, made
-from kvpipe.cell import Workspace
 from kvpipe.config import HubModel, LocalModel, PretrainModel, RandomModel, ScratchModel
-from kvpipe.folders import lacking, misfit, no_cache, no_language_model, read_config
-from kvpipe.models import (
+from kvpipe.distill.build import Workspace
+from kvpipe.experiment import made
+from kvpipe.experiment.provenance import MANIFEST
+from kvpipe.models import hub
+from kvpipe.models.folders import (
     fetch_local,
     fingerprint,
     link_folder,
@@ -19,8 +20,8 @@ from kvpipe.models import (
     recorded,
     write_manifest,
 )
-from kvpipe.pretrain import pretrain, student_tokenizer
-from kvpipe.provenance import MANIFEST
+from kvpipe.models.headers import lacking, misfit, no_cache, no_language_model, read_config
+from kvpipe.models.pretrain import pretrain, student_tokenizer
 
 
 def make_model(work: Workspace, name: str) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from kvpipe import data, made
-from kvpipe.cell import Workspace
+from kvpipe.data import build as data
+from kvpipe.distill.build import Workspace
+from kvpipe.experiment import made
 from kvpipe.steps.fit import make_fit
 from kvpipe.steps.layer_map import make_layer_map
 from kvpipe.steps.models import make_model

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from kvpipe import made, store
-from kvpipe.capture import kv_geometry
-from kvpipe.cell import Workspace
-from kvpipe.outofmemory import explained, teacher_advice
+from kvpipe.cache import store
+from kvpipe.cache.capture import kv_geometry
+from kvpipe.distill.build import Workspace
+from kvpipe.experiment import made
+from kvpipe.experiment.outofmemory import explained, teacher_advice
 
 
 def make_shard(work: Workspace, teacher: str, reading, shard: int) -> None:

@@ -8,10 +8,10 @@ from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.llama import modeling_llama
 
 from kvpipe.align.regime import by_own_length, positions_from_mask, switch_lengths
-from kvpipe.capture import Recorder
+from kvpipe.cache.capture import Recorder
 from kvpipe.config import ScoringConfig
-from kvpipe.generate import generate
-from kvpipe.likelihood import windowed_nll
+from kvpipe.evaluate.generate import generate
+from kvpipe.models.likelihood import windowed_nll
 
 DIM, ORIGINAL, CONTEXT = 12, 16, 40
 LONGROPE = {

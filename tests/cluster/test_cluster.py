@@ -66,7 +66,7 @@ def test_scancel_of_a_running_cell(site):
         job = site.job(*CELL)
         assert "TresPerJob=gres/gpu:1" in site.cluster.run(f"scontrol show job {job}"), "the cell has its GPU"
         site.cluster.run(f"scancel {job}")
-        # whether it saved at SIGTERM is tests/test_checkpoint.py's: here the next attempt's log replaces its last words
+        # whether it saved at SIGTERM is tests/train/test_checkpoint.py's: here the next attempt's log replaces its last words
         row.happened = f"{site.wait_state(job, 'CANCELLED', 'FAILED')}, tried again"
         assert site.finish(run) == 0, site.tell()
         row.restarts = site.cost(*CELL)["restarts"]

@@ -9,9 +9,9 @@ from conftest import PROFILE
 from tiny import config
 
 from kvpipe.config import load
-from kvpipe.dag import Paths
 from kvpipe.doctor.container import LABEL, examine_container
-from kvpipe.provenance import PACKAGE
+from kvpipe.experiment.plan import Paths
+from kvpipe.experiment.provenance import PACKAGE
 
 EMBEDDED = PACKAGE.parent / "config" / "config.yaml"
 LOCK = sha256((PACKAGE.parent / "requirements.lock").read_bytes()).hexdigest()

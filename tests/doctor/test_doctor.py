@@ -14,13 +14,13 @@ from tiny import build, config
 from kvpipe import doctor
 from kvpipe.config import TrainConfig
 from kvpipe.config import load as load_config
-from kvpipe.dag import Paths
+from kvpipe.data.records import Record, write_records
 from kvpipe.doctor import gpu, memory, storage, versions
 from kvpipe.doctor.asked import Asked, Request, read_profile
 from kvpipe.doctor.workload import Workload
-from kvpipe.provenance import PACKAGE
-from kvpipe.records import Record, write_records
-from kvpipe.sizes import Shape, training_bytes
+from kvpipe.experiment.plan import Paths
+from kvpipe.experiment.provenance import PACKAGE
+from kvpipe.experiment.sizes import Shape, training_bytes
 
 ROOT = PACKAGE.parent
 Usage = namedtuple("Usage", "total used free")
@@ -49,7 +49,7 @@ def test_a_sound_experiment_on_a_laptop(saved, laptop, tmp_path):
 def test_no_torch_is_imported():
     """It would take longer than all the checks."""
     code = (
-        "import sys; from kvpipe.__main__ import app\n"
+        "import sys; from kvpipe.cli.app import app\n"
         "try: app(['doctor', '--results', sys.argv[1]])\n"
         "except SystemExit: pass\n"
         "found = {'torch', 'transformers', 'pandas'} & set(sys.modules)\n"
@@ -356,7 +356,7 @@ def test_lines_are_counted_where_pyarrow_is_missing(tmp_path, saved, monkeypatch
     files = dict.fromkeys(("train", "validation", "test"), str(tmp_path / "train.jsonl"))
     source = {"kind": "files", "task": "math", "columns": {"prompt": "q", "answer": "q"}} | files
     settings = config(saved, HUB_DATA | {"data.sources": [source]})
-    monkeypatch.setitem(sys.modules, "kvpipe.mapping", None)
+    monkeypatch.setitem(sys.modules, "kvpipe.data.mapping", None)
     assert Workload(settings, Paths(tmp_path)).examples == 120
 
 
@@ -383,7 +383,7 @@ def test_parameters_of_a_known_model(saved, tmp_path):
 
 
 def test_counted_parameters_are_those_of_the_file(saved, tmp_path):
-    from kvpipe.models import load_model
+    from kvpipe.models.folders import load_model
 
     work = Workload(config(saved), Paths(tmp_path))
     model = load_model(saved / "teachers" / "alpha")

@@ -7,10 +7,10 @@ import yaml
 from conftest import PROFILE
 from site_fakes import REFUSED, TAKEN
 
-from kvpipe.dag import Paths
 from kvpipe.doctor import probe as probing
 from kvpipe.doctor.probe import ProbeError, probe
-from kvpipe.provenance import PACKAGE
+from kvpipe.experiment.plan import Paths
+from kvpipe.experiment.provenance import PACKAGE
 
 SEEN = {
     "host": "node7",

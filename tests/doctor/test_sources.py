@@ -10,8 +10,8 @@ import threading
 import pytest
 from tiny import config
 
-from kvpipe.dag import Paths
 from kvpipe.doctor.sources import examine_sources, lacking
+from kvpipe.experiment.plan import Paths
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def test_a_locked_model_in_a_library_needs_no_hub(folder, monkeypatch, place, cl
             raise ModuleNotFoundError("huggingface_hub")
         return folder / "no cache"
 
-    monkeypatch.setattr("kvpipe.hub.own_cache", cache)
+    monkeypatch.setattr("kvpipe.models.hub.own_cache", cache)
     copy = folder / "shared" / place
     copy.parent.mkdir(parents=True)
     (folder / "teachers" / "alpha").rename(copy)

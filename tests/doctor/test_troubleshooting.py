@@ -14,23 +14,25 @@ import torch
 from conftest import PROFILE
 from tiny import build, config, values
 
-from kvpipe import attempts, checkpoint, device, export, outofmemory, store
-from kvpipe import train as training
-from kvpipe.cell import Workspace
+from kvpipe.align.layermap import layer_plan
+from kvpipe.cache import store
 from kvpipe.config import LayerConfig, StoreConfig, TrainConfig, load
-from kvpipe.dag import Paths
+from kvpipe.distill.build import Workspace
+from kvpipe.distill.losses import check_finite
 from kvpipe.doctor import gpu, show
 from kvpipe.doctor.container import LABEL, examine_container
 from kvpipe.doctor.probe import ProbeError, probe
 from kvpipe.doctor.slurm import examine_slurm
 from kvpipe.doctor.sources import examine_sources
 from kvpipe.doctor.storage import examine_storage
-from kvpipe.layermap import layer_plan
-from kvpipe.limits import Limits
-from kvpipe.losses import check_finite
-from kvpipe.provenance import PACKAGE
+from kvpipe.experiment import attempts, device, outofmemory
+from kvpipe.experiment.plan import Paths
+from kvpipe.experiment.provenance import PACKAGE
+from kvpipe.models.limits import Limits
 from kvpipe.steps import teacher_kv
 from kvpipe.steps.prepare import prepare
+from kvpipe.train import checkpoint, export
+from kvpipe.train import trainer as training
 
 DOCUMENT = PACKAGE.parent / "docs" / "troubleshooting.md"
 # provoked on a real cluster (tests/cluster/test_cluster.py)

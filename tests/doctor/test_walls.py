@@ -7,7 +7,7 @@ from kvpipe.config import parse
 from kvpipe.doctor import FAIL, OK, WARNING
 from kvpipe.doctor.asked import Asked
 from kvpipe.doctor.walls import examine_walls
-from kvpipe.sandbox import SandboxError
+from kvpipe.evaluate.sandbox.run import SandboxError
 
 
 def found(tmp_path, **sandbox):

@@ -13,15 +13,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kvpipe import data
-from kvpipe.cell import Workspace
 from kvpipe.config import load
-from kvpipe.dag import Paths
+from kvpipe.data import build as data
+from kvpipe.distill.build import Workspace
+from kvpipe.experiment.plan import Paths
 from kvpipe.report import figures, tables, wording
 from kvpipe.report.collect import Results
 from kvpipe.report.render import SAMPLES_PER_TASK, provenance, samples, write_report
+from kvpipe.stats.tables import write_stats
 from kvpipe.steps.models import make_model
-from kvpipe.tables import write_stats
 
 ROOT = Path(__file__).parents[2]
 METRICS = ["bits_per_byte", "log_perplexity", "accuracy", "tokens_to_control"]

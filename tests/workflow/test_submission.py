@@ -13,7 +13,7 @@ import pytest
 import yaml
 from test_workflow import ROOT, copy, python  # noqa: F401
 
-from kvpipe.launch import command
+from kvpipe.experiment.launch import command
 
 PROFILES = sorted(path.parent.name for path in (ROOT / "profiles").glob("*/config.yaml"))
 CONFIGS = sorted(p.name for p in (ROOT / "config").glob("*.yaml") if "\nstudent:" in p.read_text(encoding="utf-8"))
@@ -138,7 +138,7 @@ def test_the_other_profile_plans_the_same_jobs(login):
 
 
 def test_a_cell_on_several_nodes_starts_the_image_on_each(login, tmp_path):
-    """The resources of docs/hpc.md, through the profile and the rule; kvpipe/launch.py has the other cases."""
+    """The resources of docs/hpc.md, through the profile and the rule; kvpipe/experiment/launch.py has the other cases."""
     with_resources(tmp_path, *CELLS["several nodes"])
     target = "results/train/full/seed0/history.jsonl"
     done = login[1]("-n", "-p", "--forceall", "--", target, profile=str(tmp_path))

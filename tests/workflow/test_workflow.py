@@ -282,14 +282,14 @@ CHANGES = {
         yaml_change(lambda v: v["models"].update(spare={"source": "random", "like": "math", "seed": 9})), set(), True
     ),
     "code of the doctor": Change(code_change("kvpipe/doctor/__init__.py"), set()),
-    "words in the code": Change({"kvpipe/train.py": said_otherwise}, set(), True),
+    "words in the code": Change({"kvpipe/train/trainer.py": said_otherwise}, set(), True),
     "settings of the machine": Change(
         yaml_change(lambda v: v["train"].update(checkpoint_every=3, device="cpu", threads=1)), set()
     ),
     # what the doctor looks at too
     "LoRA": Change(yaml_change(lambda v: v["train"].update(lora=LORA)), TRAINED, True),
-    "code of hub.py, the doctor's too": Change(code_change("kvpipe/hub.py"), {"model"} | BELOW_DATA, True),
-    "code of sizes.py, the doctor's too": Change(code_change("kvpipe/sizes.py"), {"model"} | BELOW_DATA),
+    "code of hub.py, the doctor's too": Change(code_change("kvpipe/models/hub.py"), {"model"} | BELOW_DATA, True),
+    "code of sizes.py, the doctor's too": Change(code_change("kvpipe/experiment/sizes.py"), {"model"} | BELOW_DATA),
     "the image": Change({"image": "containers/other.sif"}, {"data", "model"} | BELOW_DATA, True),
     # arms and seeds
     "an arm's loss": Change(
@@ -325,8 +325,8 @@ CHANGES = {
         {"teacher_kv", "fit", *(j for arm in ARMS if arm != "control" for j in arm_jobs(arm))},
     ),
     "generation": Change(yaml_change(lambda v: v["evaluate"].update(max_new_tokens=41)), SCORED),
-    "code of the evaluation": Change(code_change("kvpipe/evaluate.py"), SCORED, True),
-    "code of the training": Change(code_change("kvpipe/train.py"), TRAINED),
+    "code of the evaluation": Change(code_change("kvpipe/evaluate/score.py"), SCORED, True),
+    "code of the training": Change(code_change("kvpipe/train/trainer.py"), TRAINED),
     # statistics and report
     "resamples": Change(yaml_change(lambda v: v["stats"].update(resamples=17)), {"stats", "report"}),
     "the title": Change(yaml_change(lambda v: v.update(title="other")), {"report"}),

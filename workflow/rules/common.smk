@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 from kvpipe import config as configuration
-from kvpipe import launch
-from kvpipe.dag import Dag, Paths, digest
-from kvpipe.provenance import code_hash, git_commit
+from kvpipe.experiment import launch
+from kvpipe.experiment.plan import Dag, Paths, digest
+from kvpipe.experiment.provenance import code_hash, git_commit
 
 # a file given with --configfile takes the place of the embedded experiment, it is not laid over it
 if not workflow.config_settings.configfiles:

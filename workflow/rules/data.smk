@@ -12,6 +12,6 @@ rule data:
         runtime=30,
     params:
         settings=settings_of("data"),
-        code=code_of("data"),
+        code=code_of("data.build"),
     shell:
         "python -m kvpipe data > {log} 2>&1"

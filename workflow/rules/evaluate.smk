@@ -14,7 +14,7 @@ rule evaluate:
         runtime=120,
     params:
         settings=settings_of("evaluate"),
-        code=code_of("evaluate"),
+        code=code_of("evaluate.score"),
     shell:
         "python -m kvpipe evaluate --model {input.model} --out {output} > {log} 2>&1"
 
@@ -34,7 +34,7 @@ rule lm_eval:
         runtime=240,
     params:
         settings=settings_of("lm_eval"),
-        code=code_of("harness"),
+        code=code_of("evaluate.harness"),
     shell:
         "python -m kvpipe lm-eval --model {input} --out {output} > {log} 2>&1"
 
@@ -55,7 +55,7 @@ rule teacher_quality:
         runtime=240,
     params:
         settings=settings_of("evaluate"),
-        code=code_of("evaluate"),
+        code=code_of("evaluate.score"),
     shell:
         "python -m kvpipe evaluate --model results/models/{wildcards.teacher} --out {output} > {log} 2>&1"
 
@@ -76,7 +76,7 @@ rule untrained:
         runtime=120,
     params:
         settings=settings_of("untrained"),
-        code=code_of("evaluate"),
+        code=code_of("evaluate.score"),
     shell:
         "python -m kvpipe untrained --out {output} > {log} 2>&1"
 
@@ -95,6 +95,6 @@ rule arm:
         runtime=10,
     params:
         settings=settings_of("arm"),
-        code=code_of("tables"),
+        code=code_of("stats.tables"),
     shell:
         "python -m kvpipe arm --arm {wildcards.arm} > {log} 2>&1"

@@ -15,7 +15,7 @@ rule audit:
         runtime=30,
     params:
         settings=settings_of("audit"),
-        code=code_of("audit"),
+        code=code_of("stats.audit"),
     shell:
         "python -m kvpipe audit > {log} 2>&1"
 
@@ -39,7 +39,7 @@ rule stats:
         runtime=30,
     params:
         settings=settings_of("stats"),
-        code=code_of("tables"),
+        code=code_of("stats.tables"),
     shell:
         "python -m kvpipe stats --untrained {input.untrained} > {log} 2>&1"
 

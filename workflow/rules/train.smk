@@ -17,7 +17,7 @@ rule train:
         runtime=720,
     params:
         settings=settings_of("train", "arm"),
-        code=code_of("train"),
+        code=code_of("train.trainer"),
         # not outputs: Snakemake deletes those of a job that failed, and a run goes on from its checkpoint
         cell=subpath(output.history, parent=True),
         checkpoints="results/checkpoints/{arm}/seed{seed}",

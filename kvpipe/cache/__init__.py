@@ -1,0 +1,1 @@
+"""Keys and values: captured, stored, read on the student's positions."""

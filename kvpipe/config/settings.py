@@ -1,0 +1,245 @@
+"""Sections of the configuration: the steps of the DAG, the same for every arm."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveFloat, field_validator, model_validator
+
+from kvpipe.config.errors import nearest
+from kvpipe.config.section import Count, Fraction, Name, Section, Seed, inherit
+
+LossOn = Literal["all", "completion"]
+"""Tokens that carry cross-entropy."""
+LOSS_ON = {"all": "all tokens, the prompt's too", "completion": "reasoning and answer, not the prompt"}
+"""The same in words."""
+
+
+class StoreConfig(Section):
+    """The stored caches of the teachers."""
+
+    dtype: Literal["bf16", "fp16", "int8"] = "bf16"
+    """Storage type; int8 keeps one scale per token and head."""
+    mode: Literal["stored", "live"] = "stored"
+    """`stored`: computed once and read by all cells; `live`: computed again in every training step."""
+    shards: Annotated[int, Field(ge=1, lt=10**5)] = 1
+    """Parts of a store; several are built by separate jobs, and parts that are finished are kept."""
+    layers: Literal["needed", "all"] = "needed"
+    """Keep only the teacher layers that some arm uses (a change of an arm's layers may then rebuild the store), or
+    all."""
+    budget_gb: PositiveFloat = 10.0
+    """The build stops before it starts when the estimate exceeds this many GB per teacher."""
+    batch_size: Count = 64
+    """Examples per teacher forward."""
+    top_logits: Annotated[int, Field(ge=0)] = 32
+    """Most likely next tokens kept per token, for `logit_kd`."""
+
+
+class LayerMapConfig(Section):
+    """How the similarity of layers (CKA) is measured."""
+
+    examples: Count = 100
+    """Validation examples."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 150
+    """Cross-entropy steps given to a from-scratch reference student first: random layers resemble nothing."""
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (peft)."""
+
+    rank: Count = 16
+    """Rank of an adapter."""
+    alpha: Count = 32
+    """An adapter's output is scaled by alpha / rank."""
+    dropout: Fraction = 0.0
+    """Dropout before an adapter."""
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    """Names of the modules that get an adapter; `all-linear`: every linear layer but the output's. One that the student
+    does not have, or whose weight is another's too (a tied `lm_head`), is an error."""
+
+
+class TrainConfig(Section):
+    """Training of a cell, the same for every arm."""
+
+    steps: Count = 400
+    """Optimizer steps, the same for every arm."""
+    batch_size: Count = 32
+    """Examples per optimizer step over all devices."""
+    accumulate: Count = 1
+    """Micro-batches per optimizer step and process; all losses and gradients are those of the whole batch."""
+    learning_rate: PositiveFloat = 3e-3
+    """Peak learning rate of AdamW under a cosine schedule."""
+    warmup: Fraction = 0.05
+    """Share of the steps over which the learning rate rises."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Weight decay of AdamW."""
+    max_grad_norm: PositiveFloat = 1.0
+    """The student's gradients are clipped to this norm."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Mixed precision of the student."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: slower, far less memory."""
+    loss_on: LossOn = "all"
+    """Tokens that carry cross-entropy: `all`, or `completion`: reasoning, answer and the end of the text, whose first
+    token is predicted from the prompt. Of a conversation, all before the last answer is prompt. Other terms of the loss,
+    validation loss (always on reasoning + answer) and scores do not depend on it."""
+    batching: Literal["length", "random"] = "length"
+    """`length` groups examples of like length, so that little is padded."""
+    max_length: Count = 512
+    """Longest student text in tokens; a longer one is an error that names it."""
+    eval_every: Count = 25
+    """Steps between validation losses (the learning curve)."""
+    log_every: Count = 10
+    """Steps between lines of history.jsonl."""
+    hold_targets_gb: Annotated[float, Field(ge=0)] = 1.0
+    """Targets of frozen projectors are computed once and held when they fit into this many GB; else batch by batch."""
+    checkpoint_every: Count = 200
+    """Steps between checkpoints."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters instead of all weights."""
+    device: str = "auto"
+    """`auto` (the GPU where there is one), `cpu`, `cuda`, or one GPU of several, as `cuda:1`."""
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1
+    """CPU threads of one cell."""
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
+            meant = "cuda" if device.lower() == "gpu" else device
+            raise ValueError(f"unknown {device!r}{nearest(meant, ('auto', 'cpu', 'cuda', 'cuda:0'))}")
+        return device
+
+    @model_validator(mode="after")
+    def _micro_batches_have_rows(self):
+        if self.accumulate > self.batch_size:
+            raise ValueError(
+                f"accumulate: {self.accumulate} micro-batches of a batch of {self.batch_size} examples leave some "
+                f"empty; at most {self.batch_size}"
+            )
+        if self.precision == "fp16" and self.device == "cpu":
+            raise ValueError("precision: fp16 is not computed on a CPU; set fp32 or bf16, or another device")
+        return self
+
+
+class ScoringConfig(Section):
+    """Generation and scoring of one task."""
+
+    scorer: Literal["exact", "number", "math", "code", "choice", "none"] = "exact"
+    """When an answer is right. `exact`: the same text after normalisation; `number`: the same number (commas, units,
+    signs, fractions); `math`: the same mathematical expression in LaTeX; `code`: the record's tests pass (see
+    `evaluate.sandbox`); `choice`: the right one of the record's choices is the likeliest; `none`: likelihood only,
+    nothing is generated."""
+    max_new_tokens: Count = 80
+    """Generation of an example ends after this many tokens at the latest."""
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(default=[])
+    """Generation of an example ends after any of these strings (and at the end-of-text token)."""
+    answer_pattern: str | list[str] = r"####\s*(.+)"
+    """Regular expression whose first group, last match, is the answer. Of several, the first one that matches."""
+    strip: list[str] = Field(default=[",", "$", "%"])
+    """Strings removed from both answers before they are compared (`exact` and `number`)."""
+    program: str = "{prompt}{answer}\n{tests}\n"
+    """For `code`: what is run, made of the record's prompt and tests and the answer found in the generated text."""
+    choice_by: Literal["sum", "byte"] = "byte"
+    """For `choice`: the likeliest choice as a whole, or per byte (long choices are not put back)."""
+    window: Count | None = None
+    """Longest context in tokens; the likelihood of a longer text is that of overlapping windows. By default, what the
+    model's configuration says it can read."""
+    stride: Count | None = None
+    """Tokens from one window's start to the next; a token has at least `window - stride` before it. By default half
+    the window."""
+
+    @field_validator("answer_pattern")
+    @classmethod
+    def _patterns(cls, patterns: str | list[str]) -> str | list[str]:
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            try:
+                groups = re.compile(pattern).groups
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+            if not groups:
+                raise ValueError(f"{pattern!r} has no group: put the answer's part in parentheses")
+        return patterns
+
+    @model_validator(mode="after")
+    def _windows(self):
+        if self.stride is not None and (self.window is None or self.stride > self.window):
+            raise ValueError(f"stride {self.stride} needs a window that is at least as long (window: {self.window})")
+        return self
+
+
+class SandboxConfig(Section):
+    """How generated programs are run; `docs/evaluation.md` says what this protects from and what not."""
+
+    run_code: bool = False
+    """Run generated programs at all. Off unless you say so: they are written by a model."""
+    walls: Literal["required", "none"] = "required"
+    """`required`: programs run behind walls (bubblewrap's, or namespaces that kvpipe makes), or not at all. `none`: they
+    may read and change what you may; only the limits below hold."""
+    seconds: PositiveFloat = 10.0
+    """Longest CPU time of a program; by the clock three times as much."""
+    memory_mb: Count = 1024
+    """Largest address space of a program."""
+    workers: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Programs that are run at the same time."""
+
+
+class EvaluateConfig(ScoringConfig):
+    """Generation and scoring, the same for every arm."""
+
+    batch_size: Count = 100
+    """Examples generated side by side."""
+    sandbox: SandboxConfig = SandboxConfig()
+    """How generated programs are run."""
+    tasks: dict[Name, ScoringConfig] = Field(default={})
+    """Task → its own generation and scoring. Keys that are not given there are those above."""
+    lm_eval_tasks: list[str] = Field(default=[])
+    """Tasks of lm-evaluation-harness that every student is scored on as well (package `lm_eval`)."""
+    lm_eval_folder: str | None = None
+    """Folder with task files (YAML) of your own, beside those of the package."""
+    lm_eval_limit: Count | None = None
+    """Only the first so many items of each of these tasks."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit(cls, values: Any) -> Any:
+        return inherit(values, ScoringConfig.model_fields)
+
+    @model_validator(mode="after")
+    def _code_is_opted_in(self):
+        if self.sandbox.run_code:
+            return self
+        for path, scoring in [("scorer", self), *((f"tasks.{name}.scorer", task) for name, task in self.tasks.items())]:
+            if scoring.scorer == "code":
+                raise ValueError(
+                    f"{path}: code runs programs that a model wrote, which is off: set evaluate.sandbox.run_code: true "
+                    "where they may run (docs/evaluation.md says how they are confined), or another scorer"
+                )
+        return self
+
+    def of(self, task: str) -> ScoringConfig:
+        """Generation and scoring of a task."""
+        return self.tasks.get(task, self)
+
+
+class StatsConfig(Section):
+    """Intervals and tests."""
+
+    resamples: Count = 1000
+    """Bootstrap resamples of seeds × items."""
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    """Confidence of the intervals."""
+    seed: Seed = 0
+    """Seed of the bootstrap."""
+    power: Annotated[float, Field(gt=0, lt=1)] = 0.8
+    """Power at which the minimum detectable effect is stated."""
+
+
+class AuditConfig(Section):
+    """The fairness audit: leakage, equal steps and tokens, same items and seeds."""
+
+    allow: list[Literal["leakage", "steps", "tokens", "items", "seeds"]] = Field(default=[])
+    """Breaches that are reported but do not fail the run."""
+    tolerance: Fraction = 0.01
+    """Allowed relative difference in student tokens between arms."""

@@ -1,0 +1,1 @@
+"""Records, their encodings and batches."""

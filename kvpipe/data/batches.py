@@ -1,0 +1,111 @@
+"""Batches: which examples go into which optimizer step, and how they are padded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor
+
+from kvpipe.config import LossOn
+from kvpipe.data.encoding import Encoding
+
+IGNORE = -100
+"""Label of positions without loss, as in transformers."""
+POOL = 16
+"""Batches that are sorted by length together: larger pads less and mixes lengths less."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded examples. `positions` count from 0 in every example."""
+
+    examples: Int64[np.ndarray, "batch"]
+    input_ids: Int64[Tensor, "batch time"]
+    attention_mask: Int64[Tensor, "batch time"]
+    labels: Int64[Tensor, "batch time"]
+
+    @property
+    def mask(self) -> Bool[Tensor, "batch time"]:
+        """True on real tokens."""
+        return self.attention_mask.bool()
+
+    @property
+    def predicted(self) -> Bool[Tensor, "batch time"]:
+        """True on tokens that carry cross-entropy: those with a label, but for the first, which nothing predicts."""
+        counted = self.labels != IGNORE
+        counted[:, 0] = False
+        return counted
+
+    def to(self, device) -> Batch:
+        """The tensors on another device."""
+        return Batch(self.examples, self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
+
+
+def schedule(
+    lengths: Int64[np.ndarray, "example"], batch_size: int, steps: int, seed: int, by_length: bool
+) -> list[Int64[np.ndarray, "batch"]]:
+    """The examples of every optimizer step: a seeded order without end, cut into full batches.
+
+    After every batch the visits of any two examples differ by at most 1, and no batch has an example twice: what an
+    epoch leaves over is the beginning of the next epoch's first batch, which is filled up with others.
+
+    With `by_length`, an epoch's shuffle is cut into pools of `POOL` batches (the last one up to twice as large), each
+    sorted by length, and the batches of a pool are shuffled again. What is left over is then a run of like lengths at a
+    random place of the last pool, and what fills it up comes nearest to it in length.
+
+    Raises:
+        ValueError: fewer examples than one batch.
+    """
+    if len(lengths) < batch_size:
+        raise ValueError(f"batch_size {batch_size} exceeds the {len(lengths)} examples to train on: lower it")
+    rng = np.random.default_rng(seed)
+    out: list[np.ndarray] = []
+    left = np.empty(0, dtype=np.int64)
+    while len(out) < steps:
+        order = rng.permutation(len(lengths))
+        if len(left):
+            others = order[~np.isin(order, left)][: batch_size * POOL]
+            if by_length:
+                others = others[np.argsort(np.abs(lengths[others] - np.median(lengths[left])), kind="stable")]
+            out.append(np.concatenate([left, others[: batch_size - len(left)]]))
+            order = order[~np.isin(order, out[-1][len(left) :])]
+        pools = max(1, len(order) // (batch_size * POOL))
+        for pool in np.split(order, batch_size * POOL * np.arange(1, pools)):
+            if by_length:
+                pool = pool[np.argsort(lengths[pool], kind="stable")]
+            count, over = divmod(len(pool), batch_size)
+            first = batch_size * int(rng.integers(count + 1)) if over else len(pool)
+            left, pool = pool[first : first + over], np.delete(pool, slice(first, first + over))
+            out.extend(pool.reshape(count, batch_size)[rng.permutation(count)])
+    return out[:steps]
+
+
+def first_label(
+    encoding: Encoding, examples: Int64[np.ndarray, "batch"], loss_on: LossOn
+) -> Int64[np.ndarray, "batch"]:
+    """The token of each example from which on all carry a label: of `completion`, the first that ends after the prompt."""
+    return encoding.segments[examples, 0, 1] * (loss_on == "completion")
+
+
+def count_predicted(encoding: Encoding, examples: Int64[np.ndarray, "batch"], loss_on: LossOn) -> int:
+    """Tokens of the examples that carry cross-entropy: those that `Batch.predicted` marks."""
+    first = np.maximum(first_label(encoding, examples, loss_on), 1)
+    return int(np.maximum(encoding.lengths[examples] - first, 0).sum())
+
+
+def collate(encoding: Encoding, examples: Int64[np.ndarray, "batch"], pad_id: int, loss_on: LossOn = "all") -> Batch:
+    """Pad the examples on the right. With `loss_on: completion` the prompt's tokens have no label."""
+    longest = int(encoding.lengths[examples].max())
+    ids = np.full((len(examples), longest), pad_id, dtype=np.int64)
+    labels = np.full((len(examples), longest), IGNORE, dtype=np.int64)
+    mask = np.zeros((len(examples), longest), dtype=np.int64)
+    starts = first_label(encoding, examples, loss_on)
+    for row, (example, first) in enumerate(zip(examples, starts, strict=True)):
+        tokens = encoding.ids[encoding.rows(example)]
+        ids[row, : len(tokens)] = tokens
+        mask[row, : len(tokens)] = 1
+        labels[row, first : len(tokens)] = tokens[first:]
+    return Batch(np.asarray(examples), torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(labels))

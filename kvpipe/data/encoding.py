@@ -1,0 +1,189 @@
+"""All texts of a split under one tokenizer, as flat arrays: the form in which alignment is vectorised."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import pairwise
+from typing import SupportsIndex
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from kvpipe.config import Template
+from kvpipe.data.chat import carries_special, name_of, rendered, without_special
+from kvpipe.data.records import Reading, Record
+from kvpipe.tokens.matrix import encode
+from kvpipe.tokens.segments import Segmented, token_segments
+
+SEGMENTS = 3
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Tokens of many examples, one after the other; a *row* is one token.
+
+    `offsets[e] : offsets[e + 1]` are the rows of example `e`; `segments` are row ranges relative to the example,
+    `byte_segments` byte ranges relative to its text.
+    """
+
+    ids: Int64[np.ndarray, "row"]
+    spans: Int64[np.ndarray, "row 2"]
+    offsets: Int64[np.ndarray, "example_plus_one"]
+    segments: Int64[np.ndarray, "example 3 2"]
+    byte_segments: Int64[np.ndarray, "example 3 2"]
+    segment_hashes: Int64[np.ndarray, "example 3"]
+    texts: tuple[Segmented, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> Int64[np.ndarray, "example"]:
+        """Tokens per example."""
+        return np.diff(self.offsets)
+
+    def rows(self, example: SupportsIndex) -> slice:
+        """The rows of one example."""
+        return slice(int(self.offsets[example]), int(self.offsets[int(example) + 1]))
+
+
+def encode_records(
+    records: list[Record],
+    tokenizer,
+    template: Template,
+    reading: Reading = "student",
+    end: bool = False,
+    max_length: int | None = None,
+) -> Encoding:
+    """Tokenize the whole text of every record once.
+
+    Args:
+        records: the examples, in order.
+        tokenizer: a fast tokenizer.
+        template: record → text; with `chat_template` by the tokenizer's own, whose special tokens have empty spans.
+        reading: the student's text or the teacher's own.
+        end: end every text with the end-of-text token (an empty span), so that a model learns to stop; where tokenizer
+            or chat template end it themselves, nothing is added.
+        max_length: longest allowed example in tokens.
+
+    Warns, once and with counts: of texts that begin with two BOS or end with two end tokens, of prompts that are no
+    beginning of their text's tokens (with `end`), and of records that a chat template has written already.
+
+    Raises:
+        ValueError: an example is longer than `max_length` (names it and its length), or `end` and the tokenizer has no
+            end-of-text token.
+    """
+    texts = [rendered(tokenizer, record, template, reading) for record in records]
+    ids = [record.id for record in records]
+    encoding = encode_texts(ids, texts, tokenizer, template.chat_template, end, max_length)
+    if template.chat_template:
+        written = [record.id for record in records if carries_special(tokenizer, record)]
+        _warn(tokenizer, written, ids, "hold special tokens, as rows do that a template has written already", CLEAR)
+    return encoding
+
+
+CLEAR = "take them out of the rows, or set data.template.chat_template: false"
+
+
+def encode_texts(
+    names: list[str],
+    texts: list[Segmented],
+    tokenizer,
+    chat: bool = False,
+    end: bool = False,
+    max_length: int | None = None,
+) -> Encoding:
+    """The same of texts, with a name for each; `chat`: they are written by a chat template, BOS and end included."""
+    if end and tokenizer.eos_token_id is None:
+        raise ValueError(f"{name_of(tokenizer)} has no end-of-text token (eos_token): name one")
+    ids, spans, segments, byte_segments, hashes, stripped = [], [], [], [], [], []
+    doubled: dict[str, list[str]] = {"bos": [], "eos": [], "prompt": []}
+    for name, whole in zip(names, texts, strict=True):
+        tokens, text = encode(tokenizer, whole.text, add_special_tokens=not chat), whole
+        these, span = tokens.ids.numpy(), tokens.spans.numpy()
+        if end:
+            prompt = prompt_ids(tokenizer, whole.prompt, chat).numpy()
+            if not np.array_equal(these[: len(prompt)], prompt):
+                doubled["prompt"].append(name)
+        if chat:
+            text, span = without_special(tokenizer, whole, tokens)
+        if end and not _ends(tokenizer, these, span, chat):
+            these = np.append(these, tokenizer.eos_token_id)
+            span = np.concatenate([span, np.full((1, 2), text.boundaries[-1])])
+        for key, twice in zip(("bos", "eos"), _doubled(tokenizer, these, span, text.text.encode()), strict=True):
+            if twice:
+                doubled[key].append(name)
+        if max_length is not None and len(these) > max_length:
+            raise ValueError(
+                f"record {name!r} has {len(these)} tokens, train.max_length is {max_length}: "
+                "raise it or shorten the record"
+            )
+        ids.append(these)
+        spans.append(span)
+        segments.append(token_segments(torch.from_numpy(span), text.boundaries))
+        byte_segments.append(list(pairwise(text.boundaries)))
+        stripped.append(text)
+        hashes.append([hash_bytes(segment.encode()) for segment in text])
+    take = "the row brings one and the tokenizer or kvpipe another: take it out of the rows or of data.template"
+    _warn(tokenizer, doubled["bos"], names, f"begin with {tokenizer.bos_token!r} twice", take)
+    _warn(tokenizer, doubled["eos"], names, f"end with {tokenizer.eos_token!r} twice", take)
+    other = "have a prompt whose own tokens are no beginning of the text's: generation starts from other tokens than trained"
+    _warn(tokenizer, doubled["prompt"], names, other, "end the prompt where a token ends, as after a line end")
+    lengths = np.array([len(x) for x in ids], dtype=np.int64)
+    return Encoding(
+        ids=np.concatenate(ids).astype(np.int64),
+        spans=np.concatenate(spans).astype(np.int64),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        segments=np.array(segments, dtype=np.int64).reshape(len(texts), SEGMENTS, 2),
+        byte_segments=np.array(byte_segments, dtype=np.int64).reshape(len(texts), SEGMENTS, 2),
+        segment_hashes=np.array(hashes, dtype=np.int64).reshape(len(texts), SEGMENTS),
+        texts=tuple(stripped),
+    )
+
+
+def prompt_ids(tokenizer, prompt: str, chat: bool = False) -> Int64[Tensor, "time"]:
+    """The tokens that generation starts from: a prompt's, without what a tokenizer adds behind a text. `chat`: the prompt
+    is written by a chat template, and the tokenizer adds nothing."""
+    tokens = encode(tokenizer, prompt, add_special_tokens=not chat)
+    with_text = (tokens.spans[:, 1] > tokens.spans[:, 0]).nonzero()
+    if len(with_text):
+        return tokens.ids[: int(with_text[-1]) + 1]
+    return tokens.ids[:-1] if len(tokens.ids) and int(tokens.ids[-1]) == tokenizer.eos_token_id else tokens.ids
+
+
+def _ends(tokenizer, ids: np.ndarray, spans: np.ndarray, chat: bool) -> bool:
+    """Whether the tokenizer, or a chat template, has ended the text already."""
+    last_is_mark = len(ids) > 0 and spans[-1, 0] == spans[-1, 1]
+    return bool(last_is_mark and (chat or ids[-1] == tokenizer.eos_token_id))
+
+
+def _doubled(tokenizer, ids: np.ndarray, spans: np.ndarray, text: bytes) -> tuple[bool, bool]:
+    """Whether the text begins with two BOS, and ends with two end tokens, white space between them or not."""
+    if max((ids == tokenizer.bos_token_id).sum(), (ids == tokenizer.eos_token_id).sum()) < 2:
+        return False, False  # nearly all texts
+    seen = [int(t) for t, (a, b) in zip(ids, spans, strict=True) if a == b or text[a:b].strip()]
+    two = len(seen) > 1
+    return two and seen[0] == seen[1] == tokenizer.bos_token_id, two and seen[-1] == seen[-2] == tokenizer.eos_token_id
+
+
+def _warn(tokenizer, found: list[str], of: list[str], what: str, advice: str) -> None:
+    if found:
+        name = name_of(tokenizer)
+        warnings.warn(f"{name}: {len(found)} of {len(of)} texts ({found[0]!r} first) {what}; {advice}", stacklevel=3)
+
+
+def hash_bytes(raw: bytes) -> int:
+    """A 63-bit content hash that is the same in every process."""
+    return int.from_bytes(blake2b(raw, digest_size=8).digest(), "big") >> 1
+
+
+def concatenated_ranges(starts: Int64[np.ndarray, "n"], stops: Int64[np.ndarray, "n"]) -> Int64[np.ndarray, "total"]:
+    """`start, start + 1, …, stop - 1` of every pair, one after the other."""
+    lengths = stops - starts
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total) + np.repeat(starts - (ends - lengths), lengths)

@@ -1,0 +1,1 @@
+"""From teachers' caches to a loss: projectors, fusion, objectives."""

@@ -1,0 +1,145 @@
+"""Greedy continuations of many prompts, side by side with a KV cache; a row ends at the end of text or a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from kvpipe.align.regime import by_own_length, switch_lengths
+from kvpipe.config import ScoringConfig
+from kvpipe.data.chat import end_of_turn
+from kvpipe.data.encoding import prompt_ids
+
+MARGIN = 8
+"""Tokens looked at beside the bytes of the longest stop string: some spell a part of a character, or nothing."""
+
+
+@torch.no_grad()
+def generate(
+    model, tokenizer, prompts: list[str], config: ScoringConfig, batch_size: int, chat: bool = False
+) -> list[str]:
+    """Greedy continuations, batched by length with left padding, cut at the end of text or the first stop string.
+
+    The model's own generation settings (sampling, repetition penalty …) are not used, its end-of-text tokens are.
+    `chat`: the prompts are written by the tokenizer's chat template, whose end of turn ends the text too.
+
+    Raises:
+        ValueError: a prompt and what may follow are longer than the model can read; shows the prompt.
+    """
+    device = next(model.parameters()).device
+    ends = end_tokens(model, tokenizer)
+    if chat and (turn := end_of_turn(tokenizer)) is not None:
+        ends = sorted({*(ends or ()), turn})
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    encoded = [prompt_ids(tokenizer, prompt, chat) for prompt in prompts]
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        check_length(model, ids, config.max_new_tokens, f"{prompt[:80]!r}…")
+    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+    texts = [""] * len(prompts)
+    # keys in a cache keep their rotation: a text that outgrows the frequencies it began with is read anew every step
+    switches = switch_lengths(by_own_length(model).config)
+    outgrows = [any(len(ids) <= n < len(ids) + config.max_new_tokens for n in switches) for ids in encoded]
+    batches = [
+        (alike[start : start + batch_size], not anew)
+        for anew in (False, True)
+        for alike in [[i for i in order if outgrows[i] == anew]]
+        for start in range(0, len(alike), batch_size)
+    ]
+    with _plain_generation(model):
+        for members, cached in batches:
+            longest = max(len(encoded[i]) for i in members)
+            ids = torch.full((len(members), longest), pad)
+            mask = torch.zeros(len(members), longest, dtype=torch.long)
+            for row, i in enumerate(members):
+                ids[row, longest - len(encoded[i]) :] = encoded[i]
+                mask[row, longest - len(encoded[i]) :] = 1
+            stops = [Stops(tokenizer, config.stop, longest)] if config.stop else []
+            out = model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=config.max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=pad,
+                eos_token_id=ends,
+                stopping_criteria=StoppingCriteriaList(stops),
+                use_cache=cached,
+            )
+            for i, row in zip(members, out[:, longest:], strict=True):
+                texts[i] = cut(decode(tokenizer, row), config.stop)
+    return texts
+
+
+class Stops(StoppingCriteria):
+    """Ends a row once its text holds a stop string, however the tokens spell it."""
+
+    def __init__(self, tokenizer, stop: Sequence[str], prompt_length: int):
+        self.tokenizer, self.stop, self.first = tokenizer, stop, prompt_length
+        self.reach = max(len(string.encode()) for string in stop) + MARGIN
+
+    def __call__(self, input_ids: Int64[Tensor, "batch time"], scores, **_) -> Bool[Tensor, "batch"]:
+        """True for the rows that end here."""
+        tails = input_ids[:, max(self.first, input_ids.shape[1] - self.reach) :]
+        # the end of a text alone may be spelled otherwise than in the whole: the whole decides
+        done = [
+            self._in(tail) and (tails.shape[1] < self.reach or self._in(row[self.first :]))
+            for tail, row in zip(tails, input_ids, strict=True)
+        ]
+        return torch.tensor(done, device=input_ids.device)
+
+    def _in(self, ids: Tensor) -> bool:
+        text = decode(self.tokenizer, ids)
+        return any(string in text for string in self.stop)
+
+
+def decode(tokenizer, ids: Tensor) -> str:
+    """The text of generated tokens."""
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def cut(text: str, stop: list[str]) -> str:
+    """The text up to and including the first stop string."""
+    ends = [text.index(string) + len(string) for string in stop if string in text]
+    return text[: min(ends)] if ends else text
+
+
+def end_tokens(model, tokenizer) -> list[int] | None:
+    """Every token that ends a text: the tokenizer's, and those of the model's generation settings (chat models have more)."""
+    own = model.generation_config.eos_token_id
+    found = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    return sorted(found) or None
+
+
+def context_length(model) -> int | None:
+    """Tokens that the model can read, by its configuration; None where that says nothing."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_length(model, ids: Int64[Tensor, "time"], new: int, what: str) -> None:
+    """Refuse a prompt that leaves no room for `new` tokens; `what` names it.
+
+    Raises:
+        ValueError: they are more than the model reads.
+    """
+    limit = context_length(model)
+    if limit is not None and len(ids) + new > limit:
+        raise ValueError(
+            f"a prompt of {len(ids)} tokens and max_new_tokens {new} exceed the {limit} tokens that the model reads: "
+            f"{what}; lower max_new_tokens or shorten the record"
+        )
+
+
+@contextmanager
+def _plain_generation(model) -> Iterator[None]:
+    """The model without its own generation settings: transformers fills in from them what a call leaves open."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own

@@ -1,0 +1,58 @@
+"""What arms ask of their models that these do not have, by their shapes alone: said before any teacher reads a text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from kvpipe.config import Arm
+from kvpipe.experiment.plan import Dag
+from kvpipe.experiment.sizes import Shape
+
+
+def misfits(dag: Dag, shapes: Mapping[str, Shape], arms: Iterable[str] | None = None) -> list[str]:
+    """One line per setting that does not fit: its key, what was expected and what came.
+
+    Args:
+        dag: the experiment.
+        shapes: of the models that are known.
+        arms: names of the arms that are looked at; all by default.
+    """
+    lines = []
+    for name in dag.arms if arms is None else arms:
+        arm = dag.arms[name]
+        lines += [f"arms.{name}.set.{line}" for line in _layers(arm, dag.config.student, shapes)]
+        lines += [f"arms.{name}.set.{line}" for line in _relations(arm, dag.config.student, shapes)]
+        if dag.uses_store(arm) or arm.loss.kind == "logit_kd":
+            lines += _tops(arm, dag.config.store.top_logits, shapes)
+    return list(dict.fromkeys(lines))
+
+
+def _layers(arm: Arm, student: str, shapes: Mapping[str, Shape]) -> Iterator[str]:
+    """Explicit layers, against the numbers that the models have."""
+    own, listed = shapes.get(student), arm.layer.layers
+    beyond = [layer for layer in arm.loss.layers or [] if own is not None and layer >= own.layers]
+    if arm.loss.kind == "kv" and own is not None and beyond:
+        yield f"loss.layers: {beyond} not in the student ({student}), whose layers are 0 to {own.layers - 1}"
+    if arm.loss.kind != "kv" or arm.layer.kind != "list" or listed is None:
+        return
+    if own is not None and len(listed) != own.layers:
+        yield f"layer.layers: {len(listed)} numbers; expected {own.layers}, one for each layer of the student ({student})"
+    for teacher in (name for name in arm.teachers if name in shapes):
+        last = shapes[teacher].layers - 1
+        if max(listed) > last:
+            yield f"layer.layers: {max(listed)} is not in the teacher {teacher}, whose layers are 0 to {last}"
+
+
+def _relations(arm: Arm, student: str, shapes: Mapping[str, Shape]) -> Iterator[str]:
+    """Relation heads, into which keys and values are divided anew."""
+    for name in (student, *arm.teachers) if arm.loss.kind == "relation" else ():
+        width = shapes[name].kv_heads * shapes[name].head_dim if name in shapes else 0
+        if width % arm.loss.relation_heads:
+            yield f"loss.relation_heads: {arm.loss.relation_heads} does not divide the {width} numbers of {name}'s keys"
+
+
+def _tops(arm: Arm, top: int, shapes: Mapping[str, Shape]) -> Iterator[str]:
+    """Next tokens that are kept, against the vocabulary that they are of."""
+    for teacher in arm.teachers:
+        if teacher in shapes and top > shapes[teacher].vocab > 0:
+            yield f"store.top_logits: {top} next tokens of {teacher}, whose vocabulary has {shapes[teacher].vocab}"

@@ -1,0 +1,209 @@
+"""Where a result comes from: code, configuration, packages, machine; and the hash that says whether code changed."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import platform
+import subprocess
+from functools import cache
+from hashlib import sha1, sha256
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "MANIFEST.json"
+"""Name of the list of a model folder's files."""
+PACKAGE = Path(__file__).parents[1]
+PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "scipy", "pandas", "snakemake")
+UNHASHED = {
+    "kvpipe.config",
+    "kvpipe.experiment.plan",
+    "kvpipe.experiment.provenance",
+    "kvpipe.models.card",
+    "kvpipe.cli.app",
+    "kvpipe.__main__",
+    "kvpipe",
+}
+"""Modules whose effect on a step is in its configuration params already, or that only write words beside its result."""
+
+
+def describe(**more: Any) -> dict[str, Any]:
+    """Git commit, package versions, container, host and device, plus what the caller adds."""
+    return {
+        "git_commit": git_commit(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "container": os.environ.get("KVPIPE_IMAGE_DIGEST") or os.environ.get("APPTAINER_CONTAINER"),
+        "host": platform.node(),
+        "platform": platform.platform(),
+        **more,
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+@cache
+def git_commit() -> str | None:
+    """Commit of the checkout, with `+changes` where tracked files differ; None outside a checkout."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", "-C", str(PACKAGE), *arguments], capture_output=True, text=True, check=False)
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        if commit.returncode != 0:
+            return os.environ.get("KVPIPE_GIT_COMMIT")
+        dirty = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
+    except FileNotFoundError:
+        return os.environ.get("KVPIPE_GIT_COMMIT")
+    return commit.stdout.strip() + ("+changes" if dirty else "")
+
+
+# ---------------------------------------------------------------- hashes of files
+def digest_of(path: Path, kind: str) -> str:
+    """`kind:hex` of a file's content, `sha256` or `git` (SHA-1 of a git blob)."""
+    found = sha256() if kind == "sha256" else sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    with path.open("rb") as handle:
+        while block := handle.read(1 << 20):
+            found.update(block)
+    return f"{kind}:{found.hexdigest()}"
+
+
+def content_digest(path: Path) -> str:
+    """SHA-256 of a file in hex; read once in a process, and again only after the file has changed."""
+    found = path.stat()
+    # ctime too: no program can set it, so that a file written anew with its old size and mtime is seen
+    return _content(path.resolve(), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+@cache
+def _content(path: Path, *state: int) -> str:
+    return digest_of(path, "sha256").removeprefix("sha256:")
+
+
+def verify(path: Path, expected: str, said_by: Path, fix: str) -> None:
+    """Refuse a file that is not the one whose SHA-256 was written down.
+
+    Args:
+        path: the file.
+        expected: SHA-256 in hex.
+        said_by: where that stands.
+        fix: what to do, for the message.
+
+    Raises:
+        ValueError: the file is missing, damaged, or another one.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, which {said_by} lists: {fix}")
+    if content_digest(path) != expected:
+        raise ValueError(f"{path} is damaged or was replaced: its checksum is not the one in {said_by}; {fix}")
+
+
+def read_json(path: Path, fix: str) -> dict[str, Any]:
+    """A JSON object that a step has written.
+
+    Raises:
+        ValueError: it cannot be read as one; names the file and what to do.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): {fix}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged (no JSON object): {fix}")
+    return found
+
+
+def folder_digest(folder: Path) -> str:
+    """Hash of a model folder, 16 digits: weights, config, tokenizer and whatever else, but for the card and hidden files."""
+    found = sha256()
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name not in ("README.md", MANIFEST) and not path.name.startswith("."):
+            found.update(f"{path.name} {digest_of(path, 'sha256')}\n".encode())
+    return found.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------- code hashes
+@cache
+def code_hash(module: str) -> str:
+    """Hash of a module's code and of all of kvpipe that it imports, comments and docstrings left out.
+
+    Snakemake sees a rule's shell command, not the package behind it: this hash among a rule's params makes a change of
+    code rerun the steps it concerns, and a change of words rerun nothing.
+    """
+    seen = sha256()
+    for name in sorted(reachable(module)):
+        seen.update(f"{name}\n{_normalised(_source(name))}\n".encode())
+        for path in sorted(_path(name).parent.glob("*.html")) if name.startswith("kvpipe.report") else ():
+            seen.update(path.read_bytes())
+    return seen.hexdigest()[:16]
+
+
+@cache
+def reachable(module: str) -> frozenset[str]:
+    """The module and all modules of kvpipe that it imports, directly or not, but for `UNHASHED`."""
+    found: set[str] = set()
+    todo = [module]
+    while todo:
+        name = todo.pop()
+        if name in found or name in UNHASHED:
+            continue
+        found.add(name)
+        todo.extend(imports(name))
+    return frozenset(found)
+
+
+@cache
+def imports(module: str) -> frozenset[str]:
+    """Modules of kvpipe that a module imports, at its top or inside functions."""
+    out: set[str] = set()
+    for node in ast.walk(ast.parse(_source(module))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kvpipe"):
+            for alias in node.names:
+                child = f"{node.module}.{alias.name}"
+                out.add(child if _exists(child) else str(node.module))
+        elif isinstance(node, ast.Import):
+            out.update(alias.name for alias in node.names if alias.name.startswith("kvpipe"))
+    return frozenset(out)
+
+
+def modules() -> list[str]:
+    """Every module of the package."""
+    names = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = ["kvpipe", *path.relative_to(PACKAGE).with_suffix("").parts]
+        names.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    return names
+
+
+def _path(module: str) -> Path:
+    base = PACKAGE.joinpath(*module.split(".")[1:])
+    return base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+
+
+def _exists(module: str) -> bool:
+    return _path(module).is_file()
+
+
+def _source(module: str) -> str:
+    return _path(module).read_text(encoding="utf-8")
+
+
+def _normalised(source: str) -> str:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            # strings that stand alone are documentation, of the whole or of the line above
+            node.body = [s for s in node.body if not _is_string(s)] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+def _is_string(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)

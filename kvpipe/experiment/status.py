@@ -1,0 +1,139 @@
+"""The grid of cells, and what they have cost: done, running, failed or missing, with time, memory and restarts."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from kvpipe.config.errors import printable
+from kvpipe.experiment.attempts import record_of, total
+from kvpipe.experiment.plan import Dag, Paths
+
+RUNNING_WITHIN = 600
+"""A cell counts as running while its log, checkpoints or record changed in the last so many seconds."""
+ERRORS = ("CheckpointMismatch", "CheckpointNotWritten", "OutOfMemory", "NoDevice", "Killed", "SavedStudentDiffers")
+"""How a log ends that has no line with `Error`."""
+COLOURS = {"done": "green", "trained": "cyan", "running": "yellow", "failed": "red", "missing": "dim"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What can be said of one cell."""
+
+    arm: str
+    seed: int
+    state: str
+    detail: str = ""
+    log: Path | None = None
+    attempts: int = 0
+    wall_seconds: float = 0.0
+    gpu_seconds: float = 0.0
+    peak_memory: float = 0.0
+
+
+def cell(paths: Paths, arm: str, seed: int) -> Cell:
+    """State and cost of one cell, from what it has left on disk."""
+    spent = total(record_of(paths.checkpoints(arm, seed))) or {}
+    cost = paths.cell(arm, seed) / "cost.json"
+    if cost.is_file():
+        found = json.loads(cost.read_text(encoding="utf-8"))
+        items = paths.items(arm, seed)
+        # scores that are older than the cell are those of another student
+        scored = items.is_file() and items.stat().st_mtime_ns >= cost.stat().st_mtime_ns
+        state = "done" if scored else "trained"
+        detail = f"{found['train_seconds']:.0f} s, {found['peak_memory_bytes'] / 1e9:.2f} GB"
+        # made before attempts were recorded: the steps' own time
+        spent = {"attempts": found.get("restarts", 0) + 1, "wall_seconds": found["train_seconds"], **found}
+        return _cell(arm, seed, state, detail, None, spent)
+    log = _newest_log(paths, arm, seed)
+    record = record_of(paths.checkpoints(arm, seed))
+    traces = [record, *([log] if log else []), *paths.checkpoints(arm, seed).glob("step-*")]
+    newest = max((p.stat().st_mtime for p in traces if p.exists()), default=None)
+    if newest is None:
+        return Cell(arm, seed, "missing")
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log else []
+    # the command line ends an error with a hint on a line of its own
+    errors = [line for line in lines[-2:] if "Error" in line or line.startswith(ERRORS)]
+    state = "running" if time.time() - newest < RUNNING_WITHIN and not errors else "failed"
+    return _cell(arm, seed, state, (errors or lines[-1:] or [""])[0], log, spent)
+
+
+def _newest_log(paths: Paths, arm: str, seed: int) -> Path | None:
+    """The log of the last attempt, of a cell that has one for each (`seed0.log`, `seed0.1.log` …)."""
+    folder = paths.root / "logs" / "train" / arm
+    found = [*folder.glob(f"seed{seed}.log"), *folder.glob(f"seed{seed}[.-]*.log"), *folder.glob(f"seed{seed}/*.log")]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def _cell(arm: str, seed: int, state: str, detail: str, log: Path | None, spent: dict) -> Cell:
+    return Cell(
+        arm,
+        seed,
+        state,
+        printable(detail),
+        log,
+        attempts=spent.get("attempts", 0),
+        wall_seconds=float(spent.get("wall_seconds", 0)),
+        gpu_seconds=float(spent.get("gpu_seconds", 0)),
+        peak_memory=float(spent.get("peak_memory_bytes", 0)),
+    )
+
+
+# ---------------------------------------------------------------- shown
+def overview(dag: Dag, paths: Paths) -> Group:
+    """The grid, the cost of every cell that has begun, and of failed ones the last line of the log."""
+    cells = {(arm, seed): cell(paths, arm, seed) for arm, seed in dag.cells}
+    return Group(
+        grid(dag, cells), *([costs(cells)] if any(c.attempts for c in cells.values()) else []), *failures(cells)
+    )
+
+
+def grid(dag: Dag, cells: dict[tuple[str, int], Cell]) -> Table:
+    """Arms × seeds."""
+    table = Table(title=f"{sum(c.state == 'done' for c in cells.values())} of {len(cells)} cells done")
+    table.add_column("arm")
+    for seed in dag.config.seeds:
+        table.add_column(f"seed {seed}")
+    for arm in dag.arms:
+        row = [cells[arm, seed] for seed in dag.config.seeds]
+        table.add_row(arm, *(Text.assemble((c.state, COLOURS[c.state]), f" {c.detail[:60]}") for c in row))
+    return table
+
+
+def costs(cells: dict[tuple[str, int], Cell]) -> Table:
+    """The cost sheet: all attempts of a cell together, those that were killed too."""
+    begun = [c for c in cells.values() if c.attempts]
+    table = Table(title="cost of training, over all attempts", show_footer=True)
+    gpus = any(c.gpu_seconds for c in begun)
+    columns = {
+        "cell": (lambda c: f"{c.arm} seed {c.seed}", "all"),
+        "state": (lambda c: c.state, ""),
+        "hours": (lambda c: f"{c.wall_seconds / 3600:.3f}", f"{sum(c.wall_seconds for c in begun) / 3600:.3f}"),
+        "GPU hours": (lambda c: f"{c.gpu_seconds / 3600:.3f}", f"{sum(c.gpu_seconds for c in begun) / 3600:.3f}"),
+        "peak memory": (
+            lambda c: f"{c.peak_memory / 1e9:.2f} GB",
+            f"{max((c.peak_memory for c in begun), default=0.0) / 1e9:.2f} GB",
+        ),
+        "restarts": (lambda c: str(c.attempts - 1), str(sum(c.attempts - 1 for c in begun))),
+    }
+    shown = {name: column for name, column in columns.items() if gpus or name != "GPU hours"}
+    for name, (_, footer) in shown.items():
+        table.add_column(name, footer=footer, justify="left" if name in ("cell", "state") else "right")
+    for each in begun:
+        table.add_row(*(text(each) for text, _ in shown.values()))
+    return table
+
+
+def failures(cells: dict[tuple[str, int], Cell]) -> list[Text]:
+    """One paragraph for each failed cell: where its log is and how it ends."""
+    return [
+        Text(f"failed: {c.arm} seed {c.seed}: {c.detail or 'no output'}\n        {c.log or 'no log'}")
+        for c in cells.values()
+        if c.state == "failed"
+    ]

@@ -1,0 +1,162 @@
+"""Negative log-likelihood per example: the one measure behind validation curves and test scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float, Float64, Int64, Integer
+from torch import Tensor
+from torch.nn import functional as F
+
+from kvpipe.align.regime import by_own_length, of_length
+from kvpipe.data.batches import IGNORE, Batch, collate
+from kvpipe.data.encoding import Encoding
+
+PIECE = 1 << 28
+"""Logits that are looked at side by side: 1 GB in float32."""
+CHUNK = 1024
+"""Tokens of a window that are read at once."""
+
+
+def token_nll(
+    logits: Float[Tensor, "batch time vocab"], labels: Integer[Tensor, "batch time"]
+) -> Float[Tensor, "batch time"]:
+    """−log p of each token in nats, at the token's own position: entry t scores ``labels[:, t]`` by ``logits[:,
+    t-1]``.
+
+    The first position, which nothing predicts, and labels of −100 are 0.
+    """
+    scores = rearrange(wide(logits[:, :-1]), "batch time vocab -> (batch time) vocab")
+    nll = F.cross_entropy(scores, labels[:, 1:].flatten().long(), ignore_index=IGNORE, reduction="none")
+    return F.pad(rearrange(nll, "(batch time) -> batch time", batch=len(labels)), (1, 0))
+
+
+def token_nll_by_pieces(
+    logits: Float[Tensor, "batch time vocab"], labels: Integer[Tensor, "batch time"], piece: int = PIECE
+) -> Float[Tensor, "batch time"]:
+    """`token_nll`, the same numbers, of at most `piece` logits at a time: each of its two copies in float32 would be
+    20 GB for 64 texts of 500 tokens and 152k words."""
+    size = max(1, piece // (logits.shape[0] * logits.shape[2]))
+    parts = []
+    for start in range(0, logits.shape[1], size):
+        first, stop = max(0, start - 1), start + size  # a token is scored by the position before it
+        parts.append(token_nll(logits[:, first:stop], labels[:, first:stop])[:, start - first :])
+    return torch.cat(parts, 1)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per example: nats, tokens and bytes of reasoning + answer, and of all text. The end-of-text token is not counted."""
+
+    nll: Float64[np.ndarray, "example"]
+    tokens: Int64[np.ndarray, "example"]
+    bytes: Int64[np.ndarray, "example"]
+    nll_all: Float64[np.ndarray, "example"]
+    tokens_all: Int64[np.ndarray, "example"]
+    bytes_all: Int64[np.ndarray, "example"]
+
+    def mean_nll(self) -> float:
+        """Nats per token of reasoning + answer over all examples."""
+        return float(self.nll.sum() / self.tokens.sum())
+
+
+def scoring_batches(
+    encoding: Encoding, pad_id: int, batch_size: int, examples: Int64[np.ndarray, "example"] | None = None
+) -> list[Batch]:
+    """Every example (or those given) once, sorted by length, with labels on tokens that have bytes."""
+    order = np.argsort(encoding.lengths, kind="stable")
+    if examples is not None:
+        order = order[np.isin(order, examples)]
+    batches = []
+    for start in range(0, len(order), batch_size):
+        batch = collate(encoding, order[start : start + batch_size], pad_id)
+        for row, example in enumerate(batch.examples):
+            empty = np.diff(encoding.spans[encoding.rows(example)], axis=1)[:, 0] == 0
+            batch.labels[row, : len(empty)][torch.from_numpy(empty)] = IGNORE
+        batches.append(batch)
+    return batches
+
+
+@torch.no_grad()
+def score(model, encoding: Encoding, batches: list[Batch]) -> Scores:
+    """Score every example of `scoring_batches(encoding, …)`; the model's mode is put back as it was."""
+    device = next(model.parameters()).device
+    training = by_own_length(model).training
+    model.eval()
+    scores = empty_scores(encoding)
+    for batch in batches:
+        moved = batch.to(device)
+        logits = model(input_ids=moved.input_ids, attention_mask=moved.attention_mask, use_cache=False).logits
+        losses = token_nll_by_pieces(logits, moved.labels).double().cpu()
+        counted = batch.predicted
+        starts = torch.from_numpy(encoding.segments[batch.examples, 0, 1])
+        completion = counted & (torch.arange(losses.shape[1])[None] >= starts[:, None])
+        for out, mask in ((scores.nll, completion), (scores.nll_all, counted)):
+            out[batch.examples] = (losses * mask).sum(1).numpy()
+        for out_count, mask in ((scores.tokens, completion), (scores.tokens_all, counted)):
+            out_count[batch.examples] = mask.sum(1).numpy()
+    model.train(training)
+    return scores
+
+
+def empty_scores(encoding: Encoding) -> Scores:
+    """Scores with the bytes of every example, and nothing predicted yet."""
+    count = len(encoding)
+    ends = encoding.byte_segments[:, -1, 1]
+    # bytes that the first token spells are not predicted and not counted
+    first = np.array([encoding.spans[encoding.rows(e)][0, 1] for e in range(count)], dtype=np.int64)
+    starts = np.maximum(encoding.byte_segments[:, 0, 1], first)
+    floats, integers = np.zeros((2, count)), np.zeros((2, count), np.int64)
+    return Scores(floats[0], integers[0], ends - starts, floats[1], integers[1], ends - first)
+
+
+@torch.no_grad()
+def windowed_nll(
+    model, ids: Int64[np.ndarray, "time"], window: int, stride: int, chunk: int = CHUNK
+) -> Float64[np.ndarray, "time"]:
+    """Nats of every token of a text longer than the model reads; 0 for the first, which nothing predicts.
+
+    Window k reads the tokens from k · stride to k · stride + window. A token is predicted in the first window that reads
+    all before it from the window's start: every token once, from at least min(its position, window − stride + 1) tokens.
+    A window is read in chunks on a KV cache, so that logits of one chunk are all that is held of them.
+
+    Raises:
+        ValueError: no 1 ≤ stride ≤ window.
+    """
+    if not 1 <= stride <= window:
+        raise ValueError(f"a stride of {stride} needs a window of at least as much, got {window}")
+    device = next(model.parameters()).device
+    tokens = torch.from_numpy(ids).to(device)
+    out = np.zeros(len(ids))
+    scored = 0  # the last token that has been predicted
+    for start in range(0, len(ids), stride):
+        stop, cache = min(start + window, len(ids) - 1), None
+        with of_length(model, max(stop - start, 1)):
+            for first in range(start, stop, chunk):
+                last = min(first + chunk, stop)
+                result = model(input_ids=tokens[None, first:last], past_key_values=cache, use_cache=True)
+                cache = result.past_key_values
+                new = max(first, scored)
+                if new < last:
+                    nll = torch.nn.functional.cross_entropy(
+                        result.logits[0, new - first :].float(), tokens[new + 1 : last + 1], reduction="none"
+                    )
+                    out[new + 1 : last + 1] = nll.double().cpu().numpy()
+        scored = stop
+        if stop == len(ids) - 1:
+            break
+    return out
+
+
+def score_long(model, encoding: Encoding, scores: Scores, example: int, window: int, stride: int) -> None:
+    """Enter the scores of one long example, read in windows; its place in `scores` is empty before."""
+    rows = encoding.rows(example)
+    nll = windowed_nll(model, encoding.ids[rows], window, stride)
+    counted = encoding.spans[rows, 1] > encoding.spans[rows, 0]
+    counted[0] = False
+    completion = counted & (np.arange(len(nll)) >= encoding.segments[example, 0, 1])
+    scores.nll[example], scores.nll_all[example] = nll[completion].sum(), nll[counted].sum()
+    scores.tokens[example], scores.tokens_all[example] = completion.sum(), counted.sum()

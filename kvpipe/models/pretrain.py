@@ -1,0 +1,125 @@
+"""Train an embedded model from scratch by its recipe: tokenizer, then cross-entropy on its own corpus."""
+
+from __future__ import annotations
+
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from kvpipe.config import DataConfig, EmbeddedData, Recipe, TokenizerRecipe
+from kvpipe.data.batches import collate, schedule
+from kvpipe.data.corpus import generate
+from kvpipe.data.encoding import encode_records
+from kvpipe.data.records import Reading, Record, render
+from kvpipe.experiment.files import set_mode
+from kvpipe.models.folders import build_model, train_tokenizer
+from kvpipe.models.limits import Limits
+
+WARMUP = 50
+
+
+def embedded_sources(data: DataConfig) -> dict[str, EmbeddedData]:
+    """The embedded tasks of a config by name.
+
+    Raises:
+        ValueError: there is none, so there is nothing to pretrain on.
+    """
+    sources: dict[str, EmbeddedData] = {s.task: s for s in data.sources if isinstance(s, EmbeddedData)}
+    if not sources:
+        raise ValueError("source: pretrain needs embedded data to train on; use source: local or hub")
+    return sources
+
+
+def pretraining_records(recipe: Recipe, data: DataConfig) -> tuple[list[Record], list[Record]]:
+    """The recipe's examples: those read with the student's reasoning and those with the teacher's own.
+
+    All come from the training split's problems, so that none of them can be in validation or test.
+    """
+    sources = embedded_sources(data)
+    shares = recipe.mixture or {task: 1 / len(sources) for task in sources}
+    short, own = [], []
+    for task, share in shares.items():
+        records = generate(
+            task,
+            "train",
+            round(recipe.examples * share),
+            sources[task].difficulty,
+            recipe.seed + 10_000,
+            distinct=False,
+            results=recipe.results,
+        )
+        cut = round(len(records) * recipe.own_text)
+        own += records[:cut]
+        short += records[cut:]
+    return short, own
+
+
+def interleaved(records: list[Record]) -> list[Record]:
+    """The tasks' records in turn, so that any first part of them holds every task."""
+    tasks: dict[str, list[Record]] = {}
+    for record in records:
+        tasks.setdefault(record.task, []).append(record)
+    return [record for turn in zip_longest(*tasks.values()) for record in turn if record is not None]
+
+
+def tokenizer_texts(records: list[Record], data: DataConfig) -> list[str]:
+    """Both readings of records, for training a tokenizer."""
+    readings: tuple[Reading, ...] = ("student", "own")
+    return [
+        render(record, data.template, reading).text
+        for record in records
+        for reading in readings
+        if reading == "student" or record.teacher_reasoning is not None
+    ]
+
+
+def student_tokenizer(recipe: TokenizerRecipe, records: list[Record], data: DataConfig):
+    """A tokenizer for a from-scratch student: it sees only the student's own training text."""
+    return train_tokenizer(recipe, [render(record, data.template).text for record in records])
+
+
+def pretrain(recipe: Recipe, data: DataConfig, out: Path, log=print) -> dict[str, Any]:
+    """Train and save a model folder in bfloat16 (half the bytes); returns the manifest's `source`."""
+    short, own = pretraining_records(recipe, data)
+    sample = interleaved(short)[:2000] + interleaved(own)[:2000]
+    tokenizer = train_tokenizer(recipe.tokenizer, tokenizer_texts(sample, data))
+    parts: list[tuple[list[Record], Reading]] = [(short, "student"), (own, "own")]
+    encodings = [
+        encode_records(records, tokenizer, data.template, reading, end=True) for records, reading in parts if records
+    ]
+    model = build_model(recipe.architecture, tokenizer, recipe.seed).train()
+    limits = Limits.of(repr(out.name), model.config, data.context)
+    for (records, _), encoding in zip([part for part in parts if part[0]], encodings, strict=True):
+        limits.check(encoding, records, tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.01, fused=True)
+    rate = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + np.cos(np.pi * min(1.0, step / recipe.steps))),
+    )
+    # batches alternate between the two readings in proportion to their examples, so that every batch is of one length
+    ends = np.cumsum([len(encoding) for encoding in encodings])
+    counts = np.diff(np.round(recipe.steps * ends / ends[-1]).astype(int), prepend=0).tolist()
+    batches = [
+        iter(schedule(encoding.lengths, recipe.batch_size, count, recipe.seed, by_length=True))
+        for encoding, count in zip(encodings, counts, strict=True)
+    ]
+    order = np.random.default_rng(recipe.seed).permutation(np.repeat(np.arange(len(encodings)), counts))
+    for step, reading in enumerate(order):
+        batch = collate(encodings[reading], next(batches[reading]), tokenizer.pad_token_id)
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        loss = cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        rate.step()
+        if step % 100 == 0 or step == len(order) - 1:
+            log(f"step {step}/{len(order)}  loss {loss.item():.4f}")
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    set_mode(*out.glob("*.safetensors"))
+    return {"source": "pretrain", "recipe": recipe.model_dump()}

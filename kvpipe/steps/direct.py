@@ -1,0 +1,117 @@
+"""One student from teachers, a student and a file of records, without a configuration file: `kvpipe train --teacher …`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from kvpipe.config import Config, ConfigError, FileData, overridden, parse
+from kvpipe.data.rows import read
+from kvpipe.experiment.plan import Paths, digest
+from kvpipe.experiment.provenance import digest_of
+
+ARM = "distil"
+"""The arm that learns from the teachers; `control` trains the same student without them."""
+TASK = "text"
+FEWEST = 20
+"""Rows of a file, so that each of its parts has one."""
+PARTS = {"train": "[:90%]", "validation": "[90%:95%]", "test": "[95%:]"}
+FIELDS = {"prompt": True, "answer": True, "reasoning": False, "teacher_reasoning": False}
+"""Columns that are read, and whether the file must have them."""
+KEPT = "experiment.json"
+
+
+def experiment(
+    teachers: list[Path], student: Path, data: Path, out: Path, overrides: list[str] | None = None
+) -> tuple[Config, Paths]:
+    """The configuration of one arm and its control, and the folder of its artefacts below `out`.
+
+    The student's keys and values are regressed on the teachers' (`ridge`), so that the target lies in the space that
+    its own weights work in; `--set` changes this and everything else.
+
+    Args:
+        teachers: model folders.
+        student: a model folder with weights.
+        data: JSONL or Parquet with the columns prompt and answer, and, where there are some, reasoning and
+            teacher_reasoning. The last tenth of the rows is kept for validation and test.
+        out: folder of the cell.
+        overrides: `dotted.key=value`.
+
+    Raises:
+        ConfigError: a folder without a model, a file without the columns, or fewer rows than a batch.
+    """
+    for path in (*teachers, student):
+        if not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
+            raise ConfigError(f"{path} is not a model folder: it needs config.json and safetensors")
+    source, count = _source(data)
+    names = _names(teachers)
+    kv = {"teachers": list(names), "loss": {"kind": "kv"}, "fit": {"method": "ridge"}}
+    values = {
+        "title": out.name,
+        "seeds": [0],
+        "student": "student",
+        "models": {
+            name: {"source": "local", "path": str(path)} for name, path in {**names, "student": student}.items()
+        },
+        "data": {"sources": [source]},
+        "arms": {"control": {"role": "control"}, ARM: {"base": "control", "role": "experiment", "set": kv}},
+        "train": {"learning_rate": 1e-4},  # the student has learnt before
+    }
+    config = parse(values, overridden(overrides), origin="kvpipe train")
+    if count < config.train.batch_size:
+        raise ConfigError(
+            f"{data}: {count} rows to train on are fewer than train.batch_size, {config.train.batch_size}; "
+            f"give more or --set train.batch_size={count}"
+        )
+    # what the artefacts are made from: other inputs get another folder
+    made_from = digest([digest_of(data, "sha256"), *(str(p.resolve()) for p in (*teachers, student))])
+    return config, Paths(out / "artefacts" / made_from)
+
+
+def keep(config: Config, paths: Paths, out: Path) -> None:
+    """Write what a trained cell was made by into its folder, where `kvpipe card` and `kvpipe publish` look for it."""
+    document = {
+        "results": paths.root.relative_to(out).as_posix(),
+        "config": config.model_dump(mode="json", exclude_unset=True),
+    }
+    (out / KEPT).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def kept(cell: Path, overrides: list[str] | None = None) -> tuple[Config, Paths] | None:
+    """The experiment of a cell that was trained without a configuration file; None for every other."""
+    path = cell / KEPT
+    if not path.is_file():
+        return None
+    document = json.loads(path.read_text(encoding="utf-8"))
+    config = parse(document["config"], overridden(overrides), origin=str(path))
+    return config, Paths(cell / document["results"])
+
+
+def _names(teachers: list[Path]) -> dict[str, Path]:
+    """A name for every teacher: its folder's, with a number where two have the same and no dot, which parts keys in --set."""
+    names: dict[str, Path] = {}
+    for path in teachers:
+        base = re.sub(r"[^A-Za-z0-9_-]", "-", path.resolve().name).lstrip("-_") or "teacher"
+        name, number = base, 2
+        while name in names or name == "student":
+            name, number = f"{base}-{number}", number + 1
+        names[name] = path
+    return names
+
+
+def _source(data: Path) -> tuple[dict[str, Any], int]:
+    """The file as a source, with the columns that it has, and how many of its rows are to train on."""
+    source = {"kind": "files", "task": TASK, **{split: f"{data}{part}" for split, part in PARTS.items()}}
+    rows = read(FileData.model_validate({**source, "train": str(data)}), "train").rows
+    if len(rows) < FEWEST:
+        raise ConfigError(
+            f"{data} has {len(rows)} rows; a tenth is kept for validation and test: give {FEWEST} or more"
+        )
+    has = {name for row in rows for name in row}
+    missing = [name for name, needed in FIELDS.items() if needed and name not in has]
+    if missing:
+        raise ConfigError(f"{data}: no column {', '.join(missing)} (has {', '.join(sorted(has))}); rename the columns")
+    count = len(read(FileData.model_validate(source), "train").rows)
+    return {**source, "columns": {name: name for name in FIELDS if name in has}}, count

@@ -1,0 +1,15 @@
+"""Tokenizations of one text, byte by byte."""
+
+from importlib import import_module
+
+# imported when asked for: torch takes seconds
+_HOME = {
+    "encode": "kvpipe.tokens.spans",
+    "overlap": "kvpipe.tokens.matrix",
+}
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,117 @@
+"""A teacher on the student's positions: the dense overlap matrices of each example, applied one by one."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import build
+
+from kvpipe.align.timemap import build_time_map
+from kvpipe.cache import store
+from kvpipe.cache.teacher import AlignedTeacher, LiveRows, StoredRows, spread
+from kvpipe.config import TimeConfig
+from kvpipe.models.folders import load_model, load_tokenizer
+from kvpipe.steps.prepare import prepare
+from kvpipe.tokens.matrix import overlap
+
+LAYERS = (1, 3, 4)
+
+
+@pytest.fixture(scope="module")
+def sides(tiny):
+    folder = tiny.paths.model("beta")
+    src = tiny.teacher_encoding("beta", "train", "student")
+    live = LiveRows(load_model(folder), src, LAYERS, load_tokenizer(folder).pad_token_id, 4)
+    return live, src, tiny.student_encoding("train")
+
+
+@pytest.mark.parametrize("mode", ["iou", "causal"])
+def test_aligned_is_the_dense_overlap_of_each_example(sides, mode):
+    live, src, dst = sides
+    time = build_time_map(TimeConfig(mode=mode), src, dst)
+    teacher = AlignedTeacher("beta", live, src.offsets, dst.offsets, time)
+    assert teacher.layers == LAYERS
+    examples = np.array([17, 3, 3, 24])
+    length = int(dst.lengths[examples].max()) + 2
+    found = teacher.aligned(examples, length)
+    assert found.keys.shape == (4, length, 3, 2, 14)
+    for row, example in enumerate(examples):
+        spans = [torch.from_numpy(e.spans[e.rows(example)]) for e in (src, dst)]
+        matrix = overlap(*spans, mode=mode).to_dense()
+        count = len(matrix)
+        for got, rows in zip((found.keys, found.values), live.fetch(np.array([example])), strict=True):
+            expected = torch.einsum("ds,slhc->dlhc", matrix, rows)
+            torch.testing.assert_close(got[row, :count], expected, atol=2e-4, rtol=1e-4)
+            assert not got[row, count:].any()
+        assert torch.equal(found.mask[row, :count], matrix.sum(1) > 0)
+        assert not found.mask[row, count:].any()
+
+
+def test_a_batch_is_its_examples(sides):
+    """Neither the other examples of a batch nor the padded length have an influence."""
+    live, src, dst = sides
+    teacher = AlignedTeacher("beta", live, src.offsets, dst.offsets, build_time_map(TimeConfig(), src, dst))
+    examples = np.arange(0, len(dst), 4)
+    length = int(dst.lengths.max())
+    together = teacher.aligned(examples, length)
+    for row, example in enumerate(examples):
+        alone = teacher.aligned(np.array([example]), length + 3)
+        torch.testing.assert_close(alone.keys[0, :length], together.keys[row], atol=2e-4, rtol=1e-4)
+        assert torch.equal(alone.mask[0, :length], together.mask[row])
+
+
+def test_a_shuffled_example_is_the_other_ones_cache(sides):
+    live, src, dst = sides
+    source = np.roll(np.arange(len(dst)), 1)
+    config = TimeConfig(kind="segment")
+    shuffled = AlignedTeacher("beta", live, src.offsets, dst.offsets, build_time_map(config, src, dst, source))
+    asked = []
+    fetch = live.fetch
+
+    class Watched(LiveRows):
+        def __init__(self):
+            self.layers = live.layers
+
+        def fetch(self, examples):
+            asked.append(examples.tolist())
+            return fetch(examples)
+
+    shuffled.source = Watched()
+    found = shuffled.aligned(np.array([5, 9]), int(dst.lengths.max()))
+    assert asked == [[4, 8]]
+    keys, _ = fetch(np.array([4]))
+    at = dst.segments[5, 0, 1] - 1  # the last prompt token reads the last prompt token
+    torch.testing.assert_close(found.keys[0, at], keys[src.segments[4, 0, 1] - 1], atol=2e-4, rtol=1e-4)
+
+
+def test_stored_and_live_rows_agree(tiny):
+    prepare(tiny, "two", log=lambda *_: None)
+    src = tiny.teacher_encoding("alpha", "train", "student")
+    folder = tiny.paths.model("alpha")
+    stored = StoredRows(tiny.store("alpha", "student"), src.offsets)
+    live = LiveRows(load_model(folder), src, stored.layers, load_tokenizer(folder).pad_token_id, 4)
+    examples = np.array([8, 1, 20])
+    for a, b in zip(stored.fetch(examples), live.fetch(examples), strict=True):
+        assert a.shape == b.shape == (src.lengths[examples].sum(), 4, 3, 8)
+        assert ((a - b).abs() <= b.abs() * 2**-8 + 2e-3).all()
+
+
+def test_live_rows_read_no_more_texts_at_once_than_the_store_does(tmp_path, monkeypatch):
+    """A fit asks for all its examples in one call."""
+    changed = {"store": {"mode": "live", "batch_size": 3}, "arms.one.set.fit": {"method": "pca", "examples": 8}}
+    work = build(tmp_path, changed)
+    read = []
+    collate = store.collate
+
+    def counted(encoding, examples, pad_id):
+        read.append(len(examples))
+        return collate(encoding, examples, pad_id)
+
+    monkeypatch.setattr(store, "collate", counted)
+    prepare(work, "one", log=lambda *_: None)
+    assert read[-3:] == [3, 3, 2] and max(read) == 3
+
+
+def test_spread_covers_both_ends_evenly():
+    assert spread(100, 5).tolist() == [0, 24, 49, 74, 99]
+    assert spread(3, 10).tolist() == [0, 1, 2]
+    assert len(spread(2000, 500)) == 500

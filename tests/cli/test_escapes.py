@@ -1,0 +1,142 @@
+"""What names, data and logs bring along reaches no terminal as a command, and input that would run for ever ends in one line."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+from rich.console import Console
+from tiny import values
+
+from kvpipe.config import ConfigError, ScoringConfig, load, parse, with_lock
+from kvpipe.config.errors import printable
+from kvpipe.data import patterns
+from kvpipe.evaluate.scorers.answers import extract
+from kvpipe.experiment.launch import check_environment
+from kvpipe.experiment.plan import Dag, Paths
+from kvpipe.experiment.status import overview
+from kvpipe.models.card import plain
+
+RAW = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]")
+EVIL = "a\x1b[2J\x9b31m\x07\r\u202eb"
+
+
+def test_controls_are_escaped_and_nothing_else():
+    assert printable(EVIL) == r"a\x1b[2J\x9b31m\x07\r\u202eb"
+    assert printable("π ≈ 3\tund\n▁文") == "π ≈ 3\tund\n▁文"
+
+
+def kvpipe(*arguments, **environment):
+    """A command of its own process."""
+    return subprocess.run(
+        [sys.executable, "-m", "kvpipe", *map(str, arguments)], capture_output=True, text=True, timeout=120,
+        check=False, env={k: v for k, v in os.environ.items() if k != "KVPIPE_TRACEBACK"} | environment,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ["a key", "a value", "a line of data", "a column"])
+def test_errors_are_shown_escaped(tmp_path, what):
+    settings = values(tmp_path) | {"arms": {"control": {}}}
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('"\x9b2J"\n' if what == "a line of data" else json.dumps({EVIL: "x", "b": "c"}) + "\n")
+    if what == "a key":
+        settings["seeds" + EVIL] = 1
+    elif what == "a value":
+        settings["student"] = EVIL
+    else:
+        settings["data"] = {
+            "sources": [
+                {
+                    "kind": "files",
+                    "task": "t",
+                    "train": str(rows),
+                    "validation": str(rows),
+                    "test": str(rows),
+                    "columns": {"prompt": "p"},
+                }
+            ]
+        }
+    config = tmp_path / "c.json"
+    config.write_text(json.dumps(settings))
+    done = kvpipe("data", "--config", config, "--results", tmp_path / "results")
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert not RAW.search(done.stdout + done.stderr) and ("x9b" in done.stderr), done.stderr
+
+
+def test_the_status_shows_logs_escaped(tmp_path):
+    dag, paths = Dag(parse(values(tmp_path))), Paths(tmp_path / "results")
+    arm, seed = next(iter(dag.cells))
+    log = paths.root / "logs" / "train" / arm / f"seed{seed}.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("RuntimeError: [red]x[/red] [/] \\ \x9b31m \x1b[2J\x07\n", encoding="utf-8")
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(overview(dag, paths))
+    shown = console.export_text()
+    assert not RAW.search(shown) and r"[red]x[/red] [/] \ \x9b31m \x1b[2J\x07" in shown
+
+
+def test_a_card_shows_names_as_they_are():
+    assert plain("a|<img src=x> [x](y) `z`\n# b") == r"a\|\<img src=x\> \[x\](y) \`z\` \# b"
+    assert plain("exp1, λ = 0.5") == "exp1, λ = 0.5"
+
+
+PAIRS = list(zip("abcdefgh", "bcdefghi", strict=True))
+BOMBS = {
+    "lists": "a: &a [x, x, x, x, x, x, x, x, x]\n"
+    + "".join(f"{y}: &{y} [{', '.join([f'*{x}'] * 9)}]\n" for x, y in PAIRS),
+    "mappings": "a: &a {k: x}\n"
+    + "".join(f"{y}: &{y} {{{', '.join(f'k{i}: *{x}' for i in range(9))}}}\n" for x, y in PAIRS),
+    "merges": "a: &a {k: x}\n"
+    + "".join(f"{y}: &{y} {{<<: [{', '.join([f'*{x}'] * 9)}]}}\n" for x, y in PAIRS),
+    "itself": "seeds: &a [*a]\n",
+    "levels": "seeds: " + "[" * 10_000 + "]" * 10_000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(BOMBS))
+def test_a_document_that_explodes_is_refused(tmp_path, name):
+    path = tmp_path / "bomb.yaml"
+    path.write_text(BOMBS[name])
+    started = time.process_time()
+    with pytest.raises(ConfigError, match=r"bomb\.yaml.*(entries|too deeply)") as error:
+        load(path)
+    assert "\n" not in str(error.value) and time.process_time() - started < 60
+
+
+def test_aliases_are_allowed_and_what_snakemake_has_read_is_bounded(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(json.dumps(values(tmp_path) | {"seeds": 0})[:-1].replace('"seeds": 0', '"seeds": &s [0, 1]') + "}")
+    assert load(path).seeds == [0, 1]
+    bomb: list = ["x"]
+    for _ in range(20):
+        bomb = [bomb] * 9
+    with pytest.raises(ConfigError, match=r"c\.yaml: .*entries"):
+        with_lock({"seeds": bomb}, [path])
+
+
+def test_an_expression_that_finds_no_end_is_ended(monkeypatch):
+    monkeypatch.setattr(patterns, "SECONDS", 0.2)
+    with pytest.raises(ValueError, match=r"evaluate\.answer_pattern .*no end within 0\.2 s"):
+        extract("a" * 60, ScoringConfig(answer_pattern="((a+)+)$b"))
+    assert extract("#### 7", ScoringConfig()) == "7"
+
+
+def test_variables_of_another_jobs_launcher_are_refused():
+    check_environment({})
+    check_environment({"WORLD_SIZE": "1", "RANK": "0"})
+    every = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    check_environment(every)
+    for found in ({"RANK": "0", "WORLD_SIZE": "2"}, {"LOCAL_RANK": "0"}, every | {"MASTER_ADDR": ""}):
+        with pytest.raises(ValueError, match=r"another job's launcher.*env -u") as error:
+            check_environment(found)
+        assert "\n" not in str(error.value)
+
+
+def test_no_traceback_for_0(tmp_path):
+    for value, shown in (("0", False), ("1", True)):
+        done = kvpipe("data", "--config", tmp_path / "none.yaml", KVPIPE_TRACEBACK=value)
+        assert done.returncode == 1 and ("Traceback" in done.stderr) is shown

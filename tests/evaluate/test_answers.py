@@ -1,0 +1,311 @@
+"""Answers: the last match counts, numbers compare as numbers."""
+
+from fractions import Fraction
+
+import pytest
+
+from kvpipe.config import PRESETS, EvaluateConfig
+from kvpipe.evaluate.scorers.answers import extract, is_correct, normalise, number, same_expression
+
+CONFIG = EvaluateConfig()
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("3+4=7\n#### 7\n", "7"),
+        ("#### 3\nno:\n#### 4", "4"),
+        ("####7", "7"),
+        ("#### 7 apples\nmore", "7 apples"),
+        ("### 7", None),
+        ("", None),
+        ("####\n", None),
+        ("####\n5", "5"),
+    ],
+)
+def test_extract(text, answer):
+    assert extract(text, CONFIG) == answer
+
+
+@pytest.mark.parametrize(
+    "answer, normal",
+    [
+        ("7", "7"),
+        (" 7 ", "7"),
+        ("+3", "3"),
+        ("03.0", "3"),
+        ("-0", "0"),
+        ("1,234", "1234"),
+        ("$5.50", "5.5"),
+        ("12%", "12"),
+        ("7.", "7"),
+        ("1e3", "1000"),
+        ("Paris.", "Paris"),
+        ("a, b", "a b"),
+        ("12345678901234567891", "12345678901234567891"),
+        ("0.10000000000000000001", "0.10000000000000000001"),
+        ("nan", "nan"),
+        ("inf", "inf"),
+        ("1_000", "1_000"),
+        ("1e999999999", "1e999999999"),
+        ("-0.50", "-0.5"),
+        ("100", "100"),
+        ("", ""),
+    ],
+)
+def test_normalise(answer, normal):
+    assert normalise(answer, CONFIG) == normal
+    assert normalise(normal, CONFIG) == normal
+
+
+@pytest.mark.parametrize(
+    "prediction, reference, right",
+    [("7.0", "7", True), ("07", "7", True), ("8", "7", False), (None, "7", False), ("", "7", False), ("a", "A", False)],
+)
+def test_is_correct(prediction, reference, right):
+    assert is_correct(prediction, reference, CONFIG) is right
+
+
+def test_two_long_numbers_that_a_float_cannot_tell_apart_differ():
+    assert not is_correct("12345678901234567891", "12345678901234567892", CONFIG)
+
+
+def test_pattern_and_stripped_strings_are_the_configurations():
+    config = EvaluateConfig(answer_pattern=r"\\boxed\{([^}]*)\}", strip=["°"])
+    assert extract(r"so \boxed{40°}", config) == "40°"
+    assert is_correct("40°", "40", config) and not is_correct("$40", "40", config)
+
+
+# ---------------------------------------------------------------- several patterns, numbers, LaTeX
+def test_the_first_pattern_that_matches_decides():
+    config = EvaluateConfig(answer_pattern=[r"####\s*(\S+)", r"(\d+)(?:\.\d+)?|(none)"])
+    assert extract("5 then #### 6 or 7", config) == "6"
+    assert extract("5 or 7", config) == "7"
+    assert extract("none", config) == "none" and extract("?", config) is None
+
+
+@pytest.mark.parametrize("pattern", ["[", "no group"])
+def test_a_pattern_that_cannot_give_an_answer_is_refused(pattern):
+    with pytest.raises(ValueError, match=r"no (regular expression|group)"):
+        EvaluateConfig(answer_pattern=pattern)
+
+
+NUMBER = EvaluateConfig(scorer="number")
+
+
+@pytest.mark.parametrize(
+    "answer, value",
+    [
+        ("18", 18),
+        ("+18.", 18),
+        ("$1,234.50 a day", Fraction("1234.5")),
+        ("12 %", 12),
+        ("-3", -3),
+        ("−3", -3),
+        ("3/4", Fraction(3, 4)),
+        ("-3 / 4 cup", Fraction(-3, 4)),
+        ("1 1/2 cups", Fraction(3, 2)),
+        ("-1 1/2", Fraction(-3, 2)),
+        (r"\frac{3}{4}", Fraction(3, 4)),
+        ("1e3", 1000),
+        (".5", Fraction(1, 2)),
+        ("18 apples", 18),
+        ("x = 18", 18),
+        ("5 to 6", None),
+        ("3:30", None),
+        ("1/0", None),
+        ("none", None),
+        ("", None),
+        ("9" * 500, None),
+    ],
+)
+def test_number(answer, value):
+    assert number(answer, NUMBER) == value
+
+
+@pytest.mark.parametrize(
+    "prediction, reference, right",
+    [
+        ("1,280 sacks", "1280", True),
+        ("0.75", "3/4", True),
+        ("-7", "7", False),
+        ("7", "-7", False),
+        ("5 to 6", "5 to 6", True),
+        ("seven", "7", False),
+        (None, "7", False),
+        ("12345678901234567891", "12345678901234567892", False),
+        ("1e99", "1e98", False),
+    ],
+)
+def test_numbers_compare_by_value(prediction, reference, right):
+    assert is_correct(prediction, reference, NUMBER) is right
+
+
+def test_math_compares_by_expression():
+    config = EvaluateConfig(scorer="math")
+    assert is_correct(r"\dfrac{1}{2}", "0.5", config) and not is_correct("0.5", "0.51", config)
+
+
+@pytest.mark.parametrize("preset", ["gsm8k", "math"])
+def test_every_presets_own_answer_is_right(preset):
+    """What the template writes, the pattern finds again and the scorer accepts."""
+    scoring = EvaluateConfig(**PRESETS[preset]["evaluate"])
+    for text in ("7", "1,280", "-3/4") if preset == "gsm8k" else (r"\frac{\sqrt{5}}{2}", r"\{1,2\}", "x^{2}"):
+        written = PRESETS[preset]["template"]["answer"].format(answer=text)
+        assert is_correct(extract(f"so 5.\n{written}", scoring), text, scoring)
+
+
+@pytest.mark.parametrize(("text", "answer"), [("so 5-3", "3"), ("so f(x)-3", "3"), ("it is -3", "-3"), ("= $-4", "-4")])
+def test_the_last_number_of_gsm8k_has_its_own_sign(text, answer):
+    assert extract(text, EvaluateConfig(**PRESETS["gsm8k"]["evaluate"])) == answer
+
+
+def test_an_open_brace_costs_no_time():
+    """The pattern of a box is linear: a text that never closes it is refused at once."""
+    scoring = EvaluateConfig(**PRESETS["math"]["evaluate"])
+    assert extract(r"\boxed{" + "{a" * 3000, scoring) is None
+
+
+# ---------------------------------------------------------------- other people's answers
+GSM8K, MATH = (EvaluateConfig(**PRESETS[name]["evaluate"]) for name in ("gsm8k", "math"))
+
+
+@pytest.mark.parametrize(
+    ("text", "reference"),
+    [
+        ("#### 70{,}000", "70000"),
+        (r"#### 70\,000", "70000"),
+        (r"#### 70,\!000", "70000"),
+        ("#### 70 000", "70000"),
+        ("#### 70\u202f000", "70000"),
+        ("#### 70\u2009000", "70000"),
+        ("so it is −5", "-5"),
+        ("it is –5", "-5"),
+        ("5–6", "6"),
+        ("#### 18 million", "18000000"),
+        ("the cost is $1.5 million.", "1500000"),
+        ("#### $18k", "18000"),
+        ("#### 5 cm^2", "5"),
+        ("#### 5 m²", "5"),
+        (r"#### 5 \text{cm}^{2}", "5"),
+        ("#### 3 + 4 = 18", "18"),
+        ("it is .5", "0.5"),
+        ("we get 1 1/2 cups", "1.5"),
+        (r"#### 1\frac{1}{2}", "1.5"),
+        (r"#### -\frac{3}{4}", "-3/4"),
+        ("thus 1e3", "1000"),
+        (r"thus 2 \times 10^3", "2000"),
+        (r"thus $2\times10^{3}$", "2000"),
+        (r"The answer is 18. Put it in \boxed{}", "18"),
+        (r"\boxed{\boxed{5}}", "5"),
+        (r"\boxed{18 \text{ apples}}", "18"),
+        ("The final answer is $5$. I hope it is correct.", "5"),
+        ("Final answer: 5", "5"),
+        ("The answer is **$18**.", "18"),
+        ("**5**", "5"),
+        ("<answer>5</answer>", "5"),
+        ("5, because 2 and 3 make it", "5"),
+        ("The answer is 5, because 2 and 3.", "5"),
+    ],
+)
+def test_a_number_is_found_however_it_is_said(text, reference):
+    assert is_correct(extract(text, GSM8K), reference, GSM8K), extract(text, GSM8K)
+
+
+@pytest.mark.parametrize(
+    ("text", "reference"),
+    [
+        ("The final answer is $5$. I hope it is correct.", "5"),
+        (r"Final Answer: The final answer is $\frac{3}{2}$. I hope it is correct.", "1.5"),
+        ("Final answer: 5", "5"),
+        ("**5**", "5"),
+        ("<answer>5</answer>", "5"),
+        (r"The answer is \(x+1\), because it is.", "1+x"),
+        (r"The answer goes into \boxed{}. The answer is $\frac12$.", "0.5"),
+        (r"so \boxed{\boxed{5}}", "5"),
+        (r"The answer is $\boxed{12\text{ and }13}$.", "12,13"),
+        ("The answer is: x = 5", "5"),
+        ("The answer is 18 dollars.", "18"),
+    ],
+)
+def test_an_expression_is_found_however_it_is_said(text, reference):
+    assert is_correct(extract(text, MATH), reference, MATH), extract(text, MATH)
+
+
+SAME = [
+    [r"\frac{1}{2}", r"\dfrac{1}{2}", r"\tfrac12", r"\frac1{2}", "1/2", "0.5", ".50", r"$\frac{1}{2}$", r"\(\frac{1}{2}\)."],
+    [r"-\frac{3}{4}", r"\frac{-3}{4}", r"\frac{3}{-4}", "-3/4", "-0.75"],
+    ["10000", "10,000", r"10{,}000", r"10,\!000", "+10000", r"\$10,000", "10,000 dollars", r"10000\text{ dollars}"],
+    ["90", r"90^\circ", r"90^{\circ}", r"90\,^\circ"],
+    [r"\sqrt{3}", r"\sqrt3", r"$\sqrt 3$"],
+    [r"(\frac{1}{2},3]", "(0.5, 3]", r"\left(\frac12, 3\right]"],
+    [r"\{1,2\}", r"\{ 2, 1 \}", r"\left\{1,2\right\}"],
+    [r"\text{Tuesday}", "Tuesday"],
+    [r"2\pi", r"2 \pi", r"2\,\pi"],
+    [r"x \le 3", r"x \leq 3"],
+    ["x+1", "1+x"],
+    [r"12\text{ and }13", "12, 13", "13, 12"],
+    [r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"],
+    [r"\frac{1}{2", r"\frac{1} {2"],
+    ["101_2", "101_{2}".replace("{2}", "2")],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("group", SAME, ids=[group[0] for group in SAME])
+def test_spellings_of_one_expression_are_equal(group):
+    for spelling in group[1:]:
+        assert same_expression(spelling, group[0]) and same_expression(group[0], spelling), spelling
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (r"12\text{ and }13", "1213"),
+        (r"2 \pi", "2"),
+        ("10, 100", "10100"),
+        ("y=5", "x=5"),
+        ("10_2", "10"),
+        ("1010_2", "1010_3"),
+        ("5x", "5"),
+        ("(1,2)", "(2,1)"),
+        ("(1,2)", "[1,2]"),
+        ("12", "1,2"),
+        ("", "0"),
+        (r"\sqrt{2}", "2"),
+        (r"\sqrt[3]{2}", r"\sqrt{2}"),
+        ("-5", "5"),
+        ("y=5", "y+5"),
+        ("1" * 500, "1" * 499 + "2"),
+        (r"\frac{1}{0}", r"\frac{2}{0}"),
+        (r"\frac{1}{2", "3"),
+    ],
+)
+def test_different_expressions_differ(first, second):
+    assert not same_expression(first, second) and not same_expression(second, first)
+
+
+def test_a_comparison_that_does_not_end_is_no(monkeypatch):
+    monkeypatch.setattr("kvpipe.evaluate.scorers.answers.SECONDS", 1)
+    assert not same_expression("9^{9^{9^9}}", "1")
+
+
+# ---------------------------------------------------------------- programs
+BODY = "def add(a, b):\n    return a + b"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        f"```python\n{BODY}\n```",
+        f"Sure! Here it is:\n\n```python\n{BODY}\n```\n\nIt adds. For example:\n```python\nprint(add(1, 2))\n```\nDone.",
+        f"```py\n{BODY}\n```",
+        f"```\n{BODY}\n```\nthat is all",
+        f"```python\nadd = 3\n```\nNo, better:\n```python\n{BODY}\n```",
+        f"```python\n{BODY}",
+        BODY,
+    ],
+)
+@pytest.mark.parametrize("preset", ["mbpp_chat", "humaneval_chat"])
+def test_the_program_of_a_chat_reply_is_the_fenced_one(preset, reply):
+    scoring = EvaluateConfig(sandbox={"run_code": True}, **PRESETS[preset]["evaluate"])
+    assert extract(reply, scoring) == BODY

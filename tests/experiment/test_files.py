@@ -1,0 +1,76 @@
+"""Tensor files appear whole or not at all, with the mode of the umask."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kvpipe.experiment.files import save_tensors, set_mode
+
+
+@pytest.fixture
+def umask():
+    """Set the umask of this process for a test."""
+    before = os.umask(0o022)
+    yield os.umask
+    os.umask(before)
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600), (0o002, 0o664)])
+def test_a_file_has_the_mode_of_the_umask(umask, tmp_path, mask, mode):
+    umask(mask)
+    path = tmp_path / "new" / "x.safetensors"
+    save_tensors({"a": torch.arange(6.0).reshape(2, 3).T}, path, {"key": "word"})
+    assert path.stat().st_mode & 0o777 == mode
+    assert torch.equal(load_file(path)["a"], torch.arange(6.0).reshape(2, 3).T)
+    path.chmod(0o600)
+    set_mode(path)
+    assert path.stat().st_mode & 0o777 == mode
+    assert os.umask(mask) == mask, "the umask itself is as it was"
+
+
+def test_a_file_that_cannot_be_written_is_named_and_the_older_one_stays(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_tensors({"a": torch.zeros(3)}, path)
+    (tmp_path / "x.safetensors.partial").mkdir()  # in the way
+    with pytest.raises(OSError, match=r"x\.safetensors"):
+        save_tensors({"a": torch.ones(3)}, path)
+    assert torch.equal(load_file(path)["a"], torch.zeros(3))
+
+
+def test_what_a_cell_leaves_can_be_read_by_others(umask, tmp_path):
+    """Store, projectors, student: the models' files too, wherever transformers wrote them."""
+    from tiny import build
+
+    from kvpipe.steps.models import make_model
+    from kvpipe.steps.prepare import prepare
+    from kvpipe.train.trainer import train
+
+    work = build(tmp_path, {"models.noise": {"source": "random", "like": "alpha"}, "train.steps": 2})
+    make_model(work, "noise")
+    prepare(work, "one", log=lambda line: None)
+    train(work, "one", 0, work.paths.cell("one", 0), tmp_path / "checkpoints", log=lambda line: None)
+    files = [path for path in work.paths.root.rglob("*") if path.is_file()]
+    tensors = {path.relative_to(work.paths.root).parts[0] for path in files if path.suffix == ".safetensors"}
+    assert tensors == {"models", "teacher_kv", "projector", "train"}
+    assert not [path for path in files if path.stat().st_mode & 0o777 != 0o644]
+
+
+def test_a_teacher_that_was_trained_here_can_be_read_by_others(umask, tmp_path: Path):
+    from kvpipe.config import DataConfig, Recipe
+    from kvpipe.models.pretrain import pretrain
+
+    source = {"kind": "embedded", "task": "math", "train": 9, "validation": 2, "test": 2, "difficulty": 1}
+    architecture = {
+        "model_type": "llama",
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    tokenizer = {"kind": "byte_bpe", "vocab_size": 300}
+    recipe = {"architecture": architecture, "tokenizer": tokenizer, "examples": 20, "steps": 2, "batch_size": 3}
+    pretrain(Recipe.model_validate(recipe), DataConfig.model_validate({"sources": [source]}), tmp_path, log=lambda _: 0)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o644}

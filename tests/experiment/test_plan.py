@@ -1,0 +1,171 @@
+"""What depends on what: a change reaches the steps it concerns and no others."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny import ARMS, config
+
+from kvpipe.config import load, parse
+from kvpipe.experiment.plan import Dag, Paths, digest
+
+SHIPPED = load(Path(__file__).parents[2] / "config" / "config.yaml")
+
+
+@pytest.fixture
+def shipped():
+    return Dag(SHIPPED)
+
+
+def changed(overrides) -> Dag:
+    return Dag(parse(SHIPPED.model_dump(exclude_unset=True), overrides))
+
+
+def params(dag: Dag) -> dict[tuple, str]:
+    """Every param of every job."""
+    out = {("train", arm): dag.depends("train", arm=arm) for arm in dag.arms}
+    out |= {("fit", arm): dag.depends("fit", fit=dag.fit_id(a)) for arm, a in dag.arms.items() if dag.needs_fit(a)}
+    out |= {("models", m): dag.depends("models", model=m) for m in dag.config.models}
+    out |= {("teacher_kv", t): dag.depends("teacher_kv", teacher=t) for t in dag.teachers}
+    steps = ("data", "layer_map", "evaluate", "untrained", "arm", "stats", "audit", "report")
+    return out | {(step,): dag.depends(step) for step in steps}
+
+
+def reached(overrides) -> set[str]:
+    before, after = params(Dag(SHIPPED)), params(changed(overrides))
+    return {"/".join(key) for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+
+
+def arm_with(name, **more):
+    entry = SHIPPED.arms[name].model_dump(exclude_unset=True)
+    return {f"arms.{name}": entry | {"set": entry["set"] | {k.replace("__", "."): v for k, v in more.items()}}}
+
+
+def test_params_are_json_and_repeat(shipped):
+    assert params(shipped) == params(changed({}))
+    assert all(json.loads(value) is not None for value in params(shipped).values())
+
+
+# ---------------------------------------------------------------- fits
+def test_arms_that_agree_in_the_fit_share_it(shipped):
+    ids = {name: shipped.fit_id(arm) for name, arm in shipped.arms.items() if shipped.needs_fit(arm)}
+    assert ids["exp5"] == ids["exp6"], "fusion comes after the fit"
+    assert ids["full"] == ids["null-shuffled"], "so does what the arm trains on"
+    alone = ["exp1", "exp2", "exp3", "exp4", "exp5", "full", "null-random", "full-joint", "misaligned"]
+    assert len({ids[name] for name in alone}) == len(alone)
+    assert set(shipped.fits) == set(ids.values())
+    for name, fit in ids.items():
+        assert shipped.fit_id(shipped.fit_arm(fit)) == fit
+        assert fit.startswith("+".join(shipped.arms[name].teachers) + ".")
+    assert not {"control", "null-control", "logit-kd", "relation"} & set(ids)
+
+
+def test_an_unknown_fit_or_arm_is_named(shipped):
+    with pytest.raises(KeyError, match=r"'nope'.*exp1"):
+        shipped.arm("nope")
+    with pytest.raises(KeyError, match=r"'nope'.*math"):
+        shipped.fit_arm("nope")
+
+
+def test_settings_of_training_do_not_touch_the_fit():
+    for setting in ("loss.lambda_k", "loss.lambda_v", "projector.learning_rate"):
+        assert reached(arm_with("exp2", **{setting: 0.5})) == {"train/exp2", "report"}
+
+
+# ---------------------------------------------------------------- what a change reaches
+CHANGES = {
+    "an arm's loss": (arm_with("exp3", loss__skip_sink=1), {"train/exp3", "report"}),
+    "an arm's layers": (arm_with("exp3", layer__k=3), {"train/exp3", "fit/exp3", "report"}),
+    "an arm's label": (
+        {"arms.exp3": SHIPPED.arms["exp3"].model_dump(exclude_unset=True) | {"label": "other"}},
+        {"report"},
+    ),
+    "a seed": ({"seeds": [0, 1, 2, 3, 4]}, {"arm", "stats", "audit", "report"}),
+    "resamples": ({"stats.resamples": 7}, {"stats"}),
+    "the audit": ({"audit.tolerance": 0.5}, {"audit"}),
+    "generation": ({"evaluate.max_new_tokens": 3}, {"evaluate", "untrained"}),
+    "the title": ({"title": "other"}, {"report"}),
+    "how a run is stored": ({"train.checkpoint_every": 3, "train.device": "cpu", "train.threads": 2}, set()),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_reaches_its_steps_only(name):
+    overrides, expected = CHANGES[name]
+    assert reached(overrides) == expected
+
+
+def test_a_base_reaches_the_arms_that_are_built_on_it():
+    found = {key for key in reached(arm_with("exp6", loss__distance="smooth_l1")) if key.startswith("train/")}
+    assert found == {"train/exp6", "train/full", "train/null-shuffled", "train/null-random", "train/full-joint"}
+
+
+def test_training_settings_reach_every_arm_and_no_store(shipped):
+    found = reached({"train.steps": 5})
+    assert found == {f"train/{arm}" for arm in shipped.arms}
+    assert "layer_map" in reached({"train.batch_size": 5}), "whose reference student is trained"
+
+
+def test_live_teachers_reach_the_arms_that_have_some():
+    found = reached({"store.mode": "live"})
+    assert found == {f"train/{name}" for name, arm in Dag(SHIPPED).arms.items() if arm.teachers}
+
+
+def test_stores_of_needed_layers_depend_on_the_arms_layers():
+    needed = {"store.layers": "needed"}
+    before, after = params(changed(needed)), params(changed(needed | arm_with("exp3", layer__k=1)))
+    assert {k for k in before if before[k] != after.get(k)} == {
+        ("train", "exp3"),
+        ("fit", "exp3"),
+        ("teacher_kv", "math"),
+        ("report",),
+    }
+
+
+# ---------------------------------------------------------------- what an arm needs
+def test_needs_of_the_tiny_arms(tmp_path):
+    dag = Dag(config(tmp_path))
+    assert dag.teachers == ["alpha", "beta"]
+    assert [a for a in dag.arms if dag.needs_layer_map(dag.arms[a])] == ["cka"]
+    assert dag.mapped_teachers == ["alpha", "beta"]
+    assert [a for a in dag.arms if not dag.needs_fit(dag.arms[a])] == ["control", "logit", "relation"]
+    assert [a for a in dag.arms if not dag.uses_store(dag.arms[a])] == ["control"]
+    assert dag.cells == [(arm, seed) for arm in ARMS for seed in (0, 1)]
+    live = Dag(config(tmp_path, {"store.mode": "live"}))
+    assert not [a for a in live.arms if live.uses_store(live.arms[a])]
+
+
+def test_models_that_depend_on_others(shipped, tmp_path):
+    assert shipped.model_needs("math-random") == ["math"]
+    assert shipped.model_needs("math") == []
+    assert not [m for m in shipped.config.models if shipped.model_reads_data(m)]
+    scratch = Dag(config(tmp_path))
+    assert [m for m in scratch.config.models if scratch.model_reads_data(m)] == ["student"]
+    assert shipped.model_source("math-random")["like_model"]["path"] == "config/embedded/math"
+
+
+def test_paths_are_distinct_and_under_the_root(tmp_path):
+    paths = Paths(tmp_path)
+    found = [
+        paths.model("a"),
+        paths.data("train"),
+        paths.store("a", "own"),
+        paths.shard("a", "own", 3),
+        paths.layer_map("a"),
+        paths.projector("f"),
+        paths.cell("a", 1),
+        paths.checkpoints("a", 1),
+        paths.items("a", 1),
+        paths.teacher_quality("a"),
+        paths.arm_table("a"),
+        paths.stats,
+        paths.cost,
+    ]
+    assert len(set(found)) == len(found)
+    assert all(path.is_relative_to(tmp_path) for path in found)
+    assert not paths.checkpoints("a", 1).is_relative_to(paths.cell("a", 1)), "whose files Snakemake deletes"
+
+
+def test_digest_ignores_the_order_of_keys():
+    assert digest({"a": 1, "b": [1, 2]}) == digest({"b": [1, 2], "a": 1}) != digest({"a": 1, "b": [2, 1]})
+    assert len(digest(1, 12)) == 12

@@ -1,0 +1,73 @@
+"""Cells of the tiny experiment in several processes (gloo, CPU): `together` starts this file once for each."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import config
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from kvpipe.distill.build import Workspace
+from kvpipe.experiment.plan import Paths
+from kvpipe.train import trainer as training
+
+
+def cells(folder: Path, out: Path, overrides: dict[str, Any], arms: list[str], double: bool) -> None:
+    """Train cells of the experiment in `folder`; every optimizer step's gradients are kept beside each cell.
+
+    With `double`, the student and all that trains or is computed beside it are in float64.
+    """
+    work = Workspace(config(folder, overrides), Paths(folder / "results"))
+    if double:
+        student, distiller = Workspace.student, Workspace.distiller
+        work.student = lambda *args: student(work, *args).double()  # type: ignore[method-assign]
+        work.distiller = lambda *args: distiller(work, *args).double()  # type: ignore[union-attr,method-assign]
+    for arm in arms:
+        steps: list[list[torch.Tensor]] = []
+
+        def keep(optimizer, *_, steps=steps):
+            found = [p.grad for group in optimizer.param_groups for p in group["params"]]
+            steps.append([g.clone() for g in found if g is not None])
+
+        hook = register_optimizer_step_pre_hook(keep)
+        try:
+            training.train(work, arm, 0, out / arm, out / f"{arm}.checkpoints", log=lambda *_: None)
+        finally:
+            hook.remove()
+        if int(os.environ.get("RANK", "0")) == 0:
+            torch.save(steps, out / arm / "gradients.pt")
+
+
+def together(number: int, script: str, *arguments: Any, **environment: str) -> list[subprocess.CompletedProcess]:
+    """Run a script in so many processes that know of each other; one is no group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(number)}
+    started = [
+        subprocess.Popen(
+            [sys.executable, script, *map(str, arguments)],
+            env=os.environ | environment | (group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if number > 1 else {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(number)
+    ]
+    done = []
+    for process in started:
+        out, err = process.communicate(timeout=300)
+        done.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
+    return done
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.argv[1])
+    cells(Path(given["folder"]), Path(given["out"]), given["overrides"], given["arms"], given["double"])

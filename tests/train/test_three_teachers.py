@@ -1,0 +1,82 @@
+"""Three teachers of three families in one student: what the laws of fusion say, in whole cells."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import build
+
+from kvpipe.steps.prepare import prepare
+from kvpipe.train import trainer as training
+
+NAMES = ("alpha", "beta", "gamma")
+FUSIONS = {
+    "mean": {},
+    "fixed": {"weights": {"default": [0.5, 0.3, 0.2]}},
+    "task": {"weights": {"math": [0.6, 0.3, 0.1], "default": [0.2, 0.2, 0.6]}},
+    "attention": {},
+    "learnable": {"entropy": 0.01},
+    "select": {},
+}
+
+
+def arms(names) -> dict:
+    """An arm per fusion, its weights in the order of the names."""
+    order = [NAMES.index(name) for name in names]
+    made = {}
+    for kind, more in FUSIONS.items():
+        table = {task: [row[i] for i in order] for task, row in more.get("weights", {}).items()}
+        fuse = {**more, "kind": kind} | ({"weights": table} if table else {})
+        made[f"{kind}-{'-'.join(names)}"] = {"base": "two", "set": {"teachers": list(names), "fuse": fuse}}
+    return made
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """The tiny experiment with a third teacher, and every fusion of the three in two orders."""
+    overrides = {f"arms.{name}": arm for order in (NAMES, NAMES[::-1]) for name, arm in arms(order).items()}
+    overrides |= {"train.steps": 3, "train.log_every": 1, "train.eval_every": 3}
+    return build(tmp_path_factory.mktemp("three"), overrides, NAMES)
+
+
+@pytest.fixture
+def cell(work, tmp_path):
+    def train(kind: str, names) -> tuple[list[dict], dict[str, torch.Tensor]]:
+        arm = f"{kind}-{'-'.join(names)}"
+        prepare(work, arm, log=lambda *_: None)
+        training.train(work, arm, 0, tmp_path / arm, tmp_path / f"{arm}-checkpoints", log=lambda *_: None)
+        history = [json.loads(line) for line in (tmp_path / arm / "history.jsonl").read_text().splitlines()]
+        return [line for line in history if "ce" in line], load_file(tmp_path / arm / "model" / "model.safetensors")
+
+    return train
+
+
+@pytest.mark.parametrize("kind", FUSIONS)
+def test_weights_sum_to_one_and_follow_the_teachers(cell, kind):
+    steps, student = cell(kind, NAMES)
+    turned_steps, turned = cell(kind, NAMES[::-1])
+    seen = 0
+    for line, other in zip(steps, turned_steps, strict=True):
+        assert line["k"] > 0 and line["v"] > 0
+        for task in ("math", "code"):
+            weights = [line.get(f"weight/{task}/{name}") for name in NAMES]
+            if weights[0] is None:  # none of that task in the batch
+                continue
+            seen += 1
+            assert sum(weights) == pytest.approx(1, abs=1e-5)
+            assert [other[f"weight/{task}/{name}"] for name in NAMES] == pytest.approx(weights, abs=2e-3)
+            if kind in ("fixed", "task"):
+                table = FUSIONS[kind]["weights"]
+                assert weights == pytest.approx(table.get(task, table["default"]), abs=0.02)
+    assert seen
+    for name, tensor in student.items():
+        torch.testing.assert_close(turned[name], tensor, rtol=0, atol=2e-3, msg=f"{kind}: {name}")
+
+
+def test_three_teachers_are_fitted_together(work):
+    prepare(work, f"mean-{'-'.join(NAMES)}", log=lambda *_: None)
+    (report,) = (work.paths.root / "projector").glob("alpha+beta+gamma.*.json")
+    explained = json.loads(report.read_text())["explained_variance"]
+    assert explained.keys() == set(NAMES)
+    assert all(0 < share <= 1 for shares in explained.values() for kind in ("keys", "values") for share in shares[kind])

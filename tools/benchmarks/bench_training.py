@@ -1,0 +1,231 @@
+"""Training steps: `full` against `control`, control against the Trainer of transformers, the recorder (spec 9).
+
+Parts of `run.py`. By itself, `bench_training.py RESULTS ARM STEPS` prints the peak memory of a fresh process that takes some
+steps of an arm: with its setup, and of the steps alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from measure import Row, spent
+from torch import Tensor
+
+from kvpipe.cache.capture import Recorder
+from kvpipe.config import load
+from kvpipe.data.corpus import generate
+from kvpipe.data.records import write_records
+from kvpipe.distill.build import Workspace
+from kvpipe.experiment.plan import Paths
+from kvpipe.steps.prepare import prepare
+from kvpipe.train.trainer import _Run, peak_memory
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "config" / "config.yaml"
+
+
+class Cell:
+    """A cell's own training loop, step by step."""
+
+    def __init__(self, work: Workspace, arm: str):
+        self.run = _Run(work, arm, 0, work.paths.root / "unused", print)
+        self.run.model, self.run.optimizer = self.run.accelerator.prepare(self.run.model, self.run.optimizer)
+        self.recorder = Recorder(self.run.model) if self.run.distiller is not None else None
+        self.step = 0
+
+    def steps(self, number: int) -> None:
+        """Takes the next steps."""
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        if self.recorder is not None:
+            self.recorder.__enter__()
+        for _ in range(number):
+            self.run._step(self.step, self.recorder)
+            self.step += 1
+        if self.recorder is not None:
+            self.recorder.__exit__()
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Real and padded tokens so far."""
+        return self.run.counters.tokens, self.run.counters.padded_tokens
+
+
+def full_against_control(work: Workspace, repeats: int, block: int) -> tuple[list[Row], float, float]:
+    """Rows, and control's seconds and tokens per step."""
+    cells = {arm: Cell(work, arm) for arm in ("control", "full")}
+    times: dict[str, list[float]] = {arm: [] for arm in cells}
+    for cell in cells.values():
+        cell.steps(block)  # warm-up
+    for _ in range(repeats):
+        for arm, cell in cells.items():
+            times[arm].append(spent(lambda c=cell: c.steps(block)) / block)
+    ratio = statistics.median(f / c for f, c in zip(times["full"], times["control"], strict=True))
+    control, full = (statistics.median(times[arm]) for arm in ("control", "full"))
+    memory = {arm: memory_of(work, arm, 2 * block) for arm in cells}
+    (control_all, control_steps), (full_all, full_steps) = memory["control"], memory["full"]
+    rows = [
+        Row(
+            "`full` training step, stored KV, against `control`: time",
+            f"{ratio:.2f}× ({full * 1e3:.0f} ms against {control * 1e3:.0f} ms)",
+            "≤ 1.25×",
+            ratio <= 1.25,
+        ),
+        Row(
+            "… peak resident memory while it trains (the process: Python and torch are some 470 MiB of it)",
+            f"{full_steps / control_steps:.2f}× ({full_steps / 2**20:,.0f} MiB against {control_steps / 2**20:,.0f} MiB)",
+            "≤ 1.15×",
+            full_steps <= 1.15 * control_steps,
+        ),
+        Row(
+            "… the same with the setup before the first step, where targets are projected",
+            f"{full_all / control_all:.2f}× ({full_all / 2**20:,.0f} MiB against {control_all / 2**20:,.0f} MiB)",
+        ),
+    ]
+    return rows, control, cells["control"].tokens[1] / cells["control"].step
+
+
+def high_water() -> int:
+    """Peak resident bytes of this process. Linux: VmHWM, for `getrusage` hands a parent's peak on to its children."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return peak_memory(torch.device("cpu"))
+
+
+def print_memory(work: Workspace, arm: str, steps: int) -> None:
+    """Peak resident bytes of this process with its setup, and of the steps alone where the system can tell."""
+    cell = Cell(work, arm)
+    cell.steps(5)
+    setup, reset = high_water(), Path("/proc/self/clear_refs")
+    if reset.exists():
+        reset.write_text("5")
+    cell.steps(steps)
+    print(max(setup, high_water()), high_water())
+
+
+def memory_of(work: Workspace, arm: str, steps: int) -> tuple[int, int]:
+    """`print_memory` of a fresh process."""
+    command = [sys.executable, __file__, str(work.paths.root), arm, str(steps)]
+    last = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    whole, steps_alone = map(int, last.split())
+    return whole, steps_alone
+
+
+def mixed_lengths(root: Path) -> Workspace:
+    """Control's experiment on problems of 1 to 6 operations, so that texts differ in length as those of GSM8K do."""
+    work = Workspace(load(CONFIG), Paths(root))
+    for split, count in (("train", 300), ("validation", 10), ("test", 10)):
+        records = []
+        for difficulty in range(1, 7):
+            drawn = generate("math", split, count, difficulty, 0)
+            records += [dataclasses.replace(r, id=f"{r.id}-{difficulty}") for r in drawn]
+        work.paths.data(split).parent.mkdir(parents=True, exist_ok=True)
+        write_records(work.paths.data(split), records)
+    prepare(work, "control", log=lambda _: None)
+    return work
+
+
+def against_trainer(work: Workspace, texts: str, repeats: int, block: int) -> list[Row]:
+    """Control's loop against the Trainer of transformers: same student, examples, batch size and optimizer.
+
+    The Trainer logs, saves and evaluates nothing meanwhile; control's own loop logs as in a run.
+    """
+    ours: list[tuple[float, float]] = []
+    theirs: dict[str, list[tuple[float, float]]] = {"random": [], "group_by_length": []}
+    cell = Cell(work, "control")
+    cell.steps(block)
+    for _ in range(repeats):
+        before = cell.tokens
+        seconds = spent(lambda: cell.steps(block))
+        ours.append(((cell.tokens[1] - before[1]) / seconds, (cell.tokens[0] - before[0]) / seconds))
+        for sampling, rates in theirs.items():
+            rates.append(trainer_rates(work, sampling, block))
+    lengths = work.student_encoding("train").lengths
+    rows = [Row(f"texts of {texts}: tokens, mean ± deviation", f"{lengths.mean():.0f} ± {lengths.std():.0f}")]
+    for sampling, rates in theirs.items():
+        name = "its default random order" if sampling == "random" else "its `group_by_length`"
+        for axis, tokens, bar in ((0, "all tokens", 1.0), (1, "useful (non-padding) tokens", 1.3)):
+            ratio = statistics.median(a[axis] / b[axis] for a, b in zip(ours, rates, strict=True))
+            barred = sampling == "random"
+            rows.append(
+                Row(
+                    f"control against `Trainer` with {name}, texts of {texts}: {tokens} per second",
+                    f"{ratio:.2f}× ({statistics.median(a[axis] for a in ours):,.0f} against "
+                    f"{statistics.median(b[axis] for b in rates):,.0f})",
+                    f"≥ {bar}×" if barred else "–",
+                    ratio >= bar if barred else None,
+                )
+            )
+    return rows
+
+
+def trainer_rates(work: Workspace, sampling: str, steps: int) -> tuple[float, float]:
+    """All and useful tokens per second of `Trainer`, without its first steps."""
+    torch.use_deterministic_algorithms(False)
+    config, encoding, skipped = work.config.train, work.student_encoding("train"), 5
+    examples = [{"input_ids": encoding.ids[encoding.rows(i)].tolist()} for i in range(len(encoding.lengths))]
+    ends: list[float] = []
+    seen: list[tuple[int, int]] = []
+    pad = transformers.DataCollatorForLanguageModeling(work.student_tokenizer, mlm=False)
+
+    def collate(batch: list[dict]) -> dict[str, Tensor]:
+        padded = pad(batch)
+        seen.append((padded["input_ids"].numel(), int(padded["attention_mask"].sum())))
+        return padded
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_end(self, *_args, **_kwargs) -> None:
+            ends.append(time.process_time())
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = transformers.TrainingArguments(
+            folder, max_steps=steps + skipped, per_device_train_batch_size=config.batch_size, use_cpu=True,
+            learning_rate=config.learning_rate, lr_scheduler_type="cosine", weight_decay=config.weight_decay,
+            adam_beta2=0.99, optim="adamw_torch_fused", max_grad_norm=config.max_grad_norm, report_to=[], seed=0,
+            save_strategy="no", logging_strategy="no", disable_tqdm=True, train_sampling_strategy=sampling,
+        )  # fmt: skip
+        trainer = transformers.Trainer(
+            work.student(0).train(), arguments, train_dataset=examples, data_collator=collate, callbacks=[Clock()]
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+    counted = np.array(seen[skipped : skipped + steps]).sum(0) / (ends[-1] - ends[skipped - 1])
+    return float(counted[0]), float(counted[1])
+
+
+def recorder_overhead(work: Workspace, repeats: int, block: int) -> list[Row]:
+    """The student's forward and backward with and without a recorder that gives its cache to a loss."""
+    model = work.student(0).train()
+    ids = torch.randint(3, model.config.vocab_size, (work.config.train.batch_size, 96))
+
+    def plain() -> None:
+        for _ in range(block):
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+    def recorded() -> None:
+        with Recorder(model) as recorder:
+            for _ in range(block):
+                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+                kv = recorder.kv()
+                (loss + kv.keys.mean() + kv.values.mean()).backward()
+
+    plain()
+    ratio = statistics.median(spent(recorded) / spent(plain) for _ in range(repeats))
+    return [Row("student's forward and backward, recorded against plain", f"{ratio:.2f}×")]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    os.chdir(ROOT)  # the configuration's paths are relative to it
+    print_memory(Workspace(load(CONFIG), Paths(Path(sys.argv[1]))), sys.argv[2], int(sys.argv[3]))
