@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -28,8 +27,3 @@ class KV:
     def detach(self) -> KV:
         """Both tensors cut from the graph."""
         return KV(self.keys.detach(), self.values.detach())
-
-
-def wide(values: Tensor) -> Tensor:
-    """In float32, or in float64 where it is: what losses, weights and sums are computed in."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))

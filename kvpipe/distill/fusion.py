@@ -17,7 +17,7 @@ from einops import rearrange, reduce
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from kvpipe.cache.kv import wide
+from kvpipe.models.likelihood import wide
 
 
 @runtime_checkable

@@ -18,7 +18,7 @@ from jaxtyping import Float, Integer, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvpipe.cache.kv import wide
+from kvpipe.models.likelihood import wide
 
 
 def kv_loss(

@@ -21,6 +21,11 @@ CHUNK = 1024
 """Tokens of a window that are read at once."""
 
 
+def wide(values: Tensor) -> Tensor:
+    """In float32, or in float64 where it is: what losses, weights and sums are computed in."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def token_nll(
     logits: Float[Tensor, "batch time vocab"], labels: Integer[Tensor, "batch time"]
 ) -> Float[Tensor, "batch time"]:
