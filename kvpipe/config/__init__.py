@@ -29,6 +29,7 @@ from kvpipe.config.arms import (
     TimeConfig,
 )
 from kvpipe.config.data import (
+    SPLITS,
     Chat,
     DataConfig,
     EmbeddedData,
@@ -72,6 +73,7 @@ from kvpipe.config.settings import (
 __all__ = [
     "LOSS_ON",
     "PRESETS",
+    "SPLITS",
     "Arm",
     "ArmEntry",
     "AuditConfig",

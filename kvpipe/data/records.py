@@ -10,10 +10,10 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kvpipe.config import SPLITS as SPLITS
 from kvpipe.config import Template
 from kvpipe.tokens.segments import Segmented
 
-SPLITS = ("train", "validation", "test")
 OPTIONAL = ("tests", "choices", "messages")
 """Fields that few data sets have."""
 Reading = Literal["student", "own"]

@@ -13,7 +13,6 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -40,7 +39,7 @@ from kvpipe.experiment.files import save_tensors
 from kvpipe.experiment.misfits import misfits
 from kvpipe.experiment.plan import Dag, Paths
 from kvpipe.experiment.provenance import content_digest, read_json, verify
-from kvpipe.experiment.sizes import shape
+from kvpipe.experiment.sizes import count_parameters, shape
 from kvpipe.models.folders import (
     build_model,
     load_config,
@@ -181,12 +180,7 @@ class Workspace:
 
     def parameters(self, teacher: str) -> int:
         """Parameters of a teacher, counted from the headers of its safetensors files."""
-        total = 0
-        for path in self.paths.model(teacher).glob("*.safetensors"):
-            with safe_open(path, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118
-                    total += int(np.prod(handle.get_slice(name).get_shape()))
-        return total
+        return count_parameters(self.paths.model(teacher))
 
     def plan(self, arm: Arm, teacher: str) -> LayerPlan:
         """Layers of a teacher for an arm, counted in the teacher's own layers."""

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kvpipe.config import FileData, HubData, LocalModel
+from kvpipe.config import SPLITS, FileData, HubData, LocalModel
 from kvpipe.experiment.plan import Dag, Paths
 from kvpipe.experiment.provenance import MANIFEST, code_hash, content_digest
 
@@ -98,7 +98,7 @@ def _sources(dag: Dag) -> list[Path]:
     found: set[Path] = set()
     for source in dag.config.data.sources:
         if isinstance(source, FileData):
-            named = (getattr(source, split) for split in ("train", "validation", "test"))
+            named = (getattr(source, split) for split in SPLITS)
             found |= {source.parted(spec)[0] for spec in named if spec is not None}
         elif isinstance(source, HubData) and source.is_folder:
             found |= {path for path in Path(source.repo).rglob("*") if path.is_file()}

@@ -528,7 +528,7 @@ class _Run:
             "provenance": provenance,
         }
         (out / "cost.json").write_text(json.dumps(cost, indent=2) + "\n", encoding="utf-8")
-        card.write(self.work.dag, self.work.paths, self.arm_name, out)
+        card.write_card(self.work.dag, self.work.paths, self.arm_name, out)
 
 
 def peak_memory(device: torch.device) -> int:
