@@ -11,7 +11,8 @@ import typer
 
 from kvpipe.config import Config, ConfigError, load, lock_path
 from kvpipe.config.errors import printable
-from kvpipe.experiment.plan import Dag, Paths
+from kvpipe.experiment.paths import STUDENT, Paths
+from kvpipe.experiment.plan import Dag
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -321,7 +322,7 @@ def evaluate(
 
     if (model is None) == (cell is None):
         raise typer.BadParameter("give either --model or --cell")
-    folder = model or Path(cell or "") / "model"
+    folder = model or Path(cell or "") / STUDENT
     work = Workspace(*_trained(cell, config, results, overrides))
     settings, records, trust = work.config, work.records(split), work.trusts_folder(folder)
     torch.set_num_threads(settings.train.threads)
@@ -420,7 +421,7 @@ def audit(config: ConfigFile = CONFIG, results: Results = RESULTS, overrides: Ov
     from kvpipe.stats.audit import audit as check
 
     settings, paths = _experiment(config, results, overrides)
-    for found in check(settings, paths, paths.root / "audit.json"):
+    for found in check(settings, paths, paths.audit):
         _say(f"{found.status:>8}  {found.name}: {found.detail}")
 
 
@@ -449,7 +450,7 @@ def report(
     from kvpipe.report.render import write_report
 
     work = _workspace(config, results, overrides)
-    write_report(work, out or work.paths.root / "report.html")
+    write_report(work, out or work.paths.report)
 
 
 Cell = Annotated[Path | None, typer.Option(help="Folder of the trained cell; under the results by default.")]
