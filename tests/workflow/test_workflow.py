@@ -432,7 +432,7 @@ def test_another_results_folder_needs_no_link(copy):
     assert jobs_of(said) == planned(copy, "results/report.html", "--forceall")
     files = re.findall(r"^    (?:input|output|log|benchmark): (.*)$", said, re.MULTILINE)
     assert files and all("results/" not in line for line in files)
-    assert {path.name for path in copy.iterdir()} - before <= {"results"}
+    assert {path.name for path in copy.iterdir()} - before <= {".snakemake", "results"}
 
 
 @pytest.mark.slow
