@@ -29,7 +29,6 @@ from kvpipe.config.arms import (
     TimeConfig,
 )
 from kvpipe.config.data import (
-    SPLITS,
     Chat,
     DataConfig,
     EmbeddedData,
@@ -73,7 +72,6 @@ from kvpipe.config.settings import (
 __all__ = [
     "LOSS_ON",
     "PRESETS",
-    "SPLITS",
     "Arm",
     "ArmEntry",
     "AuditConfig",

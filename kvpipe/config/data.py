@@ -12,7 +12,6 @@ from pydantic import Field, field_validator, model_validator
 from kvpipe.config.presets import PresetName, merged, preset_of
 from kvpipe.config.section import Count, Name, Section, Seed, inherit
 
-SPLITS = ("train", "validation", "test")
 FieldName = Literal[
     "id", "task", "prompt", "reasoning", "answer", "teacher_reasoning", "tests", "choices", "choice", "labels"
 ]
@@ -264,7 +263,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _splits(self):
-        for split in SPLITS:
+        for split in ("train", "validation", "test"):
             if all(getattr(source, split) is None for source in self.sources):
                 raise ValueError(f"sources: none has a {split} split")
         return self

@@ -10,7 +10,6 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kvpipe.config import SPLITS as SPLITS
 from kvpipe.config import Template
 from kvpipe.tokens.segments import Segmented
 
