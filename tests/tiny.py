@@ -101,7 +101,7 @@ ARMS: dict[str, Any] = {
         "base": "two",
         "set": {"projector": {"kind": "heads", "mode": "joint"}, "fit.method": "grouped", "layer.combine": "mix"},
     },
-    "shuffled": {"base": "two", "role": "null", "set": {"content": "shuffled"}},
+    "shuffled": {"base": "two", "role": "null", "set": {"shuffle_teacher": True}},
     "position": {"base": "one", "role": "null", "set": {"time.kind": "position"}},
     "logit": {
         "base": "control",

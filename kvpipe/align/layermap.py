@@ -71,7 +71,7 @@ def layer_plan(config: LayerConfig, src_layers: int, dst_layers: int, layer_map:
             raise FileNotFoundError(f"layer map {layer_map} is missing: run `kvpipe layer-map --teacher {name}` first")
         similarity = _similarity(layer_map, src_layers, dst_layers)
         k = min(config.k, src_layers)
-        measured = KINDS if config.by == "own" else ("hidden", "hidden")
+        measured = KINDS if config.by == "kv" else ("hidden", "hidden")
         compared = [_near(torch.tensor(similarity[kind]), config.near) for kind in measured]
         weights = torch.stack([top_k_mix(matrix, k, config.temperature) for matrix in compared])
         beta, index = weights.topk(k, dim=-1)

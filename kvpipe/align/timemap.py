@@ -90,7 +90,7 @@ def derangement(tasks: list[str], seed: int) -> Int64[np.ndarray, "example"]:
     for task in sorted(set(tasks)):
         members = rng.permutation(np.flatnonzero(names == task))
         if len(members) < 2:
-            raise ValueError(f"content: shuffled needs at least two training examples of task {task!r}")
+            raise ValueError(f"shuffle_teacher needs at least two training examples of task {task!r}")
         out[members] = np.roll(members, 1)
     return out
 

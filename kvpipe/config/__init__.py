@@ -214,9 +214,9 @@ class Config(Section):
                     f"arms.{name}.set.seed_offset: {arm.seed_offset} makes seeds {drawn[0]} to {drawn[1]}; they lie "
                     "between 0 and 2**32 - 1"
                 )
-            if self.train.steps * arm.steps > 10**9:
+            if self.train.steps * arm.step_factor > 10**9:
                 raise ValueError(
-                    f"arms.{name}.set.steps: {arm.steps:g} times train.steps is beyond 1,000,000,000 steps"
+                    f"arms.{name}.set.step_factor: {arm.step_factor:g} times train.steps is beyond 1,000,000,000 steps"
                 )
             if arm.loss.skip_sink >= longest:
                 raise ValueError(

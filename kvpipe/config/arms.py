@@ -40,7 +40,7 @@ class LayerConfig(Section):
 
     kind: Literal["proportional", "cka", "list"] = "proportional"
     """`proportional` depth; `cka`: the k most similar teacher layers; `list`: explicit."""
-    by: Literal["own", "hidden"] = "own"
+    by: Literal["kv", "hidden"] = "kv"
     """What `cka` compares: keys for keys and values for values, or hidden states for both."""
     k: Count = 2
     """Teacher layers per student layer under `cka`."""
@@ -196,13 +196,13 @@ class Arm(Section):
     """One line for the report."""
     teachers: list[Name] = Field(default=[])
     """Names of models, in the order of the fusion weights."""
-    content: Literal["own", "shuffled"] = "own"
-    """`shuffled`: every example gets the teacher KV of another one."""
+    shuffle_teacher: bool = False
+    """Every example gets the teacher KV of another one."""
     seed_offset: Annotated[int, Field(gt=-(2**32), lt=2**32)] = 0
     """Added to the seed (the false-positive check runs control again under other seeds)."""
     init: Literal["student", "random"] = "student"
     """Weights that a cell starts from: the student's own, or drawn by the seed (training from scratch)."""
-    steps: PositiveFloat = 1.0
+    step_factor: PositiveFloat = 1.0
     """Optimizer steps as a multiple of `train.steps`; the audit compares arms of one multiple."""
     examples: Count | None = None
     """Training examples of every task, the first ones; none takes all."""

@@ -5,11 +5,20 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from typing import Any
 
 from pydantic import ValidationError
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+RENAMED = {
+    "arms.*.set.steps": "is called step_factor now",
+    "arms.*.set.content": "is shuffle_teacher now: true for shuffled, false for own",
+    "arms.*.set.layer.by=own": "own is called kv now",
+    "models.*.parameters": "is gone: parameters are counted; leave it out",
+}
+"""Keys, and values of keys, that had another name, and what stands for them now."""
 
 
 def printable(text: str) -> str:
@@ -22,6 +31,10 @@ def nearest(name: Any, valid: Iterable[str]) -> str:
     """The end of a message about a wrong name: the nearest valid one, and all of them."""
     close = difflib.get_close_matches(str(name), valid, n=1)
     return (f"; did you mean {close[0]!r}?" if close else "") + f" (known: {', '.join(valid)})"
+
+
+def _renamed(key: str) -> str | None:
+    return next((now for old, now in RENAMED.items() if fnmatchcase(key, old)), None)
 
 
 def _dotted(location: Iterable[str | int]) -> str:
@@ -71,9 +84,8 @@ def _problems(item: Any, location: tuple) -> list[tuple[str, str]]:
     path = _dotted(location)
     match item["type"]:
         case "unknown_keys":
-            return [
-                (_dotted((*location, key)), f"unknown key{nearest(key, context['valid'])}") for key in context["keys"]
-            ]
+            keys = {_dotted((*location, key)): nearest(key, context["valid"]) for key in context["keys"]}
+            return [(key, _renamed(key) or f"unknown key{known}") for key, known in keys.items()]
         case "mistyped":
             return [(_dotted((*location, key)), said) for key, said in context["keys"].items()]
         case "value_error":
@@ -86,6 +98,8 @@ def _problems(item: Any, location: tuple) -> list[tuple[str, str]]:
             tag, tags = context["tag"], _quoted(context["expected_tags"])
             return [(_dotted((*location, *_quoted(context["discriminator"]))), f"unknown {tag!r}{nearest(tag, tags)}")]
         case "literal_error":
+            if now := _renamed(f"{path}={item['input']}"):
+                return [(path, now)]
             return [(path, f"unknown {given}{nearest(item['input'], _quoted(context['expected']))}")]
         case _:
             return [(path, f"{item['msg'].replace('Input should', 'should')} (got {given})")]

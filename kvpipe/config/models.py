@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 
 from kvpipe.config.section import Count, Fraction, Name, Section, Seed
 
@@ -67,8 +67,6 @@ class LocalModel(Section):
     """Folder with config.json, safetensors and tokenizer files."""
     recipe: Recipe | None = None
     """How the folder was made, where kvpipe made it: `make teachers` and `source: pretrain` follow it."""
-    parameters: PositiveInt | None = None
-    """Number of parameters, for the elastic projector's default width; counted when absent."""
     load: Loading = Loading()
     """How a teacher is held in memory; the student always trains from fp32 weights (`train.precision`)."""
 

@@ -240,7 +240,7 @@ class Workspace:
         src = self.teacher_encoding(teacher, "train", arm.time.text)
         dst = self.student_encoding("train")
         source = None
-        if arm.content == "shuffled":
+        if arm.shuffle_teacher:
             source = derangement([record.task for record in self.records("train")], seed)
         time = build_time_map(arm.time, src, dst, source)
         return AlignedTeacher(teacher, self._rows(arm, teacher, src), src.offsets, dst.offsets, time)

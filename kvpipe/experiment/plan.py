@@ -130,6 +130,16 @@ class Dag:
             raise KeyError(f"no arm {name!r}; the configuration has {', '.join(self.arms)}")
         return self.arms[name]
 
+    def known_model(self, name: str) -> str:
+        """The name of a model, if it is one.
+
+        Raises:
+            KeyError: no such model; lists the known ones.
+        """
+        if name not in self.config.models:
+            raise KeyError(f"no model {name!r}; the configuration has {', '.join(self.config.models)}")
+        return name
+
     # ------------------------------------------------------------ what an arm needs
     def uses_store(self, arm: Arm) -> bool:
         """Whether cells of the arm read a store (else they read nothing, or run the teacher live)."""

@@ -23,6 +23,9 @@ UNHASHED = {
     "kvpipe.experiment.provenance",
     "kvpipe.models.card",
     "kvpipe.cli.app",
+    "kvpipe.cli.options",
+    "kvpipe.cli.steps",
+    "kvpipe.cli.use",
     "kvpipe.__main__",
     "kvpipe",
 }

@@ -80,7 +80,7 @@ def components(arm: Arm) -> dict[str, str]:
     out = dict.fromkeys(("teachers", "time", "layer", "projector", "fit", "fusion"), DASH) | {"loss": "CE"}
     if not arm.teachers:
         return out
-    out["teachers"] = ", ".join(arm.teachers) + (" (shuffled)" if arm.content == "shuffled" else "")
+    out["teachers"] = ", ".join(arm.teachers) + (" (shuffled)" if arm.shuffle_teacher else "")
     if len(arm.teachers) > 1 and arm.loss.kind != "relation":
         out["fusion"] = arm.fuse.kind + (
             "".join(f" {t} {'/'.join(f'{w:g}' for w in row)}" for t, row in arm.fuse.weights.items())

@@ -81,8 +81,8 @@ def _budgets(config: Config, dag: Dag, paths: Paths) -> Iterator[Check]:
         if (paths.cell(arm, seed) / "cost.json").is_file()
     }
     # arms that ask for another budget (control given more time, say) are compared among themselves
-    budgets = sorted({arm.steps for arm in dag.arms.values()})
-    groups = {b: [cost for (arm, _), cost in costs.items() if dag.arms[arm].steps == b] for b in budgets}
+    budgets = sorted({arm.step_factor for arm in dag.arms.values()})
+    groups = {b: [cost for (arm, _), cost in costs.items() if dag.arms[arm].step_factor == b] for b in budgets}
     steps = {b: sorted({cost["steps"] for cost in group}) for b, group in groups.items() if group}
     found = "; ".join(
         f"{found} optimizer steps in {len(groups[b])} cells" + (f" of {b:g} times the budget" if b != 1 else "")

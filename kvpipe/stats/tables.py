@@ -144,6 +144,14 @@ def area_under(curve: pd.DataFrame) -> float:
 
 
 # ---------------------------------------------------------------- one arm
+def write_arm_table(dag: Dag, paths: Paths, arm: str) -> None:
+    """Write `arm_table` where it belongs."""
+    dag.arm(arm)
+    out = paths.arm_table(arm)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    arm_table(dag, paths, arm).to_csv(out, index=False)
+
+
 def arm_table(dag: Dag, paths: Paths, arm: str) -> pd.DataFrame:
     """One row per seed and task (and the macro average): the item metrics' means, and the cell's curve and size."""
     rows = []

@@ -89,6 +89,28 @@ def kept(cell: Path, overrides: list[str] | None = None) -> tuple[Config, Paths]
     return config, Paths(cell / document["results"])
 
 
+def train_direct(
+    teachers: list[Path],
+    student: Path,
+    data: Path,
+    out: Path,
+    arm: str | None = None,
+    seed: int = 0,
+    checkpoints: Path | None = None,
+    made: bool = False,
+    overrides: list[str] | None = None,
+    log=print,
+) -> None:
+    """Train one cell of `experiment` into `out`, which keeps what it was trained by."""
+    # torch takes seconds to import, and `kept` is asked without
+    from kvpipe.distill.build import Workspace
+    from kvpipe.steps.train import make_cell
+
+    config, paths = experiment(teachers, student, data, out, overrides)
+    make_cell(Workspace(config, paths), arm or ARM, seed, out, checkpoints, made, log)
+    keep(config, paths, out)
+
+
 def _names(teachers: list[Path]) -> dict[str, Path]:
     """A name for every teacher: its folder's, with a number where two have the same and no dot, which parts keys in --set."""
     names: dict[str, Path] = {}

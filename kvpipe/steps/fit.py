@@ -29,7 +29,7 @@ def make_fit(work: Workspace, fit_id: str) -> None:
     arm = work.dag.fit_arm(fit_id)
     work.check(n for n, one in work.dag.arms.items() if work.dag.needs_fit(one) and work.dag.fit_id(one) == fit_id)
     # the fit sees the true pairs also for arms that shuffle them in training
-    teachers = [work.aligned_teacher(arm.model_copy(update={"content": "own"}), t) for t in arm.teachers]
+    teachers = [work.aligned_teacher(arm.model_copy(update={"shuffle_teacher": False}), t) for t in arm.teachers]
     dst = work.student_encoding("train")
     examples = spread(len(dst), arm.fit.examples)
     length = int(dst.lengths[examples].max())

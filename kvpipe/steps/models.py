@@ -24,6 +24,13 @@ from kvpipe.models.headers import lacking, misfit, no_cache, no_language_model, 
 from kvpipe.models.pretrain import pretrain, student_tokenizer
 
 
+def make_hub_models(work: Workspace) -> None:
+    """All models of the hub that some cell needs, if the disk has room for what is still to be downloaded."""
+    hub.check_room(hub.to_download(work.config, work.paths), work.paths.root)
+    for name in hub.hub_models(work.config):
+        make_model(work, name)
+
+
 def make_model(work: Workspace, name: str) -> None:
     """One model folder and its manifest."""
     model = work.config.models[name]

@@ -58,7 +58,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 def budget(config: TrainConfig, arm: Arm) -> TrainConfig:
     """Training of an arm's cells: the same for every arm, but for the steps where an arm says so."""
-    return config.model_copy(update={"steps": max(1, round(config.steps * arm.steps))})
+    return config.model_copy(update={"steps": max(1, round(config.steps * arm.step_factor))})
 
 
 def check_settings(config: TrainConfig, log=print) -> None:

@@ -196,7 +196,7 @@ MISTAKES = [
     ({"arms.null-control.set.seed_offset": 2**32 - 2}, "arms.null-control.set.seed_offset", "2**32 - 1"),
     ({"arms.null-control.set.seed_offset": -1}, "arms.null-control.set.seed_offset", "seeds -1 to 1"),
     ({"train.steps": 10**30}, "train.steps", "less than or equal to 1000000000"),
-    ({"arms.exp1.set.steps": 1e9}, "arms.exp1.set.steps", "beyond 1,000,000,000 steps"),
+    ({"arms.exp1.set.step_factor": 1e9}, "arms.exp1.set.step_factor", "beyond 1,000,000,000 steps"),
     ({"train.learning_rate": float("inf")}, "train.learning_rate", "finite number"),
     ({"train.learning_rate": float("nan")}, "train.learning_rate", "finite number"),
     ({"train.learning_rate": "1e400"}, "train.learning_rate", "finite number"),
@@ -214,6 +214,15 @@ MISTAKES = [
     ({"arms.control.role": "experiment"}, "arms.control.role", "has role control"),
     ({"arms.control.set": {"teachers": ["math"], "loss.kind": "kv"}}, "arms.control.set", "leave out teachers (math)"),
     ({"arms.control.set": {"loss.kind": "kv"}}, "arms.control.set", "both or neither"),
+    # keys that had another name
+    ({"arms.exp1.set.steps": 3}, "arms.exp1.set.steps", "is called step_factor now"),
+    (
+        {"arms.null-shuffled.set.content": "shuffled"},
+        "arms.null-shuffled.set.content",
+        "is shuffle_teacher now: true for",
+    ),
+    ({"arms.exp2.set.layer": {"kind": "cka", "by": "own"}}, "arms.exp2.set.layer.by", "own is called kv now"),
+    ({"models.math.parameters": 7000}, "models.math.parameters", "are counted; leave it out"),
     # what an arm matches
     ({"arms.exp1.set.teachers": ["math", "math"]}, "arms.exp1.set", "math is named twice"),
     ({"arms.exp1.set.loss.skip_sink": 512}, "arms.exp1.set.loss.skip_sink", "at most 512 tokens"),

@@ -214,7 +214,10 @@ def test_gpus(tmp_path, monkeypatch):
 def test_a_gpu_that_is_there_is_no_fault(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     device.check_device("cuda:1")
+    assert taken == [1]
     device.check_device("cuda")
     device.check_device("cpu")
     with pytest.raises(device.NoDevice, match=r"cuda:2.* sees 2 GPUs"):

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from kvpipe.config import EvaluateConfig, Template
 from kvpipe.data.encoding import encode_records
 from kvpipe.data.records import Record
 from kvpipe.evaluate.score import evaluate
+from kvpipe.models.folders import recorded, write_manifest
 from kvpipe.models.limits import Limits
 from kvpipe.steps.layer_map import make_layer_map
 from kvpipe.steps.teacher_kv import make_shard
@@ -141,14 +143,20 @@ def test_prompts_that_leave_no_room_are_named_before_anything_is_scored(tmp_path
         evaluate(path, RECORDS, Template(), EvaluateConfig(max_new_tokens=most - 4), "cpu")
 
 
+def changed(folder: Path, **values) -> None:
+    """Other values in a model's config, and a manifest that says so."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    write_manifest(folder, recorded(folder)["source"])
+
+
 @pytest.mark.parametrize("step", ["layer map", "store", "training", "validation"])
 def test_every_step_refuses_ids_without_an_embedding(tmp_path, step, no_forward):
     """As in a published folder whose tokenizer grew: the model's rows end before a token of the data."""
     work = build(tmp_path)
     name = work.config.student if step in ("training", "validation") else "alpha"
-    path = work.paths.model(name) / "config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"vocab_size": config["vocab_size"] - 40}))
+    config = json.loads((work.paths.model(name) / "config.json").read_text())
+    changed(work.paths.model(name), vocab_size=config["vocab_size"] - 40)
     with pytest.raises(
         ValueError, match=rf"model '{name}': token \d+ of record '.+' is '.+', id \d+, but its embedding has"
     ):
@@ -164,8 +172,7 @@ def test_every_step_refuses_ids_without_an_embedding(tmp_path, step, no_forward)
 @pytest.mark.parametrize("context", ["warn", "strict"])
 def test_a_teacher_that_reads_past_its_context(tmp_path, context):
     work = build(tmp_path, {"data.context": context})
-    path = work.paths.model("alpha") / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 5}))
+    changed(work.paths.model("alpha"), max_position_embeddings=5)
     if context == "strict":
         with pytest.raises(ValueError, match=r"model 'alpha': record '.+' has .* more than the 5 .* data.context"):
             work.teacher_encoding("alpha", "train", "student")

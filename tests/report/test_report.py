@@ -16,7 +16,7 @@ import pytest
 from kvpipe.config import load
 from kvpipe.data import build as data
 from kvpipe.distill.build import Workspace
-from kvpipe.experiment.plan import Paths
+from kvpipe.experiment.plan import Paths, digest
 from kvpipe.report import figures, tables, wording
 from kvpipe.report.collect import Results
 from kvpipe.report.render import SAMPLES_PER_TASK, provenance, samples, write_report
@@ -72,8 +72,9 @@ def fake_results(work: Workspace, text: str = "3 + 4 = 7.\n#### 7\n") -> None:
         fake_items(work.paths.teacher_quality(teacher), ids, 0.4, hardness, rng, text)
     for teacher in work.dag.teachers:
         layers = {"math": 4, "code": 5}[teacher.removesuffix("-random")]
-        similarity = {kind: rng.uniform(0, 0.9, (3, layers)).tolist() for kind in ("keys", "values")}
+        similarity = {kind: rng.uniform(0, 0.9, (3, layers)).tolist() for kind in ("keys", "values", "hidden")}
         document = {"teacher": teacher, "src_layers": layers, "dst_layers": 3, "rows": 50, "similarity": similarity}
+        document["sha256"] = digest(similarity, 64)
         write_json(work.paths.layer_map(teacher), document)
         index = {"bytes_per_token": 1220.4, "rows": 1144, "attention_cosine": 0.999982, "shards": []}
         index["key"] = {"dtype": "bf16", "layers": list(range(layers))}

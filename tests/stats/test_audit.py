@@ -14,7 +14,7 @@ from kvpipe.stats.audit import AuditFailure, audit
 ARMS = {
     "control": {"role": "control"},
     "one": {"base": "control", "set": {"teachers": ["alpha"], "loss.kind": "kv"}},
-    "null": {"base": "one", "set": {"content": "shuffled"}},
+    "null": {"base": "one", "set": {"shuffle_teacher": True}},
 }
 
 

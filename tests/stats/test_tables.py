@@ -21,7 +21,7 @@ ARMS = {
     "exp1": {"base": "control", "role": "experiment", "set": {"teachers": ["alpha"], "loss.kind": "kv"}},
     "exp3": {"base": "exp1", "role": "experiment", "set": {"layer.kind": "cka"}},
     "full": {"base": "exp1", "role": "experiment", "set": {"time.kind": "segment"}},
-    "null-shuffled": {"base": "full", "role": "null", "set": {"content": "shuffled"}},
+    "null-shuffled": {"base": "full", "role": "null", "set": {"shuffle_teacher": True}},
 }
 ITEMS = {"math": [f"m{i}" for i in range(7)], "code": [f"c{i}" for i in range(3)]}
 CONTRACT_ARMS = ["arm", "metric", "task", "mean", "low", "high", "n_seeds", "n_items"]

@@ -113,7 +113,7 @@ def test_two_processes_are_one(folder, whole, tmp_path, accumulate):
 
 
 def test_a_live_teacher_reads_every_micro_batch_once(tmp_path, monkeypatch):
-    live = overrides({"store.mode": "live"})
+    live = overrides({"store.mode": "live", "train.hold_targets_gb": 0})
     work = build(tmp_path, live)
     prepare(work, "learnable", log=lambda *_: None)
     asked = []
