@@ -86,7 +86,11 @@ def check_environment(environment: Mapping[str, str]) -> None:
     Raises:
         ValueError: several processes are said, and not all that a launcher says of them.
     """
-    several = environment.get("WORLD_SIZE") not in (None, "", "1") or environment.get("LOCAL_RANK") not in (None, "", "-1")
+    several = environment.get("WORLD_SIZE") not in (None, "", "1") or environment.get("LOCAL_RANK") not in (
+        None,
+        "",
+        "-1",
+    )
     absent = [name for name in LAUNCHER if not environment.get(name)]
     if several and absent:
         raise ValueError(alone(environment, f"no {', '.join(absent)}"))

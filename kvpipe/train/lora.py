@@ -24,9 +24,7 @@ def check_lora(work: Workspace) -> None:
     config, student = work.config.train.lora, work.config.student
     if config is not None:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                work.model_config(student), trust_remote_code=work.trusts(student)
-            )
+            model = AutoModelForCausalLM.from_config(work.model_config(student), trust_remote_code=work.trusts(student))
             adapted(model, config)
 
 

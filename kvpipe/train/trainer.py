@@ -105,6 +105,8 @@ def train(work: Workspace, arm_name: str, seed: int, out: Path, checkpoints: Pat
         run.loop(stop)
     try:
         run.write(out)
+    except BrokenPipeError:  # of the terminal, not of the disk
+        raise
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"{out} could not be written: {error}. Free some space and run the same command again: it goes on from the "
