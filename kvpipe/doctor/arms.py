@@ -8,7 +8,7 @@ from kvpipe.config import Config
 from kvpipe.doctor.finding import FAIL, OK, Finding
 from kvpipe.doctor.workload import Workload
 from kvpipe.experiment.misfits import misfits
-from kvpipe.experiment.plan import Paths
+from kvpipe.experiment.paths import Paths
 from kvpipe.models.headers import lora_misfit
 
 
