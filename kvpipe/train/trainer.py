@@ -201,7 +201,6 @@ class _Run:
         torch.manual_seed(self.drawn)
         distiller = work.distiller(self.arm, self.drawn)
         self.distiller: Distiller | None = distiller.to(self.device) if distiller is not None else None
-        torch.manual_seed(self.drawn)  # dropout, whatever the distiller has drawn
         self.optimizer = self._optimizer()
         self.counters = Counters()
         self.history: list[dict[str, Any]] = []
