@@ -14,7 +14,8 @@ import typer
 
 from kvpipe.config import Config, load
 from kvpipe.config.errors import printable
-from kvpipe.experiment.plan import Dag, Paths
+from kvpipe.experiment.paths import Paths
+from kvpipe.experiment.plan import Dag
 
 CONFIG = [Path("config/config.yaml")]
 RESULTS = Path("results")

@@ -141,7 +141,7 @@ def audit(given: Experiment) -> None:
     from kvpipe.stats.audit import audit
 
     config, paths = given.load()
-    for found in audit(config, paths, paths.root / "audit.json"):
+    for found in audit(config, paths, paths.audit):
         say(f"{found.status:>8}  {found.name}: {found.detail}")
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from kvpipe.cli.options import Experiment, experiment, say, writable_file, writable_folder
+from kvpipe.experiment.paths import STUDENT
 from kvpipe.experiment.plan import Dag
 
 PROFILE = Path("profiles/slurm")
@@ -98,7 +99,7 @@ def evaluate(
 
     if (model is None) == (cell is None):
         raise typer.BadParameter("give either --model or --cell")
-    say(score_folder(Workspace(*given.of(cell)), model or Path(cell or "") / "model", split, out))
+    say(score_folder(Workspace(*given.of(cell)), model or Path(cell or "") / STUDENT, split, out))
 
 
 @experiment
@@ -136,7 +137,7 @@ def report(
     from kvpipe.report.render import write_report
 
     work = given.workspace()
-    write_report(work, out or work.paths.root / "report.html")
+    write_report(work, out or work.paths.report)
 
 
 @experiment

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from kvpipe.config import StatsConfig
-from kvpipe.experiment.plan import Dag, Paths
+from kvpipe.experiment.paths import ARMS, CONTRASTS, COST, Paths
+from kvpipe.experiment.plan import Dag
 from kvpipe.stats.bootstrap import (
     adjust,
     adjusted_interval,
@@ -68,7 +69,7 @@ def read_items(paths: Paths, arm: str, seeds: list[int]) -> pd.DataFrame:
 
 def cell_of(model: Path) -> dict[str, Any] | None:
     """Arm and seed of the cell that a model folder belongs to; None for every other model."""
-    path = model.parent / "cost.json"
+    path = model.parent / COST
     if not path.is_file():
         return None
     provenance = json.loads(path.read_text(encoding="utf-8")).get("provenance", {})
@@ -91,7 +92,7 @@ def read_cost(paths: Paths, arm: str, seed: int) -> dict[str, Any]:
     Raises:
         ValueError: the file is no JSON object, or is another cell's.
     """
-    path = paths.cell(arm, seed) / "cost.json"
+    path = paths.cost(arm, seed)
     if not path.is_file():
         return {}
     try:
@@ -116,7 +117,7 @@ def _complete(items: pd.DataFrame, path: Path) -> pd.DataFrame:
 
 def read_curve(paths: Paths, arm: str, seed: int) -> pd.DataFrame:
     """Validation losses of a cell: step, tokens, validation_loss."""
-    path = paths.cell(arm, seed) / "history.jsonl"
+    path = paths.history(arm, seed)
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return pd.DataFrame([line for line in lines if "validation_loss" in line])[["step", "tokens", "validation_loss"]]
 
@@ -199,7 +200,7 @@ class Scores:
         self.models = {arm: " ".join(data.model.unique()).strip() for arm, data in items.items()}
         present = [d for d in items.values() if len(d)]
         if not present:
-            raise FileNotFoundError(f"no evaluated cell under {paths.root / 'evaluate'}")
+            raise FileNotFoundError(f"no evaluated cell under {paths.root}")
         ids = present[0].drop_duplicates("id").set_index("id").task
         for arm, data in items.items():
             _check_items(arm, data, ids)
@@ -228,7 +229,7 @@ class Scores:
 
     def _curves(self, dag: Dag, paths: Paths) -> None:
         def curve(arm: str, seed: int) -> pd.DataFrame | None:
-            found = (paths.cell(arm, seed) / "history.jsonl").is_file()
+            found = paths.history(arm, seed).is_file()
             return read_curve(paths, arm, seed) if found else None
 
         control = {seed: curve("control", seed) for seed in self.seeds}
@@ -419,23 +420,23 @@ def write_stats(dag: Dag, paths: Paths, untrained: Path | None) -> None:
     scores = Scores(dag, paths)
     base = pd.read_parquet(untrained) if untrained is not None else None
     paths.stats.mkdir(parents=True, exist_ok=True)
-    arms_table(scores, config, base).to_csv(paths.stats / "arms.csv", index=False)
+    arms_table(scores, config, base).to_csv(paths.stats / ARMS, index=False)
     bases = {name: dag.config.arms[name].base for name in dag.arms}
     table = contrasts_table(scores.arms, roles, bases, _measures(scores), scores.matrix, config)
-    table.to_csv(paths.stats / "contrasts.csv", index=False)
+    table.to_csv(paths.stats / CONTRASTS, index=False)
 
     costs = _costs(dag, paths)
     measures = [(metric, ALL) for metric in COST_METRICS]
-    paths.cost.mkdir(parents=True, exist_ok=True)
+    paths.costs.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(
         [
             _arm_row(arm, metric, task, costs[arm, metric, task], config)
             for arm in scores.arms
             for metric, task in measures
         ]
-    ).to_csv(paths.cost / "arms.csv", index=False)
+    ).to_csv(paths.costs / ARMS, index=False)
     contrasts_table(scores.arms, roles, bases, measures, lambda *key: costs[key], config).to_csv(
-        paths.cost / "contrasts.csv", index=False
+        paths.costs / CONTRASTS, index=False
     )
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from kvpipe.config import Config, ConfigError, FileData, overridden, parse
 from kvpipe.data.rows import read
-from kvpipe.experiment.plan import Paths, digest
+from kvpipe.experiment.paths import Paths
+from kvpipe.experiment.plan import digest
 from kvpipe.experiment.provenance import digest_of
 
 ARM = "distil"

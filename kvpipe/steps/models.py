@@ -9,7 +9,7 @@ from typing import Any
 from kvpipe.config import HubModel, LocalModel, PretrainModel, RandomModel, ScratchModel
 from kvpipe.distill.build import Workspace
 from kvpipe.experiment import made
-from kvpipe.experiment.provenance import MANIFEST
+from kvpipe.experiment.paths import MANIFEST
 from kvpipe.models import hub
 from kvpipe.models.folders import (
     fetch_local,
