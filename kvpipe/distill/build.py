@@ -325,10 +325,10 @@ class Workspace:
             store = self.store(teacher, "student")
             ids, logprobs = store.rows("top_ids"), store.rows("top_logprobs")
         else:
-            key = StoreKey("live", "live", (), "student", "live", self.config.store.top_logits, 0)
             pad = self.tokenizer(teacher).pad_token_id
             model = self.teacher_model(teacher)
-            found = forward_rows(model, src, np.arange(len(src)), key, self.config.store.batch_size, pad)
+            size, top = self.config.store.batch_size, self.config.store.top_logits
+            found = forward_rows(model, src, np.arange(len(src)), (), size, pad, top)
             assert found.top_ids is not None and found.top_logprobs is not None
             ids, logprobs = found.top_ids, found.top_logprobs
         twins = torch.from_numpy(token_twins(self.tokenizer(teacher), self.student_tokenizer))
