@@ -56,7 +56,7 @@ rule teacher_quality:
     params:
         settings=settings_of("evaluate"),
         code=code_of("evaluate.score"),
-        model=PATHS.model("{teacher}"),
+        model=str(PATHS.model("{teacher}")),
     shell:
         "python -m kvpipe evaluate --model {params.model} --out {output} > {log} 2>&1"
 

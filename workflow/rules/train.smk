@@ -20,7 +20,7 @@ rule train:
         code=code_of("train.trainer"),
         # not outputs: Snakemake deletes those of a job that failed, and a run goes on from its checkpoint
         cell=subpath(output.history, parent=True),
-        checkpoints=PATHS.checkpoints("{arm}", "{seed}"),
+        checkpoints=str(PATHS.checkpoints("{arm}", "{seed}")),
         launch=cell_launcher,
     # exec: a shell in between would end at SIGTERM, and SLURM kill what is left of the job before it has saved
     shell:
