@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -115,14 +116,14 @@ def test_a_record_that_is_gone_makes_it_again(work):
 
 def test_a_retrained_cell_with_its_old_scores_is_not_done(tmp_path, made):
     paths = type(made.paths)(tmp_path)
-    for path in (paths.cell("mine", 0) / "cost.json", paths.items("mine", 0)):
-        path.parent.mkdir(parents=True)
-        path.write_text(json.dumps({"train_seconds": 1.0, "peak_memory_bytes": 1}))
-    assert cell_of(paths, "mine", 0).state == "done"
-    cost = paths.cell("mine", 0) / "cost.json"
-    cost.unlink()
-    cost.write_text(json.dumps({"train_seconds": 2.0, "peak_memory_bytes": 1}))
-    assert cell_of(paths, "mine", 0).state == "trained"
+    cost, items = paths.cost("mine", 0), paths.items("mine", 0)
+    cost.parent.mkdir(parents=True), items.parent.mkdir(parents=True)
+    scores = pd.DataFrame({"id": ["a"]})
+    scores.attrs["model"] = "first"
+    scores.to_parquet(items)
+    for digest, state in (("first", "done"), ("second", "trained")):
+        cost.write_text(json.dumps({"train_seconds": 1.0, "peak_memory_bytes": 1, "model": {"digest": digest}}))
+        assert cell_of(paths, "mine", 0).state == state
 
 
 # ---------------------------------------------------------------- damage
