@@ -11,7 +11,7 @@ from kvpipe.config import Config, FileData, HubData, HubModel, LocalModel
 from kvpipe.doctor.finding import FAIL, OK, WARNING, Finding, inside_a_job
 from kvpipe.experiment.paths import MANIFEST, SPLITS, Paths
 from kvpipe.experiment.plan import Dag
-from kvpipe.models.headers import bad_tokenizer, lacking, misfit, no_cache, no_language_model, read_config
+from kvpipe.models.headers import bad_tokenizer, lacking, misfit, no_cache, no_language_model, read_config, unembedded
 from kvpipe.models.hub import HubError, absent, candidates, hub_models, missing_bytes, token
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
@@ -64,6 +64,7 @@ def _local(name: str, model: LocalModel, recorded: bool) -> Iterator[Finding]:
     missing = unusable(folder, recorded)
     if not missing:
         yield Finding(f"model {name}", OK, f"{folder} is complete")
+        yield from _ids(name, folder)
         return
     if not lacking(folder):  # the problem says what to do
         yield Finding(f"model {name}", FAIL, f"{folder}: {'; '.join(missing)}", f"or correct models.{name}.path")
@@ -72,6 +73,17 @@ def _local(name: str, model: LocalModel, recorded: bool) -> Iterator[Finding]:
     if any("cut off" in problem or "-of-" in problem for problem in missing):
         fix = f"the copy or download was not finished: fetch these files into {folder} again"
     yield Finding(f"model {name}", FAIL, f"{folder}: {', '.join(missing)}", fix)
+
+
+def _ids(name: str, folder: Path) -> Iterator[Finding]:
+    """Tokens that cannot be read; a text with one of them is an error, and so is every batch where it pads."""
+    try:
+        found = unembedded(folder)
+    except (ValueError, KeyError, TypeError, AttributeError):  # not the layout that is known
+        return
+    if found is not None:
+        fix = "use the tokenizer that the model was trained with, or resize the embedding"
+        yield Finding(f"tokens of {name}", FAIL if found[1] else WARNING, found[0], fix)
 
 
 # ---------------------------------------------------------------- data
@@ -148,12 +160,14 @@ def _hub(
             yield Finding(label, FAIL, f"{folder}: {'; '.join(missing)}", f"or correct models.{name}.repo")
         else:
             yield Finding(label, OK, f"{where} is complete in {folder}")
+            yield from _ids(name, folder)
         return
     if copy is not None and (missing := unusable(copy, recorded)):
         yield Finding(label, FAIL, f"{copy}: {'; '.join(missing)}", f"or correct models.{name}.repo")
         return
     if copy is not None:
         yield Finding(label, OK, f"{where} is in {copy}: nothing to download")
+        yield from _ids(name, copy)
         return
     if inside_a_job():
         yield Finding(label, OK, f"{where}, examined from the login node only")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
+import time
+from datetime import timedelta
 
 import torch
 
 from kvpipe.config import ConfigError
+from kvpipe.experiment import launch
 
 HARMLESS = {"ACCELERATE_USE_CPU", "ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE"}
 """What the environment may say to accelerate: nothing of it changes a number."""
@@ -68,6 +72,46 @@ def without_environment() -> None:
                 f"{name}={value} in the environment asks for a way of training that kvpipe does not have: every process "
                 "holds the whole student. Unset it, or start with `accelerate launch --multi_gpu`"
             )
+
+
+def meet(device: str) -> None:
+    """Join the processes that the launcher's variables speak of, for at most `KVPIPE_MEETING_SECONDS` (60).
+
+    Only the meeting is limited: a collective waits as long as torch lets it, since one process may build what all need.
+
+    Raises:
+        ConfigError: the others did not come; says what is in the environment and what to do.
+    """
+    launch.check_environment(os.environ)
+    if os.environ.get("WORLD_SIZE", "1") in ("", "1") or torch.distributed.is_initialized():
+        return
+    limit = float(os.environ.get("KVPIPE_MEETING_SECONDS", "60"))
+    try:
+        if os.environ["RANK"] != "0":
+            _reach(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), limit)
+        store, rank, size = next(torch.distributed.rendezvous("env://", timeout=timedelta(seconds=limit)))
+        # torch's store does not wait for ranks of which it heard nothing
+        store.set(f"kvpipe/{rank}", "")
+        store.wait([f"kvpipe/{other}" for other in range(size)], timedelta(seconds=limit))
+    except (OSError, RuntimeError, ValueError) as error:
+        said = str(error).splitlines()[0]
+        raise ConfigError(launch.alone(os.environ, f"not all of them came within {limit:g} s ({said})")) from error
+    store.set_timeout(torch.distributed.constants.default_pg_timeout)
+    backend = "gloo" if device == "cpu" else "nccl"
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
+
+
+def _reach(host: str, port: int, limit: float) -> None:
+    """Wait until the first process listens; torch would fill the terminal with frames of its C++ meanwhile."""
+    end = time.monotonic() + limit
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=limit).close()
+            return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)
 
 
 def _reason() -> str:

@@ -86,18 +86,24 @@ def check_environment(environment: Mapping[str, str]) -> None:
     Raises:
         ValueError: several processes are said, and not all that a launcher says of them.
     """
-    several = environment.get("WORLD_SIZE", "1") not in ("", "1") or environment.get("LOCAL_RANK", "-1") not in (
+    several = environment.get("WORLD_SIZE") not in (None, "", "1") or environment.get("LOCAL_RANK") not in (
+        None,
         "",
         "-1",
     )
+    absent = [name for name in LAUNCHER if not environment.get(name)]
+    if several and absent:
+        raise ValueError(alone(environment, f"no {', '.join(absent)}"))
+
+
+def alone(environment: Mapping[str, str], problem: str) -> str:
+    """What to tell a process that its launcher's variables promise other processes which are not there."""
     said = [name for name in LAUNCHER if environment.get(name)]
-    lacking = [name for name in LAUNCHER if name not in said]
-    if several and lacking:
-        raise ValueError(
-            f"the environment has {', '.join(f'{name}={environment[name]}' for name in said)} and no {', '.join(lacking)}: "
-            f"variables of another job's launcher. Unset them (env -u {' -u '.join(said)} …), or start several processes "
-            "by accelerate launch --module kvpipe train …"
-        )
+    return (
+        f"the environment has {', '.join(f'{name}={environment[name]}' for name in said)}, and {problem}: variables of "
+        f"another job's launcher? Unset them (env -u {' -u '.join(said)} …), or start several processes by accelerate "
+        "launch --module kvpipe train …"
+    )
 
 
 def command(gpus: int, nodes: int = 1, container: str = "") -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow.parquet
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -45,8 +47,8 @@ def cell(paths: Paths, arm: str, seed: int) -> Cell:
     if cost.is_file():
         found = json.loads(cost.read_text(encoding="utf-8"))
         items = paths.items(arm, seed)
-        # scores that are older than the cell are those of another student
-        scored = items.is_file() and items.stat().st_mtime_ns >= cost.stat().st_mtime_ns
+        # scores of other weights are those of another student
+        scored = items.is_file() and scored_model(items) == found.get("model", {}).get("digest")
         state = "done" if scored else "trained"
         detail = f"{found['train_seconds']:.0f} s, {found['peak_memory_bytes'] / 1e9:.2f} GB"
         # made before attempts were recorded: the steps' own time
@@ -63,6 +65,14 @@ def cell(paths: Paths, arm: str, seed: int) -> Cell:
     errors = [line for line in lines[-2:] if "Error" in line or line.startswith(ERRORS)]
     state = "running" if time.time() - newest < RUNNING_WITHIN and not errors else "failed"
     return _cell(arm, seed, state, (errors or lines[-1:] or [""])[0], log, spent)
+
+
+def scored_model(items: Path) -> str | None:
+    """The digest of the model that a table of scores is of; None where it does not say, or is damaged."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        metadata = pyarrow.parquet.read_schema(items).metadata
+        return json.loads(metadata[b"PANDAS_ATTRS"]).get("model")
+    return None
 
 
 def _newest_log(paths: Paths, arm: str, seed: int) -> Path | None:

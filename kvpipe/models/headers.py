@@ -261,6 +261,43 @@ def misfit(folder: Path) -> str | None:
     return describe(missing, unexpected, mismatched)
 
 
+def lora_misfit(folder: Path, targets: list[str]) -> str | None:
+    """Why adapters on modules of these names are refused, as far as config.json and the headers tell."""
+    values, shapes = read_config(folder), tensors(folder)
+    modules = {name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2}
+    head = any(HEAD.search(name) for name in shapes)
+    tied = bool(values.get("tie_word_embeddings")) or (bool(shapes) and not head)
+    for target in targets:
+        if tied and any(kind.search(f"{target}.weight") for kind in (EMBEDDING, HEAD)):
+            return f"{target!r}: embedding and head of the student are one weight (tied), so no adapter on one can be saved"
+        if modules and not any(f".{name}".endswith(f".{target}") for name in modules):
+            known = sorted({name.rpartition(".")[2] for name in modules})
+            return f"{target!r} is no module of the student; its weights are those of {', '.join(known)}"
+    return None
+
+
+def unembedded(folder: Path) -> tuple[str, bool] | None:
+    """Ids of tokenizer.json that the embedding has no row for, in words, and whether the pad token is one of them.
+
+    Texts without such a token are read as ever; None where every id has a row.
+    """
+    rows = next((shape[0] for name, shape in tensors(folder).items() if EMBEDDING.search(name)), None)
+    if rows is None or not (folder / "tokenizer.json").is_file():
+        return None
+    read = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    words = (read.get("model") or {}).get("vocab") or {}
+    ids = dict(words) if isinstance(words, dict) else {word: number for number, (word, *_) in enumerate(words)}
+    ids |= {token["content"]: token["id"] for token in read.get("added_tokens") or []}
+    beyond = {word: number for word, number in ids.items() if number >= rows}
+    settings = folder / "tokenizer_config.json"
+    pad = json.loads(settings.read_text(encoding="utf-8")).get("pad_token") if settings.is_file() else None
+    pad = pad.get("content") if isinstance(pad, dict) else pad
+    if not beyond:
+        return None
+    shown = _few(f"{word!r} ({number})" for word, number in sorted(beyond.items(), key=lambda item: item[1]))
+    return f"{len(beyond)} tokens of tokenizer.json have no row in the embedding of {rows}: {shown}", pad in beyond
+
+
 Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]
 """A tensor, its shape in the file, and the shape that was expected."""
 

@@ -12,6 +12,7 @@ from kvpipe.steps.fit import make_fit
 from kvpipe.steps.layer_map import make_layer_map
 from kvpipe.steps.models import make_model
 from kvpipe.steps.teacher_kv import make_shard, make_store_index
+from kvpipe.train.lora import check_lora
 
 
 def prepare(work: Workspace, arm_name: str, log=print) -> None:
@@ -33,6 +34,7 @@ def _steps(work: Workspace, arm_name: str) -> Iterator[tuple[str, str, tuple[str
     for name in dict.fromkeys([work.config.student, *(n for t in arm.teachers for n in (*dag.model_needs(t), t))]):
         yield f"model {name}", "models", (name,), partial(make_model, work, name)
     work.check([arm_name])
+    check_lora(work)
     for teacher in arm.teachers:
         if dag.needs_layer_map(arm) or dag.store_needs_layer_map(teacher):
             yield f"layer map of {teacher}", "layer_map", (teacher,), partial(make_layer_map, work, teacher)

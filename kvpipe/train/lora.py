@@ -4,13 +4,28 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from kvpipe.config import LoraConfig
+from kvpipe.distill.build import Workspace
 
 KEY = "train.lora.target_modules"
+
+
+def check_lora(work: Workspace) -> None:
+    """Refuse what `adapted` refuses, on a student without weights: before any teacher reads a text.
+
+    Raises:
+        ValueError: as `adapted`.
+    """
+    config, student = work.config.train.lora, work.config.student
+    if config is not None:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(work.model_config(student), trust_remote_code=work.trusts(student))
+            adapted(model, config)
 
 
 def adapted(model: PreTrainedModel, config: LoraConfig):

@@ -4,9 +4,11 @@ import io
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -141,3 +143,80 @@ def test_no_traceback_for_0(tmp_path):
     for value, shown in (("0", False), ("1", True)):
         done = kvpipe("data", "--config", tmp_path / "none.yaml", KVPIPE_TRACEBACK=value)
         assert done.returncode == 1 and ("Traceback" in done.stderr) is shown
+
+
+# ---------------------------------------------------------------- how a command ends
+HERE = Path(__file__).resolve().parents[2]
+LAUNCHED = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "KVPIPE_MEETING_SECONDS": "2"}
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_rank_that_never_comes_ends_the_meeting_in_one_line(tmp_path, rank):
+    config = tmp_path / "c.json"
+    config.write_text(json.dumps(values(tmp_path)))
+    launched = LAUNCHED | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": free_port()}
+    done = kvpipe("train", "--config", config, "--results", tmp_path / "r", "--arm", "control", **launched)
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if not line.startswith("(set KVPIPE")]
+    assert re.match(rf"ConfigError: .*RANK={rank}.*WORLD_SIZE=2.*within 2 s.*env -u RANK", line), done.stderr
+    assert not (tmp_path / "r").exists(), "nothing was made before"
+
+
+def test_an_interruption_is_one_line(tmp_path):
+    """The signal comes while modules are imported: a module of ours sends it."""
+    (tmp_path / "rich.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    script = "import sys\nsys.argv[1:] = ['status']\nfrom kvpipe.__main__ import main\nmain()"
+    program = f"import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n{script}"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{HERE}"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_a_reader_that_goes_away_ends_training_quietly(tmp_path):
+    config = tmp_path / "c.json"
+    config.write_text(json.dumps(values(tmp_path)))
+    command = [sys.executable, "-m", "kvpipe", "train", "--config", str(config), "--results", str(tmp_path / "r")]
+    environment = {k: v for k, v in os.environ.items() if k != "KVPIPE_TRACEBACK"} | {"PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        [*command, "--arm", "control"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "data …\n"
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
+
+
+def test_too_little_memory_is_one_line(tmp_path):
+    """`ulimit -v`: less than torch needs to be loaded."""
+    config = tmp_path / "c.json"
+    config.write_text(json.dumps(values(tmp_path)))
+    command = f"ulimit -v 600000; exec {sys.executable} -m kvpipe train --arm control --config {config} --results {tmp_path}/r"
+    environment = {k: v for k, v in os.environ.items() if k != "KVPIPE_TRACEBACK"}
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False, env=environment
+    )
+    assert done.returncode == 1
+    error, hint = done.stderr.splitlines()
+    assert re.match("(ImportError|MemoryError|OSError|OutOfMemory): ", error) and hint.startswith("(set KVPIPE"), done
+
+
+def test_a_document_that_explodes_is_refused_by_snakemake_too(tmp_path):
+    """Of lists; one of mappings Snakemake writes out before any of our lines runs."""
+    path = tmp_path / "bomb.yaml"
+    path.write_text(BOMBS["lists"])
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", "-n", "--configfile", str(path), "--directory", str(tmp_path)],
+        capture_output=True, text=True, timeout=120, check=False, cwd=HERE,
+    )  # fmt: skip
+    said = done.stdout + done.stderr
+    assert done.returncode == 1 and "Traceback" not in said
+    assert len([line for line in said.splitlines() if "entries when its aliases" in line]) == 1, said

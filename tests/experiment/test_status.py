@@ -5,6 +5,7 @@ import json
 import os
 import time
 
+import pandas as pd
 import pytest
 from rich.console import Console
 from tiny import config
@@ -35,10 +36,17 @@ def log(paths, text, arm="two", seed=1, age=0.0):
 def done(paths, arm="two", seed=1, scored=True):
     folder = paths.cell(arm, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "cost.json").write_text(json.dumps({"train_seconds": 61.7, "peak_memory_bytes": 2.34e9}))
+    cost = {"train_seconds": 61.7, "peak_memory_bytes": 2.34e9, "model": {"digest": "sha256:now"}}
+    (folder / "cost.json").write_text(json.dumps(cost))
     if scored:
-        paths.items(arm, seed).parent.mkdir(parents=True, exist_ok=True)
-        paths.items(arm, seed).touch()
+        scores(paths.items(arm, seed), "sha256:now")
+
+
+def scores(path, digest):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pd.DataFrame({"id": ["a"]})
+    table.attrs["model"] = digest
+    table.to_parquet(path, index=False)
 
 
 def test_missing(paths):
@@ -72,6 +80,17 @@ def test_trained_and_done_show_time_and_memory(paths):
     assert cell_state(paths, "two", 1) == ("trained", "62 s, 2.34 GB")
     done(paths)
     assert cell_state(paths, "two", 1) == ("done", "62 s, 2.34 GB")
+
+
+def test_scores_count_where_they_are_of_these_weights_whatever_the_files_times(paths):
+    done(paths)
+    items = paths.items("two", 1)
+    os.utime(items, (1.0, 1.0))
+    assert cell_state(paths, "two", 1)[0] == "done", "a copy keeps no times"
+    scores(items, "sha256:before")
+    assert cell_state(paths, "two", 1)[0] == "trained"
+    items.write_bytes(b"cut off")
+    assert cell_state(paths, "two", 1)[0] == "trained"
 
 
 def test_the_grid_has_every_cell(paths, tmp_path):

@@ -10,7 +10,16 @@ from tiny import ALPHA, save_teacher
 from tokenizer_zoo import build as build_tokenizer
 
 from kvpipe.models.folders import fingerprint, load_model, load_tokenizer
-from kvpipe.models.headers import LAYER, causal_types, misfit, no_cache, no_language_model, read_config
+from kvpipe.models.headers import (
+    LAYER,
+    causal_types,
+    misfit,
+    no_cache,
+    no_language_model,
+    read_config,
+    tensors,
+    unembedded,
+)
 
 DAMAGE = {
     "torch.compile": lambda t: {f"_orig_mod.{k}": v for k, v in t.items()},
@@ -124,3 +133,23 @@ def test_another_tokenizer_than_the_manifest_s_is_refused(tmp_path):
     file.write_text(file.read_text()[:500])
     with pytest.raises(ValueError, match="is cut off or damaged"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("pads", [False, True])
+def test_tokens_without_a_row_are_counted(pads, tmp_path):
+    folder = tmp_path / "model"
+    save_teacher(folder, "alpha", ALPHA, 0)
+    assert unembedded(folder) is None
+    rows = next(shape[0] for name, shape in tensors(folder).items() if "embed" in name)
+    file = folder / "tokenizer.json"
+    read = json.loads(file.read_text())
+    read["added_tokens"].append({"id": rows, "content": "<new>"})
+    file.write_text(json.dumps(read))
+    if pads:
+        settings = folder / "tokenizer_config.json"
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"pad_token": "<new>"}))
+    words, padding = unembedded(folder)
+    assert (words, padding) == (
+        f"1 tokens of tokenizer.json have no row in the embedding of {rows}: '<new>' ({rows})",
+        pads,
+    )

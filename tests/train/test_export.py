@@ -17,6 +17,8 @@ from kvpipe.config import DataConfig, Recipe
 from kvpipe.data.corpus import generate
 from kvpipe.data.records import render
 from kvpipe.distill.build import Workspace
+from kvpipe.doctor.arms import examine_arms
+from kvpipe.doctor.finding import FAIL
 from kvpipe.models import folders as models
 from kvpipe.models.folders import build_model, load_model, train_tokenizer
 from kvpipe.models.pretrain import pretrain, tokenizer_texts
@@ -211,6 +213,16 @@ def test_adapters_on_tied_weights_are_refused(tmp_path, targets):
     with pytest.raises(ValueError, match=r"train\.lora\.target_modules: .*embed_tokens.*lm_head.*tied") as error:
         run(work, tmp_path)
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("target", ["lm_head", "no_such_proj"])
+def test_adapters_that_are_refused_are_refused_before_a_teacher_reads(tmp_path, target):
+    work = experiment(tmp_path, **{"train.lora": {"target_modules": [target]}})
+    with pytest.raises(ValueError, match=r"train\.lora\.target_modules"):
+        prepare(work, "one", log=lambda *_: None)
+    assert not list(work.paths.root.glob("teacher_kv*/**/*.safetensors"))
+    (finding,) = [f for f in examine_arms(work.config, work.paths) if f.status == FAIL]
+    assert "train.lora.target_modules" in finding.detail and target in finding.detail
 
 
 @pytest.mark.parametrize(
