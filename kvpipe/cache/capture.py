@@ -30,6 +30,7 @@ from transformers.modeling_utils import AttentionInterface
 from kvpipe.align.regime import by_own_length, positions_from_mask
 from kvpipe.align.rope import Rope, modeling_module
 from kvpipe.cache.kv import KV
+from kvpipe.experiment.sizes import kv_heads_and_dim
 
 
 class Geometry(NamedTuple):
@@ -60,20 +61,14 @@ def kv_geometry(config: PretrainedConfig) -> Geometry:
 
 
 def _heads(config: PretrainedConfig) -> tuple[int, int]:
-    """KV heads and head dimension of one layer, under the names that families give them."""
-    heads = getattr(config, "num_attention_heads", None)
-    if not heads:
+    """KV heads and head dimension of one layer."""
+    found = kv_heads_and_dim(lambda name: getattr(config, name, None))
+    if found is None:
         raise ValueError(
             f"model type '{config.model_type}' has no attention heads (a state-space or linear model), so there are no keys "
             "and values to distil; use a teacher and a student with attention"
         )
-    kv_heads = heads
-    for source in (config, getattr(config, "attn_config", None)):  # DBRX nests its attention settings
-        for name in ("num_key_value_heads", "num_kv_heads", "kv_n_heads"):
-            kv_heads = getattr(source, name, None) or kv_heads
-    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
-        kv_heads = 1  # Falcon and GPT BigCode: the number in the config does not count then
-    return kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+    return found
 
 
 class _Layer(NamedTuple):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +140,8 @@ def build_shard(
         print(f"{path}: already there")
         return
     first, last = shard_bounds(len(encoding), config.shards, shard)
-    found = forward_rows(model, encoding, np.arange(first, last), key, config.batch_size, pad_id)
+    examples = np.arange(first, last)
+    found = forward_rows(model, encoding, examples, key.layers, config.batch_size, pad_id, key.top_logits)
     tensors = {"nll": found.nll}
     for name, exact in (("keys", found.keys), ("values", found.values)):
         tensors |= {f"{name}{suffix}": tensor for suffix, tensor in pack(exact, key.dtype).items()}
@@ -185,17 +187,23 @@ class TeacherRows:
 
 @torch.no_grad()
 def forward_rows(
-    model, encoding: Encoding, examples: Int64[np.ndarray, "example"], key: StoreKey, batch_size: int, pad_id: int
+    model,
+    encoding: Encoding,
+    examples: Int64[np.ndarray, "example"],
+    layers: Sequence[int],
+    batch_size: int,
+    pad_id: int,
+    top: int = 0,
 ) -> TeacherRows:
-    """The key's layers for the rows of some examples, in their order; with `key.top_logits`, also next tokens."""
+    """Some layers for the rows of some examples, in their order; with `top`, also that many next tokens."""
     device = next(model.parameters()).device
     lengths = encoding.lengths[examples]
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    total, top = int(starts[-1]), key.top_logits
+    total = int(starts[-1])
     _, heads, dim = kv_geometry(model.config)
     out = TeacherRows(
-        keys=torch.empty(total, len(key.layers), heads, dim),
-        values=torch.empty(total, len(key.layers), heads, dim),
+        keys=torch.empty(total, len(layers), heads, dim),
+        values=torch.empty(total, len(layers), heads, dim),
         nll=torch.empty(total),
         top_ids=torch.empty(total, top, dtype=torch.int32) if top else None,
         top_logprobs=torch.empty(total, top, dtype=torch.float16) if top else None,
@@ -209,7 +217,7 @@ def forward_rows(
             valid = batch.mask
             rows = torch.from_numpy(concatenated_ranges(starts[members], starts[members + 1]))
             for target, tensor in ((out.keys, kv.keys), (out.values, kv.values)):
-                picked = rearrange(tensor[list(key.layers)], "layer batch head time dim -> batch time layer head dim")
+                picked = rearrange(tensor[list(layers)], "layer batch head time dim -> batch time layer head dim")
                 target[rows] = picked[valid].float().cpu()
             nll, ids, logprobs = _next_tokens(logits, batch.labels, top)
             out.nll[rows] = nll[valid].cpu()

@@ -10,11 +10,11 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
+from kvpipe.align.time import gather_time, weight_mask
 from kvpipe.align.timemap import TimeMap
 from kvpipe.cache.capture import Recorder, kv_geometry
-from kvpipe.cache.store import Store, StoreKey, forward_rows
+from kvpipe.cache.store import Store, forward_rows
 from kvpipe.data.batches import collate
 from kvpipe.data.encoding import Encoding, concatenated_ranges
 
@@ -51,11 +51,10 @@ class LiveRows:
     def __init__(self, model, encoding: Encoding, layers: tuple[int, ...], pad_id: int, batch_size: int):
         self.model, self.encoding, self.layers, self.pad_id = model, encoding, layers, pad_id
         self.batch_size = batch_size
-        self._key = StoreKey("live", "live", layers, "live", "live", 0, 0)
 
     def fetch(self, examples: Int64[np.ndarray, "example"]) -> tuple[Tensor, Tensor]:
         """Keys and values from forwards of `batch_size` examples."""
-        found = forward_rows(self.model, self.encoding, examples, self._key, self.batch_size, self.pad_id)
+        found = forward_rows(self.model, self.encoding, examples, self.layers, self.batch_size, self.pad_id)
         return found.keys, found.values
 
 
@@ -116,10 +115,9 @@ class AlignedTeacher:
         index = torch.where(weight > 0, index, 0)
 
         def gather(x: Cache) -> Tensor:
-            out = embedding_bag(index, x.flatten(1), per_sample_weights=weight, mode="sum")
-            return out.reshape(len(examples), length, *x.shape[1:])
+            return gather_time(x.flatten(1), index, weight).reshape(len(examples), length, *x.shape[1:])
 
-        return Aligned(gather(keys), gather(values), (weight > 0).any(-1).reshape(len(examples), length))
+        return Aligned(gather(keys), gather(values), weight_mask(weight).reshape(len(examples), length))
 
 
 def spread(count: int, wanted: int) -> Int64[np.ndarray, "example"]:

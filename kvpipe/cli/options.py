@@ -23,7 +23,7 @@ ConfigFile = Annotated[
     list[Path],
     typer.Option("--config", envvar="KVPIPE_CONFIG", help="Configuration file (YAML); overlays follow it, in order."),
 ]
-Results = Annotated[Path, typer.Option("--results", envvar="KVPIPE_RESULTS", help="Folder of all artefacts.")]
+ResultsFolder = Annotated[Path, typer.Option("--results", envvar="KVPIPE_RESULTS", help="Folder of all artefacts.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value, over the file; repeatable.")]
 
 
@@ -57,10 +57,10 @@ class Experiment:
         return (kept(cell, self.overrides) if cell else None) or self.load()
 
 
-SHARED = {"config": (ConfigFile, CONFIG), "results": (Results, RESULTS), "overrides": (Overrides, None)}
+SHARED = {"config": (ConfigFile, CONFIG), "results": (ResultsFolder, RESULTS), "overrides": (Overrides, None)}
 
 
-def experiment(command: Callable[..., None]) -> Callable[..., None]:
+def with_experiment(command: Callable[..., None]) -> Callable[..., None]:
     """The options that name an experiment, after a command's own; it gets the `Experiment` as its first argument."""
     signature = inspect.signature(command, eval_str=True)
     own = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in list(signature.parameters.values())[1:]]

@@ -7,13 +7,13 @@ from typing import Annotated, Literal
 
 import typer
 
-from kvpipe.cli.options import CONFIG, ConfigFile, Experiment, Overrides, experiment, say, writable_file
+from kvpipe.cli.options import CONFIG, ConfigFile, Experiment, Overrides, say, with_experiment, writable_file
 
 Teacher = Annotated[str, typer.Option(help="Name of the teacher.")]
 Items = Annotated[Path, typer.Option(help="Parquet file, one row per item.", callback=writable_file)]
 
 
-@experiment
+@with_experiment
 def data(given: Experiment) -> None:
     """Write the train, validation and test splits."""
     from kvpipe.data.build import build
@@ -24,7 +24,7 @@ def data(given: Experiment) -> None:
     note(dag, paths, "data")
 
 
-@experiment
+@with_experiment
 def models(
     given: Experiment,
     name: Annotated[
@@ -58,7 +58,7 @@ def pretrain(
         pretrain_into_path(settings, name, log=say)
 
 
-@experiment
+@with_experiment
 def layer_map(given: Experiment, teacher: Teacher) -> None:
     """Measure the similarity (CKA) of the student's and a teacher's layers."""
     from kvpipe.steps.layer_map import make_layer_map
@@ -67,7 +67,7 @@ def layer_map(given: Experiment, teacher: Teacher) -> None:
     make_layer_map(work, work.dag.known_model(teacher))
 
 
-@experiment
+@with_experiment
 def teacher_kv(
     given: Experiment,
     teacher: Teacher,
@@ -89,7 +89,7 @@ def teacher_kv(
         make_store_index(work, teacher, reading)
 
 
-@experiment
+@with_experiment
 def fit(
     given: Experiment,
     arm: Annotated[str | None, typer.Option(help="The arm whose projectors are fitted.")] = None,
@@ -106,7 +106,7 @@ def fit(
     make_fit(work, fit_id or work.dag.fit_id(work.dag.arm(arm or "")))
 
 
-@experiment
+@with_experiment
 def lm_eval(
     given: Experiment,
     model: Annotated[Path, typer.Option(help="Model folder.")],
@@ -119,7 +119,7 @@ def lm_eval(
         say(line)
 
 
-@experiment
+@with_experiment
 def untrained(given: Experiment, out: Items) -> None:
     """Score the student before training (first seed): a row of the report's table."""
     from kvpipe.steps.evaluate import score_untrained
@@ -127,7 +127,7 @@ def untrained(given: Experiment, out: Items) -> None:
     score_untrained(given.workspace(), out)
 
 
-@experiment
+@with_experiment
 def arm(given: Experiment, arm: Annotated[str, typer.Option(help="Name of the arm.")]) -> None:
     """Put an arm's seeds into one table."""
     from kvpipe.stats.tables import write_arm_table
@@ -135,7 +135,7 @@ def arm(given: Experiment, arm: Annotated[str, typer.Option(help="Name of the ar
     write_arm_table(*given.plan(), arm)
 
 
-@experiment
+@with_experiment
 def audit(given: Experiment) -> None:
     """Check that arms are compared like with like and that no test item is in train."""
     from kvpipe.stats.audit import audit
@@ -145,7 +145,7 @@ def audit(given: Experiment) -> None:
         say(f"{found.status:>8}  {found.name}: {found.detail}")
 
 
-@experiment
+@with_experiment
 def stats(
     given: Experiment,
     untrained: Annotated[Path | None, typer.Option(help="Scores of the student before training.")] = None,
@@ -160,9 +160,9 @@ def config(
     folder: Annotated[Path, typer.Option(help="Where config/README.md and schema.json are written.")] = Path("config"),
 ) -> None:
     """Generate the configuration's documentation and JSON schema."""
-    from kvpipe.config.docs import write
+    from kvpipe.config.docs import write_docs
 
-    write(folder)
+    write_docs(folder)
 
 
 _ALL = (data, models, layer_map, teacher_kv, fit, lm_eval, untrained, arm, audit, stats, pretrain, config)

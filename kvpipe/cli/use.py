@@ -7,17 +7,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from kvpipe.cli.options import Experiment, experiment, say, writable_file, writable_folder
+from kvpipe.cli.options import Experiment, say, with_experiment, writable_file, writable_folder
 from kvpipe.experiment.paths import STUDENT
 from kvpipe.experiment.plan import Dag
 
 PROFILE = Path("profiles/slurm")
-Arm = Annotated[str, typer.Option(help="Name of the arm.")]
-Seed = Annotated[int, typer.Option(help="Seed of the cell.")]
+ArmName = Annotated[str, typer.Option(help="Name of the arm.")]
+SeedNumber = Annotated[int, typer.Option(help="SeedNumber of the cell.")]
 CellFolder = Annotated[Path | None, typer.Option(help="Folder of the trained cell; under the results by default.")]
 
 
-@experiment
+@with_experiment
 def doctor(
     given: Experiment,
     profile: Annotated[
@@ -44,7 +44,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-@experiment
+@with_experiment
 def lock(
     given: Experiment,
     update: Annotated[bool, typer.Option("--update", help="Resolve also what is locked already.")] = False,
@@ -56,11 +56,11 @@ def lock(
     lock_into(lock_path(given.files[0]), *given.load(), update, log=say)
 
 
-@experiment
+@with_experiment
 def train(
     given: Experiment,
     arm: Annotated[str | None, typer.Option(help="Name of the arm; with --teacher `distil` or `control`.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the cell.", min=0, max=2**32 - 1)] = 0,
+    seed: Annotated[int, typer.Option(help="SeedNumber of the cell.", min=0, max=2**32 - 1)] = 0,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the cell; under the results by default.", callback=writable_folder)
     ] = None,
@@ -85,7 +85,7 @@ def train(
         make_cell(given.workspace(), arm, seed, out, checkpoints, made, log=say)
 
 
-@experiment
+@with_experiment
 def evaluate(
     given: Experiment,
     out: Annotated[Path, typer.Option(help="Parquet file, one row per item.", callback=writable_file)],
@@ -102,7 +102,7 @@ def evaluate(
     say(score_folder(Workspace(*given.of(cell)), model or Path(cell or "") / STUDENT, split, out))
 
 
-@experiment
+@with_experiment
 def status(given: Experiment) -> None:
     """Print the grid of cells (done, running, failed, missing), what they cost, and how failed ones ended."""
     import rich
@@ -129,7 +129,7 @@ def align(
     (say if as_json else rich.print)(show_alignment(src, dst, text, mode, as_json))
 
 
-@experiment
+@with_experiment
 def report(
     given: Experiment, out: Annotated[Path | None, typer.Option(help="HTML file.", callback=writable_file)] = None
 ) -> None:
@@ -140,21 +140,21 @@ def report(
     write_report(work, out or work.paths.report)
 
 
-@experiment
-def card(given: Experiment, arm: Arm, seed: Seed = 0, cell: CellFolder = None) -> None:
+@with_experiment
+def card(given: Experiment, arm: ArmName, seed: SeedNumber = 0, cell: CellFolder = None) -> None:
     """Write a student's model card again, with the metrics that exist by now."""
-    from kvpipe.models.card import write
+    from kvpipe.models.card import write_card
 
     config, paths = given.of(cell)
-    say(write(Dag(config), paths, arm, cell or paths.cell(arm, seed)))
+    say(write_card(Dag(config), paths, arm, cell or paths.cell(arm, seed)))
 
 
-@experiment
+@with_experiment
 def publish(
     given: Experiment,
-    arm: Arm,
+    arm: ArmName,
     repo: Annotated[str, typer.Option(help="owner/name on the hub; made if it is not there.")],
-    seed: Seed = 0,
+    seed: SeedNumber = 0,
     cell: CellFolder = None,
     public: Annotated[bool, typer.Option("--public", help="A new repository is public; private otherwise.")] = False,
 ) -> None:

@@ -9,7 +9,7 @@ from pydantic import Field, PositiveFloat, model_validator
 from kvpipe.config.section import Count, Fraction, Name, Section, Seed
 
 Layer = Annotated[int, Field(ge=0)]
-TOLERANCE = 0.02
+SUM_TOLERANCE = 0.02
 """A row of fusion weights sums to 1 within this, so that thirds may be written as 0.33."""
 
 
@@ -117,7 +117,7 @@ class FuseConfig(Section):
     @model_validator(mode="after")
     def _rows(self):
         for task, row in self.weights.items():
-            if row and abs(sum(row) - 1) > TOLERANCE:
+            if row and abs(sum(row) - 1) > SUM_TOLERANCE:
                 raise ValueError(f"weights.{task}: {row} sums to {sum(row):g}; the teachers' shares sum to 1")
         if self.offsets and self.kind != "task":
             raise ValueError(f"offsets: true is for kind: task, which has a table; kind is {self.kind}")

@@ -92,7 +92,7 @@ def readme() -> str:
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def write(folder: Path) -> None:
+def write_docs(folder: Path) -> None:
     """Writes README.md and schema.json into a folder."""
     (folder / "README.md").write_text(readme(), encoding="utf-8")
     (folder / "schema.json").write_text(json_schema(), encoding="utf-8")

@@ -13,9 +13,9 @@ from kvpipe.config import DataConfig, EmbeddedData, FileData, HubData
 from kvpipe.data.corpus import generate
 from kvpipe.data.leakage import duplicates, leaks
 from kvpipe.data.mapping import to_record
-from kvpipe.data.patterns import budget
+from kvpipe.data.patterns import time_limit
 from kvpipe.data.records import Record, write_records
-from kvpipe.data.rows import read
+from kvpipe.data.rows import read_rows
 from kvpipe.experiment.files import write_json
 from kvpipe.experiment.paths import SOURCES, SPLITS
 
@@ -89,12 +89,12 @@ def _records(
 ) -> tuple[list[Record], dict[str, Any]]:
     if isinstance(source, EmbeddedData):
         return generate(source.task, split, getattr(source, split), source.difficulty, config.seed), {}
-    found = read(source, split)
+    found = read_rows(source, split)
     records = []
     left_out = []
     for number, (row, place) in enumerate(zip(found.rows, found.places, strict=True)):
         try:
-            with budget(f"leave_out: {', '.join(source.leave_out)}"):
+            with time_limit(f"leave_out: {', '.join(source.leave_out)}"):
                 leave = any(re.search(rule, str(row.get(column, ""))) for column, rule in source.leave_out.items())
             if leave:
                 left_out.append(place)

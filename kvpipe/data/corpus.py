@@ -16,7 +16,7 @@ from typing import Literal
 from kvpipe.data.records import Record
 from kvpipe.experiment.paths import SPLITS
 
-NAMES = ("Ann", "Ben", "Eva", "Ida", "Leo", "Max", "Mia", "Tom")
+PEOPLE = ("Ann", "Ben", "Eva", "Ida", "Leo", "Max", "Mia", "Tom")
 THINGS = ("cards", "coins", "pens", "nuts", "cups", "eggs")
 GAINS = ("finds", "buys", "gets")
 LOSSES = ("loses", "sells", "eats")
@@ -67,7 +67,7 @@ def _running(values: list[int]) -> str:
 
 
 def _math(rng: random.Random, core: Core, values: list[int]) -> tuple[str, str, str]:
-    name, thing = rng.choice(NAMES), rng.choice(THINGS)
+    name, thing = rng.choice(PEOPLE), rng.choice(THINGS)
     verbs = [rng.choice(GAINS if step > 0 else LOSSES) for step in core.steps]
     deeds = " and ".join(f"{verb} {abs(step)}" for verb, step in zip(verbs, core.steps, strict=True))
     prompt = f"{name} has {core.start} {thing}, {deeds}. How many?"

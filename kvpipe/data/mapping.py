@@ -13,14 +13,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvpipe.config import Chat, RowData
-from kvpipe.data.patterns import budget
+from kvpipe.data.patterns import time_limit
 from kvpipe.data.records import Record
 
 LISTS = ("choices", "labels")
 """Fields that are lists of texts."""
-OPTIONAL = ("reasoning", "teacher_reasoning", "tests")
+MAY_BE_EMPTY = ("reasoning", "teacher_reasoning", "tests")
 """Fields that may be empty though they are mapped."""
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
+ROLE_OF = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 """Other names of roles."""
 
 
@@ -53,11 +53,11 @@ def to_record(row: Mapping[str, Any], source: RowData, name: str) -> Record:
             fields[field] = fill(spec, columns, field)
     for field, expression in source.remove.items():
         if isinstance(fields.get(field), str):
-            with budget(f"remove: {field}: {_short(expression)}"):
+            with time_limit(f"remove: {field}: {_short(expression)}"):
                 fields[field] = re.sub(expression, "", fields[field])
     if "choice" in fields:
         fields["answer"] = _chosen(fields)
-    empty = [f for f, value in fields.items() if f not in OPTIONAL and isinstance(value, str) and not value.strip()]
+    empty = [f for f, value in fields.items() if f not in MAY_BE_EMPTY and isinstance(value, str) and not value.strip()]
     if empty:
         raise ValueError(f"{empty[0]} is empty")
     if not any(fields.get(field, "").strip() for field in ("prompt", "reasoning", "answer")):
@@ -122,7 +122,7 @@ def turns(columns: Mapping[str, Any], chat: Chat, named: bool = True) -> tuple[t
     if unknown:
         raise ValueError(f"role(s) {unknown} have no entry in chat.turns (has {sorted(chat.turns)})")
     if named:
-        roles = ["assistant" if role == chat.assistant else ROLES.get(role, role) for role in roles]
+        roles = ["assistant" if role == chat.assistant else ROLE_OF.get(role, role) for role in roles]
     return tuple((roles[i], _said(messages[i], chat, i + 1)) for i in range(last + 1))
 
 
@@ -143,7 +143,7 @@ def _said(message: Mapping[str, Any], chat: Chat, number: int) -> str:
 
 def _split(columns: Mapping[str, Any], column: str, expression: str) -> dict[str, str]:
     text = _text(lookup(columns, column, "split"), column)
-    with budget(f"split: {column}: {_short(expression)}"):
+    with time_limit(f"split: {column}: {_short(expression)}"):
         match = re.search(expression, text)
     if match is None:
         named = ", ".join(re.compile(expression).groupindex)

@@ -1,4 +1,4 @@
-"""Regular expressions of the configuration on data and generated text: within a budget of processor time."""
+"""Regular expressions of the configuration on data and generated text: within a time_limit of processor time."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-SECONDS = 10.0
+LIMIT_SECONDS = 10.0
 """Processor time for one expression on one text; what is meant to match takes milliseconds."""
 
 
 @contextmanager
-def budget(what: str) -> Iterator[None]:
-    """End what runs inside after `SECONDS`, in the main thread; `re` looks for signals while it searches.
+def time_limit(what: str) -> Iterator[None]:
+    """End what runs inside after `LIMIT_SECONDS`, in the main thread; `re` looks for signals while it searches.
 
     Args:
         what: the expression, as the error names it.
@@ -27,12 +27,12 @@ def budget(what: str) -> Iterator[None]:
 
     def stop(*_: object) -> None:
         raise ValueError(
-            f"{what} has found no end within {SECONDS:g} s: it tries exponentially many ways, as (a+)+ does; write it "
+            f"{what} has found no end within {LIMIT_SECONDS:g} s: it tries exponentially many ways, as (a+)+ does; write it "
             "without a repetition inside a repetition"
         )
 
     before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+    signal.setitimer(signal.ITIMER_VIRTUAL, LIMIT_SECONDS)
     try:
         yield
     finally:

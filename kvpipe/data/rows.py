@@ -1,4 +1,4 @@
-"""Rows of local files and of data sets on the hub, as dictionaries, and where they come from."""
+"""SourceRows of local files and of data sets on the hub, as dictionaries, and where they come from."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ EXACT = 2.0**53
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows of one split, the place of each in its file or data set, and where they come from."""
+class SourceRows:
+    """SourceRows of one split, the place of each in its file or data set, and where they come from."""
 
     rows: list[dict[str, Any]]
     places: list[str]
@@ -30,7 +30,7 @@ class Rows:
     origin: dict[str, Any] = field(default_factory=dict)
 
 
-def read(source: FileData | HubData, split: str) -> Rows:
+def read_rows(source: FileData | HubData, split: str) -> SourceRows:
     """The rows of a source for `train`, `validation` or `test`; none where it has no such split.
 
     Raises:
@@ -40,7 +40,7 @@ def read(source: FileData | HubData, split: str) -> Rows:
     """
     spec = getattr(source, split)
     if spec is None:
-        return Rows([], [])
+        return SourceRows([], [])
     found = _file(source, split, spec) if isinstance(source, FileData) else _hub(source, spec)
     if not found.rows:
         raise ValueError(f"{_key(source, split)} {spec} has no rows; name more of it, or set {split}: null")
@@ -52,7 +52,7 @@ def _key(source: FileData | HubData, split: str) -> str:
 
 
 # ---------------------------------------------------------------- files
-def _file(source: FileData, split: str, spec: str) -> Rows:
+def _file(source: FileData, split: str, spec: str) -> SourceRows:
     path, part = source.parted(spec)
     if not path.is_file():
         raise FileNotFoundError(f"{_key(source, split)} file {path} does not exist")
@@ -68,7 +68,7 @@ def _file(source: FileData, split: str, spec: str) -> Rows:
         except ValueError as error:
             raise ValueError(f"{_key(source, split)} {spec}: {error}; slices are [:95%], [95%:], [3:7]") from None
         rows, places, origin["part"] = rows[start:stop], places[start:stop], part
-    return Rows(rows, places, origin)
+    return SourceRows(rows, places, origin)
 
 
 def _table(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
@@ -118,7 +118,7 @@ def _bounds(part: str, count: int) -> tuple[int, int]:
 
 
 # ---------------------------------------------------------------- hub
-def _hub(source: HubData, split: str) -> Rows:
+def _hub(source: HubData, split: str) -> SourceRows:
     # the library takes seconds to import: only those who need it pay
     import datasets
 
@@ -143,11 +143,11 @@ def _hub(source: HubData, split: str) -> Rows:
             raise ValueError(f"data.sources ({source.task}): {source.repo}: {error}") from None
         rows += found[0]
         places += [f"{source.repo}{f' ({name})' if name else ''}, {place}" for place in found[1]]
-    return Rows(rows, places, {**origin, "rows": len(rows)})
+    return SourceRows(rows, places, {**origin, "rows": len(rows)})
 
 
 def _folder(datasets, source: HubData, name: str | None, split: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows of a local folder. The library names its cache after the folder's last name and not after what is in it: a
+    """SourceRows of a local folder. The library names its cache after the folder's last name and not after what is in it: a
     cache of its own, for this once, cannot be that of another folder or of yesterday's files."""
     if not Path(source.repo).is_dir():
         raise FileNotFoundError(f"{source.repo} is not a folder")
@@ -178,7 +178,7 @@ def _builder(datasets, repo: str, name: str | None, **options: Any):
 
 
 def _prepared(builder, split: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows of a split, such as `train[:95%]`, and each one's name and number in the whole of it."""
+    """SourceRows of a split, such as `train[:95%]`, and each one's name and number in the whole of it."""
     from datasets import ReadInstruction
 
     builder.download_and_prepare()

@@ -13,7 +13,6 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -41,7 +40,7 @@ from kvpipe.experiment.misfits import misfits
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.plan import Dag
 from kvpipe.experiment.provenance import content_digest, read_json, verify
-from kvpipe.experiment.sizes import shape
+from kvpipe.experiment.sizes import count_parameters, shape
 from kvpipe.models.folders import (
     build_model,
     load_config,
@@ -182,12 +181,7 @@ class Workspace:
 
     def parameters(self, teacher: str) -> int:
         """Parameters of a teacher, counted from the headers of its safetensors files."""
-        total = 0
-        for path in self.paths.model(teacher).glob("*.safetensors"):
-            with safe_open(path, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118
-                    total += int(np.prod(handle.get_slice(name).get_shape()))
-        return total
+        return count_parameters(self.paths.model(teacher))
 
     def plan(self, arm: Arm, teacher: str) -> LayerPlan:
         """Layers of a teacher for an arm, counted in the teacher's own layers."""
@@ -331,10 +325,10 @@ class Workspace:
             store = self.store(teacher, "student")
             ids, logprobs = store.rows("top_ids"), store.rows("top_logprobs")
         else:
-            key = StoreKey("live", "live", (), "student", "live", self.config.store.top_logits, 0)
             pad = self.tokenizer(teacher).pad_token_id
             model = self.teacher_model(teacher)
-            found = forward_rows(model, src, np.arange(len(src)), key, self.config.store.batch_size, pad)
+            size, top = self.config.store.batch_size, self.config.store.top_logits
+            found = forward_rows(model, src, np.arange(len(src)), (), size, pad, top)
             assert found.top_ids is not None and found.top_logprobs is not None
             ids, logprobs = found.top_ids, found.top_logprobs
         twins = torch.from_numpy(token_twins(self.tokenizer(teacher), self.student_tokenizer))

@@ -41,18 +41,12 @@ class Fused:
     """One target, and how much of each teacher is in it.
 
     `weights` broadcasts against ``(teacher, layer, batch, head, time)`` (an axis that a kind does not use is 1 long)
-    and sums to 1 over teachers, except where no teacher is present: there the weights and the target are 0 and
-    `covered` is False.
+    and sums to 1 over teachers, except where no teacher is present: there the weights and the target are 0.
     """
 
     keys: Float[Tensor, "layer batch head time dim"]
     values: Float[Tensor, "layer batch head time value_dim"]
     weights: Float[Tensor, "teacher layers batch heads times"]
-
-    @property
-    def covered(self) -> Bool[Tensor, "batch times"]:
-        """Where some teacher gives a target: for the loss mask. The last axis is 1 long if time does not matter."""
-        return (self.weights > 0).any(dim=0).any(dim=2).any(dim=0)
 
 
 class Fusion(nn.Module):
@@ -162,12 +156,8 @@ class AttentionFusion(Fusion):
 
     The queries of a KV head's group are averaged first, which for the scores is the same as averaging the scores over
     the group. Queries and keys are both taken before rotation: at one position rotation would cancel. Queries are
-    detached, so that the student cannot move the target towards itself; `detach_queries=False` lets it.
+    detached, so that the student cannot move the target towards itself.
     """
-
-    def __init__(self, detach_queries: bool = True):
-        super().__init__()
-        self.detach_queries = detach_queries
 
     def preference(self, targets: Caches, *, queries: Tensor | None = None, **context: Any) -> Tensor:
         """The scaled scores."""
@@ -181,10 +171,8 @@ class AttentionFusion(Fusion):
                 f"queries {tuple(queries.shape)} do not fit keys {tuple(targets.keys.shape)}: query heads must be a "
                 f"multiple of {heads} KV heads and dim must be {dim}"
             )
-        if self.detach_queries:
-            queries = queries.detach()
         grouped = reduce(
-            wide(queries), "layer batch (head group) time dim -> layer batch head time dim", "mean", head=heads
+            wide(queries.detach()), "layer batch (head group) time dim -> layer batch head time dim", "mean", head=heads
         )
         return torch.stack([(grouped * wide(keys)).sum(-1) for keys in targets.keys]) * dim**-0.5
 
@@ -193,12 +181,11 @@ class LearnableFusion(Fusion):
     """Per layer and position: an MLP over the student's hidden state, shared by the layers, one output per teacher.
 
     LayerNorm → Linear → SiLU → Linear, the last begun at 0, so that training starts from the mean. The hidden state
-    is detached: the router learns from it, it does not bend to the router; `detach_hidden=False` lets it.
+    is detached: the router learns from it, it does not bend to the router.
     """
 
-    def __init__(self, n_teachers: int, hidden_size: int, width: int = 64, detach_hidden: bool = True):
+    def __init__(self, n_teachers: int, hidden_size: int, width: int = 64):
         super().__init__()
-        self.detach_hidden = detach_hidden
         last = nn.Linear(width, n_teachers)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
@@ -210,7 +197,7 @@ class LearnableFusion(Fusion):
             raise ValueError(
                 "learnable fusion needs `hidden`, the student's hidden states (layer, batch, time, hidden)"
             )
-        logits = self.router(hidden.detach() if self.detach_hidden else hidden)
+        logits = self.router(hidden.detach())
         return rearrange(wide(logits), "layer batch time teacher -> teacher layer batch 1 time")
 
 

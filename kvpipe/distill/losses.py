@@ -103,17 +103,9 @@ def masked_sum(values: Float[Tensor, "batch time"], mask: Shaped[Tensor, "batch 
     return values.masked_fill(mask == 0, 0).sum()
 
 
-def masked_mean(
-    values: Float[Tensor, "batch time"], mask: Shaped[Tensor, "batch time"], per: Literal["token", "example"] = "token"
-) -> Float[Tensor, ""]:
-    """The mean over unmasked tokens, or over examples of each one's mean (those without a token left out); else 0."""
-    shown = mask != 0
-    if per == "token":
-        return masked_sum(values, mask) / shown.sum().clamp(min=1)
-    if per == "example":
-        counts = shown.sum(1)
-        return (values.masked_fill(~shown, 0).sum(1) / counts.clamp(min=1)).sum() / (counts > 0).sum().clamp(min=1)
-    raise ValueError(f"per must be 'token' or 'example'; got {per!r}")
+def masked_mean(values: Float[Tensor, "batch time"], mask: Shaped[Tensor, "batch time"]) -> Float[Tensor, ""]:
+    """The mean over unmasked tokens; 0 where there are none."""
+    return masked_sum(values, mask) / (mask != 0).sum().clamp(min=1)
 
 
 def relation_loss(

@@ -11,8 +11,16 @@ from kvpipe.config import Config, FileData, HubData, HubModel, LocalModel
 from kvpipe.doctor.finding import FAIL, OK, WARNING, Finding, inside_a_job
 from kvpipe.experiment.paths import MANIFEST, SPLITS, Paths
 from kvpipe.experiment.plan import Dag
-from kvpipe.models.headers import bad_tokenizer, lacking, misfit, no_cache, no_language_model, read_config, unembedded
-from kvpipe.models.hub import HubError, absent, candidates, hub_models, missing_bytes, token
+from kvpipe.models.headers import (
+    bad_tokenizer,
+    file_problems,
+    misfit,
+    no_cache,
+    no_language_model,
+    read_config,
+    unembedded,
+)
+from kvpipe.models.hub import HubError, candidates, hub_models, missing_bytes, missing_libraries, token
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
@@ -29,7 +37,7 @@ def examine_sources(config: Config, paths: Paths) -> list[Finding]:
             out += _hub(name, model, paths.model(name), copy_of(model, config), name in recorded)
     if hub:
         fix = "correct `libraries`, or leave it out"
-        out += [Finding("libraries", WARNING, line, fix) for line in absent(config.libraries)]
+        out += [Finding("libraries", WARNING, line, fix) for line in missing_libraries(config.libraries)]
         out += [_lock([name for name, model in hub.items() if model.pin not in config.lock]), *_cache()]
     return out if all(paths.data(split).is_file() for split in SPLITS) else [*out, *_data(config)]
 
@@ -49,7 +57,7 @@ def unusable(folder: Path, recorded: bool) -> list[str]:
         folder: the model's.
         recorded: whether keys and values of the model are recorded.
     """
-    if found := lacking(folder):
+    if found := file_problems(folder):
         return found
     try:
         values = read_config(folder)
@@ -66,7 +74,7 @@ def _local(name: str, model: LocalModel, recorded: bool) -> Iterator[Finding]:
         yield Finding(f"model {name}", OK, f"{folder} is complete")
         yield from _ids(name, folder)
         return
-    if not lacking(folder):  # the problem says what to do
+    if not file_problems(folder):  # the problem says what to do
         yield Finding(f"model {name}", FAIL, f"{folder}: {'; '.join(missing)}", f"or correct models.{name}.path")
         return
     fix = "set source: pretrain" if model.recipe else f"correct models.{name}.path"
@@ -154,8 +162,8 @@ def _hub(
     label, where = f"model {name}", f"{model.repo} at {model.revision}"
     step = f"on a machine with a network: kvpipe models --name {name}"
     if (folder / MANIFEST).is_file():
-        if lacking(folder):
-            yield Finding(label, FAIL, f"{folder}: {', '.join(lacking(folder))}", f"rm -r {folder}; {step}")
+        if file_problems(folder):
+            yield Finding(label, FAIL, f"{folder}: {', '.join(file_problems(folder))}", f"rm -r {folder}; {step}")
         elif missing := unusable(folder, recorded):
             yield Finding(label, FAIL, f"{folder}: {'; '.join(missing)}", f"or correct models.{name}.repo")
         else:

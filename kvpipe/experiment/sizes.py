@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -39,8 +41,8 @@ class Shape:
         return self.layers, self.kv_heads, self.head_dim
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file and the byte at which its data begins.
+def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """Name → `dtype`, `shape` and `data_offsets` of the tensors in a safetensors file, and the byte at which its data begins.
 
     Raises:
         ValueError: it has no such header.
@@ -50,13 +52,40 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
         length = struct.unpack("<Q", begin)[0] if len(begin) == 8 else path.stat().st_size
         if length >= path.stat().st_size:
             raise ValueError(f"{path}: no header of a safetensors file, or one that is cut off")
-        return json.loads(handle.read(length)), 8 + length
+        entries = json.loads(handle.read(length))
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path}: no header of a safetensors file, but another JSON value")
+    return {name: entry for name, entry in entries.items() if name != "__metadata__"}, 8 + length
 
 
 def count_parameters(folder: Path) -> int:
     """Parameters in a folder's safetensors files; 0 without any."""
     headers = (read_header(path)[0] for path in sorted(folder.glob("*.safetensors")))
-    return sum(prod(entry["shape"]) for header in headers for name, entry in header.items() if name != "__metadata__")
+    return sum(prod(entry["shape"]) for header in headers for entry in header.values())
+
+
+def kv_heads_and_dim(get: Callable[[str], Any]) -> tuple[int, int] | None:
+    """KV heads and head dimension of a layer, under the names that families give them; None without attention heads.
+
+    Args:
+        get: a setting of the model's config, or None.
+    """
+    heads = get("num_attention_heads") or get("n_head") or get("n_heads")
+    if not heads:
+        return None
+    nested = get("attn_config") or {}  # DBRX nests its attention settings
+    kv_heads = heads
+    for source in (get, nested.get if isinstance(nested, dict) else partial(_attribute, nested)):
+        for name in ("num_key_value_heads", "num_kv_heads", "kv_n_heads"):
+            kv_heads = source(name) or kv_heads
+    if get("multi_query") and not get("new_decoder_architecture"):
+        kv_heads = 1  # Falcon and GPT BigCode: the number in the config does not count then
+    hidden = get("hidden_size") or get("n_embd") or get("d_model") or 0
+    return int(kv_heads), int(get("head_dim") or hidden // heads)
+
+
+def _attribute(node: Any, name: str) -> Any:
+    return getattr(node, name, None)
 
 
 def shape(values: dict[str, Any], vocab: int | None = None, parameters: int = 0) -> Shape | None:
@@ -73,10 +102,10 @@ def shape(values: dict[str, Any], vocab: int | None = None, parameters: int = 0)
         return next((int(values[name]) for name in names if values.get(name)), 0)
 
     layers, hidden = first("num_hidden_layers", "n_layer", "n_layers"), first("hidden_size", "n_embd", "d_model")
-    heads = first("num_attention_heads", "n_head", "n_heads")
-    if not (layers and hidden and heads):
+    heads, cached = first("num_attention_heads", "n_head", "n_heads"), kv_heads_and_dim(values.get)
+    if not (layers and hidden and cached):
         return None
-    kv_heads, head_dim = first("num_key_value_heads", "num_kv_heads") or heads, first("head_dim") or hidden // heads
+    kv_heads, head_dim = cached
     intermediate, words = first("intermediate_size", "n_inner", "ffn_dim") or 4 * hidden, vocab or first("vocab_size")
     if not parameters:
         attention = 2 * hidden * heads * head_dim + 2 * hidden * kv_heads * head_dim

@@ -36,7 +36,7 @@ SEVERAL = "licences-of-student-and-teachers"
 _MARKS = re.compile(r"[\\`*_\[\]<>|~#!&$]")
 
 
-def plain(text: object) -> str:
+def escaped(text: object) -> str:
     """Text in Markdown that means itself: names and data can bring neither marks nor HTML, and stay on their line."""
     return _MARKS.sub(r"\\\g<0>", printable(" ".join(str(text).splitlines())))
 
@@ -112,7 +112,7 @@ def card(dag: Dag, paths: Paths, arm_name: str, cell: Path) -> str:
     parts = [
         _front_matter(dag, paths, arm, licences),
         f"# {arm_name}, seed {provenance['seed']}\n",
-        f"A student trained by kvpipe under the arm `{arm_name}`{f': {plain(arm.label)}' if arm.label else ''}. It loads with "
+        f"A student trained by kvpipe under the arm `{arm_name}`{f': {escaped(arm.label)}' if arm.label else ''}. It loads with "
         "`AutoModelForCausalLM.from_pretrained` and needs nothing of kvpipe.\n",
         "## Models\n",
         _models(dag, paths, arm, licences),
@@ -129,7 +129,7 @@ def card(dag: Dag, paths: Paths, arm_name: str, cell: Path) -> str:
     return "\n".join(parts)
 
 
-def write(dag: Dag, paths: Paths, arm_name: str, cell: Path) -> Path:
+def write_card(dag: Dag, paths: Paths, arm_name: str, cell: Path) -> Path:
     """Write the card into the cell's model folder."""
     path = cell / STUDENT / "README.md"
     write_text(path, card(dag, paths, arm_name, cell))
@@ -156,7 +156,7 @@ def _front_matter(dag: Dag, paths: Paths, arm: Arm, licences: dict[str, str | No
 def _models(dag: Dag, paths: Paths, arm: Arm, licences: dict[str, str | None]) -> str:
     names = {"student": dag.config.student} | {f"teacher {i + 1}": name for i, name in enumerate(arm.teachers)}
     rows = [
-        f"| {role} | {plain(name)} | {plain(origin(dag, paths, name))} | {plain(licences.get(name) or 'not stated')} |"
+        f"| {role} | {escaped(name)} | {escaped(origin(dag, paths, name))} | {escaped(licences.get(name) or 'not stated')} |"
         for role, name in names.items()
     ]
     table = "| | name | origin | licence |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
@@ -173,14 +173,14 @@ def _repo(source: Any) -> str | None:
 def _data(dag: Dag, paths: Paths) -> str:
     commits = _commits(paths)
     sources = "\n".join(
-        f"- {plain(source.task)}: {plain(_repo(source) or source.kind)}{plain(commits.get(source.task, ''))}"
+        f"- {escaped(source.task)}: {escaped(_repo(source) or source.kind)}{escaped(commits.get(source.task, ''))}"
         for source in dag.config.data.sources
     )
     counts = []
     for split in SPLITS:
         if paths.data(split).is_file():
             tasks = pd.read_parquet(paths.data(split), columns=["task"]).task.value_counts(sort=False)
-            counts.append(f"| {split} | " + ", ".join(f"{n:,} {plain(task)}" for task, n in tasks.items()) + " |")
+            counts.append(f"| {split} | " + ", ".join(f"{n:,} {escaped(task)}" for task, n in tasks.items()) + " |")
     sources += f"\n- cross-entropy on {LOSS_ON[dag.config.train.loss_on]}"
     return f"{sources}\n\n| split | records |\n|---|---|\n" + "\n".join(counts) + "\n"
 
@@ -214,10 +214,10 @@ def _results(paths: Paths, arm: Arm, provenance: dict[str, Any], digest: str) ->
         if (metric, task) in means.index:
             mean = means.loc[metric, task]
             lines.append(
-                f"| {METRICS[metric]} | {plain(task)} | {found} | {mean['mean']:.4g} ({mean.low:.4g}, {mean.high:.4g}) |"
+                f"| {METRICS[metric]} | {escaped(task)} | {found} | {mean['mean']:.4g} ({mean.low:.4g}, {mean.high:.4g}) |"
             )
         elif found != "–":
-            lines.append(f"| {METRICS[metric]} | {plain(task)} | {found} | – |")
+            lines.append(f"| {METRICS[metric]} | {escaped(task)} | {found} | – |")
     text = "On held-out items: this model"
     if not means.empty:
         count = f"{int(means.n_seeds.max())} seeds (this model is one of them) and {int(means.n_items.max()):,} items"
@@ -239,7 +239,7 @@ def _read(path: Path, models: str) -> pd.DataFrame:
 def _against_control(contrasts: pd.DataFrame, arm_name: str) -> str:
     kept = (contrasts.arm == arm_name) & (contrasts.reference == "control") & contrasts.metric.isin(list(METRICS))
     lines = [
-        f"| {METRICS[row.metric]} | {plain(row.task)} | {row.estimate:+.4g} ({row.low:+.4g}, {row.high:+.4g}) "
+        f"| {METRICS[row.metric]} | {escaped(row.task)} | {row.estimate:+.4g} ({row.low:+.4g}, {row.high:+.4g}) "
         f"| {row.p_holm:.3g} |"
         for row in contrasts[kept].itertuples()
     ]
@@ -286,7 +286,7 @@ def publish(dag: Dag, paths: Paths, arm_name: str, cell: Path, repo: str, privat
     operations = [CommitOperationAdd("README.md", text.encode())]
     operations += [CommitOperationAdd(path.name, path) for path in files]
     api = HfApi(token=hub.token())
-    with hub.explained("publish", repo, "main"):
+    with hub.hub_errors("publish", repo, "main"):
         api.create_repo(repo, private=private, exist_ok=True)
         done = api.create_commit(repo, operations, commit_message=f"{arm_name}, trained by kvpipe")
     log(f"{len(operations)} files to {repo}, {sum(p.stat().st_size for p in files) / GB:.2f} GB: {done.commit_url}")

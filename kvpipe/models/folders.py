@@ -23,7 +23,15 @@ from kvpipe.experiment.files import set_mode, write_json
 from kvpipe.experiment.paths import MANIFEST
 from kvpipe.experiment.provenance import digest_of, read_json, verify
 from kvpipe.experiment.sizes import read_header
-from kvpipe.models.headers import UNUSED, bad_tokenizer, describe, lacking, misfit, no_language_model, read_config
+from kvpipe.models.headers import (
+    UNUSED,
+    bad_tokenizer,
+    file_problems,
+    misfit,
+    no_language_model,
+    read_config,
+    tensor_problems,
+)
 
 # bars of "loading weights" say nothing in a log file; problems are raised, not logged
 transformers_logging.disable_progress_bar()
@@ -265,7 +273,7 @@ def load_model(
         ModuleNotFoundError: 8 or 4 bit is asked for and bitsandbytes is not installed.
         RuntimeError: the layers do not fit into the devices together.
     """
-    if problems := lacking(folder, ("config.json",)):
+    if problems := file_problems(folder, ("config.json",)):
         raise FileNotFoundError(f"{folder}: {', '.join(problems)}")
     if problem := no_language_model(read_config(folder)) or misfit(folder):
         raise ValueError(f"{folder}: {problem}")
@@ -286,7 +294,7 @@ def load_model(
     )
     model, found = loaded
     unexpected = [name for name in found["unexpected_keys"] if not UNUSED.search(name)]
-    if problem := describe(found["missing_keys"], unexpected, found["mismatched_keys"]):
+    if problem := tensor_problems(found["missing_keys"], unexpected, found["mismatched_keys"]):
         raise ValueError(f"{folder}: {problem}")
     if "device_map" not in options:
         return by_own_length(model.to(device)).eval()
@@ -402,8 +410,8 @@ def weights_dtype(folder: Path) -> torch.dtype:
     """The floating type that most of a folder's weights have; float32 where they have none that a student trains in."""
     counts = {"F32": 0, "BF16": 0, "F16": 0}
     for path in folder.glob("*.safetensors"):
-        for name, entry in read_header(path)[0].items():
-            if name != "__metadata__" and entry["dtype"] in counts:
+        for entry in read_header(path)[0].values():
+            if entry["dtype"] in counts:
                 counts[entry["dtype"]] += prod(entry["shape"])
     most = max(counts, key=counts.__getitem__)  # of equals the first
     return {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[most]

@@ -19,8 +19,8 @@ from typing import Any
 from kvpipe.experiment.sizes import read_header
 
 NEEDED = ("config.json", "tokenizer.json")
-INDEX = "model.safetensors.index.json"
-SHOWN = 3
+WEIGHT_INDEX = "model.safetensors.index.json"
+LISTED = 3
 """Names that a message gives of many."""
 
 # ---------------------------------------------------------------- config.json
@@ -143,16 +143,16 @@ def causal_types() -> frozenset[str] | None:
 
 
 # ---------------------------------------------------------------- files
-def lacking(folder: Path, needed: tuple[str, ...] = NEEDED) -> list[str]:
+def file_problems(folder: Path, needed: tuple[str, ...] = NEEDED) -> list[str]:
     """What is wrong with a model folder: files that are missing, and weights that were not written to their end."""
     missing = [name for name in needed if not (folder / name).is_file()]
     weights = sorted(folder.glob("*.safetensors"))
-    index = folder / INDEX
+    index = folder / WEIGHT_INDEX
     if index.is_file():
         try:
             listed = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError):
-            return [f"{INDEX} cannot be read"]
+            return [f"{WEIGHT_INDEX} cannot be read"]
         missing += [name for name in listed if not (folder / name).is_file()]
     elif (folder / "adapter_config.json").is_file() and not (folder / "model.safetensors").is_file():
         return [f"it holds an adapter (adapter_config.json) and no model: {MERGE}"]
@@ -168,7 +168,7 @@ def whole(path: Path) -> bool:
     """Whether a safetensors file is as long as its header says; reads the header only."""
     try:
         header, begin = read_header(path)
-        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         return path.stat().st_size == begin + end
     except (OSError, ValueError, KeyError):
         return False
@@ -215,7 +215,7 @@ judge texts, and is no teacher of the next token."""
 def tensors(folder: Path) -> dict[str, tuple[int, ...]]:
     """Name → shape of every tensor in a folder's safetensors files, from their headers."""
     headers = [read_header(path)[0] for path in sorted(folder.glob("model*.safetensors"))]
-    return {n: tuple(entry["shape"]) for header in headers for n, entry in header.items() if n != "__metadata__"}
+    return {name: tuple(entry["shape"]) for header in headers for name, entry in header.items()}
 
 
 def misfit(folder: Path) -> str | None:
@@ -239,7 +239,9 @@ def misfit(folder: Path) -> str | None:
     embedding = next((name for name in shapes if EMBEDDING.search(name) and not UNUSED.search(name)), None)
     if not layers or any("lora_" in name for name in shapes):
         own = [name for name in shapes if not UNUSED.search(name)]
-        return describe([f"the layers of model type '{values.get('model_type')}'"] if not layers else [], own, [])
+        return tensor_problems(
+            [f"the layers of model type '{values.get('model_type')}'"] if not layers else [], own, []
+        )
     missing, mismatched = _uneven(layers, roots, values)
     like = min(layers)
     for layer in set(range(count or 0)) - set(layers):
@@ -258,7 +260,7 @@ def misfit(folder: Path) -> str | None:
     if values.get("tie_word_embeddings") is False and not any(HEAD.search(name) for name in shapes):
         missing.append("lm_head.weight")
         unexpected += [name for name in shapes if SCORES.search(name)]
-    return describe(missing, unexpected, mismatched)
+    return tensor_problems(missing, unexpected, mismatched)
 
 
 def lora_misfit(folder: Path, targets: list[str]) -> str | None:
@@ -331,7 +333,7 @@ def _uneven(
     return missing, mismatched
 
 
-def describe(missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[Mismatch]) -> str | None:
+def tensor_problems(missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[Mismatch]) -> str | None:
     """One line on tensors that do not fit: a few of them, how many, the likely cause and what to do; None without any."""
     gone, more, other = sorted(missing), sorted(unexpected), sorted(mismatched)
     parts = [f"{len(gone)} missing ({_few(gone)})"] if gone else []
@@ -357,4 +359,4 @@ def _cause(missing: list[str], unexpected: list[str]) -> str:
 
 def _few(names: Iterable[str]) -> str:
     listed = list(names)
-    return ", ".join(listed[:SHOWN]) + (", …" if len(listed) > SHOWN else "")
+    return ", ".join(listed[:LISTED]) + (", …" if len(listed) > LISTED else "")

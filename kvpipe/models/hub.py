@@ -26,7 +26,7 @@ from kvpipe.experiment.provenance import digest_of
 
 PATTERNS = ("*.json", "*.txt", "*.jinja", "tokenizer.model", "model*.safetensors")
 """Files of a repository's top folder that a model is made of: never pickles, and not a second copy of the weights."""
-CODE = "*.py"
+CODE_FILES = "*.py"
 """Downloaded too where `trust_remote_code` says so."""
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 """One of them must be there: transformers makes a fast tokenizer of any."""
@@ -55,7 +55,7 @@ def offline() -> bool:
 
 
 @contextmanager
-def explained(what: str, repo: str, revision: str) -> Iterator[None]:
+def hub_errors(what: str, repo: str, revision: str) -> Iterator[None]:
     """Turn what the hub's client raises into one message; `what` is where the configuration names the repository."""
     from huggingface_hub import errors
 
@@ -88,11 +88,11 @@ def explained(what: str, repo: str, revision: str) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------- locking
-def wanted(name: str, code: bool = False) -> bool:
+def is_model_file(name: str, code: bool = False) -> bool:
     """Whether a file of a repository is part of the model."""
     if name == MANIFEST:  # kvpipe's own, which it writes beside the files
         return False
-    return "/" not in name and any(fnmatch(name, pattern) for pattern in (*PATTERNS, *([CODE] if code else [])))
+    return "/" not in name and any(fnmatch(name, pattern) for pattern in (*PATTERNS, *([CODE_FILES] if code else [])))
 
 
 def missing_shards(names: Iterable[str]) -> list[str]:
@@ -117,12 +117,12 @@ def resolve(what: str, model: HubModel) -> LockedRepo:
     if offline():
         raise HubError(f"{what}: HF_HUB_OFFLINE is set. Run `kvpipe lock` {NETWORK}")
     api = HfApi(token=token())
-    with explained(what, model.repo, model.revision):
+    with hub_errors(what, model.repo, model.revision):
         info = api.model_info(model.repo, revision=model.revision, files_metadata=True, timeout=30)
         api.auth_check(model.repo)  # the card of a gated repository is public, its files are not
     files = {}
     for entry in info.siblings or []:
-        if wanted(entry.rfilename, model.trust_remote_code):
+        if is_model_file(entry.rfilename, model.trust_remote_code):
             digest = f"sha256:{entry.lfs.sha256}" if entry.lfs is not None else f"git:{entry.blob_id}"
             files[entry.rfilename] = LockedFile(size=entry.size or 0, digest=digest)
     if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
@@ -192,7 +192,7 @@ def lock_into(path: Path, config: Config, paths: Paths, update: bool = False, lo
             f"{name}: {model.pin} is {pinned.commit}, licence {pinned.license or 'not stated'}, "
             f"{size / GB:.2f} GB, {missing.get(name, 0) / GB:.2f} GB of them to download"
         )
-    for line in absent(config.libraries):
+    for line in missing_libraries(config.libraries):
         log(line)
     log(f"written to {path}")
     check_room(missing, paths.root)
@@ -219,12 +219,12 @@ def check_room(missing: dict[str, int], folder: Path) -> None:
     Raises:
         HubError: the disk has less room.
     """
-    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    need, free = sum(missing.values()), shutil.disk_usage(there).free
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    need, free = sum(missing.values()), shutil.disk_usage(existing).free
     if need > free:
         parts = ", ".join(f"{name} {size / GB:.1f}" for name, size in missing.items())
         raise HubError(
-            f"models: {need / GB:.1f} GB are to be downloaded ({parts}), {there} has {free / GB:.1f} GB free. Free some "
+            f"models: {need / GB:.1f} GB are to be downloaded ({parts}), {existing} has {free / GB:.1f} GB free. Free some "
             "space, choose another --results folder, or name a shared copy in `libraries`"
         )
 
@@ -255,7 +255,7 @@ def own_cache() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
-def absent(libraries: list[str]) -> list[str]:
+def missing_libraries(libraries: list[str]) -> list[str]:
     """A line for every library that is not there, which is searched in vain."""
     return [
         f"libraries: {library} is no folder on this machine, so nothing is found in it; correct it or leave it out"
@@ -279,7 +279,7 @@ def candidates(repo: str, pinned: LockedRepo, libraries: list[str]) -> Iterator[
 def locate(repo: str, pinned: LockedRepo, libraries: list[str], log=print) -> Path | None:
     """The first candidate that holds the locked files, bit by bit; None if none does. Others are named in the log,
     and libraries that are not there."""
-    for line in absent(libraries):
+    for line in missing_libraries(libraries):
         log(line)
     for folder in candidates(repo, pinned, libraries):
         wrong = wrong_files(folder, pinned.files)
@@ -350,7 +350,7 @@ def _download(what: str, repo: str, pinned: LockedRepo, out: Path, log) -> None:
     check_room({repo: missing_bytes(out, pinned.files)}, out)
     wrong: dict[str, str] = {}
     for attempt in range(2):
-        with explained(what, repo, pinned.commit):
+        with hub_errors(what, repo, pinned.commit):
             snapshot_download(
                 repo,
                 revision=pinned.commit,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpipe.config import Config, ConfigError, FileData, overridden, parse
-from kvpipe.data.rows import read
+from kvpipe.data.rows import read_rows
 from kvpipe.experiment.files import write_json
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.plan import digest
@@ -22,7 +22,7 @@ FEWEST = 20
 PARTS = {"train": "[:90%]", "validation": "[90%:95%]", "test": "[95%:]"}
 FIELDS = {"prompt": True, "answer": True, "reasoning": False, "teacher_reasoning": False}
 """Columns that are read, and whether the file must have them."""
-KEPT = "experiment.json"
+EXPERIMENT_FILE = "experiment.json"
 
 
 def experiment(
@@ -78,12 +78,12 @@ def keep(config: Config, paths: Paths, out: Path) -> None:
         "results": paths.root.relative_to(out).as_posix(),
         "config": config.model_dump(mode="json", exclude_unset=True),
     }
-    write_json(out / KEPT, document)
+    write_json(out / EXPERIMENT_FILE, document)
 
 
 def kept(cell: Path, overrides: list[str] | None = None) -> tuple[Config, Paths] | None:
     """The experiment of a cell that was trained without a configuration file; None for every other."""
-    path = cell / KEPT
+    path = cell / EXPERIMENT_FILE
     if not path.is_file():
         return None
     document = json.loads(path.read_text(encoding="utf-8"))
@@ -128,7 +128,7 @@ def _names(teachers: list[Path]) -> dict[str, Path]:
 def _source(data: Path) -> tuple[dict[str, Any], int]:
     """The file as a source, with the columns that it has, and how many of its rows are to train on."""
     source = {"kind": "files", "task": TASK, **{split: f"{data}{part}" for split, part in PARTS.items()}}
-    rows = read(FileData.model_validate({**source, "train": str(data)}), "train").rows
+    rows = read_rows(FileData.model_validate({**source, "train": str(data)}), "train").rows
     if len(rows) < FEWEST:
         raise ConfigError(
             f"{data} has {len(rows)} rows; a tenth is kept for validation and test: give {FEWEST} or more"
@@ -137,5 +137,5 @@ def _source(data: Path) -> tuple[dict[str, Any], int]:
     missing = [name for name, needed in FIELDS.items() if needed and name not in has]
     if missing:
         raise ConfigError(f"{data}: no column {', '.join(missing)} (has {', '.join(sorted(has))}); rename the columns")
-    count = len(read(FileData.model_validate(source), "train").rows)
+    count = len(read_rows(FileData.model_validate(source), "train").rows)
     return {**source, "columns": {name: name for name in FIELDS if name in has}}, count

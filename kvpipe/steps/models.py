@@ -20,7 +20,7 @@ from kvpipe.models.folders import (
     recorded,
     write_manifest,
 )
-from kvpipe.models.headers import lacking, misfit, no_cache, no_language_model, read_config
+from kvpipe.models.headers import file_problems, misfit, no_cache, no_language_model, read_config
 from kvpipe.models.pretrain import pretrain, student_tokenizer
 
 
@@ -70,7 +70,7 @@ def _check(work: Workspace, name: str, folder: Path) -> None:
     values = read_config(folder)
     problem = no_language_model(values) or (no_cache(values) if name in work.dag.recorded_models else None)
     if problem is None and not isinstance(work.config.models[name], ScratchModel):
-        problem = "; ".join(lacking(folder, ("config.json",))) or misfit(folder)
+        problem = "; ".join(file_problems(folder, ("config.json",))) or misfit(folder)
     if problem is not None:
         raise ValueError(f"models.{name}: {problem}")
 

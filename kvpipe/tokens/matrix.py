@@ -24,7 +24,6 @@ __all__ = [
     "encode",
     "gather_form",
     "overlap",
-    "positional",
     "token_bytes",
 ]
 
@@ -35,7 +34,6 @@ def overlap(
     src_spans: Int64[Tensor, "src_time 2"],
     dst_spans: Int64[Tensor, "dst_time 2"],
     mode: Mode = "iou",
-    match_specials: bool = False,
 ) -> Float[Tensor, "dst_time src_time"]:
     """Weights of source tokens for each destination token: sparse CSR, float32, rows sum to 1 or are empty.
 
@@ -44,9 +42,8 @@ def overlap(
       has read text that the student has not. The row is empty while no source token has ended.
     - `position`: token i for token i, whatever they stand for (the deliberately wrong alignment).
 
-    Tokens with an empty span have empty rows and columns. With `match_specials` the k-th empty span at a byte
-    position of one side is matched to the k-th one at the same position of the other (BOS to BOS).
-    Time and entries are linear in the number of tokens. Spans are those of `encode`, both of the same text.
+    Tokens with an empty span have empty rows and columns. Time and entries are linear in the number of tokens. Spans are
+    those of `encode`, both of the same text.
     """
     src, dst = _checked(src_spans, "src_spans"), _checked(dst_spans, "dst_spans")
     src_text, dst_text = np.flatnonzero(src[:, 1] > src[:, 0]), np.flatnonzero(dst[:, 1] > dst[:, 0])
@@ -73,19 +70,7 @@ def overlap(
     else:
         raise ValueError(f"overlap mode must be one of iou, causal, position; got {mode!r}")
 
-    if match_specials:
-        special_row, special_col = _matched_specials(src, dst)
-        row, col = np.concatenate([row, special_row]), np.concatenate([col, special_col])
-        weight = np.concatenate([weight, np.ones(len(special_row))])
-        order = np.argsort(row, kind="stable")
-        row, col, weight = row[order], col[order], weight[order]
     return _csr(row, col, weight, len(dst), len(src))
-
-
-def positional(n_src: int, n_dst: int) -> Float[Tensor, "dst_time src_time"]:
-    """Token i for token i, special or not, as CSR: right only where both tokenizations are the same."""
-    diagonal = np.arange(min(n_src, n_dst))
-    return _csr(diagonal, diagonal, np.ones(len(diagonal)), n_dst, n_src)
 
 
 def gather_form(
@@ -136,21 +121,6 @@ def _checked(spans: Tensor, name: str) -> np.ndarray:
             f"{tuple(array[i].tolist())}" + (f" after {tuple(array[i - 1].tolist())}" if i else "")
         )
     return array
-
-
-def _matched_specials(src: np.ndarray, dst: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(destination, source) indices of the k-th empty spans at each byte position that both sides have."""
-
-    def keyed(spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        empty = np.flatnonzero(spans[:, 1] == spans[:, 0])
-        at = spans[empty, 0]
-        rank = np.arange(len(at)) - np.searchsorted(at, at, side="left")
-        return empty, at * (len(src) + len(dst) + 1) + rank  # one integer for (position, rank)
-
-    src_empty, src_key = keyed(src)
-    dst_empty, dst_key = keyed(dst)
-    _, i, j = np.intersect1d(src_key, dst_key, assume_unique=True, return_indices=True)
-    return dst_empty[j], src_empty[i]
 
 
 def _csr(row: np.ndarray, col: np.ndarray, weight: np.ndarray, n_dst: int, n_src: int) -> Tensor:

@@ -533,7 +533,7 @@ class _Run:
             "provenance": provenance,
         }
         write_json(out / COST, cost)
-        card.write(self.work.dag, self.work.paths, self.arm_name, out)
+        card.write_card(self.work.dag, self.work.paths, self.arm_name, out)
 
 
 def peak_memory(device: torch.device) -> int:

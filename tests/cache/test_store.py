@@ -45,7 +45,7 @@ def build(teacher, folder, key, batch_size=7):
 @pytest.fixture(scope="module")
 def live(teacher):
     model, encoding, pad = teacher
-    return forward_rows(model, encoding, np.arange(len(encoding)), key_of(), 64, pad)
+    return forward_rows(model, encoding, np.arange(len(encoding)), key_of().layers, 64, pad, TOP)
 
 
 # ---------------------------------------------------------------- storage types
@@ -143,7 +143,7 @@ def test_batch_size_and_order_do_not_change_rows(teacher, live):
     examples = np.array([9, 2, 20, 4])
     rows = np.concatenate([np.arange(len(encoding.ids))[encoding.rows(e)] for e in examples])
     for batch_size in (1, 3):
-        found = forward_rows(model, encoding, examples, key_of(), batch_size, pad)
+        found = forward_rows(model, encoding, examples, key_of().layers, batch_size, pad)
         for name in ("keys", "values", "nll"):
             torch.testing.assert_close(getattr(found, name), getattr(live, name)[rows], atol=2e-4, rtol=1e-4)
 

@@ -22,7 +22,7 @@ from kvpipe.experiment.launch import check_environment
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.plan import Dag
 from kvpipe.experiment.status import overview
-from kvpipe.models.card import plain
+from kvpipe.models.card import escaped
 
 RAW = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]")
 EVIL = "a\x1b[2J\x9b31m\x07\r\u202eb"
@@ -83,8 +83,8 @@ def test_the_status_shows_logs_escaped(tmp_path):
 
 
 def test_a_card_shows_names_as_they_are():
-    assert plain("a|<img src=x> [x](y) `z`\n# b") == r"a\|\<img src=x\> \[x\](y) \`z\` \# b"
-    assert plain("exp1, λ = 0.5") == "exp1, λ = 0.5"
+    assert escaped("a|<img src=x> [x](y) `z`\n# b") == r"a\|\<img src=x\> \[x\](y) \`z\` \# b"
+    assert escaped("exp1, λ = 0.5") == "exp1, λ = 0.5"
 
 
 PAIRS = list(zip("abcdefgh", "bcdefghi", strict=True))
@@ -122,7 +122,7 @@ def test_aliases_are_allowed_and_what_snakemake_has_read_is_bounded(tmp_path):
 
 
 def test_an_expression_that_finds_no_end_is_ended(monkeypatch):
-    monkeypatch.setattr(patterns, "SECONDS", 0.2)
+    monkeypatch.setattr(patterns, "LIMIT_SECONDS", 0.2)
     with pytest.raises(ValueError, match=r"evaluate\.answer_pattern .*no end within 0\.2 s"):
         extract("a" * 60, ScoringConfig(answer_pattern="((a+)+)$b"))
     assert extract("#### 7", ScoringConfig()) == "7"

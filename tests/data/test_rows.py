@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from kvpipe.config import FileData, HubData
-from kvpipe.data.rows import read
+from kvpipe.data.rows import read_rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,17 +36,17 @@ def jsonl(path, count):
 )
 def test_slices_of_a_file(tmp_path, part, numbers):
     path = jsonl(tmp_path / "rows.jsonl", 41)
-    found = read(FileData(task="t", train=f"{path}{part}"), "train")
+    found = read_rows(FileData(task="t", train=f"{path}{part}"), "train")
     assert [row["n"] for row in found.rows] == list(numbers)
     assert found.origin["file"] == path.as_posix() and found.origin["rows_in_file"] == 41
-    assert read(FileData(task="t", train=f"{path}{part}"), "test").rows == []
+    assert read_rows(FileData(task="t", train=f"{path}{part}"), "test").rows == []
 
 
 def test_a_line_that_is_no_object(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n[2]\n', encoding="utf-8")
     with pytest.raises(ValueError, match=r"rows\.jsonl, line 2: expected an object"):
-        read(FileData(task="t", test=str(path)), "test")
+        read_rows(FileData(task="t", test=str(path)), "test")
 
 
 def test_lines_end_where_the_file_says(tmp_path):
@@ -55,16 +55,16 @@ def test_lines_end_where_the_file_says(tmp_path):
     texts = ["one\u2028line", "another\x85one\u2029"]
     lines = [json.dumps({"a": text}, ensure_ascii=False) for text in texts]
     path.write_text(f"{lines[0]}\r\n\r\n{lines[1]}\n\n  \n", encoding="utf-8", newline="")
-    assert [row["a"] for row in read(FileData(task="t", test=str(path)), "test").rows] == texts
+    assert [row["a"] for row in read_rows(FileData(task="t", test=str(path)), "test").rows] == texts
     path.write_text(f"{lines[0]}\n\n{{\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"rows\.jsonl, line 3: not valid JSON"):
-        read(FileData(task="t", test=str(path)), "test")
+        read_rows(FileData(task="t", test=str(path)), "test")
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": "é"}\n', encoding="utf-8-sig")
-    assert read(FileData(task="t", test=str(path)), "test").rows == [{"a": "é"}]
+    assert read_rows(FileData(task="t", test=str(path)), "test").rows == [{"a": "é"}]
 
 
 @pytest.mark.parametrize(
@@ -82,14 +82,14 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
 def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, part, said):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=said):
-        read(FileData(task="t", test=f"{tmp_path / name}{part}"), "test")
+        read_rows(FileData(task="t", test=f"{tmp_path / name}{part}"), "test")
 
 
 def test_a_column_that_only_some_rows_have(tmp_path):
     """None in the others, within the part and beyond it, as in a Parquet file."""
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n{"a": 2, "b": "x"}\n{"a": 3, "c": "y"}\n', encoding="utf-8")
-    found = read(FileData(task="t", train=f"{path}[:2]"), "train").rows
+    found = read_rows(FileData(task="t", train=f"{path}[:2]"), "train").rows
     assert found == [{"a": 1, "b": None, "c": None}, {"a": 2, "b": "x", "c": None}]
 
 
@@ -99,14 +99,14 @@ def test_a_local_folder_is_read_like_its_repository(tmp_path, preset):
     # the invented repository has not all subjects
     more = {"name": ["algebra", "geometry"]} if preset == "math" else {}
     source = HubData(task="t", preset=preset, repo=str(folder), **more)
-    found = read(source, "test").rows
+    found = read_rows(source, "test").rows
     expected = data_zoo.rows(preset, "test") + (data_zoo.rows(preset, "test", 1000) if preset == "math" else [])
     assert found == expected
 
 
 def test_slices_of_a_split_part_it(tmp_path):
     source = HubData(task="t", preset="gsm8k", repo=str(data_zoo.write(tmp_path / "g", "gsm8k")))
-    train, validation = read(source, "train"), read(source, "validation")
+    train, validation = read_rows(source, "train"), read_rows(source, "validation")
     assert train.rows + validation.rows == data_zoo.rows("gsm8k", "train")
     assert (len(train.rows), len(validation.rows)) == (38, 2)
     assert train.origin["part"] == "train[:95%]" and train.origin["rows"] == 38
@@ -114,12 +114,12 @@ def test_slices_of_a_split_part_it(tmp_path):
 
 def test_rows_of_a_repository_are_counted_in_the_whole_split(tmp_path):
     gsm8k = HubData(task="t", preset="gsm8k", repo=str(data_zoo.write(tmp_path / "g", "gsm8k")))
-    places = read(gsm8k, "validation").places
+    places = read_rows(gsm8k, "validation").places
     assert places == [f"{gsm8k.repo} (main), train, row {n}" for n in (39, 40)]
     repo = str(data_zoo.write(tmp_path / "m", "math"))
     names = ["algebra", "geometry"]
     both = HubData(task="t", preset="math", repo=repo, name=names, test="train[-1:]+test[:2]")
-    found = read(both, "test")
+    found = read_rows(both, "test")
     last = len(data_zoo.rows("math", "train"))
     counted = [f"train, row {last}", "test, row 1", "test, row 2"]
     assert found.places == [f"{repo} ({name}), {place}" for name in names for place in counted]
@@ -131,7 +131,7 @@ def test_a_folder_of_the_same_name_is_not_taken_for_another(tmp_path):
         folder = data_zoo.write(tmp_path / str(number) / "same", "chat")
         path = next(folder.rglob("test-*"))
         pq.write_table(pa.Table.from_pylist(data_zoo.rows("chat", "test", offset)), path)
-        found = read(HubData(task="t", preset="chat", repo=str(folder)), "test").rows
+        found = read_rows(HubData(task="t", preset="chat", repo=str(folder)), "test").rows
         assert found == data_zoo.rows("chat", "test", offset)
 
 
@@ -146,7 +146,7 @@ def test_a_folder_of_the_same_name_is_not_taken_for_another(tmp_path):
 def test_what_is_not_there_is_named(tmp_path, more, said):
     repo = str(data_zoo.write(tmp_path / "g", "gsm8k"))
     with pytest.raises((FileNotFoundError, ValueError), match=said):
-        read(HubData(**{"task": "t", "preset": "gsm8k", "repo": repo, **more}), "test")
+        read_rows(HubData(**{"task": "t", "preset": "gsm8k", "repo": repo, **more}), "test")
 
 
 # ---------------------------------------------------------------- the hub, in processes of their own
@@ -225,13 +225,13 @@ def test_a_line_that_no_parser_takes_is_named(tmp_path, line):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"answer": 1}\n' + line + "\n")
     with pytest.raises(ValueError, match=r"rows\.jsonl, line 2: (cannot be read|not valid JSON)"):
-        read(FileData(task="t", train=str(path)), "train")
+        read_rows(FileData(task="t", train=str(path)), "train")
 
 
 def test_texts_of_csv_stay_as_they_are_written(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.csv").write_text("prompt,answer\nq,007\nq,12\nq,5.10\n")
-    found = read(HubData(task="t", repo=str(tmp_path / "set"), validation=None, test=None), "train")
+    found = read_rows(HubData(task="t", repo=str(tmp_path / "set"), validation=None, test=None), "train")
     assert [row["answer"] for row in found.rows] == ["007", "12", "5.10"]
 
 
@@ -239,11 +239,11 @@ def test_an_integer_of_more_than_64_bits_is_refused_where_the_library_rounds_it(
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_text('{"answer": 12345678901234567890123}\n')
     with pytest.raises(ValueError, match="answer holds an integer of more than 64 bits"):
-        read(HubData(task="t", repo=str(tmp_path / "set"), validation=None, test=None), "train")
+        read_rows(HubData(task="t", repo=str(tmp_path / "set"), validation=None, test=None), "train")
 
 
 def test_a_loading_script_says_what_to_do(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "set.py").write_text("import datasets\n")
     with pytest.raises((ValueError, FileNotFoundError), match=r"refs/convert/parquet|data\.sources"):
-        read(HubData(task="t", repo=str(tmp_path / "set"), validation=None, test=None), "train")
+        read_rows(HubData(task="t", repo=str(tmp_path / "set"), validation=None, test=None), "train")

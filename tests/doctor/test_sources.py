@@ -10,7 +10,7 @@ import threading
 import pytest
 from tiny import config
 
-from kvpipe.doctor.sources import examine_sources, lacking
+from kvpipe.doctor.sources import examine_sources, file_problems
 from kvpipe.experiment.paths import Paths
 
 
@@ -62,9 +62,9 @@ def test_a_shard_that_is_missing(folder):
     (beta / "model.safetensors").rename(beta / "model-00001-of-00002.safetensors")
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (beta / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert lacking(beta) == ["model-00002-of-00002.safetensors is missing"]
+    assert file_problems(beta) == ["model-00002-of-00002.safetensors is missing"]
     (beta / "model.safetensors.index.json").write_text("{")
-    assert lacking(beta) == ["model.safetensors.index.json cannot be read"]
+    assert file_problems(beta) == ["model.safetensors.index.json cannot be read"]
 
 
 def test_pickled_weights_only(folder):

@@ -18,7 +18,7 @@ from kvpipe.evaluate.score import evaluate
 from kvpipe.experiment.plan import Dag
 from kvpipe.experiment.provenance import digest_of, folder_digest, reachable
 from kvpipe.models import card
-from kvpipe.models.hub import HubError, wanted
+from kvpipe.models.hub import HubError, is_model_file
 from kvpipe.stats import tables
 from kvpipe.steps.models import make_model
 from kvpipe.steps.prepare import prepare
@@ -35,7 +35,7 @@ def trained(tmp_path_factory):
     files = {
         p.name: LockedFile(size=p.stat().st_size, digest=digest_of(p, "sha256")).model_dump()
         for p in library.iterdir()
-        if wanted(p.name)
+        if is_model_file(p.name)
     }
     locked = {"owner/alpha@main": {"commit": "ab" * 20, "license": "apache-2.0", "files": files}}
     overrides = {
@@ -199,7 +199,7 @@ def test_a_card_before_and_after_the_statistics(trained):
     assert "Not evaluated yet." in before
     assert before == card.card(work.dag, work.paths, "two", cell), "written at the end of training"
     statistics(work)
-    after = card.write(work.dag, work.paths, "two", cell).read_text()
+    after = card.write_card(work.dag, work.paths, "two", cell).read_text()
     assert "| bits per byte | all | – | 1.5 (1.25, 1.75) |" in after
     assert "| bits per byte | all | -0.375 (-0.5, -0.25) | 0.0123 |" in after
     assert not [words for words in ("Not evaluated", "9.875", "7.125", "6.5") if words in after]

@@ -17,7 +17,16 @@ from kvpipe.experiment.plan import Dag
 from kvpipe.experiment.provenance import digest_of
 from kvpipe.models import hub as hub_module
 from kvpipe.models.folders import write_manifest
-from kvpipe.models.hub import HubError, check_room, fetch, locate, missing_shards, to_download, wanted, write_lock
+from kvpipe.models.hub import (
+    HubError,
+    check_room,
+    fetch,
+    is_model_file,
+    locate,
+    missing_shards,
+    to_download,
+    write_lock,
+)
 
 REPO = "owner/alpha"
 BARE = {"config.json": b"{}", "tokenizer.json": b"{}"}
@@ -173,7 +182,7 @@ def locked_folder(folder):
             size=p.stat().st_size, digest=digest_of(p, "sha256" if p.suffix == ".safetensors" else "git")
         )
         for p in folder.iterdir()
-        if wanted(p.name)
+        if is_model_file(p.name)
     }
     return LockedRepo(commit="a" * 40, files=files)
 

@@ -17,7 +17,7 @@ from kvpipe.distill.build import Workspace
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.provenance import digest_of
 from kvpipe.models.folders import load_config, load_model, load_tokenizer
-from kvpipe.models.hub import wanted
+from kvpipe.models.hub import is_model_file
 from kvpipe.steps.models import make_model
 from kvpipe.steps.prepare import prepare
 from kvpipe.train.trainer import train
@@ -85,7 +85,7 @@ def experiment(folder: Path, trust: bool):
     files = {
         p.name: LockedFile(size=p.stat().st_size, digest=digest_of(p, "sha256")).model_dump()
         for p in library.iterdir()
-        if wanted(p.name, code=True)
+        if is_model_file(p.name, code=True)
     }
     hub = {"source": "hub", "repo": "owner/own", "trust_remote_code": trust}
     settings = values(folder) | {

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizer_zoo import CORPUS, build
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvpipe.tokens.matrix import common_prefix_positions, encode, gather_form, overlap, positional
+from kvpipe.tokens.matrix import common_prefix_positions, encode, gather_form, overlap
 
 property_based = settings(max_examples=150, deadline=None, derandomize=True)
 PAIRS = [("llama3", "llama2"), ("qwen2", "unigram_bytes"), ("bert_uncased", "gpt2"), ("gemma", "t5")]
@@ -178,29 +178,18 @@ def test_iou_weights_by_hand():
     )
 
 
-def test_specials_are_matched_only_on_request():
+def test_specials_are_not_matched():
     src = torch.tensor([[0, 0], [0, 3], [3, 3]])
     dst = torch.tensor([[0, 0], [0, 0], [0, 2], [2, 3], [3, 3]])
     assert not dense(src, dst)[[0, 1, 4]].any()
-    matched = dense(src, dst, match_specials=True)
-    assert matched[[0, 4]].tolist() == [[1, 0, 0], [0, 0, 1]] and not matched[1].any()
-    assert matched[2:4].tolist() == dense(src, dst)[2:4].tolist()
-    one_sided = dense(torch.tensor([[0, 3]]), torch.tensor([[0, 0], [0, 3]]), match_specials=True)
-    assert one_sided.tolist() == [[0], [1]]
 
 
 def test_empty_text():
     nothing, bos = torch.zeros(0, 2, dtype=torch.int64), torch.tensor([[0, 0]])
     for mode in ("iou", "causal", "position"):
         assert overlap(nothing, bos, mode).shape == (1, 0) and overlap(bos, nothing, mode).shape == (0, 1)
-    assert dense(bos, bos, match_specials=True).tolist() == [[1]]
     index, weight = gather_form(overlap(nothing, bos))
     assert index.shape == weight.shape == (1, 0)
-
-
-def test_positional_ignores_the_text():
-    assert torch.equal(positional(5, 3).to_dense(), torch.eye(3, 5))
-    assert torch.equal(positional(3, 5).to_dense(), torch.eye(5, 3))
 
 
 @pytest.mark.parametrize(

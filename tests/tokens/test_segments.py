@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenizer_zoo import build
 
 from kvpipe.tokens.matrix import encode
-from kvpipe.tokens.segments import GSM8K, THINK, Markers, Segmented, split_reasoning, token_segments
+from kvpipe.tokens.segments import Segmented, token_segments
 
 part = st.lists(st.sampled_from(["the cat", " ", "日本", "é", "👩‍👩‍👧", "12", "\n", "<think>"]), max_size=4).map(
     "".join
@@ -71,56 +71,3 @@ def test_empty_text_has_empty_ranges():
 def test_boundaries_of_another_text_are_refused(boundaries):
     with pytest.raises(ValueError, match="boundaries must rise from 0 to the 6 bytes"):
         token_segments(torch.tensor([[0, 2], [2, 6]]), boundaries)
-
-
-@property_based
-@given(
-    st.lists(st.sampled_from(["a", " ", "<think>", "</think>", "####", "A:", "日"]), max_size=9).map("".join),
-    st.sampled_from(
-        [
-            Markers("A:", "<think>", "</think>", "####", "answer"),
-            Markers(None, "<think>", "</think>", "####", "reasoning"),
-            Markers(None, None, None, "####", "answer"),
-            Markers(None, None, "</think>", None, "reasoning"),
-            THINK,
-        ]
-    ),
-)
-def test_parts_joined_are_the_text(text, markers):
-    try:
-        record = split_reasoning(text, markers)
-    except ValueError as error:
-        assert repr(markers.prompt_stop) in str(error) and markers.prompt_stop not in text
-        return
-    assert record.text == text
-
-
-@pytest.mark.parametrize(
-    ("text", "markers", "expected"),
-    [
-        ("<think>2+2=4</think>4", THINK, ("", "<think>2+2=4</think>", "4")),
-        ("Q? <think>hm</think> 4", THINK, ("Q? ", "<think>hm</think>", " 4")),
-        ("just 4", THINK, ("", "", "just 4")),
-        ("Q? <think>cut off", THINK, ("Q? ", "<think>cut off", "")),
-        ("two left.\n#### 2", GSM8K, ("", "two left.\n", "#### 2")),
-        ("#### 2", GSM8K, ("", "", "#### 2")),
-        ("Q\nA: so #### 1", Markers(prompt_stop="A:", answer_start="####"), ("Q\nA:", " so ", "#### 1")),
-        ("A:", Markers(prompt_stop="A:", answer_start="####"), ("A:", "", "")),
-        (
-            "<think>a</think>b #### 3",
-            Markers(reasoning_start="<think>", reasoning_stop="</think>", answer_start="####"),
-            ("", "<think>a</think>b ", "#### 3"),
-        ),
-        ("hm</think>4", Markers(reasoning_stop="</think>"), ("", "hm</think>", "4")),
-        ("x", Markers(answer_start="####", unmarked="reasoning"), ("", "x", "")),
-    ],
-)
-def test_splits_by_hand(text, markers, expected):
-    assert split_reasoning(text, markers) == expected
-
-
-def test_missing_markers_are_named():
-    with pytest.raises(ValueError, match=r"none of the markers \['####'\] is in the text 'no mark'"):
-        split_reasoning("no mark", GSM8K)
-    with pytest.raises(ValueError, match="prompt_stop 'Answer:' is not in the text"):
-        split_reasoning("no mark", Markers(prompt_stop="Answer:"))

@@ -51,10 +51,14 @@ def together(number: int, script: str, *arguments: Any, **environment: str) -> l
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(number)}
+    found = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # the zoos of the tests too
     started = [
         subprocess.Popen(
             [sys.executable, script, *map(str, arguments)],
-            env=os.environ | environment | (group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if number > 1 else {}),
+            env=os.environ
+            | found
+            | environment
+            | (group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if number > 1 else {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

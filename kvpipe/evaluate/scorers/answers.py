@@ -12,7 +12,7 @@ from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 
 from kvpipe.config import ScoringConfig
-from kvpipe.data.patterns import budget
+from kvpipe.data.patterns import time_limit
 
 LONGEST = 400
 """Numbers with more digits stay as they are written: `1e999999` need not be written out."""
@@ -83,7 +83,7 @@ def extract(text: str, config: ScoringConfig) -> str | None:
     if config.scorer == "number":
         text = plain(text)
     for pattern in [config.answer_pattern] if isinstance(config.answer_pattern, str) else config.answer_pattern:
-        with budget(f"evaluate.answer_pattern {pattern!r}"):
+        with time_limit(f"evaluate.answer_pattern {pattern!r}"):
             matches = list(re.finditer(pattern, text))
         for match in reversed(matches):
             answer = next((group for group in match.groups() if group is not None), "")
