@@ -28,7 +28,7 @@ from kvpipe.config import Config, DataConfig, TokenizerRecipe, parse
 from kvpipe.data import build as data
 from kvpipe.data.corpus import generate
 from kvpipe.distill.build import Workspace
-from kvpipe.experiment.plan import Paths
+from kvpipe.experiment.paths import Paths
 from kvpipe.models.folders import build_model, train_tokenizer
 from kvpipe.models.pretrain import tokenizer_texts
 from kvpipe.steps.models import make_model

@@ -37,7 +37,7 @@ PATIENCE = 3600
 SCORE = """
 import sys
 from pathlib import Path
-from kvpipe.cli.app import evaluate
+from kvpipe.cli.use import evaluate
 for folder in map(Path, sys.argv[2:]):
     evaluate(model=folder / "out" / "model", out=folder / "items.parquet", results=Path(sys.argv[1]))
 """

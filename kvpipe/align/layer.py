@@ -10,7 +10,7 @@ debiased form uses: wide features of few rows look alike under the biased one. A
 once.
 
 Where CKA has no value it is 0, never NaN: features that are constant over the rows have nothing to compare, and the
-debiased form needs four rows.
+debiased form needs four rows. Features that are not finite raise `ValueError`.
 """
 
 from __future__ import annotations
@@ -190,6 +190,9 @@ def _centred(x: Float[Tensor, "layer n p"]) -> tuple[Float[Tensor, "layer n p"],
     centred = x - mean
     rows = centred.square().sum(-1).double()
     rest, size = rows.sum(-1), x.shape[1] * mean.double().square().sum((1, 2))
+    if not rest.isfinite().all():
+        layers = (~rest.isfinite()).nonzero().flatten().tolist()
+        raise ValueError(f"CKA: features of layer {', '.join(map(str, layers))} hold NaN or infinity, or overflow")
     constant = rest <= (8 * torch.finfo(x.dtype).eps) ** 2 * size
     if constant.any():
         centred[constant], rows[constant] = 0, 0

@@ -26,12 +26,12 @@ from kvpipe.config import StoreConfig
 from kvpipe.data.batches import collate
 from kvpipe.data.encoding import Encoding, concatenated_ranges
 from kvpipe.experiment.files import save_tensors
+from kvpipe.experiment.paths import INDEX
 from kvpipe.experiment.provenance import content_digest, read_json, verify
 from kvpipe.experiment.sizes import estimate_bytes as estimate_bytes
 from kvpipe.models.likelihood import PIECE, token_nll
 
 VERSION = 1
-INDEX = "index.json"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 GB = 1e9
 

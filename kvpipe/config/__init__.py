@@ -189,9 +189,9 @@ class Config(Section):
             _known(path, name, self.arms)
         if self.stats.headline == controls[0]:
             raise ValueError(f"stats.headline: {controls[0]} is the control, which the headline is compared with")
-        for i, (arm, reference) in enumerate(self.stats.contrasts):
-            if arm == reference:
-                raise ValueError(f"stats.contrasts[{i}]: {arm} is compared with itself")
+        for i, pair in enumerate(self.stats.contrasts):
+            if pair[0] == pair[1]:
+                raise ValueError(f"stats.contrasts[{i}]: {pair[0]} is compared with itself")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds: {self.seeds} holds a seed twice")
         _known("student", self.student, self.models)

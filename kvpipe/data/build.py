@@ -15,10 +15,9 @@ from kvpipe.data.corpus import generate
 from kvpipe.data.leakage import duplicates, leaks
 from kvpipe.data.mapping import to_record
 from kvpipe.data.patterns import budget
-from kvpipe.data.records import SPLITS, Record, write_records
+from kvpipe.data.records import Record, write_records
 from kvpipe.data.rows import read
-
-SOURCES = "sources.json"
+from kvpipe.experiment.paths import SOURCES, SPLITS
 
 
 def build(config: DataConfig, out: Path) -> None:

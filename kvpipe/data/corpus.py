@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Literal
 
-from kvpipe.data.records import SPLITS, Record
+from kvpipe.data.records import Record
+from kvpipe.experiment.paths import SPLITS
 
 NAMES = ("Ann", "Ben", "Eva", "Ida", "Leo", "Max", "Mia", "Tom")
 THINGS = ("cards", "coins", "pens", "nuts", "cups", "eggs")

@@ -63,6 +63,8 @@ def to_record(row: Mapping[str, Any], source: RowData, name: str) -> Record:
     if not any(fields.get(field, "").strip() for field in ("prompt", "reasoning", "answer")):
         raise ValueError("prompt, reasoning and answer are all empty")
     choices = fields.get("choices")
+    if choices is not None and not all(choice.strip() for choice in choices):
+        raise ValueError(f"choice {[bool(choice.strip()) for choice in choices].index(False)} of {choices} is empty")
     if choices is not None and fields.get("answer") not in choices:
         raise ValueError(f"answer {fields.get('answer')!r} is none of the choices {choices}")
     return Record(

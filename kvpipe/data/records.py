@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 from kvpipe.config import Template
 from kvpipe.tokens.segments import Segmented
 
-SPLITS = ("train", "validation", "test")
 OPTIONAL = ("tests", "choices", "messages")
 """Fields that few data sets have."""
 Reading = Literal["student", "own"]

@@ -16,6 +16,8 @@ import pyarrow.parquet as pq
 from kvpipe.config import FileData, HubData
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
+EXACT = 2.0**53
+"""Integers from here on are not exact in double precision."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
                 raise ValueError(f"{place}: not UTF-8: {error}; save the file as UTF-8") from None
             except json.JSONDecodeError as error:
                 raise ValueError(f"{place}: not valid JSON: {error.msg} at character {error.colno}") from None
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets without end
+                raise ValueError(f"{place}: cannot be read: {error}; leave the line out") from None
             if not text:
                 continue
             if not isinstance(row, dict):
@@ -129,7 +133,7 @@ def _hub(source: HubData, split: str) -> Rows:
             else:
                 # never one from a file, as for models
                 token = os.environ.get("HF_TOKEN") or False
-                builder = datasets.load_dataset_builder(source.repo, name, revision=source.revision, token=token)
+                builder = _builder(datasets, source.repo, name, revision=source.revision, token=token)
                 _check_commit(source, builder.hash)
                 found = _prepared(builder, split)
                 origin |= {"revision": source.revision, "commit": builder.hash}
@@ -148,7 +152,29 @@ def _folder(datasets, source: HubData, name: str | None, split: str) -> tuple[li
     if not Path(source.repo).is_dir():
         raise FileNotFoundError(f"{source.repo} is not a folder")
     with tempfile.TemporaryDirectory(prefix="kvpipe-datasets-") as cache:
-        return _prepared(datasets.load_dataset_builder(source.repo, name, cache_dir=cache), split)
+        return _prepared(_builder(datasets, source.repo, name, cache_dir=cache), split)
+
+
+def _builder(datasets, repo: str, name: str | None, **options: Any):
+    """The library's builder of a data set. CSV has texts only: left to itself it would make a 7 of `007`."""
+    try:
+        builder = datasets.load_dataset_builder(repo, name, **options)
+    except RuntimeError as error:
+        if "script" not in str(error):
+            raise
+        raise ValueError(
+            f"{error}. A data set of a loading script is not run: name revision: refs/convert/parquet, where the hub has "
+            "converted it, or save its rows as JSONL or Parquet and use kind: files"
+        ) from None
+    if builder.name != "csv":
+        return builder
+    import pandas as pd
+
+    first = next(iter(builder.config.data_files.values()))[0]
+    with datasets.utils.file_utils.xopen(first, "rb") as file:
+        columns = pd.read_csv(file, nrows=0, sep=builder.config.sep).columns
+    features = datasets.Features(dict.fromkeys(columns, datasets.Value("string")))
+    return datasets.load_dataset_builder(repo, name, features=features, **options)
 
 
 def _prepared(builder, split: str) -> tuple[list[dict[str, Any]], list[str]]:
@@ -164,6 +190,13 @@ def _prepared(builder, split: str) -> tuple[list[dict[str, Any]], list[str]]:
         for number in range(*slice(part.from_, part.to).indices(builder.info.splits[part.splitname].num_examples))
     ]
     assert len(places) == len(rows)
+    for row, place in zip(rows, places, strict=True):
+        for column, value in row.items():
+            if builder.name == "json" and isinstance(value, float) and abs(value) >= EXACT and value.is_integer():
+                raise ValueError(
+                    f"{place}: {column} holds an integer of more than 64 bits, which the library reads as {value}; write "
+                    "the numbers of this column as text, or use kind: files"
+                )
     return rows, places
 
 

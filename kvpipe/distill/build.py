@@ -38,7 +38,8 @@ from kvpipe.distill.projectors import Geometry, Projector, build_projector
 from kvpipe.experiment.device import resolve_device
 from kvpipe.experiment.files import save_tensors
 from kvpipe.experiment.misfits import misfits
-from kvpipe.experiment.plan import Dag, Paths
+from kvpipe.experiment.paths import Paths
+from kvpipe.experiment.plan import Dag
 from kvpipe.experiment.provenance import content_digest, read_json, verify
 from kvpipe.experiment.sizes import shape
 from kvpipe.models.folders import (
@@ -78,7 +79,7 @@ class Workspace:
         folder = folder.resolve()
         if any(folder == self.paths.model(name).resolve() for name in self.config.models if self.trusts(name)):
             return True
-        cells = (self.paths.cell(*cell) / "model" for cell in self.dag.cells)
+        cells = (self.paths.student(*cell) for cell in self.dag.cells)
         return self.trusts(self.config.student) and any(folder == cell.resolve() for cell in cells)
 
     def tokenizer(self, name: str):

@@ -18,7 +18,7 @@ from kvpipe.doctor.sources import examine_sources
 from kvpipe.doctor.storage import examine_storage
 from kvpipe.doctor.versions import examine_versions
 from kvpipe.doctor.walls import examine_walls
-from kvpipe.experiment.plan import Paths
+from kvpipe.experiment.paths import Paths
 
 __all__ = ["FAIL", "OK", "WARNING", "Finding", "examine", "read_profile", "show", "write"]
 

@@ -6,7 +6,7 @@ from kvpipe.config import Config
 from kvpipe.doctor.finding import FAIL, OK, Finding
 from kvpipe.doctor.workload import Workload
 from kvpipe.experiment.misfits import misfits
-from kvpipe.experiment.plan import Paths
+from kvpipe.experiment.paths import Paths
 
 
 def examine_arms(config: Config, paths: Paths) -> list[Finding]:

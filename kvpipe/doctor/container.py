@@ -16,7 +16,7 @@ from kvpipe.doctor.asked import Asked
 from kvpipe.doctor.finding import FAIL, OK, WARNING, Answer, Finding, ask, inside_a_job
 from kvpipe.doctor.sources import data_files
 from kvpipe.experiment import launch
-from kvpipe.experiment.plan import Paths
+from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.provenance import PACKAGE
 
 IMAGE = "containers/kvpipe.sif"

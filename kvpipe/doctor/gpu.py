@@ -14,9 +14,8 @@ from kvpipe.config import Config
 from kvpipe.doctor.asked import Asked
 from kvpipe.doctor.finding import FAIL, OK, WARNING, Finding, inside_a_job
 from kvpipe.doctor.look import nvidia
-from kvpipe.doctor.memory import PROBED
 from kvpipe.experiment import launch
-from kvpipe.experiment.plan import Paths
+from kvpipe.experiment.paths import Paths
 
 DRIVERS = {11: 450, 12: 525, 13: 580}
 """CUDA's major version → the least NVIDIA driver that runs it (minor versions are compatible)."""
@@ -31,7 +30,7 @@ def examine_gpu(config: Config, paths: Paths, asked: Asked) -> list[Finding]:
     if inside_a_job():
         return []
     on_cluster = shutil.which("sbatch") is not None
-    probed = paths.root / PROBED
+    probed = paths.probe
     if on_cluster:
         if not asked.of("train").gpus:
             return []

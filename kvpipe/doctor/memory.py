@@ -13,7 +13,7 @@ from kvpipe.config import Config
 from kvpipe.doctor.asked import Asked
 from kvpipe.doctor.finding import FAIL, GB, OK, WARNING, Finding, ask, inside_a_job
 from kvpipe.doctor.workload import Workload
-from kvpipe.experiment.plan import Paths
+from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.sizes import Shape, training_bytes
 
 MIB = float(2**20)
@@ -23,7 +23,6 @@ SMALLER = (
     "train.accumulate × 2 (the same batch in smaller parts), train.gradient_checkpointing: true, "
     "train.precision: bf16 or train.lora"
 )
-PROBED = "probe.json"
 """What `kvpipe doctor --probe` saw, under the results."""
 
 
@@ -108,7 +107,7 @@ def _gpu(name: str, where: str, need: float, fix: str, paths: Paths, asked: Aske
 
 def gpu_memory(paths: Paths) -> float | None:
     """Bytes of the GPU that a probe saw, or of this machine's first one."""
-    probed = paths.root / PROBED
+    probed = paths.probe
     if probed.is_file():
         seen = json.loads(probed.read_text(encoding="utf-8")).get("gpu") or {}
         if seen.get("memory"):
@@ -123,7 +122,7 @@ def gpu_memory(paths: Paths) -> float | None:
 def _teachers(work: Workload, paths: Paths, asked: Asked) -> Iterator[Finding]:
     """One finding each on host and GPU, on the store that takes most there."""
     rule = "teacher_kv_shard" if work.config.store.shards > 1 else "teacher_kv"
-    unmade = [pair for pair in work.stores if not (work.paths.store(*pair) / "index.json").is_file()]
+    unmade = [pair for pair in work.stores if not work.paths.store_index(*pair).is_file()]
     known = {pair: need for pair in unmade if (need := work.pass_bytes(*pair)) is not None}
     if not known:
         return

@@ -17,9 +17,8 @@ from kvpipe.doctor import look
 from kvpipe.doctor.asked import Asked, Request
 from kvpipe.doctor.container import image_path
 from kvpipe.doctor.finding import Answer, ask
-from kvpipe.doctor.memory import PROBED
 from kvpipe.doctor.slurm import Partition, read_partitions
-from kvpipe.experiment.plan import Paths
+from kvpipe.experiment.paths import Paths
 
 MINUTES = 5
 """Time limit of the job."""
@@ -158,7 +157,7 @@ def _outside(asked: Asked) -> str | None:
 
 
 def _run(site: Site, asked: Asked, paths: Paths, log: Callable[[str], None], wait: float) -> dict[str, Any] | None:
-    folder = paths.root.absolute() / "probe"
+    folder = paths.probe.absolute().with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     options = [f"--partition={site.partition.name}", "--ntasks=1", f"--time={_time(site.partition)}", "--mem=2000"]
     options += [f"--account={site.account}"] if site.account else []
@@ -181,7 +180,7 @@ def _run(site: Site, asked: Asked, paths: Paths, log: Callable[[str], None], wai
         log(f"job {job} ended as {state} without an answer: {last[0]}")
         return None
     seen = {"job": job, "partition": site.partition.name, **json.loads(line.removeprefix(look.MARK))}
-    (paths.root / PROBED).write_text(json.dumps(seen, indent=2) + "\n", encoding="utf-8")
+    paths.probe.write_text(json.dumps(seen, indent=2) + "\n", encoding="utf-8")
     log(f"job {job} ran on {seen['host']}: {(seen['gpu'] or {}).get('name') or 'no GPU seen'}")
     return seen
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from kvpipe.config import Config, FileData, HubData, HubModel, LocalModel
 from kvpipe.doctor.finding import FAIL, OK, WARNING, Finding, inside_a_job
-from kvpipe.experiment.plan import Dag, Paths
+from kvpipe.experiment.paths import MANIFEST, SPLITS, Paths
+from kvpipe.experiment.plan import Dag
 from kvpipe.models.headers import bad_tokenizer, lacking, misfit, no_cache, no_language_model, read_config
 from kvpipe.models.hub import HubError, absent, candidates, hub_models, missing_bytes, token
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-SPLITS = ("train", "validation", "test")
 
 
 def examine_sources(config: Config, paths: Paths) -> list[Finding]:
@@ -141,7 +141,7 @@ def _hub(
 ) -> Iterator[Finding]:
     label, where = f"model {name}", f"{model.repo} at {model.revision}"
     step = f"on a machine with a network: kvpipe models --name {name}"
-    if (folder / "MANIFEST.json").is_file():
+    if (folder / MANIFEST).is_file():
         if lacking(folder):
             yield Finding(label, FAIL, f"{folder}: {', '.join(lacking(folder))}", f"rm -r {folder}; {step}")
         elif missing := unusable(folder, recorded):

@@ -11,7 +11,7 @@ from pathlib import Path
 from kvpipe.config import Config
 from kvpipe.doctor.finding import FAIL, GB, OK, WARNING, Finding, ask
 from kvpipe.doctor.workload import Workload
-from kvpipe.experiment.plan import Paths
+from kvpipe.experiment.paths import Paths
 
 LEAST_FREE = 2 * GB
 # not snakemake --directory: configuration, image and kvpipe are looked for below the working directory
@@ -25,7 +25,7 @@ SMALLER = "set store.dtype: int8, store.layers: needed, or store.mode: live"
 def examine_storage(config: Config, paths: Paths) -> list[Finding]:
     """Findings on disk, quota and stores."""
     work = Workload(config, paths)
-    unmade = [pair for pair in work.stores if not (paths.store(*pair) / "index.json").is_file()]
+    unmade = [pair for pair in work.stores if not paths.store_index(*pair).is_file()]
     sizes = {pair: work.store_bytes(*pair) for pair in unmade}
     need = float(sum(size or 0 for size in sizes.values()))
     nearest = next(path for path in (paths.root.absolute(), *paths.root.absolute().parents) if path.exists())

@@ -22,7 +22,8 @@ from kvpipe.config import (
     ScratchModel,
 )
 from kvpipe.doctor.sources import data_files
-from kvpipe.experiment.plan import Dag, Paths
+from kvpipe.experiment.paths import Paths
+from kvpipe.experiment.plan import Dag
 from kvpipe.experiment.sizes import Shape, count_parameters, estimate_bytes, shape, teacher_pass_bytes
 
 SAMPLE = 100

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from kvpipe.config import FileData, HubData, LocalModel
-from kvpipe.experiment.plan import Dag, Paths
-from kvpipe.experiment.provenance import MANIFEST, code_hash, content_digest
+from kvpipe.experiment.paths import MANIFEST, SPLITS, Paths
+from kvpipe.experiment.plan import Dag
+from kvpipe.experiment.provenance import code_hash, content_digest
 
 CODE = {
     "data": "kvpipe.data.build",
@@ -55,14 +56,14 @@ def target(paths: Paths, step: str, *names: str) -> Path:
     if step == "data":
         return paths.data("train")
     if step == "models":
-        return paths.model(*names) / MANIFEST
+        return paths.manifest(*names)
     if step == "layer_map":
         return paths.layer_map(*names)
-    return paths.store(*names) / "index.json" if step == "teacher_kv" else paths.projector(*names)
+    return paths.store_index(*names) if step == "teacher_kv" else paths.projector(*names)
 
 
 def _record(paths: Paths, step: str, names: tuple[str, ...]) -> Path:
-    return paths.root / "made" / (target(paths, step, *names).relative_to(paths.root).as_posix() + ".json")
+    return paths.made(target(paths, step, *names))
 
 
 def _origin(dag: Dag, paths: Paths, step: str, names: tuple[str, ...]) -> dict[str, Any]:
@@ -80,15 +81,15 @@ def _inputs(dag: Dag, paths: Paths, step: str, names: tuple[str, ...]) -> list[P
         model = dag.config.models[names[0]]
         own = sorted(Path(model.path).iterdir()) if isinstance(model, LocalModel) else []
         split = [paths.data("train")] if dag.model_reads_data(names[0]) else []
-        like = [paths.model(name) / MANIFEST for name in dag.model_needs(names[0])]
+        like = [paths.manifest(name) for name in dag.model_needs(names[0])]
         return [*like, *split, *(path for path in own if path.is_file() and path.name != MANIFEST)]
-    student = [paths.model(dag.config.student) / MANIFEST, paths.data("train")]
+    student = [paths.manifest(dag.config.student), paths.data("train")]
     if step == "fit":
         arm = dag.fit_arm(names[0])
-        stores = [paths.store(t, arm.time.text) / "index.json" for t in arm.teachers] if dag.uses_store(arm) else []
+        stores = [paths.store_index(t, arm.time.text) for t in arm.teachers] if dag.uses_store(arm) else []
         maps = [paths.layer_map(t) for t in arm.teachers] if dag.needs_layer_map(arm) else []
-        return [*student, *(paths.model(t) / MANIFEST for t in arm.teachers), *stores, *maps]
-    teacher = paths.model(names[0]) / MANIFEST
+        return [*student, *(paths.manifest(t) for t in arm.teachers), *stores, *maps]
+    teacher = paths.manifest(names[0])
     if step == "layer_map":
         return [teacher, *student, paths.data("validation")]
     return [teacher, *student, *([paths.layer_map(names[0])] if dag.store_needs_layer_map(names[0]) else [])]
@@ -98,7 +99,7 @@ def _sources(dag: Dag) -> list[Path]:
     found: set[Path] = set()
     for source in dag.config.data.sources:
         if isinstance(source, FileData):
-            named = (getattr(source, split) for split in ("train", "validation", "test"))
+            named = (getattr(source, split) for split in SPLITS)
             found |= {source.parted(spec)[0] for spec in named if spec is not None}
         elif isinstance(source, HubData) and source.is_folder:
             found |= {path for path in Path(source.repo).rglob("*") if path.is_file()}

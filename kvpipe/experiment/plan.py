@@ -1,4 +1,4 @@
-"""Which artefacts a configuration implies, where they are, and which part of the configuration each depends on.
+"""Which artefacts a configuration implies, and which part of the configuration each depends on.
 
 The Snakefile asks here and nowhere else, so that a change of a setting reruns what depends on it and nothing more.
 No torch: this is imported while Snakemake parses.
@@ -7,10 +7,8 @@ No torch: this is imported while Snakemake parses.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 from kvpipe.config import Arm, Config, HubModel, RandomModel
@@ -22,71 +20,6 @@ LM_EVAL = ("lm_eval_tasks", "lm_eval_folder", "lm_eval_limit")
 def digest(value: Any, length: int = 8) -> str:
     """Short hash of a JSON value."""
     return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:length]
-
-
-@dataclass(frozen=True)
-class Paths:
-    """Every artefact under one results folder."""
-
-    root: Path
-
-    def model(self, name: str) -> Path:
-        """Model folder."""
-        return self.root / "models" / name
-
-    def data(self, split: str) -> Path:
-        """Records of a split."""
-        return self.root / "data" / f"{split}.parquet"
-
-    def store(self, teacher: str, reading: str) -> Path:
-        """Teacher KV store of one reading."""
-        return self.root / "teacher_kv" / teacher / reading
-
-    def shard(self, teacher: str, reading: str, shard: int) -> Path:
-        """One shard of a store."""
-        return self.store(teacher, reading) / f"shard-{shard:05d}.safetensors"
-
-    def layer_map(self, teacher: str) -> Path:
-        """Similarity of layers."""
-        return self.root / "layer_map" / f"{teacher}.json"
-
-    def projector(self, fit_id: str) -> Path:
-        """Fitted projectors."""
-        return self.root / "projector" / f"{fit_id}.safetensors"
-
-    def cell(self, arm: str, seed: int) -> Path:
-        """Folder of a trained cell."""
-        return self.root / "train" / arm / f"seed{seed}"
-
-    def checkpoints(self, arm: str, seed: int) -> Path:
-        """Checkpoints of a cell: outside the declared outputs, which Snakemake deletes when a job fails."""
-        return self.root / "checkpoints" / arm / f"seed{seed}"
-
-    def items(self, arm: str, seed: int) -> Path:
-        """Per-item scores of a cell."""
-        return self.root / "evaluate" / arm / f"seed{seed}.parquet"
-
-    def lm_eval(self, arm: str, seed: int) -> Path:
-        """Scores of a cell by lm-evaluation-harness."""
-        return self.root / "lm_eval" / arm / f"seed{seed}.json"
-
-    def teacher_quality(self, teacher: str) -> Path:
-        """Per-item scores of a teacher."""
-        return self.root / "teacher_quality" / f"{teacher}.parquet"
-
-    def arm_table(self, arm: str) -> Path:
-        """An arm over its seeds."""
-        return self.root / "arms" / f"{arm}.csv"
-
-    @property
-    def stats(self) -> Path:
-        """Statistics that are the same in every run."""
-        return self.root / "stats"
-
-    @property
-    def cost(self) -> Path:
-        """Measured time and memory, which are not."""
-        return self.root / "cost"
 
 
 class Dag:
@@ -129,6 +62,16 @@ class Dag:
         if name not in self.arms:
             raise KeyError(f"no arm {name!r}; the configuration has {', '.join(self.arms)}")
         return self.arms[name]
+
+    def known_model(self, name: str) -> str:
+        """The name of a model, if it is one.
+
+        Raises:
+            KeyError: no such model; lists the known ones.
+        """
+        if name not in self.config.models:
+            raise KeyError(f"no model {name!r}; the configuration has {', '.join(self.config.models)}")
+        return name
 
     # ------------------------------------------------------------ what an arm needs
     def uses_store(self, arm: Arm) -> bool:

@@ -13,16 +13,20 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-MANIFEST = "MANIFEST.json"
-"""Name of the list of a model folder's files."""
+from kvpipe.experiment.paths import MANIFEST
+
 PACKAGE = Path(__file__).parents[1]
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "scipy", "pandas", "snakemake")
 UNHASHED = {
     "kvpipe.config",
+    "kvpipe.experiment.paths",
     "kvpipe.experiment.plan",
     "kvpipe.experiment.provenance",
     "kvpipe.models.card",
     "kvpipe.cli.app",
+    "kvpipe.cli.options",
+    "kvpipe.cli.steps",
+    "kvpipe.cli.use",
     "kvpipe.__main__",
     "kvpipe",
 }

@@ -13,7 +13,8 @@ from rich.text import Text
 
 from kvpipe.config.errors import printable
 from kvpipe.experiment.attempts import record_of, total
-from kvpipe.experiment.plan import Dag, Paths
+from kvpipe.experiment.paths import Paths
+from kvpipe.experiment.plan import Dag
 
 RUNNING_WITHIN = 600
 """A cell counts as running while its log, checkpoints or record changed in the last so many seconds."""
@@ -40,7 +41,7 @@ class Cell:
 def cell(paths: Paths, arm: str, seed: int) -> Cell:
     """State and cost of one cell, from what it has left on disk."""
     spent = total(record_of(paths.checkpoints(arm, seed))) or {}
-    cost = paths.cell(arm, seed) / "cost.json"
+    cost = paths.cost(arm, seed)
     if cost.is_file():
         found = json.loads(cost.read_text(encoding="utf-8"))
         items = paths.items(arm, seed)
@@ -66,7 +67,7 @@ def cell(paths: Paths, arm: str, seed: int) -> Cell:
 
 def _newest_log(paths: Paths, arm: str, seed: int) -> Path | None:
     """The log of the last attempt, of a cell that has one for each (`seed0.log`, `seed0.1.log` …)."""
-    folder = paths.root / "logs" / "train" / arm
+    folder = paths.log(f"train/{arm}/seed{seed}").parent
     found = [*folder.glob(f"seed{seed}.log"), *folder.glob(f"seed{seed}[.-]*.log"), *folder.glob(f"seed{seed}/*.log")]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 

@@ -18,8 +18,8 @@ import yaml
 
 from kvpipe.config import LOSS_ON, Arm, HubData
 from kvpipe.config.errors import printable
-from kvpipe.data.build import SOURCES
-from kvpipe.experiment.plan import Dag, Paths
+from kvpipe.experiment.paths import ARMS, CONTRASTS, COST, SPLITS, STUDENT, Paths
+from kvpipe.experiment.plan import Dag
 from kvpipe.experiment.provenance import folder_digest
 from kvpipe.models import hub
 
@@ -42,7 +42,7 @@ def plain(text: object) -> str:
 
 # ---------------------------------------------------------------- what is known of a model
 def _manifest(paths: Paths, name: str) -> dict[str, Any]:
-    path = paths.model(name) / "MANIFEST.json"
+    path = paths.manifest(name)
     return json.loads(path.read_text(encoding="utf-8"))["source"] if path.is_file() else {}
 
 
@@ -96,7 +96,7 @@ def card(dag: Dag, paths: Paths, arm_name: str, cell: Path) -> str:
             under other settings than the configuration has now.
     """
     arm = dag.arm(arm_name)
-    cost = json.loads((cell / "cost.json").read_text(encoding="utf-8"))
+    cost = json.loads((cell / COST).read_text(encoding="utf-8"))
     provenance = cost["provenance"]
     if provenance["arm"] != arm_name:
         raise ValueError(f"{cell} was trained under the arm {provenance['arm']!r}: --arm {provenance['arm']}")
@@ -106,7 +106,7 @@ def card(dag: Dag, paths: Paths, arm_name: str, cell: Path) -> str:
             f"{cell} was trained under other settings than the configuration has now for the arm {arm_name!r}: give the "
             "configuration that it was trained with, or train it again"
         )
-    digest = folder_digest(cell / "model")
+    digest = folder_digest(cell / STUDENT)
     licences = _licences(dag, paths, arm)
     parts = [
         _front_matter(dag, paths, arm, licences),
@@ -130,7 +130,7 @@ def card(dag: Dag, paths: Paths, arm_name: str, cell: Path) -> str:
 
 def write(dag: Dag, paths: Paths, arm_name: str, cell: Path) -> Path:
     """Write the card into the cell's model folder."""
-    path = cell / "model" / "README.md"
+    path = cell / STUDENT / "README.md"
     path.write_text(card(dag, paths, arm_name, cell), encoding="utf-8")
     return path
 
@@ -176,7 +176,7 @@ def _data(dag: Dag, paths: Paths) -> str:
         for source in dag.config.data.sources
     )
     counts = []
-    for split in ("train", "validation", "test"):
+    for split in SPLITS:
         if paths.data(split).is_file():
             tasks = pd.read_parquet(paths.data(split), columns=["task"]).task.value_counts(sort=False)
             counts.append(f"| {split} | " + ", ".join(f"{n:,} {plain(task)}" for task, n in tasks.items()) + " |")
@@ -186,7 +186,7 @@ def _data(dag: Dag, paths: Paths) -> str:
 
 def _commits(paths: Paths) -> dict[str, str]:
     """Task → the commits of its data set, as the data step found them; files and embedded tasks have none."""
-    path = paths.data("train").parent / SOURCES
+    path = paths.sources
     found: dict[str, list[str]] = {}
     for origin in json.loads(path.read_text(encoding="utf-8"))["sources"] if path.is_file() else []:
         if "commit" in origin and origin["commit"] not in found.setdefault(origin["task"], []):
@@ -197,7 +197,7 @@ def _commits(paths: Paths) -> dict[str, str]:
 def _results(paths: Paths, arm: Arm, control: str, provenance: dict[str, Any], digest: str) -> str:
     """Scores of this very model, and of its arm where it was one of those that the statistics are of."""
     name, seed = provenance["arm"], provenance["seed"]
-    own, means = _read(paths.arm_table(name), "model"), _read(paths.stats / "arms.csv", "models")
+    own, means = _read(paths.arm_table(name), "model"), _read(paths.stats / ARMS, "models")
     scored = len(own[own.seed == seed]) + len(means[means.arm == name]) > 0
     own = own[(own.seed == seed) & (own.model == digest)].set_index("task")
     means = means[(means.arm == name) & means.metric.isin(list(METRICS)) & means.models.str.contains(digest, na=False)]
@@ -222,7 +222,7 @@ def _results(paths: Paths, arm: Arm, control: str, provenance: dict[str, Any], d
         count = f"{int(means.n_seeds.max())} seeds (this model is one of them) and {int(means.n_items.max()):,} items"
         text += f", and mean and interval of its arm over {count}"
     text += ":\n\n| metric | task | this model | arm (interval) |\n|---|---|---|---|\n" + "\n".join(lines) + "\n"
-    path = paths.stats / "contrasts.csv"
+    path = paths.stats / CONTRASTS
     if arm.teachers and path.is_file() and not means.empty:
         text += _against(control, pd.read_csv(path), name)
     return text
@@ -272,8 +272,8 @@ def publish(dag: Dag, paths: Paths, arm_name: str, cell: Path, repo: str, privat
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    folder = cell / "model"
-    if not (folder / "config.json").is_file() or not (cell / "cost.json").is_file():
+    folder = cell / STUDENT
+    if not (folder / "config.json").is_file() or not (cell / COST).is_file():
         raise FileNotFoundError(f"{cell}: no trained model there; train it first (kvpipe train --arm {arm_name})")
     if hub.offline():
         raise hub.HubError(f"publish: HF_HUB_OFFLINE is set. Run this {hub.NETWORK}")

@@ -20,7 +20,8 @@ from transformers.utils import logging as transformers_logging
 from kvpipe.align.regime import by_own_length
 from kvpipe.config import Loading, TokenizerRecipe
 from kvpipe.experiment.files import set_mode
-from kvpipe.experiment.provenance import MANIFEST, digest_of, read_json, verify
+from kvpipe.experiment.paths import MANIFEST
+from kvpipe.experiment.provenance import digest_of, read_json, verify
 from kvpipe.experiment.sizes import read_header
 from kvpipe.models.headers import UNUSED, bad_tokenizer, describe, lacking, misfit, no_language_model, read_config
 

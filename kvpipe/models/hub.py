@@ -19,8 +19,9 @@ from typing import Any
 import yaml
 
 from kvpipe.config import Config, HubModel, LockedFile, LockedRepo
-from kvpipe.experiment.plan import Dag, Paths
-from kvpipe.experiment.provenance import MANIFEST, digest_of
+from kvpipe.experiment.paths import MANIFEST, Paths
+from kvpipe.experiment.plan import Dag
+from kvpipe.experiment.provenance import digest_of
 
 PATTERNS = ("*.json", "*.txt", "*.jinja", "tokenizer.model", "model*.safetensors")
 """Files of a repository's top folder that a model is made of: never pickles, and not a second copy of the weights."""
@@ -170,6 +171,31 @@ def lock(config: Config, update: bool = False) -> dict[str, LockedRepo]:
     if problems:
         raise HubError("\n".join(dict.fromkeys(problems)))  # a bad token is every model's
     return found
+
+
+def lock_into(path: Path, config: Config, paths: Paths, update: bool = False, log=print) -> None:
+    """Write the lock file of a configuration, and say what is locked and what of it is still to be downloaded.
+
+    Raises:
+        HubError: as `lock`; or, once the file is written, no room for the downloads.
+    """
+    found = lock(config, update)
+    if not found:
+        log("nothing to lock: no cell needs a model of the hub (source: hub)")
+        return
+    write_lock(path, found)
+    missing = to_download(config.model_copy(update={"lock": found}), paths)
+    for name, model in hub_models(config).items():
+        pinned = found[model.pin]
+        size = sum(file.size for file in pinned.files.values())
+        log(
+            f"{name}: {model.pin} is {pinned.commit}, licence {pinned.license or 'not stated'}, "
+            f"{size / GB:.2f} GB, {missing.get(name, 0) / GB:.2f} GB of them to download"
+        )
+    for line in absent(config.libraries):
+        log(line)
+    log(f"written to {path}")
+    check_room(missing, paths.root)
 
 
 def write_lock(path: Path, found: dict[str, LockedRepo]) -> None:

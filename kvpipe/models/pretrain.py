@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from kvpipe.config import DataConfig, EmbeddedData, Recipe, TokenizerRecipe
+from kvpipe.config import Config, DataConfig, EmbeddedData, LocalModel, PretrainModel, Recipe, TokenizerRecipe
 from kvpipe.data.batches import collate, schedule
 from kvpipe.data.corpus import generate
 from kvpipe.data.encoding import encode_records
 from kvpipe.data.records import Reading, Record, render
 from kvpipe.experiment.files import set_mode
-from kvpipe.models.folders import build_model, train_tokenizer
+from kvpipe.models.folders import build_model, train_tokenizer, write_manifest
 from kvpipe.models.limits import Limits
 
 WARMUP = 50
@@ -80,6 +80,24 @@ def tokenizer_texts(records: list[Record], data: DataConfig) -> list[str]:
 def student_tokenizer(recipe: TokenizerRecipe, records: list[Record], data: DataConfig):
     """A tokenizer for a from-scratch student: it sees only the student's own training text."""
     return train_tokenizer(recipe, [render(record, data.template).text for record in records])
+
+
+def recipes(config: Config) -> dict[str, tuple[Recipe, Path]]:
+    """Models that are made here by a recipe, and the folder of the shipped copy (`make teachers`)."""
+    return {
+        name: (model.recipe, Path(model.path))
+        for name, model in config.models.items()
+        if isinstance(model, LocalModel | PretrainModel) and model.recipe is not None and model.path is not None
+    }
+
+
+def pretrain_into_path(config: Config, name: str, log=print) -> None:
+    """Train the model of a name by its recipe into its configured folder, with a manifest."""
+    recipe, out = recipes(config)[name]
+    torch.set_num_threads(config.train.threads)  # sums depend on it
+    log(f"{name} → {out}")
+    out.mkdir(parents=True, exist_ok=True)
+    write_manifest(out, pretrain(recipe, config.data, out, log=log))
 
 
 def pretrain(recipe: Recipe, data: DataConfig, out: Path, log=print) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from kvpipe.distill.build import Workspace
+from kvpipe.experiment.paths import ARMS, CONTRASTS
 
 ROLES = ("control", "experiment", "ablation", "baseline", "null")
 UNTRAINED = "untrained"
@@ -104,18 +105,18 @@ class Results:
     @cached_property
     def arms(self) -> dict[tuple[str, str, str], Estimate]:
         """(arm, metric, task) → estimate."""
-        table = self._tables("arms.csv", ARM_COLUMNS)
+        table = self._tables(ARMS, ARM_COLUMNS)
         return {(r.arm, r.metric, r.task): Estimate(r.mean, r.low, r.high, int(r.n_seeds)) for r in table.itertuples()}
 
     @cached_property
     def contrasts(self) -> dict[tuple[str, str, str, str], Contrast]:
         """(arm, reference, metric, task) → contrast, in the order of the tables."""
-        table = self._tables("contrasts.csv", CONTRAST_COLUMNS)
+        table = self._tables(CONTRASTS, CONTRAST_COLUMNS)
         found = (Contrast(**row) for row in table.to_dict("records"))
         return {(c.arm, c.reference, c.metric, c.task): c for c in found}
 
     def _tables(self, name: str, columns: list[str]) -> pd.DataFrame:
-        paths = [self.paths.stats / name, self.paths.cost / name]
+        paths = [self.paths.stats / name, self.paths.costs / name]
         if not paths[0].is_file():
             raise FileNotFoundError(f"{paths[0]} is missing: run `kvpipe stats` first")
         frames = []
@@ -147,7 +148,7 @@ class Results:
         """arm → seed → history of the cells that have one."""
         out: dict[str, dict[int, History]] = {}
         for arm, seed in self.dag.cells:
-            path = self.paths.cell(arm, seed) / "history.jsonl"
+            path = self.paths.history(arm, seed)
             if path.is_file():
                 lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
                 validation = [line for line in lines if "validation_loss" in line]
@@ -157,8 +158,8 @@ class Results:
 
     @cached_property
     def costs(self) -> dict[tuple[str, int], dict[str, Any]]:
-        """cost.json of every trained cell."""
-        found = {cell: read_json(self.paths.cell(*cell) / "cost.json") for cell in self.dag.cells}
+        """What every trained cell cost."""
+        found = {cell: read_json(self.paths.cost(*cell)) for cell in self.dag.cells}
         return {cell: cost for cell, cost in found.items() if cost is not None}
 
     def items(self, arm: str, seed: int) -> pd.DataFrame | None:
@@ -185,13 +186,13 @@ class Results:
         """Explained variance of the fits that are done, in the order of the arms that use them."""
         arms = [self.dag.arms[name] for name in self.arm_order]
         names = dict.fromkeys(self.dag.fit_id(arm) for arm in arms if self.dag.needs_fit(arm))
-        return self._documents({name: self.paths.projector(name).parent / f"{name}.json" for name in names})
+        return self._documents({name: self.paths.fit_report(name) for name in names})
 
     @cached_property
     def stores(self) -> dict[tuple[str, str], dict[str, Any]]:
         """(teacher, reading) → index of the store."""
         keys = [(teacher, reading) for teacher in self.dag.teachers for reading in ("student", "own")]
-        return self._documents({key: self.paths.store(*key) / "index.json" for key in keys})
+        return self._documents({key: self.paths.store_index(*key) for key in keys})
 
     @cached_property
     def judged_teachers(self) -> list[str]:
@@ -207,18 +208,18 @@ class Results:
     @cached_property
     def manifests(self) -> dict[str, dict[str, Any]]:
         """Manifests of the models that are there."""
-        return self._documents({m: self.paths.model(m) / "MANIFEST.json" for m in self.config.models})
+        return self._documents({m: self.paths.manifest(m) for m in self.config.models})
 
     # ------------------------------------------------------------ checks
     @cached_property
     def audit(self) -> dict[str, Any] | None:
         """Fairness audit."""
-        return read_json(self.paths.root / "audit.json")
+        return read_json(self.paths.audit)
 
     @cached_property
     def doctor(self) -> dict[str, Any] | None:
         """Findings about the machine."""
-        return read_json(self.paths.root / "doctor.json")
+        return read_json(self.paths.doctor)
 
     @cached_property
     def absent(self) -> list[str]:
@@ -229,7 +230,7 @@ class Results:
             parts = [arm if arm in every else f"{arm}/seed{seed}" for arm, seed in self.missing_cells]
             names = ", ".join(dict.fromkeys(parts))
             out.append(f"{len(self.missing_cells)} of {len(self.dag.cells)} cells are not finished: {names}.")
-        if not (self.paths.cost / "arms.csv").is_file():
+        if not (self.paths.costs / ARMS).is_file():
             out.append("The tables of training time and memory (cost/) are absent.")
         out += self._untested()
         unmeasured = [t for t in self.judged_teachers if t not in self.teacher_items]

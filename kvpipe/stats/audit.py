@@ -12,7 +12,8 @@ import pandas as pd
 from kvpipe.config import Config, LocalModel, PretrainModel
 from kvpipe.data.leakage import leaks
 from kvpipe.data.records import read_records
-from kvpipe.experiment.plan import Dag, Paths
+from kvpipe.experiment.paths import Paths
+from kvpipe.experiment.plan import Dag
 from kvpipe.models.pretrain import pretraining_records
 
 
@@ -76,9 +77,9 @@ def _leakage(config: Config, paths: Paths) -> Iterator[Check]:
 # ---------------------------------------------------------------- equal budgets, items, seeds
 def _budgets(config: Config, dag: Dag, paths: Paths) -> Iterator[Check]:
     costs = {
-        (arm, seed): json.loads((paths.cell(arm, seed) / "cost.json").read_text(encoding="utf-8"))
+        (arm, seed): json.loads(paths.cost(arm, seed).read_text(encoding="utf-8"))
         for arm, seed in dag.cells
-        if (paths.cell(arm, seed) / "cost.json").is_file()
+        if paths.cost(arm, seed).is_file()
     }
     # arms that ask for another budget (control given more time, say) are compared among themselves
     budgets = sorted({arm.step_factor for arm in dag.arms.values()})

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from kvpipe.config import Config, StatsConfig
-from kvpipe.experiment.plan import Dag, Paths
+from kvpipe.experiment.paths import ARMS, CONTRASTS, COST, Paths
+from kvpipe.experiment.plan import Dag
 from kvpipe.stats.bootstrap import (
     adjust,
     adjusted_interval,
@@ -66,7 +67,7 @@ def read_items(paths: Paths, arm: str, seeds: list[int]) -> pd.DataFrame:
 
 def cell_of(model: Path) -> dict[str, Any] | None:
     """Arm and seed of the cell that a model folder belongs to; None for every other model."""
-    path = model.parent / "cost.json"
+    path = model.parent / COST
     if not path.is_file():
         return None
     provenance = json.loads(path.read_text(encoding="utf-8")).get("provenance", {})
@@ -89,7 +90,7 @@ def read_cost(paths: Paths, arm: str, seed: int) -> dict[str, Any]:
     Raises:
         ValueError: the file is no JSON object, or is another cell's.
     """
-    path = paths.cell(arm, seed) / "cost.json"
+    path = paths.cost(arm, seed)
     if not path.is_file():
         return {}
     try:
@@ -114,7 +115,7 @@ def _complete(items: pd.DataFrame, path: Path) -> pd.DataFrame:
 
 def read_curve(paths: Paths, arm: str, seed: int) -> pd.DataFrame:
     """Validation losses of a cell: step, tokens, validation_loss."""
-    path = paths.cell(arm, seed) / "history.jsonl"
+    path = paths.history(arm, seed)
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return pd.DataFrame([line for line in lines if "validation_loss" in line])[["step", "tokens", "validation_loss"]]
 
@@ -142,6 +143,14 @@ def area_under(curve: pd.DataFrame) -> float:
 
 
 # ---------------------------------------------------------------- one arm
+def write_arm_table(dag: Dag, paths: Paths, arm: str) -> None:
+    """Write `arm_table` where it belongs."""
+    dag.arm(arm)
+    out = paths.arm_table(arm)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    arm_table(dag, paths, arm).to_csv(out, index=False)
+
+
 def arm_table(dag: Dag, paths: Paths, arm: str) -> pd.DataFrame:
     """One row per seed and task (and the macro average): the item metrics' means, and the cell's curve and size."""
     rows = []
@@ -189,7 +198,7 @@ class Scores:
         self.models = {arm: " ".join(data.model.unique()).strip() for arm, data in items.items()}
         present = [d for d in items.values() if len(d)]
         if not present:
-            raise FileNotFoundError(f"no evaluated cell under {paths.root / 'evaluate'}")
+            raise FileNotFoundError(f"no evaluated cell under {paths.root}")
         ids = present[0].drop_duplicates("id").set_index("id").task
         for arm, data in items.items():
             _check_items(arm, data, ids)
@@ -218,7 +227,7 @@ class Scores:
 
     def _curves(self, dag: Dag, paths: Paths) -> None:
         def curve(arm: str, seed: int) -> pd.DataFrame | None:
-            found = (paths.cell(arm, seed) / "history.jsonl").is_file()
+            found = paths.history(arm, seed).is_file()
             return read_curve(paths, arm, seed) if found else None
 
         control = {seed: curve(dag.config.control, seed) for seed in self.seeds}
@@ -409,20 +418,20 @@ def write_stats(dag: Dag, paths: Paths, untrained: Path | None) -> None:
     scores = Scores(dag, paths)
     base = pd.read_parquet(untrained) if untrained is not None else None
     paths.stats.mkdir(parents=True, exist_ok=True)
-    arms_table(scores, config, base).to_csv(paths.stats / "arms.csv", index=False)
-    contrasts_table(asked, _measures(scores), scores.matrix, config).to_csv(paths.stats / "contrasts.csv", index=False)
+    arms_table(scores, config, base).to_csv(paths.stats / ARMS, index=False)
+    contrasts_table(asked, _measures(scores), scores.matrix, config).to_csv(paths.stats / CONTRASTS, index=False)
 
     costs = _costs(dag, paths)
     measures = [(metric, ALL) for metric in COST_METRICS]
-    paths.cost.mkdir(parents=True, exist_ok=True)
+    paths.costs.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(
         [
             _arm_row(arm, metric, task, costs[arm, metric, task], config)
             for arm in scores.arms
             for metric, task in measures
         ]
-    ).to_csv(paths.cost / "arms.csv", index=False)
-    contrasts_table(asked, measures, lambda *key: costs[key], config).to_csv(paths.cost / "contrasts.csv", index=False)
+    ).to_csv(paths.costs / ARMS, index=False)
+    contrasts_table(asked, measures, lambda *key: costs[key], config).to_csv(paths.costs / CONTRASTS, index=False)
 
 
 def _costs(dag: Dag, paths: Paths) -> dict[tuple[str, str, str], np.ndarray]:

@@ -9,7 +9,8 @@ from typing import Any
 
 from kvpipe.config import Config, ConfigError, FileData, overridden, parse
 from kvpipe.data.rows import read
-from kvpipe.experiment.plan import Paths, digest
+from kvpipe.experiment.paths import Paths
+from kvpipe.experiment.plan import digest
 from kvpipe.experiment.provenance import digest_of
 
 ARM = "distil"
@@ -87,6 +88,28 @@ def kept(cell: Path, overrides: list[str] | None = None) -> tuple[Config, Paths]
     document = json.loads(path.read_text(encoding="utf-8"))
     config = parse(document["config"], overridden(overrides), origin=str(path))
     return config, Paths(cell / document["results"])
+
+
+def train_direct(
+    teachers: list[Path],
+    student: Path,
+    data: Path,
+    out: Path,
+    arm: str | None = None,
+    seed: int = 0,
+    checkpoints: Path | None = None,
+    made: bool = False,
+    overrides: list[str] | None = None,
+    log=print,
+) -> None:
+    """Train one cell of `experiment` into `out`, which keeps what it was trained by."""
+    # torch takes seconds to import, and `kept` is asked without
+    from kvpipe.distill.build import Workspace
+    from kvpipe.steps.train import make_cell
+
+    config, paths = experiment(teachers, student, data, out, overrides)
+    make_cell(Workspace(config, paths), arm or ARM, seed, out, checkpoints, made, log)
+    keep(config, paths, out)
 
 
 def _names(teachers: list[Path]) -> dict[str, Path]:

@@ -9,7 +9,7 @@ from typing import Any
 from kvpipe.config import HubModel, LocalModel, PretrainModel, RandomModel, ScratchModel
 from kvpipe.distill.build import Workspace
 from kvpipe.experiment import made
-from kvpipe.experiment.provenance import MANIFEST
+from kvpipe.experiment.paths import MANIFEST
 from kvpipe.models import hub
 from kvpipe.models.folders import (
     fetch_local,
@@ -22,6 +22,13 @@ from kvpipe.models.folders import (
 )
 from kvpipe.models.headers import lacking, misfit, no_cache, no_language_model, read_config
 from kvpipe.models.pretrain import pretrain, student_tokenizer
+
+
+def make_hub_models(work: Workspace) -> None:
+    """All models of the hub that some cell needs, if the disk has room for what is still to be downloaded."""
+    hub.check_room(hub.to_download(work.config, work.paths), work.paths.root)
+    for name in hub.hub_models(work.config):
+        make_model(work, name)
 
 
 def make_model(work: Workspace, name: str) -> None:

@@ -31,6 +31,7 @@ from kvpipe.distill.objectives import Distiller, Step, Term, Whole
 from kvpipe.experiment import attempts, launch
 from kvpipe.experiment.device import check_device, check_precision, resolve_device, without_environment
 from kvpipe.experiment.outofmemory import evaluation_advice, explained, training_advice
+from kvpipe.experiment.paths import COST, HISTORY, STUDENT
 from kvpipe.experiment.plan import digest
 from kvpipe.experiment.provenance import describe
 from kvpipe.models import card
@@ -504,7 +505,7 @@ class _Run:
         out.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         with explained("scoring the saved student", evaluation_advice(self.work.config.evaluate)):
-            saved = export(self.work, model, out / "model", self.log)
+            saved = export(self.work, model, out / STUDENT, self.log)
         provenance = describe(
             arm=self.arm_name,
             seed=self.seed,
@@ -512,7 +513,7 @@ class _Run:
             device=str(self.device),
         )
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
-        (out / "history.jsonl").write_text(lines, encoding="utf-8")
+        (out / HISTORY).write_text(lines, encoding="utf-8")
         self._note()
         spent = attempts.total(self.attempt.file) or {"peak_memory_bytes": peak_memory(self.device)}
         cost = {
@@ -527,7 +528,7 @@ class _Run:
             "settings": self.work.dag.depends("train", arm=self.arm_name),
             "provenance": provenance,
         }
-        (out / "cost.json").write_text(json.dumps(cost, indent=2) + "\n", encoding="utf-8")
+        (out / COST).write_text(json.dumps(cost, indent=2) + "\n", encoding="utf-8")
         card.write(self.work.dag, self.work.paths, self.arm_name, out)
 
 

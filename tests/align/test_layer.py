@@ -240,3 +240,17 @@ def test_top_k_mix_refuses_nonsense():
     similarity[1, 2] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
         top_k_mix(similarity, 2)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("debiased", [True, False])
+def test_features_that_are_not_finite_are_refused_with_their_layer(bad, debiased):
+    torch.manual_seed(0)
+    dst, src = torch.randn(3, 9, 5), torch.randn(2, 9, 7)
+    dst[1, 4, 2] = bad
+    with pytest.raises(ValueError, match="layer 1 hold NaN or infinity"):
+        cka_matrix(dst, src, debiased=debiased)
+    stream = StreamingCKA()
+    stream.update(src, dst)
+    with pytest.raises(ValueError, match="layer 1 hold NaN or infinity"):
+        stream.compute()

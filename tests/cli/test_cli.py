@@ -72,6 +72,13 @@ def test_no_arguments_show_the_help():
     assert all(name in shown.output for name in CONTRACT)
 
 
+def test_the_help_tells_what_people_use_from_what_the_rules_call():
+    groups = {command.rich_help_panel for command in get_command(cli.app).commands.values()}
+    assert groups == {"Use", "Steps, called by the rules"}
+    shown = invoke("--help").output
+    assert shown.index(" doctor ") < shown.index("Steps, called by the rules") < shown.index(" teacher-kv ")
+
+
 # ---------------------------------------------------------------- mistakes
 @pytest.mark.parametrize(
     ("override", "words"),

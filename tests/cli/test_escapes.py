@@ -17,7 +17,8 @@ from kvpipe.config.errors import printable
 from kvpipe.data import patterns
 from kvpipe.evaluate.scorers.answers import extract
 from kvpipe.experiment.launch import check_environment
-from kvpipe.experiment.plan import Dag, Paths
+from kvpipe.experiment.paths import Paths
+from kvpipe.experiment.plan import Dag
 from kvpipe.experiment.status import overview
 from kvpipe.models.card import plain
 

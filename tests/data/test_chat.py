@@ -19,7 +19,7 @@ from kvpipe.distill.build import Workspace
 from kvpipe.evaluate.choices import choice_nll
 from kvpipe.evaluate.generate import generate
 from kvpipe.evaluate.score import evaluate_model
-from kvpipe.experiment.plan import Paths
+from kvpipe.experiment.paths import Paths
 from kvpipe.models.folders import build_model
 from kvpipe.steps.models import make_model
 from kvpipe.steps.prepare import prepare

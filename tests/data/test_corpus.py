@@ -5,7 +5,7 @@ import re
 import pytest
 
 from kvpipe.data.corpus import HIGHEST, generate
-from kvpipe.data.records import SPLITS
+from kvpipe.experiment.paths import SPLITS
 
 
 @pytest.mark.parametrize("task", ["math", "code"])

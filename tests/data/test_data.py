@@ -9,7 +9,8 @@ import pytest
 
 from kvpipe.config import DataConfig
 from kvpipe.data.build import SOURCES, build
-from kvpipe.data.records import SPLITS, read_records
+from kvpipe.data.records import read_records
+from kvpipe.experiment.paths import SPLITS
 
 ROW = {"prompt": "p", "reasoning": "", "answer": "a"}
 

@@ -218,3 +218,32 @@ def test_downloaded_once_then_read_offline(hub):
     assert other.returncode == 1 and f"the cache holds commit {commit}" in other.stderr
     absent = run(endpoint, offline=True, repo="invented/other")
     assert absent.returncode == 1 and "run `kvpipe data` once on a machine with network" in absent.stderr
+
+
+@pytest.mark.parametrize("line", ['{"answer": ' + "9" * 6000 + "}", '{"answer": ' + "[" * 100_000])
+def test_a_line_that_no_parser_takes_is_named(tmp_path, line):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"answer": 1}\n' + line + "\n")
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2: (cannot be read|not valid JSON)"):
+        read(FileData(task="t", train=str(path)), "train")
+
+
+def test_texts_of_csv_stay_as_they_are_written(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.csv").write_text("prompt,answer\nq,007\nq,12\nq,5.10\n")
+    found = read(HubData(task="t", repo=str(tmp_path / "set"), validation=None, test=None), "train")
+    assert [row["answer"] for row in found.rows] == ["007", "12", "5.10"]
+
+
+def test_an_integer_of_more_than_64_bits_is_refused_where_the_library_rounds_it(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text('{"answer": 12345678901234567890123}\n')
+    with pytest.raises(ValueError, match="answer holds an integer of more than 64 bits"):
+        read(HubData(task="t", repo=str(tmp_path / "set"), validation=None, test=None), "train")
+
+
+def test_a_loading_script_says_what_to_do(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "set.py").write_text("import datasets\n")
+    with pytest.raises((ValueError, FileNotFoundError), match=r"refs/convert/parquet|data\.sources"):
+        read(HubData(task="t", repo=str(tmp_path / "set"), validation=None, test=None), "train")

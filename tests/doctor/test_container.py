@@ -10,7 +10,7 @@ from tiny import config
 
 from kvpipe.config import load
 from kvpipe.doctor.container import LABEL, examine_container
-from kvpipe.experiment.plan import Paths
+from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.provenance import PACKAGE
 
 EMBEDDED = PACKAGE.parent / "config" / "config.yaml"

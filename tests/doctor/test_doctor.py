@@ -18,7 +18,7 @@ from kvpipe.data.records import Record, write_records
 from kvpipe.doctor import gpu, memory, storage, versions
 from kvpipe.doctor.asked import Asked, Request, read_profile
 from kvpipe.doctor.workload import Workload
-from kvpipe.experiment.plan import Paths
+from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.provenance import PACKAGE
 from kvpipe.experiment.sizes import Shape, training_bytes
 

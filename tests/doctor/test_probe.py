@@ -9,7 +9,7 @@ from site_fakes import REFUSED, TAKEN
 
 from kvpipe.doctor import probe as probing
 from kvpipe.doctor.probe import ProbeError, probe
-from kvpipe.experiment.plan import Paths
+from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.provenance import PACKAGE
 
 SEEN = {

@@ -11,7 +11,7 @@ import pytest
 from tiny import config
 
 from kvpipe.doctor.sources import examine_sources, lacking
-from kvpipe.experiment.plan import Paths
+from kvpipe.experiment.paths import Paths
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from kvpipe.doctor.slurm import examine_slurm
 from kvpipe.doctor.sources import examine_sources
 from kvpipe.doctor.storage import examine_storage
 from kvpipe.experiment import attempts, device, outofmemory
-from kvpipe.experiment.plan import Paths
+from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.provenance import PACKAGE
 from kvpipe.models.limits import Limits
 from kvpipe.steps import teacher_kv

@@ -43,6 +43,49 @@ def test_a_program_that_comes_to_its_end_passes(walls):
     assert sandbox.run(program, CONFIG, walls) == sandbox.Outcome("passed")
 
 
+VALID = {
+    "a dataclass with quoted types": """
+from dataclasses import dataclass
+@dataclass
+class Node:
+    value: 'int'
+    next: 'Node | None' = None
+assert Node(1, Node(2)).next.value == 2""",
+    "types that are texts": """from __future__ import annotations
+from dataclasses import dataclass
+from typing import get_type_hints
+@dataclass
+class Point:
+    x: int
+assert Point(1).x == 1 and get_type_hints(Point) == {'x': int}""",
+    "asyncio": "import asyncio\nasync def f():\n    await asyncio.sleep(0)\n    return 3\nassert asyncio.run(f()) == 3",
+    "doctest": """
+def twice(x):
+    '''
+    >>> twice(2)
+    4
+    '''
+    return 2 * x
+import doctest
+assert doctest.testmod().attempted == 1""",
+    "unittest": """
+import unittest
+class Test(unittest.TestCase):
+    def test(self):
+        self.assertEqual(1, 1)
+assert unittest.main(exit=False, argv=['x']).result.testsRun == 1""",
+    "pickle": "import pickle\nclass A:\n    pass\npickle.loads(pickle.dumps(A()))",
+    "inspect": "import inspect\ndef f():\n    return 1\nassert 'return 1' in inspect.getsource(f)",
+    "no main part": "if __name__ == '__main__':\n    raise SystemExit(1)",
+}
+
+
+@both
+@pytest.mark.parametrize("name", VALID)
+def test_valid_programs_pass(name, walls):
+    assert sandbox.run(VALID[name], CONFIG.model_copy(update={"seconds": 5}), walls) == sandbox.Outcome("passed")
+
+
 ENDS = "\nraise RuntimeError('the tests ran')"
 HARM = {
     "a failing test": ("assert 1 == 2, 'one is not two'", "failed", "AssertionError: one is not two"),

@@ -7,7 +7,8 @@ from kvpipe.config import ConfigError
 from kvpipe.distill.build import Workspace
 from kvpipe.doctor.arms import examine_arms
 from kvpipe.experiment.misfits import misfits
-from kvpipe.experiment.plan import Dag, Paths
+from kvpipe.experiment.paths import Paths
+from kvpipe.experiment.plan import Dag
 from kvpipe.experiment.sizes import shape
 from kvpipe.steps.prepare import prepare
 from kvpipe.steps.teacher_kv import make_shard

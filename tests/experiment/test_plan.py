@@ -7,7 +7,8 @@ import pytest
 from tiny import ARMS, config
 
 from kvpipe.config import load, parse
-from kvpipe.experiment.plan import Dag, Paths, digest
+from kvpipe.experiment.paths import Paths
+from kvpipe.experiment.plan import Dag, digest
 
 SHIPPED = load(Path(__file__).parents[2] / "config" / "config.yaml")
 
@@ -159,7 +160,7 @@ def test_paths_are_distinct_and_under_the_root(tmp_path):
         paths.teacher_quality("a"),
         paths.arm_table("a"),
         paths.stats,
-        paths.cost,
+        paths.costs,
     ]
     assert len(set(found)) == len(found)
     assert all(path.is_relative_to(tmp_path) for path in found)

@@ -10,7 +10,8 @@ from rich.console import Console
 from tiny import config
 
 from kvpipe.experiment.attempts import record_of, total
-from kvpipe.experiment.plan import Dag, Paths
+from kvpipe.experiment.paths import Paths
+from kvpipe.experiment.plan import Dag
 from kvpipe.experiment.status import RUNNING_WITHIN, cell, overview
 
 

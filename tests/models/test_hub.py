@@ -12,7 +12,8 @@ from hub_server import HubServer
 from tiny import ALPHA, save_teacher, values
 
 from kvpipe.config import HubModel, LockedFile, LockedRepo, load, lock_path, parse
-from kvpipe.experiment.plan import Dag, Paths
+from kvpipe.experiment.paths import Paths
+from kvpipe.experiment.plan import Dag
 from kvpipe.experiment.provenance import digest_of
 from kvpipe.models import hub as hub_module
 from kvpipe.models.folders import write_manifest

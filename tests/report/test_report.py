@@ -17,7 +17,8 @@ import yaml
 from kvpipe.config import load
 from kvpipe.data import build as data
 from kvpipe.distill.build import Workspace
-from kvpipe.experiment.plan import Paths, digest
+from kvpipe.experiment.paths import Paths
+from kvpipe.experiment.plan import digest
 from kvpipe.report import figures, tables, wording
 from kvpipe.report.collect import Results
 from kvpipe.report.render import SAMPLES_PER_TASK, provenance, samples, write_report
@@ -93,7 +94,7 @@ def fake_results(work: Workspace, text: str = "3 + 4 = 7.\n#### 7\n") -> None:
 def fake_stats(work: Workspace, nan: tuple[str, str] | None = None, **shift: float) -> None:
     """The tables as `shift` (arm with _ for -) has it; `nan`: an (arm, metric) without a value."""
     share = SHIFT | {name.replace("_", "-"): value for name, value in shift.items()}
-    for folder, metrics in ((work.paths.stats, METRICS), (work.paths.cost, COST)):
+    for folder, metrics in ((work.paths.stats, METRICS), (work.paths.costs, COST)):
         arms, contrasts = [], []
         for metric in metrics:
             sign, scale = (-1 if metric == "accuracy" else 1), CONTROL[metric]

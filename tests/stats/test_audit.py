@@ -7,7 +7,7 @@ import pytest
 from tiny import build, config
 
 from kvpipe.data.records import Record, read_records, write_records
-from kvpipe.experiment.plan import Paths
+from kvpipe.experiment.paths import Paths
 from kvpipe.models.pretrain import pretraining_records
 from kvpipe.stats.audit import AuditFailure, audit
 

@@ -11,7 +11,8 @@ from statsmodels.stats.multitest import multipletests
 from tiny import config
 
 from kvpipe.config import StatsConfig
-from kvpipe.experiment.plan import Dag, Paths
+from kvpipe.experiment.paths import Paths
+from kvpipe.experiment.plan import Dag
 from kvpipe.stats import tables
 from kvpipe.stats.bootstrap import adjusted_interval, crossed_bootstrap, effect_size, minimum_detectable_effect
 
@@ -271,7 +272,7 @@ def test_other_names_give_the_same_numbers(finished, tmp_path):
                 before(old, seed).rename(after(new, seed))
     tables.write_stats(other, root, None)
     back = {new: old for old, new in names.items()}
-    for before, after in ((paths.stats, root.stats), (paths.cost, root.cost)):
+    for before, after in ((paths.stats, root.stats), (paths.costs, root.costs)):
         for name in ("arms.csv", "contrasts.csv"):
             text = (after / name).read_text()
             for new, old in back.items():
@@ -506,10 +507,10 @@ def test_files_of_the_step_and_that_they_repeat(finished, tmp_path):
     assert list(pairs.columns)[: len(CONTRACT_CONTRASTS)] == CONTRACT_CONTRASTS
     assert {"bits_per_byte", "log_perplexity", "accuracy", "tokens_to_control"} <= set(arms.metric) & set(pairs.metric)
     # measured time and memory differ between runs and are kept apart
-    cost = pd.read_csv(paths.cost / "arms.csv").set_index(["arm", "metric"])
+    cost = pd.read_csv(paths.costs / "arms.csv").set_index(["arm", "metric"])
     assert set(cost.index.get_level_values("metric")) == {"train_seconds", "peak_memory_bytes"}
     assert cost.loc["exp1", "train_seconds"]["mean"] == pytest.approx(3.0 + np.mean(SEEDS) - 0.5)
-    contrast = pd.read_csv(paths.cost / "contrasts.csv").set_index(["arm", "reference", "metric"])
+    contrast = pd.read_csv(paths.costs / "contrasts.csv").set_index(["arm", "reference", "metric"])
     assert contrast.loc["full", "control", "train_seconds"].estimate == pytest.approx(-1.5)
     assert list(contrast.reset_index().columns)[0:3] == ["arm", "reference", "metric"]
 

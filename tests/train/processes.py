@@ -15,7 +15,7 @@ from tiny import config
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from kvpipe.distill.build import Workspace
-from kvpipe.experiment.plan import Paths
+from kvpipe.experiment.paths import Paths
 from kvpipe.train import trainer as training
 
 

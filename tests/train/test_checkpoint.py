@@ -63,7 +63,7 @@ import tiny
 from kvpipe.train import checkpoint
 from kvpipe.train import trainer as train
 from kvpipe.distill.build import Workspace
-from kvpipe.experiment.plan import Paths
+from kvpipe.experiment.paths import Paths
 
 root, settings, arm, seed, jobs = Path(sys.argv[2]), *json.loads(sys.argv[3])
 statuses = {}

@@ -15,7 +15,7 @@ from kvpipe.config import ConfigError
 from kvpipe.distill.build import Workspace
 from kvpipe.distill.losses import NonFiniteLossError
 from kvpipe.experiment.device import check_precision, without_environment
-from kvpipe.experiment.plan import Paths
+from kvpipe.experiment.paths import Paths
 from kvpipe.steps.prepare import prepare
 from kvpipe.train import trainer as training
 

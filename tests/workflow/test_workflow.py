@@ -424,6 +424,17 @@ def test_a_rule_runs_below_a_path_with_a_space_and_results_as_a_link(copy, tmp_p
     assert (scratch / "results" / "data" / "train.parquet").stat().st_size > 1000
 
 
+def test_another_results_folder_needs_no_link(copy):
+    """Every file of the plan is below the folder that KVPIPE_RESULTS names, and nothing is written elsewhere."""
+    before = {path.name for path in copy.iterdir()}
+    said = snakemake(copy, "-n", "elsewhere/report.html", KVPIPE_RESULTS="elsewhere")
+    shutil.rmtree(copy / "elsewhere")
+    assert jobs_of(said) == planned(copy, "results/report.html", "--forceall")
+    files = re.findall(r"^    (?:input|output|log|benchmark): (.*)$", said, re.MULTILINE)
+    assert files and all("results/" not in line for line in files)
+    assert {path.name for path in copy.iterdir()} - before <= {".snakemake", "results"}
+
+
 @pytest.mark.slow
 def test_the_cluster_configuration_plans_offline(copy):
     """No network, no lock and no model yet: all 24 cells are planned; with a recipe over it too."""

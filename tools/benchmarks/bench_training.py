@@ -26,7 +26,7 @@ from kvpipe.config import load
 from kvpipe.data.corpus import generate
 from kvpipe.data.records import write_records
 from kvpipe.distill.build import Workspace
-from kvpipe.experiment.plan import Paths
+from kvpipe.experiment.paths import Paths
 from kvpipe.steps.prepare import prepare
 from kvpipe.train.trainer import _Run, peak_memory
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from kvpipe.config import load
 from kvpipe.data.records import render
 from kvpipe.distill.build import Workspace
-from kvpipe.experiment.plan import Paths
+from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.provenance import describe
 from kvpipe.models.folders import load_tokenizer
 from kvpipe.stats.bootstrap import crossed_bootstrap_many

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from kvpipe import config as configuration
 from kvpipe.experiment import launch
-from kvpipe.experiment.plan import Dag, Paths, digest
+from kvpipe.experiment.plan import Dag, digest
+from kvpipe.experiment.paths import SPLITS, Paths
 from kvpipe.experiment.provenance import code_hash, git_commit
 
 # a file given with --configfile takes the place of the embedded experiment, it is not laid over it
@@ -26,13 +27,13 @@ try:
 except configuration.ConfigError as error:
     raise WorkflowError(str(error))
 
-PATHS = Paths(Path("results"))
+PATHS = Paths(Path(os.environ.get("KVPIPE_RESULTS", "results")))
 IMAGE = launch.image_path(os.environ.get("KVPIPE_IMAGE", "containers/kvpipe.sif"))
 SEEDS = PLAN.config.seeds
 
 # Jobs read the configuration from a file named by its content (KVPIPE_CONFIG): a change of config.yaml while a run
 # is under way cannot reach jobs that start later. It is no param: only the settings a step reads make it run again.
-CONFIG_FILE = str(PATHS.root / "configs" / f"{digest(config, 16)}.json")
+CONFIG_FILE = str(PATHS.configuration(digest(config, 16)))
 
 
 def write_config():
@@ -63,18 +64,6 @@ wildcard_constraints:
     shard=r"\d+",
 
 
-def manifest(name):
-    return str(PATHS.model(name) / "MANIFEST.json")
-
-
-def split_file(name):
-    return str(PATHS.data(name))
-
-
-def store_index(teacher, reading):
-    return str(PATHS.store(teacher, reading) / "index.json")
-
-
 # ---------------------------------------------------------------- params: what a step depends on beside its inputs
 def settings_of(step, *names):
     """The part of the configuration that a step reads, for the given wildcards."""
@@ -103,10 +92,10 @@ def examine():
     named.add_argument("--profile", nargs="*", default=[os.environ.get("SNAKEMAKE_PROFILE")])
     profile = named.parse_known_args()[0].profile[-1]
     python = f"{IN_IMAGE} python" if APPTAINER else shlex.quote(sys.executable)
-    command = f"{python} -m kvpipe doctor --out {PATHS.root}/doctor.json"
+    command = f"{python} -m kvpipe doctor --out {shlex.quote(str(PATHS.doctor))}"
     command += f" --profile {shlex.quote(profile)}" if profile else ""
     done = subprocess.run(command, shell=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    log = PATHS.root / "logs" / "doctor.log"
+    log = PATHS.log("doctor")
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text(done.stdout, encoding="utf-8")
     if done.returncode:
@@ -133,15 +122,15 @@ def cell_launcher(wildcards, resources):
 
 # ---------------------------------------------------------------- inputs
 def model_inputs(wildcards):
-    return [manifest(m) for m in PLAN.model_needs(wildcards.model)] + (
-        [split_file("train")] if PLAN.model_reads_data(wildcards.model) else []
+    return [PATHS.manifest(m) for m in PLAN.model_needs(wildcards.model)] + (
+        [PATHS.data("train")] if PLAN.model_reads_data(wildcards.model) else []
     )
 
 
 def teacher_inputs(teacher, reading):
-    files = [manifest(teacher), manifest(PLAN.config.student), split_file("train")]
+    files = [PATHS.manifest(teacher), PATHS.manifest(PLAN.config.student), PATHS.data("train")]
     if PLAN.store_needs_layer_map(teacher):
-        files.append(str(PATHS.layer_map(teacher)))
+        files.append(PATHS.layer_map(teacher))
     return files
 
 
@@ -154,37 +143,37 @@ def index_inputs(wildcards):
     files = teacher_inputs(wildcards.teacher, wildcards.reading)
     shards = PLAN.config.store.shards
     if shards > 1:
-        files += [str(PATHS.shard(wildcards.teacher, wildcards.reading, i)) for i in range(shards)]
+        files += [PATHS.shard(wildcards.teacher, wildcards.reading, i) for i in range(shards)]
     return files
 
 
 def arm_inputs(arm):
-    files = [manifest(t) for t in arm.teachers]
+    files = [PATHS.manifest(t) for t in arm.teachers]
     if PLAN.uses_store(arm):
-        files += [store_index(t, arm.time.text) for t in arm.teachers]
+        files += [PATHS.store_index(t, arm.time.text) for t in arm.teachers]
     if PLAN.needs_layer_map(arm):
-        files += [str(PATHS.layer_map(t)) for t in arm.teachers]
+        files += [PATHS.layer_map(t) for t in arm.teachers]
     return files
 
 
 def fit_inputs(wildcards):
-    return [manifest(PLAN.config.student), split_file("train"), *arm_inputs(PLAN.fit_arm(wildcards.fit))]
+    return [PATHS.manifest(PLAN.config.student), PATHS.data("train"), *arm_inputs(PLAN.fit_arm(wildcards.fit))]
 
 
 def train_inputs(wildcards):
     arm = PLAN.arm(wildcards.arm)
-    files = [manifest(PLAN.config.student), split_file("train"), split_file("validation"), *arm_inputs(arm)]
+    files = [PATHS.manifest(PLAN.config.student), PATHS.data("train"), PATHS.data("validation"), *arm_inputs(arm)]
     if PLAN.needs_fit(arm):
-        files.append(str(PATHS.projector(PLAN.fit_id(arm))))
+        files.append(PATHS.projector(PLAN.fit_id(arm)))
     return files
 
 
 def items_of(arms):
-    return [str(PATHS.items(a, s)) for a in arms for s in SEEDS]
+    return [PATHS.items(a, s) for a in arms for s in SEEDS]
 
 
 def histories_of(arms):
-    return [str(PATHS.cell(a, s) / f) for a in arms for s in SEEDS for f in ("history.jsonl", "cost.json")]
+    return [file(a, s) for a in arms for s in SEEDS for file in (PATHS.history, PATHS.cost)]
 
 
 def arm_cells(wildcards):
@@ -193,7 +182,7 @@ def arm_cells(wildcards):
 
 def lm_eval_results():
     """Of every cell, where tasks are configured."""
-    return [str(PATHS.lm_eval(a, s)) for a, s in PLAN.cells] if PLAN.config.evaluate.lm_eval_tasks else []
+    return [PATHS.lm_eval(a, s) for a, s in PLAN.cells] if PLAN.config.evaluate.lm_eval_tasks else []
 
 
 def judged_teachers():

@@ -1,12 +1,10 @@
 rule data:
     output:
-        "results/data/train.parquet",
-        "results/data/validation.parquet",
-        "results/data/test.parquet",
+        [PATHS.data(split) for split in SPLITS],
     log:
-        "results/logs/data.log",
+        PATHS.log("data"),
     benchmark:
-        "results/benchmarks/data.tsv"
+        PATHS.benchmark("data")
     resources:
         mem_mb=4000,
         runtime=30,

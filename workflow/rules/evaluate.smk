@@ -1,13 +1,13 @@
 rule evaluate:
     input:
-        model="results/train/{arm}/seed{seed}/model",
-        data=split_file("test"),
+        model=PATHS.student("{arm}", "{seed}"),
+        data=PATHS.data("test"),
     output:
-        "results/evaluate/{arm}/seed{seed}.parquet",
+        PATHS.items("{arm}", "{seed}"),
     log:
-        "results/logs/evaluate/{arm}/seed{seed}.log",
+        PATHS.log("evaluate/{arm}/seed{seed}"),
     benchmark:
-        "results/benchmarks/evaluate/{arm}/seed{seed}.tsv"
+        PATHS.benchmark("evaluate/{arm}/seed{seed}")
     threads: PLAN.config.train.threads
     resources:
         mem_mb=8000,
@@ -21,13 +21,13 @@ rule evaluate:
 
 rule lm_eval:
     input:
-        "results/train/{arm}/seed{seed}/model",
+        PATHS.student("{arm}", "{seed}"),
     output:
-        "results/lm_eval/{arm}/seed{seed}.json",
+        PATHS.lm_eval("{arm}", "{seed}"),
     log:
-        "results/logs/lm_eval/{arm}/seed{seed}.log",
+        PATHS.log("lm_eval/{arm}/seed{seed}"),
     benchmark:
-        "results/benchmarks/lm_eval/{arm}/seed{seed}.tsv"
+        PATHS.benchmark("lm_eval/{arm}/seed{seed}")
     threads: PLAN.config.train.threads
     resources:
         mem_mb=16000,
@@ -41,14 +41,14 @@ rule lm_eval:
 
 rule teacher_quality:
     input:
-        "results/models/{teacher}/MANIFEST.json",
-        split_file("test"),
+        PATHS.manifest("{teacher}"),
+        PATHS.data("test"),
     output:
-        "results/teacher_quality/{teacher}.parquet",
+        PATHS.teacher_quality("{teacher}"),
     log:
-        "results/logs/teacher_quality/{teacher}.log",
+        PATHS.log("teacher_quality/{teacher}"),
     benchmark:
-        "results/benchmarks/teacher_quality/{teacher}.tsv"
+        PATHS.benchmark("teacher_quality/{teacher}")
     threads: PLAN.config.train.threads
     resources:
         mem_mb=16000,
@@ -56,20 +56,21 @@ rule teacher_quality:
     params:
         settings=settings_of("evaluate"),
         code=code_of("evaluate.score"),
+        model=PATHS.model("{teacher}"),
     shell:
-        "python -m kvpipe evaluate --model results/models/{wildcards.teacher} --out {output} > {log} 2>&1"
+        "python -m kvpipe evaluate --model {params.model} --out {output} > {log} 2>&1"
 
 
 rule untrained:
     input:
-        manifest(PLAN.config.student),
-        split_file("test"),
+        PATHS.manifest(PLAN.config.student),
+        PATHS.data("test"),
     output:
-        "results/evaluate/untrained.parquet",
+        PATHS.untrained,
     log:
-        "results/logs/evaluate/untrained.log",
+        PATHS.log("evaluate/untrained"),
     benchmark:
-        "results/benchmarks/evaluate/untrained.tsv"
+        PATHS.benchmark("evaluate/untrained")
     threads: PLAN.config.train.threads
     resources:
         mem_mb=8000,
@@ -85,11 +86,11 @@ rule arm:
     input:
         arm_cells,
     output:
-        "results/arms/{arm}.csv",
+        PATHS.arm_table("{arm}"),
     log:
-        "results/logs/arms/{arm}.log",
+        PATHS.log("arms/{arm}"),
     benchmark:
-        "results/benchmarks/arms/{arm}.tsv"
+        PATHS.benchmark("arms/{arm}")
     resources:
         mem_mb=2000,
         runtime=10,

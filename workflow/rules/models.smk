@@ -2,11 +2,11 @@ rule model:
     input:
         model_inputs,
     output:
-        "results/models/{model}/MANIFEST.json",
+        PATHS.manifest("{model}"),
     log:
-        "results/logs/models/{model}.log",
+        PATHS.log("models/{model}"),
     benchmark:
-        "results/benchmarks/models/{model}.tsv"
+        PATHS.benchmark("models/{model}")
     resources:
         mem_mb=8000,
         runtime=120,

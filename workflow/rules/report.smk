@@ -2,14 +2,14 @@ rule audit:
     input:
         items_of(PLAN.arms),
         histories_of(PLAN.arms),
-        split_file("train"),
-        split_file("test"),
+        PATHS.data("train"),
+        PATHS.data("test"),
     output:
-        "results/audit.json",
+        PATHS.audit,
     log:
-        "results/logs/audit.log",
+        PATHS.log("audit"),
     benchmark:
-        "results/benchmarks/audit.tsv"
+        PATHS.benchmark("audit")
     resources:
         mem_mb=4000,
         runtime=30,
@@ -24,16 +24,13 @@ rule stats:
     input:
         items_of(PLAN.arms),
         histories_of(PLAN.arms),
-        untrained="results/evaluate/untrained.parquet",
+        untrained=PATHS.untrained,
     output:
-        "results/stats/arms.csv",
-        "results/stats/contrasts.csv",
-        "results/cost/arms.csv",
-        "results/cost/contrasts.csv",
+        PATHS.tables,
     log:
-        "results/logs/stats.log",
+        PATHS.log("stats"),
     benchmark:
-        "results/benchmarks/stats.tsv"
+        PATHS.benchmark("stats")
     resources:
         mem_mb=4000,
         runtime=30,
@@ -46,23 +43,21 @@ rule stats:
 
 rule report:
     input:
-        "results/stats/arms.csv",
-        "results/stats/contrasts.csv",
-        "results/cost/arms.csv",
-        "results/audit.json",
+        PATHS.tables,
+        PATHS.audit,
         items_of(PLAN.arms),
         histories_of(PLAN.arms),
-        expand("results/arms/{arm}.csv", arm=PLAN.arms),
+        [PATHS.arm_table(arm) for arm in PLAN.arms],
         lm_eval_results(),
-        expand("results/projector/{fit}.json", fit=PLAN.fits),
-        expand("results/teacher_quality/{teacher}.parquet", teacher=judged_teachers()),
-        expand("results/layer_map/{teacher}.json", teacher=PLAN.mapped_teachers),
+        [PATHS.fit_report(fit) for fit in PLAN.fits],
+        [PATHS.teacher_quality(teacher) for teacher in judged_teachers()],
+        [PATHS.layer_map(teacher) for teacher in PLAN.mapped_teachers],
     output:
-        report("results/report.html", caption="../report/report.rst", category="Report"),
+        report(PATHS.report, caption="../report/report.rst", category="Report"),
     log:
-        "results/logs/report.log",
+        PATHS.log("report"),
     benchmark:
-        "results/benchmarks/report.tsv"
+        PATHS.benchmark("report")
     resources:
         mem_mb=4000,
         runtime=30,

@@ -1,15 +1,15 @@
 rule layer_map:
     input:
-        "results/models/{teacher}/MANIFEST.json",
-        manifest(PLAN.config.student),
-        split_file("train"),
-        split_file("validation"),
+        PATHS.manifest("{teacher}"),
+        PATHS.manifest(PLAN.config.student),
+        PATHS.data("train"),
+        PATHS.data("validation"),
     output:
-        "results/layer_map/{teacher}.json",
+        PATHS.layer_map("{teacher}"),
     log:
-        "results/logs/layer_map/{teacher}.log",
+        PATHS.log("layer_map/{teacher}"),
     benchmark:
-        "results/benchmarks/layer_map/{teacher}.tsv"
+        PATHS.benchmark("layer_map/{teacher}")
     resources:
         mem_mb=16000,
         runtime=60,
@@ -24,11 +24,11 @@ rule teacher_kv_shard:
     input:
         shard_inputs,
     output:
-        "results/teacher_kv/{teacher}/{reading}/shard-{shard}.safetensors",
+        PATHS.shard("{teacher}", "{reading}", "{shard}"),
     log:
-        "results/logs/teacher_kv/{teacher}-{reading}-{shard}.log",
+        PATHS.log("teacher_kv/{teacher}-{reading}-{shard}"),
     benchmark:
-        "results/benchmarks/teacher_kv/{teacher}-{reading}-{shard}.tsv"
+        PATHS.benchmark("teacher_kv/{teacher}-{reading}-{shard}")
     resources:
         mem_mb=16000,
         runtime=240,
@@ -44,11 +44,11 @@ rule teacher_kv:
     input:
         index_inputs,
     output:
-        "results/teacher_kv/{teacher}/{reading}/index.json",
+        PATHS.store_index("{teacher}", "{reading}"),
     log:
-        "results/logs/teacher_kv/{teacher}-{reading}.log",
+        PATHS.log("teacher_kv/{teacher}-{reading}"),
     benchmark:
-        "results/benchmarks/teacher_kv/{teacher}-{reading}.tsv"
+        PATHS.benchmark("teacher_kv/{teacher}-{reading}")
     resources:
         mem_mb=16000,
         runtime=240,
@@ -63,12 +63,12 @@ rule fit:
     input:
         fit_inputs,
     output:
-        "results/projector/{fit}.safetensors",
-        "results/projector/{fit}.json",
+        PATHS.projector("{fit}"),
+        PATHS.fit_report("{fit}"),
     log:
-        "results/logs/fit/{fit}.log",
+        PATHS.log("fit/{fit}"),
     benchmark:
-        "results/benchmarks/fit/{fit}.tsv"
+        PATHS.benchmark("fit/{fit}")
     resources:
         mem_mb=16000,
         runtime=60,

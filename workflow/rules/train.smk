@@ -2,13 +2,13 @@ rule train:
     input:
         train_inputs,
     output:
-        model=directory("results/train/{arm}/seed{seed}/model"),
-        history="results/train/{arm}/seed{seed}/history.jsonl",
-        cost="results/train/{arm}/seed{seed}/cost.json",
+        model=directory(PATHS.student("{arm}", "{seed}")),
+        history=PATHS.history("{arm}", "{seed}"),
+        cost=PATHS.cost("{arm}", "{seed}"),
     log:
-        "results/logs/train/{arm}/seed{seed}.log",
+        PATHS.log("train/{arm}/seed{seed}"),
     benchmark:
-        "results/benchmarks/train/{arm}/seed{seed}.tsv"
+        PATHS.benchmark("train/{arm}/seed{seed}")
     container:
         cell_image()
     threads: PLAN.config.train.threads
@@ -20,7 +20,7 @@ rule train:
         code=code_of("train.trainer"),
         # not outputs: Snakemake deletes those of a job that failed, and a run goes on from its checkpoint
         cell=subpath(output.history, parent=True),
-        checkpoints="results/checkpoints/{arm}/seed{seed}",
+        checkpoints=PATHS.checkpoints("{arm}", "{seed}"),
         launch=cell_launcher,
     # exec: a shell in between would end at SIGTERM, and SLURM kill what is left of the job before it has saved
     shell:

@@ -15,12 +15,14 @@ then the verdict. Both carry a secret of the request, so that what a program pri
 
 import ctypes
 import json
+import linecache
 import math
 import os
 import resource
 import signal
 import struct
 import sys
+import types
 from pathlib import Path
 
 FOLDER_MB = 64
@@ -134,8 +136,12 @@ def _address(block: bytes) -> int | None:
 # ---------------------------------------------------------------- the program
 def run(program: str) -> tuple[str, str]:
     """Execute the program; `passed` only if it comes to its end."""
+    # dataclasses, pickle, doctest, unittest and inspect look a program up where an imported or started one would be
+    module = types.ModuleType("solution")
+    sys.modules["solution"] = sys.modules["__main__"] = module
+    linecache.cache["<program>"] = (len(program), None, program.splitlines(keepends=True), "<program>")
     try:
-        exec(compile(program, "<program>", "exec"), {"__name__": "solution"})
+        exec(compile(program, "<program>", "exec"), module.__dict__)
     except MemoryError:
         return "failed", "MemoryError"
     except BaseException as error:  # SystemExit too: a program that ends before its tests has not passed them

@@ -1,0 +1,169 @@
+"""Subcommands that the rules call: one per step of the DAG, and what `make` generates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from kvpipe.cli.options import CONFIG, ConfigFile, Experiment, Overrides, experiment, say, writable_file
+
+Teacher = Annotated[str, typer.Option(help="Name of the teacher.")]
+Items = Annotated[Path, typer.Option(help="Parquet file, one row per item.", callback=writable_file)]
+
+
+@experiment
+def data(given: Experiment) -> None:
+    """Write the train, validation and test splits."""
+    from kvpipe.data.build import build
+    from kvpipe.experiment.made import note
+
+    dag, paths = given.plan()
+    build(dag.config.data, paths.data("train").parent)
+    note(dag, paths, "data")
+
+
+@experiment
+def models(
+    given: Experiment,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the model in the configuration; all hub models if absent.")
+    ] = None,
+) -> None:
+    """Bring a model into its folder, with a manifest: on a login node, which reaches the hub."""
+    from kvpipe.steps.models import make_hub_models, make_model
+
+    work = given.workspace()
+    if name is None:
+        make_hub_models(work)
+    else:
+        make_model(work, work.dag.known_model(name))
+
+
+def pretrain(
+    config: ConfigFile = CONFIG,
+    only: Annotated[str | None, typer.Option(help="One model; all with a recipe and a path otherwise.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train the embedded teachers by their recipes and write them to the configured paths (`make teachers`)."""
+    from kvpipe.config import load
+    from kvpipe.models.pretrain import pretrain_into_path, recipes
+
+    settings = load(config, overrides)
+    made = recipes(settings)
+    if only is not None and only not in made:
+        raise typer.BadParameter(f"--only {only}: no such model with a recipe and a path (there are {', '.join(made)})")
+    for name in made if only is None else [only]:
+        pretrain_into_path(settings, name, log=say)
+
+
+@experiment
+def layer_map(given: Experiment, teacher: Teacher) -> None:
+    """Measure the similarity (CKA) of the student's and a teacher's layers."""
+    from kvpipe.steps.layer_map import make_layer_map
+
+    work = given.workspace()
+    make_layer_map(work, work.dag.known_model(teacher))
+
+
+@experiment
+def teacher_kv(
+    given: Experiment,
+    teacher: Teacher,
+    reading: Annotated[
+        Literal["student", "own"], typer.Option(help="student: the student's text; own: the teacher's longer one.")
+    ] = "student",
+    shard: Annotated[int | None, typer.Option(help="One shard; all of them and the index otherwise.")] = None,
+    index: Annotated[bool, typer.Option("--index", help="Only check the shards and write the index.")] = False,
+) -> None:
+    """Compute and store a teacher's KV on the training split."""
+    from kvpipe.steps.teacher_kv import make_shard, make_store_index
+
+    work = given.workspace()
+    work.dag.known_model(teacher)
+    if not index:
+        for number in range(work.config.store.shards) if shard is None else [shard]:
+            make_shard(work, teacher, reading, number)
+    if index or shard is None:
+        make_store_index(work, teacher, reading)
+
+
+@experiment
+def fit(
+    given: Experiment,
+    arm: Annotated[str | None, typer.Option(help="The arm whose projectors are fitted.")] = None,
+    fit_id: Annotated[
+        str | None, typer.Option("--fit", help="Or the name of the fit, as in results/projector/.")
+    ] = None,
+) -> None:
+    """Fit the projectors of an arm, before training."""
+    from kvpipe.steps.fit import make_fit
+
+    work = given.workspace()
+    if (arm is None) == (fit_id is None):
+        raise typer.BadParameter("give either --arm or --fit")
+    make_fit(work, fit_id or work.dag.fit_id(work.dag.arm(arm or "")))
+
+
+@experiment
+def lm_eval(
+    given: Experiment,
+    model: Annotated[Path, typer.Option(help="Model folder.")],
+    out: Annotated[Path, typer.Option(help="JSON file: metrics per task, and every item's.", callback=writable_file)],
+) -> None:
+    """Score a model folder with lm-evaluation-harness on `evaluate.lm_eval_tasks`."""
+    from kvpipe.steps.evaluate import score_tasks
+
+    for line in score_tasks(given.workspace(), model, out):
+        say(line)
+
+
+@experiment
+def untrained(given: Experiment, out: Items) -> None:
+    """Score the student before training (first seed): a row of the report's table."""
+    from kvpipe.steps.evaluate import score_untrained
+
+    score_untrained(given.workspace(), out)
+
+
+@experiment
+def arm(given: Experiment, arm: Annotated[str, typer.Option(help="Name of the arm.")]) -> None:
+    """Put an arm's seeds into one table."""
+    from kvpipe.stats.tables import write_arm_table
+
+    write_arm_table(*given.plan(), arm)
+
+
+@experiment
+def audit(given: Experiment) -> None:
+    """Check that arms are compared like with like and that no test item is in train."""
+    from kvpipe.stats.audit import audit
+
+    config, paths = given.load()
+    for found in audit(config, paths, paths.audit):
+        say(f"{found.status:>8}  {found.name}: {found.detail}")
+
+
+@experiment
+def stats(
+    given: Experiment,
+    untrained: Annotated[Path | None, typer.Option(help="Scores of the student before training.")] = None,
+) -> None:
+    """Intervals, paired contrasts and corrections from the per-item scores."""
+    from kvpipe.stats.tables import write_stats
+
+    write_stats(*given.plan(), untrained)
+
+
+def config(
+    folder: Annotated[Path, typer.Option(help="Where config/README.md and schema.json are written.")] = Path("config"),
+) -> None:
+    """Generate the configuration's documentation and JSON schema."""
+    from kvpipe.config.docs import write
+
+    write(folder)
+
+
+_ALL = (data, models, layer_map, teacher_kv, fit, lm_eval, untrained, arm, audit, stats, pretrain, config)
+COMMANDS = {command.__name__.replace("_", "-"): command for command in _ALL}

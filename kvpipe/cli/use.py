@@ -1,0 +1,168 @@
+"""Subcommands for people: look, pin, train, score, and send."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from kvpipe.cli.options import Experiment, experiment, say, writable_file, writable_folder
+from kvpipe.experiment.paths import STUDENT
+from kvpipe.experiment.plan import Dag
+
+PROFILE = Path("profiles/slurm")
+Arm = Annotated[str, typer.Option(help="Name of the arm.")]
+Seed = Annotated[int, typer.Option(help="Seed of the cell.")]
+CellFolder = Annotated[Path | None, typer.Option(help="Folder of the trained cell; under the results by default.")]
+
+
+@experiment
+def doctor(
+    given: Experiment,
+    profile: Annotated[
+        Path | None, typer.Option(envvar="SNAKEMAKE_PROFILE", help="Snakemake profile of the cluster.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the findings here as JSON.", callback=writable_file)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    probe: Annotated[bool, typer.Option("--probe", help="Run a five-minute job; print a site profile.")] = False,
+) -> None:
+    """Say what would fail before anything starts."""
+    from kvpipe import doctor
+
+    config, paths = given.load()
+    asked = doctor.read_profile(PROFILE if profile is None and PROFILE.is_dir() else profile)
+    if probe:
+        from kvpipe.doctor.probe import probe as try_cluster
+
+        say(try_cluster(asked, paths, log=lambda line: say(line, err=True)))
+    findings = doctor.examine(config, paths, asked)
+    if out is not None:
+        doctor.write(findings, out)
+    say(doctor.as_json(findings) if as_json else doctor.show(findings), err=probe)
+    if any(finding.status == doctor.FAIL for finding in findings):
+        raise typer.Exit(1)
+
+
+@experiment
+def lock(
+    given: Experiment,
+    update: Annotated[bool, typer.Option("--update", help="Resolve also what is locked already.")] = False,
+) -> None:
+    """Pin every hub model to the commit that its revision stands for now, and say what its download would meet."""
+    from kvpipe.config import lock_path
+    from kvpipe.models.hub import lock_into
+
+    lock_into(lock_path(given.files[0]), *given.load(), update, log=say)
+
+
+@experiment
+def train(
+    given: Experiment,
+    arm: Annotated[str | None, typer.Option(help="Name of the arm; with --teacher `distil` or `control`.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the cell.", min=0, max=2**32 - 1)] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the cell; under the results by default.", callback=writable_folder)
+    ] = None,
+    checkpoints: Annotated[Path | None, typer.Option(help="Folder of checkpoints.")] = None,
+    teacher: Annotated[list[Path] | None, typer.Option(help="Instead of a configuration: model folder(s).")] = None,
+    student: Annotated[Path | None, typer.Option(help="With --teacher: the student's model folder.")] = None,
+    data: Annotated[Path | None, typer.Option(help="With --teacher: JSONL or Parquet; columns prompt, answer.")] = None,
+    made: Annotated[bool, typer.Option("--made", help="Make nothing first: Snakemake has made it.")] = False,
+) -> None:
+    """Train one cell; what it needs is made first where it is not there, or was made from something else."""
+    if teacher:
+        from kvpipe.steps.direct import train_direct
+
+        if student is None or data is None or out is None:
+            raise typer.BadParameter("--teacher goes with --student, --data and --out")
+        train_direct(teacher, student, data, out, arm, seed, checkpoints, made, given.overrides, log=say)
+    elif arm is None or student or data:
+        raise typer.BadParameter("give either --arm, or --teacher, --student, --data and --out")
+    else:
+        from kvpipe.steps.train import make_cell
+
+        make_cell(given.workspace(), arm, seed, out, checkpoints, made, log=say)
+
+
+@experiment
+def evaluate(
+    given: Experiment,
+    out: Annotated[Path, typer.Option(help="Parquet file, one row per item.", callback=writable_file)],
+    model: Annotated[Path | None, typer.Option(help="Model folder.")] = None,
+    cell: Annotated[Path | None, typer.Option(help="Instead of --model: folder of `kvpipe train --teacher`.")] = None,
+    split: Annotated[str, typer.Option(help="Split that is scored.")] = "test",
+) -> None:
+    """Score a model folder item by item: likelihood and greedy generation."""
+    from kvpipe.distill.build import Workspace
+    from kvpipe.steps.evaluate import score_folder
+
+    if (model is None) == (cell is None):
+        raise typer.BadParameter("give either --model or --cell")
+    say(score_folder(Workspace(*given.of(cell)), model or Path(cell or "") / STUDENT, split, out))
+
+
+@experiment
+def status(given: Experiment) -> None:
+    """Print the grid of cells (done, running, failed, missing), what they cost, and how failed ones ended."""
+    import rich
+
+    from kvpipe.experiment.status import overview
+
+    rich.print(overview(*given.plan()))
+
+
+def align(
+    src_tokenizer: Annotated[str, typer.Option(help="Folder of the teacher's tokenizer.")],
+    dst_tokenizer: Annotated[str, typer.Option(help="Folder of the student's tokenizer.")],
+    text: Annotated[str, typer.Option(help="Text to align.")],
+    mode: Annotated[Literal["iou", "causal", "position"], typer.Option(help="Weights of the overlap.")] = "iou",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show how two tokenizers' tokens line up on a text."""
+    import rich
+
+    from kvpipe.models.folders import load_tokenizer
+    from kvpipe.tokens.show import show_alignment
+
+    src, dst = load_tokenizer(Path(src_tokenizer)), load_tokenizer(Path(dst_tokenizer))
+    (say if as_json else rich.print)(show_alignment(src, dst, text, mode, as_json))
+
+
+@experiment
+def report(
+    given: Experiment, out: Annotated[Path | None, typer.Option(help="HTML file.", callback=writable_file)] = None
+) -> None:
+    """Render the report."""
+    from kvpipe.report.render import write_report
+
+    work = given.workspace()
+    write_report(work, out or work.paths.report)
+
+
+@experiment
+def card(given: Experiment, arm: Arm, seed: Seed = 0, cell: CellFolder = None) -> None:
+    """Write a student's model card again, with the metrics that exist by now."""
+    from kvpipe.models.card import write
+
+    config, paths = given.of(cell)
+    say(write(Dag(config), paths, arm, cell or paths.cell(arm, seed)))
+
+
+@experiment
+def publish(
+    given: Experiment,
+    arm: Arm,
+    repo: Annotated[str, typer.Option(help="owner/name on the hub; made if it is not there.")],
+    seed: Seed = 0,
+    cell: CellFolder = None,
+    public: Annotated[bool, typer.Option("--public", help="A new repository is public; private otherwise.")] = False,
+) -> None:
+    """Push a student and its card to the hub, with the token in HF_TOKEN."""
+    from kvpipe.models.card import publish
+
+    config, paths = given.of(cell)
+    publish(Dag(config), paths, arm, cell or paths.cell(arm, seed), repo, private=not public, log=say)
+
+
+COMMANDS = {f.__name__: f for f in (doctor, lock, train, evaluate, status, align, report, card, publish)}

@@ -1,0 +1,70 @@
+"""Evaluate steps: scores of a model folder, of the untrained student, and of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from kvpipe.distill.build import Workspace
+from kvpipe.evaluate import harness, score
+from kvpipe.experiment import device
+from kvpipe.experiment.outofmemory import evaluation_advice, explained
+from kvpipe.stats.tables import CELL, cell_of
+
+
+def score_folder(work: Workspace, folder: Path, split: str, out: Path) -> str:
+    """Score a model folder on a split, one row per item; returns the line that says how it did."""
+    config, records, trust = work.config, work.records(split), work.trusts_folder(folder)
+    torch.set_num_threads(config.train.threads)
+    with explained("scoring", evaluation_advice(config.evaluate)):
+        table = score.evaluate(
+            folder,
+            records,
+            config.data.template,
+            config.evaluate,
+            device.resolve_device(config.train.device),
+            trust=trust,
+            context=config.data.context,
+        )
+    _write(table, cell_of(folder), out)
+    bits, judged = table.nll.sum() / math.log(2) / table.bytes.sum(), table.correct.dropna()
+    right = f", {judged.astype(float).mean():.1%} of {len(judged)} answers right" if len(judged) else ""
+    return f"{split}: {len(table)} items, {bits:.4f} bits per byte of reasoning and answer{right}"
+
+
+def score_untrained(work: Workspace, out: Path) -> None:
+    """Score the student before training (first seed) on the test split."""
+    config = work.config
+    torch.set_num_threads(config.train.threads)
+    student = work.student(config.seeds[0]).to(device.resolve_device(config.train.device)).eval()
+    with explained("scoring", evaluation_advice(config.evaluate)):
+        table = score.evaluate_model(
+            student,
+            work.student_tokenizer,
+            work.records("test"),
+            config.data.template,
+            config.evaluate,
+            context=config.data.context,
+        )
+    _write(table, None, out)
+
+
+def score_tasks(work: Workspace, folder: Path, out: Path) -> Iterator[str]:
+    """Score a model folder with lm-evaluation-harness; a line for each task."""
+    config = work.config
+    torch.set_num_threads(config.train.threads)
+    trust = work.trusts_folder(folder)
+    result = harness.run_tasks(folder, config.evaluate, device.resolve_device(config.train.device), trust)
+    harness.write(result, out)
+    for task, found in result["tasks"].items():
+        yield f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in found["metrics"].items())
+
+
+def _write(table: pd.DataFrame, cell: dict | None, out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    table.attrs[CELL] = cell
+    table.to_parquet(out, index=False)
