@@ -36,11 +36,10 @@ from kvpipe.distill.objectives import (
 )
 from kvpipe.distill.projectors import Geometry, Projector, build_projector
 from kvpipe.experiment.device import resolve_device
-from kvpipe.experiment.files import save_tensors
 from kvpipe.experiment.misfits import misfits
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.plan import Dag
-from kvpipe.experiment.provenance import content_digest, read_json, verify
+from kvpipe.experiment.provenance import read_json, verify
 from kvpipe.experiment.sizes import shape
 from kvpipe.models.folders import (
     build_model,
@@ -51,7 +50,8 @@ from kvpipe.models.folders import (
     random_model,
 )
 from kvpipe.models.limits import Limits
-from kvpipe.tokens.matrix import common_prefix_positions, token_bytes
+from kvpipe.tokens.matrix import common_prefix_positions
+from kvpipe.tokens.twins import token_twins
 
 
 @dataclass
@@ -352,32 +352,3 @@ class Workspace:
         out.logprobs[pairs[:, 1]] = logprobs[pairs[:, 0]].float()
         out.mask[pairs[:, 1]] = True
         return out
-
-
-def token_twins(src_tokenizer, dst_tokenizer) -> np.ndarray:
-    """For every source token id the destination id that stands for the same text, or −1.
-
-    Same text is the same bytes, a space in front included. End-of-text tokens are twins, other special tokens have none.
-    Where several destination tokens stand for the bytes, it is the one that is no byte-fallback token.
-    """
-    names = dst_tokenizer.convert_ids_to_tokens(list(range(len(dst_tokenizer))))
-    by_bytes: dict[bytes, int] = {}
-    for index, raw in enumerate(token_bytes(dst_tokenizer)):
-        if raw and (raw not in by_bytes or names[by_bytes[raw]].startswith("<0x")):
-            by_bytes[raw] = index
-    out = np.array([by_bytes.get(raw, -1) if raw else -1 for raw in token_bytes(src_tokenizer)], dtype=np.int64)
-    if src_tokenizer.eos_token_id is not None and dst_tokenizer.eos_token_id is not None:
-        out[src_tokenizer.eos_token_id] = dst_tokenizer.eos_token_id
-    return out
-
-
-def save_projectors(path: Path, teachers: list[str], projectors: list[Projector], document: dict) -> None:
-    """Write all projectors of a fit to one file, with the explained variance in its metadata and beside it as JSON."""
-    tensors = {
-        f"{teacher}/{name}": tensor.detach()
-        for teacher, projector in zip(teachers, projectors, strict=True)
-        for name, tensor in projector.state_dict().items()
-    }
-    save_tensors(tensors, path, {"fit": json.dumps(document, sort_keys=True)})
-    document = {**document, "sha256": content_digest(path)}
-    path.with_suffix(".json").write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from einops import einsum, rearrange
@@ -14,6 +16,8 @@ from kvpipe.align.head import HeadMixer, grouped_average
 from kvpipe.align.layermap import KINDS, LayerPlan
 from kvpipe.cache.kv import KV
 from kvpipe.config import ProjectorConfig
+from kvpipe.experiment.files import save_tensors
+from kvpipe.experiment.provenance import content_digest
 
 
 class Geometry(NamedTuple):
@@ -152,3 +156,15 @@ def build_projector(config: ProjectorConfig, geometry: Geometry, plan: LayerPlan
     if config.kind == "elastic":
         return ElasticProjector(geometry, plan, config, src_params)
     return HeadsProjector(geometry, plan)
+
+
+def save_projectors(path: Path, teachers: list[str], projectors: list[Projector], document: dict[str, Any]) -> None:
+    """Write all projectors of a fit to one file, with the explained variance in its metadata and beside it as JSON."""
+    tensors = {
+        f"{teacher}/{name}": tensor.detach()
+        for teacher, projector in zip(teachers, projectors, strict=True)
+        for name, tensor in projector.state_dict().items()
+    }
+    save_tensors(tensors, path, {"fit": json.dumps(document, sort_keys=True)})
+    document = {**document, "sha256": content_digest(path)}
+    path.with_suffix(".json").write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")

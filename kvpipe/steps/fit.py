@@ -18,7 +18,8 @@ from kvpipe.cache.kv import KV
 from kvpipe.cache.teacher import spread
 from kvpipe.data.batches import collate
 from kvpipe.distill import fit
-from kvpipe.distill.build import Workspace, save_projectors
+from kvpipe.distill.build import Workspace
+from kvpipe.distill.projectors import save_projectors
 from kvpipe.experiment import made
 from kvpipe.experiment.device import resolve_device
 from kvpipe.models.folders import has_weights
