@@ -1,4 +1,4 @@
-"""Checkpoints: atomic, complete (weights, optimizer, random state, history, position), refused when they do not fit."""
+"""Checkpoints: atomic, complete (weights, optimizer, history, position), refused when they do not fit."""
 
 from __future__ import annotations
 
@@ -64,9 +64,6 @@ def save(
     tensors: dict[str, Tensor] = {f"model.{k}": v.detach().cpu() for k, v in _changing(modules).items()}
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{k}": torch.as_tensor(v).detach().cpu() for k, v in state.items()}
-    tensors["rng.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
     partial, final = folder / f"partial-{os.getpid()}", folder / f"step-{step:08d}"
     for left_over in folder.glob("partial-*"):  # of a process that was killed here
         shutil.rmtree(left_over)
@@ -130,9 +127,6 @@ def resume(folder: Path, modules: nn.Module, optimizer: torch.optim.Optimizer, s
                 own = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor) if tensor.ndim else tensor
                 loaded["state"].setdefault(int(number), {})[key] = own
         optimizer.load_state_dict(loaded)
-        torch.set_rng_state(tensors["rng.cpu"])
-        if "rng.cuda" in tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(tensors["rng.cuda"])
         return Resumed(state["step"], state["history"], state["counters"])
     return None
 

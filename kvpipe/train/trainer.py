@@ -29,7 +29,7 @@ from kvpipe.distill.build import Workspace
 from kvpipe.distill.losses import NonFiniteLossError, check_finite, masked_sum
 from kvpipe.distill.objectives import Distiller, Step, Term, Whole
 from kvpipe.experiment import attempts, launch
-from kvpipe.experiment.device import check_device, check_precision, meet, resolve_device, without_environment
+from kvpipe.experiment.device import check_device, check_precision, resolve_device, without_environment
 from kvpipe.experiment.outofmemory import evaluation_advice, explained, training_advice
 from kvpipe.experiment.paths import COST, HISTORY, STUDENT
 from kvpipe.experiment.plan import digest
@@ -63,24 +63,22 @@ def budget(config: TrainConfig, arm: Arm) -> TrainConfig:
 
 
 def check_settings(config: TrainConfig, log=print) -> None:
-    """Refuse what cannot be trained here, before anything is computed, and meet the launcher's other processes.
+    """Refuse what cannot be trained here, before anything is computed.
 
     Raises:
         NoDevice: `train.device` names a GPU and torch sees none.
-        ConfigError: fp16 on a CPU, more micro-batches over all processes than examples in a batch, a launcher's way of
-            training that there is not, or its processes that do not come.
+        ConfigError: fp16 on a CPU, more micro-batches over all processes than examples in a batch, or a launcher's way
+            of training that there is not.
     """
     check_device(config.device, log)
     check_precision(config.precision, resolve_device(config.device))
     without_environment()
-    launch.check_environment(os.environ)
-    processes = int(os.environ.get("WORLD_SIZE") or "1")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     if config.accumulate * processes > config.batch_size:
         raise ConfigError(
             f"train.batch_size {config.batch_size} is less than train.accumulate {config.accumulate} × {processes} "
             f"processes = {config.accumulate * processes} micro-batches: raise it, or use fewer"
         )
-    meet(resolve_device(config.device))
 
 
 def train(work: Workspace, arm_name: str, seed: int, out: Path, checkpoints: Path, log=print) -> None:
@@ -106,8 +104,6 @@ def train(work: Workspace, arm_name: str, seed: int, out: Path, checkpoints: Pat
         run.loop(stop)
     try:
         run.write(out)
-    except BrokenPipeError:  # of the terminal, not of the disk
-        raise
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"{out} could not be written: {error}. Free some space and run the same command again: it goes on from the "
@@ -170,6 +166,7 @@ class _Run:
         # accelerate takes over a second to import, which the functions above do not need
         from accelerate import Accelerator
 
+        launch.check_environment(os.environ)
         self.work, self.arm_name, self.seed, self.checkpoints, self.log = work, arm_name, seed, checkpoints, log
         self.arm = work.dag.arm(arm_name)
         self.config = budget(work.config.train, self.arm)
@@ -205,7 +202,6 @@ class _Run:
         torch.manual_seed(self.drawn)
         distiller = work.distiller(self.arm, self.drawn)
         self.distiller: Distiller | None = distiller.to(self.device) if distiller is not None else None
-        torch.manual_seed(self.drawn)  # dropout, whatever the distiller has drawn
         self.optimizer = self._optimizer()
         self.counters = Counters()
         self.history: list[dict[str, Any]] = []

@@ -358,15 +358,16 @@ def save(folder, step, modules, optimizer, **spec):
     return checkpoint.save(folder, step, modules, optimizer, [{"step": step}], {"tokens": step}, {"x": 1, **spec})
 
 
-def test_round_trip_of_weights_optimizer_and_random_state(tmp_path):
+def test_round_trip_of_weights_and_optimizer(tmp_path):
     modules, optimizer = parts()
     advance(modules, optimizer, 3)
     save(tmp_path, 3, modules, optimizer)
+    torch.manual_seed(5)
     advance(modules, optimizer, 2)
     again, optimizer_again = parts()
-    torch.manual_seed(99)
     resumed = checkpoint.resume(tmp_path, again, optimizer_again, {"x": 1})
     assert (resumed.step, resumed.history, resumed.counters) == (3, [{"step": 3}], {"tokens": 3})
+    torch.manual_seed(5)  # the trainer draws every step's numbers anew, from seed, step and process
     advance(again, optimizer_again, 2)
     for name, tensor in modules.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
