@@ -56,7 +56,7 @@ rule teacher_quality:
     params:
         settings=settings_of("evaluate"),
         code=code_of("evaluate.score"),
-        model=str(PATHS.model("{teacher}")),
+        model=subpath(input[0], parent=True),
     shell:
         "python -m kvpipe evaluate --model {params.model} --out {output} > {log} 2>&1"
 
