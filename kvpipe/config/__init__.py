@@ -182,16 +182,19 @@ class Config(Section):
                 f"arms.{name}.role: control; {controls[0]!r} has role control, and no other arm: every contrast is "
                 "against it"
             )
-        for path, name in (
-            *([("stats.headline", self.stats.headline)] if self.stats.headline else []),
-            *((f"stats.contrasts[{i}]", name) for i, pair in enumerate(self.stats.contrasts) for name in pair),
-        ):
-            _known(path, name, self.arms)
+        named = {"stats.headline": [self.stats.headline] if self.stats.headline else []}
+        named |= {f"stats.contrasts[{i}]": pair for i, pair in enumerate(self.stats.contrasts)}
+        for path, names in named.items():
+            for name in names:
+                if name not in self.arms:
+                    raise ValueError(
+                        f"{path}: no arm is named {name!r}{nearest(name, self.arms)}; name one of them, or leave "
+                        f"{path.partition('[')[0]} out"
+                    )
+            if len(names) == 2 and names[0] == names[1]:
+                raise ValueError(f"{path}: {names[0]} is compared with itself; name two arms")
         if self.stats.headline == controls[0]:
             raise ValueError(f"stats.headline: {controls[0]} is the control, which the headline is compared with")
-        for i, (arm, reference) in enumerate(self.stats.contrasts):
-            if arm == reference:
-                raise ValueError(f"stats.contrasts[{i}]: {arm} is compared with itself")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds: {self.seeds} holds a seed twice")
         _known("student", self.student, self.models)

@@ -212,9 +212,11 @@ MISTAKES = [
     # the arm that all others are compared with
     ({"arms.second": {"role": "control"}}, "arms.second.role", "no other arm"),
     ({"arms.control.role": "experiment"}, "arms", "no arm has role control"),
-    ({"stats.headline": "fulll"}, "stats.headline", "unknown name 'fulll'"),
+    ({"stats.headline": "fulll"}, "stats.headline", "no arm is named 'fulll'; did you mean 'full'?"),
+    # the shipped statistics and other arms
+    ({"arms": {"alone": {}}}, "stats.headline", "(known: alone); name one of them, or leave stats.headline out"),
     ({"stats.headline": "control"}, "stats.headline", "is the control"),
-    ({"stats.contrasts": [["full", "exp9"]]}, "stats.contrasts[0]", "unknown name 'exp9'"),
+    ({"stats.contrasts": [["full", "exp9"]]}, "stats.contrasts[0]", "no arm is named 'exp9'"),
     ({"stats.contrasts": [["full", "full"]]}, "stats.contrasts[0]", "compared with itself"),
     ({"arms.control.set": {"teachers": ["math"], "loss.kind": "kv"}}, "arms.control.set", "leave out teachers (math)"),
     ({"arms.control.set": {"loss.kind": "kv"}}, "arms.control.set", "both or neither"),

@@ -272,7 +272,7 @@ def test_other_names_give_the_same_numbers(finished, tmp_path):
                 before(old, seed).rename(after(new, seed))
     tables.write_stats(other, root, None)
     back = {new: old for old, new in names.items()}
-    for before, after in ((paths.stats, root.stats), (paths.cost, root.cost)):
+    for before, after in ((paths.stats, root.stats), (paths.costs, root.costs)):
         for name in ("arms.csv", "contrasts.csv"):
             text = (after / name).read_text()
             for new, old in back.items():
