@@ -161,7 +161,7 @@ def _headline(results: Results) -> list[Statement]:
 
 
 def _both(results: Results, metric: str) -> str:
-    means = [results.arms[arm, metric, "all"].mean for arm in (results.headline, results.control)]
+    means = [results.arms[arm or "", metric, "all"].mean for arm in (results.headline, results.control)]
     return " against ".join(shown(metric, mean) + ("%" if metric == "accuracy" else "") for mean in means)
 
 
@@ -221,14 +221,15 @@ def _components(results: Results) -> list[Statement]:
 
 def _baselines(results: Results) -> list[Statement]:
     headline = results.headline
-    own = results.arms.get((headline, "bits_per_byte", "all")) if headline else None
+    own_name = headline or ""
+    own = results.arms.get((own_name, "bits_per_byte", "all"))
     names = [n for n in results.arm_order if results.role(n) == "baseline" and n != headline]
     if own is None or not own.known or not names:
         return []
     parts: list[str] = []
     tones: list[str] = []
     for name in names:
-        direct = results.contrasts.get((headline, name, "bits_per_byte", "all"))
+        direct = results.contrasts.get((own_name, name, "bits_per_byte", "all"))
         other = results.arms.get((name, "bits_per_byte", "all"))
         tones += [] if direct is None else [direct.verdict]
         if direct is not None and direct.known:
