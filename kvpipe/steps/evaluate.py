@@ -13,7 +13,7 @@ from kvpipe.distill.build import Workspace
 from kvpipe.evaluate import harness, score
 from kvpipe.experiment import device
 from kvpipe.experiment.outofmemory import evaluation_advice, explained
-from kvpipe.stats.tables import CELL, cell_of
+from kvpipe.stats.scores import CELL, cell_of
 
 
 def score_folder(work: Workspace, folder: Path, split: str, out: Path) -> str:
