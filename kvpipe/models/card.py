@@ -18,6 +18,7 @@ import yaml
 
 from kvpipe.config import LOSS_ON, Arm, HubData
 from kvpipe.config.errors import printable
+from kvpipe.experiment.files import GB, write_text
 from kvpipe.experiment.paths import ARMS, CONTRASTS, COST, SPLITS, STUDENT, Paths
 from kvpipe.experiment.plan import Dag
 from kvpipe.experiment.provenance import folder_digest
@@ -131,7 +132,7 @@ def card(dag: Dag, paths: Paths, arm_name: str, cell: Path) -> str:
 def write_card(dag: Dag, paths: Paths, arm_name: str, cell: Path) -> Path:
     """Write the card into the cell's model folder."""
     path = cell / STUDENT / "README.md"
-    path.write_text(card(dag, paths, arm_name, cell), encoding="utf-8")
+    write_text(path, card(dag, paths, arm_name, cell))
     return path
 
 
@@ -288,5 +289,5 @@ def publish(dag: Dag, paths: Paths, arm_name: str, cell: Path, repo: str, privat
     with hub.hub_errors("publish", repo, "main"):
         api.create_repo(repo, private=private, exist_ok=True)
         done = api.create_commit(repo, operations, commit_message=f"{arm_name}, trained by kvpipe")
-    log(f"{len(operations)} files to {repo}, {sum(p.stat().st_size for p in files) / hub.GB:.2f} GB: {done.commit_url}")
+    log(f"{len(operations)} files to {repo}, {sum(p.stat().st_size for p in files) / GB:.2f} GB: {done.commit_url}")
     return str(done.commit_url)

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from kvpipe.align.regime import by_own_length
 from kvpipe.config import Loading, TokenizerRecipe
-from kvpipe.experiment.files import set_mode
+from kvpipe.experiment.files import set_mode, write_json
 from kvpipe.experiment.paths import MANIFEST
 from kvpipe.experiment.provenance import digest_of, read_json, verify
 from kvpipe.experiment.sizes import read_header
@@ -377,10 +377,7 @@ def write_manifest(folder: Path, source: dict[str, Any], **how: Any) -> None:
     for path in sorted(folder.rglob("*")):
         if path.is_file() and not path.name.startswith(MANIFEST):
             files[path.relative_to(folder).as_posix()] = digest_of(path, "sha256").removeprefix("sha256:")
-    text = json.dumps({"source": source, "files": files, **how}, indent=2, sort_keys=True)
-    partial = folder / f"{MANIFEST}.partial"
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(folder / MANIFEST)  # a link to another's file is replaced, not written through
+    write_json(folder / MANIFEST, {"source": source, "files": files, **how}, sort_keys=True)
 
 
 def manifest_hash(folder: Path) -> str:
