@@ -12,9 +12,8 @@ from torch import Tensor
 
 from kvpipe.align.layer import proportional_map, top_k_mix
 from kvpipe.config import LayerConfig
-from kvpipe.experiment.files import write_json
+from kvpipe.experiment.files import read_json, write_json
 from kvpipe.experiment.plan import digest
-from kvpipe.experiment.provenance import read_json
 
 KINDS = ("keys", "values")
 MEASURED = (*KINDS, "hidden")

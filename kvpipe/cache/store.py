@@ -26,9 +26,8 @@ from kvpipe.cache.capture import Recorder, kv_geometry
 from kvpipe.config import StoreConfig
 from kvpipe.data.batches import collate
 from kvpipe.data.encoding import Encoding, concatenated_ranges
-from kvpipe.experiment.files import GB, save_tensors, write_json
+from kvpipe.experiment.files import GB, content_digest, read_json, save_tensors, verify, write_json
 from kvpipe.experiment.paths import INDEX
-from kvpipe.experiment.provenance import content_digest, read_json, verify
 from kvpipe.experiment.sizes import estimate_bytes as estimate_bytes
 from kvpipe.models.likelihood import PIECE, token_nll
 

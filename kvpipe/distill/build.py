@@ -35,11 +35,10 @@ from kvpipe.distill.objectives import (
 )
 from kvpipe.distill.projectors import Geometry, Projector, build_projector
 from kvpipe.experiment.device import resolve_device
-from kvpipe.experiment.files import GB, save_tensors, write_json
+from kvpipe.experiment.files import GB, content_digest, read_json, save_tensors, verify, write_json
 from kvpipe.experiment.misfits import misfits
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.plan import Dag
-from kvpipe.experiment.provenance import content_digest, read_json, verify
 from kvpipe.experiment.sizes import count_parameters, shape
 from kvpipe.models.folders import (
     build_model,

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from kvpipe.config import FileData, HubData, LocalModel
-from kvpipe.experiment.files import write_json
+from kvpipe.experiment.files import content_digest, write_json
 from kvpipe.experiment.paths import MANIFEST, SPLITS, Paths
 from kvpipe.experiment.plan import Dag
-from kvpipe.experiment.provenance import code_hash, content_digest
+from kvpipe.experiment.provenance import code_hash
 
 CODE = {
     "data": "kvpipe.data.build",

@@ -18,10 +18,9 @@ import yaml
 
 from kvpipe.config import LOSS_ON, Arm, HubData
 from kvpipe.config.errors import printable
-from kvpipe.experiment.files import GB, write_text
+from kvpipe.experiment.files import GB, folder_digest, write_text
 from kvpipe.experiment.paths import ARMS, CONTRASTS, COST, SPLITS, STUDENT, Paths
 from kvpipe.experiment.plan import Dag
-from kvpipe.experiment.provenance import folder_digest
 from kvpipe.models import hub
 
 METRICS = {

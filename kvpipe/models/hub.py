@@ -19,10 +19,9 @@ from typing import Any
 import yaml
 
 from kvpipe.config import Config, HubModel, LockedFile, LockedRepo
-from kvpipe.experiment.files import GB, write_text
+from kvpipe.experiment.files import GB, digest_of, write_text
 from kvpipe.experiment.paths import MANIFEST, Paths
 from kvpipe.experiment.plan import Dag
-from kvpipe.experiment.provenance import digest_of
 
 PATTERNS = ("*.json", "*.txt", "*.jinja", "tokenizer.model", "model*.safetensors")
 """Files of a repository's top folder that a model is made of: never pickles, and not a second copy of the weights."""

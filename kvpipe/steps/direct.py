@@ -9,10 +9,9 @@ from typing import Any
 
 from kvpipe.config import Config, ConfigError, FileData, overridden, parse
 from kvpipe.data.rows import read_rows
-from kvpipe.experiment.files import write_json
+from kvpipe.experiment.files import digest_of, write_json
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.plan import digest
-from kvpipe.experiment.provenance import digest_of
 
 ARM = "distil"
 """The arm that learns from the teachers; `control` trains the same student without them."""
