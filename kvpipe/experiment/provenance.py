@@ -19,7 +19,7 @@ UNHASHED = {
     "kvpipe.experiment.paths",
     "kvpipe.experiment.plan",
     "kvpipe.experiment.provenance",
-    "kvpipe.models.card",
+    "kvpipe.train.card",
     "kvpipe.cli.app",
     "kvpipe.cli.options",
     "kvpipe.cli.steps",

@@ -35,10 +35,9 @@ from kvpipe.experiment.outofmemory import evaluation_advice, explained, training
 from kvpipe.experiment.paths import COST, HISTORY, STUDENT
 from kvpipe.experiment.plan import digest
 from kvpipe.experiment.provenance import describe
-from kvpipe.models import card
 from kvpipe.models.folders import manifest_hash
 from kvpipe.models.likelihood import score, scoring_batches, token_nll
-from kvpipe.train import checkpoint
+from kvpipe.train import card, checkpoint
 from kvpipe.train.export import export
 from kvpipe.train.lora import adapted
 
