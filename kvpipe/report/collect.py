@@ -100,6 +100,7 @@ class Results:
     def __init__(self, work: Workspace):
         self.work = work
         self.config, self.paths, self.dag = work.config, work.paths, work.dag
+        self.control, self.headline = work.config.control, work.config.headline
 
     # ------------------------------------------------------------ tables
     @cached_property
