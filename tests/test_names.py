@@ -88,17 +88,15 @@ TWICE = {
         "GB",
         "Geometry",
         "KINDS",
-        "MARGIN",
         "MARK",
         "Model",
         "PATIENCE",
         "PIECE",
-        "POLL",
         "Rows",
         "SHOWN",
     ),
-    *("SMALLER", "Scores", "Targets", "UNTRAINED", "evaluate", "explained_variance", "fusion_weights", "generate"),
-    *("image_path", "number", "read_json", "run", "show", "write"),
+    *("Scores", "Targets", "UNTRAINED", "explained_variance", "fusion_weights", "generate"),
+    *("number", "read_json", "run", "write"),
 }
 """Names that still have two homes. The list may only become shorter: take off what has one home now."""
 
