@@ -85,7 +85,6 @@ TWICE = {
     *(
         "Cell",
         "DTYPES",
-        "GB",
         "Geometry",
         "KINDS",
         "MARK",
@@ -96,7 +95,7 @@ TWICE = {
         "SHOWN",
     ),
     *("Scores", "Targets", "UNTRAINED", "explained_variance", "fusion_weights", "generate"),
-    *("number", "read_json", "run", "write"),
+    *("number", "run", "write"),
 }
 """Names that still have two homes. The list may only become shorter: take off what has one home now."""
 

@@ -106,7 +106,7 @@ def status(given: Experiment) -> None:
     """Print the grid of cells (done, running, failed, missing), what they cost, and how failed ones ended."""
     import rich
 
-    from kvpipe.experiment.status import overview
+    from kvpipe.report.status import overview
 
     rich.print(overview(*given.plan()))
 
@@ -142,7 +142,7 @@ def report(
 @with_experiment
 def card(given: Experiment, arm: ArmName, seed: SeedNumber = 0, cell: CellFolder = None) -> None:
     """Write a student's model card again, with the metrics that exist by now."""
-    from kvpipe.models.card import write_card
+    from kvpipe.train.card import write_card
 
     config, paths = given.of(cell)
     say(write_card(Dag(config), paths, arm, cell or paths.cell(arm, seed)))
@@ -158,7 +158,7 @@ def publish(
     public: Annotated[bool, typer.Option("--public", help="A new repository is public; private otherwise.")] = False,
 ) -> None:
     """Push a student and its card to the hub, with the token in HF_TOKEN."""
-    from kvpipe.models.card import publish
+    from kvpipe.train.card import publish
 
     config, paths = given.of(cell)
     publish(Dag(config), paths, arm, cell or paths.cell(arm, seed), repo, private=not public, log=say)

@@ -16,6 +16,7 @@ from kvpipe.doctor.settings import check_arms, check_packages, check_sandbox
 from kvpipe.doctor.sources import check_sources
 from kvpipe.doctor.storage import check_storage
 from kvpipe.doctor.workload import Workload
+from kvpipe.experiment.files import write_text
 from kvpipe.experiment.launch import in_job
 
 __all__ = ["FAIL", "OK", "WARNING", "Finding", "Workload", "as_json", "examine", "probe", "show", "write"]
@@ -87,5 +88,4 @@ def as_json(findings: list[Finding]) -> str:
 
 def write(findings: list[Finding], out: Path) -> None:
     """The findings as JSON."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(as_json(findings) + "\n", encoding="utf-8")
+    write_text(out, as_json(findings) + "\n")

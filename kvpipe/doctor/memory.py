@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import psutil
 
-from kvpipe.doctor.finding import FAIL, GB, OK, WARNING, Finding
+from kvpipe.doctor.finding import FAIL, OK, WARNING, Finding
 from kvpipe.doctor.look import nvidia
 from kvpipe.doctor.workload import Workload
+from kvpipe.experiment.files import GB
 from kvpipe.experiment.launch import in_job
 from kvpipe.experiment.sizes import Shape, training_bytes
 

@@ -8,8 +8,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from kvpipe.doctor.finding import FAIL, GB, OK, WARNING, Finding, ask
+from kvpipe.doctor.finding import FAIL, OK, WARNING, Finding, ask
 from kvpipe.doctor.workload import TextSource, Workload
+from kvpipe.experiment.files import GB
 
 LEAST_FREE = 2 * GB
 # not snakemake --directory: configuration, image and kvpipe are looked for below the working directory

@@ -30,14 +30,14 @@ from kvpipe.distill.losses import NonFiniteLossError, check_finite, masked_sum
 from kvpipe.distill.objectives import Distiller, Step, Term, Whole
 from kvpipe.experiment import attempts, launch
 from kvpipe.experiment.device import check_device, check_precision, meet, resolve_device, without_environment
+from kvpipe.experiment.files import write_json, write_text
 from kvpipe.experiment.outofmemory import evaluation_advice, explained, training_advice
 from kvpipe.experiment.paths import COST, HISTORY, STUDENT
 from kvpipe.experiment.plan import digest
 from kvpipe.experiment.provenance import describe
-from kvpipe.models import card
 from kvpipe.models.folders import manifest_hash
 from kvpipe.models.likelihood import score, scoring_batches, token_nll
-from kvpipe.train import checkpoint
+from kvpipe.train import card, checkpoint
 from kvpipe.train.export import export
 from kvpipe.train.lora import adapted
 
@@ -516,7 +516,7 @@ class _Run:
             device=str(self.device),
         )
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
-        (out / HISTORY).write_text(lines, encoding="utf-8")
+        write_text(out / HISTORY, lines)
         self._note()
         spent = attempts.total(self.attempt.file) or {"peak_memory_bytes": peak_memory(self.device)}
         cost = {
@@ -531,7 +531,7 @@ class _Run:
             "settings": self.work.dag.depends("train", arm=self.arm_name),
             "provenance": provenance,
         }
-        (out / COST).write_text(json.dumps(cost, indent=2) + "\n", encoding="utf-8")
+        write_json(out / COST, cost)
         card.write_card(self.work.dag, self.work.paths, self.arm_name, out)
 
 

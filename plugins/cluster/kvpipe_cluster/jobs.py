@@ -12,8 +12,8 @@ from importlib.metadata import requires
 from packaging.requirements import Requirement
 
 from kvpipe.doctor import FAIL, OK, WARNING, Finding, Workload, gpu, memory, settings
-from kvpipe.doctor.finding import GB
 from kvpipe.doctor.memory import Need, compare, compare_gpu, needs
+from kvpipe.experiment.files import GB
 from kvpipe.experiment.launch import in_job, missing_lines
 from kvpipe_cluster.profile import Request, profile_of
 

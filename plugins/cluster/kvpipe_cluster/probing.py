@@ -16,6 +16,7 @@ from typing import Any
 from kvpipe.doctor import Workload, look
 from kvpipe.doctor.finding import ask
 from kvpipe.doctor.memory import needs
+from kvpipe.experiment.files import write_json, write_text
 from kvpipe_cluster.container import image_path, program
 from kvpipe_cluster.jobs import mem_mb
 from kvpipe_cluster.profile import Profile, Request, profile_of
@@ -94,7 +95,7 @@ def probe(work: Workload, log: Callable[[str], None], wait: float = WAIT) -> Pat
         raise ProbeError("no partition took a job:\n  " + "\n  ".join(complaints))
     seen = _run(site, profile, work.paths.probe, log, wait)
     written = work.paths.probe.with_suffix("") / "config.yaml"
-    written.write_text(profile_text(work, site, seen, profile), encoding="utf-8")
+    write_text(written, profile_text(work, site, seen, profile))
     return written
 
 
@@ -179,7 +180,7 @@ def _run(site: Site, profile: Profile, out: Path, log: Callable[[str], None], wa
         log(f"job {job} ended as {state} without an answer: {last[0]}")
         return None
     seen = {"job": job, "partition": site.partition.name, **json.loads(line.removeprefix(look.MARK))}
-    out.write_text(json.dumps(seen, indent=2) + "\n", encoding="utf-8")
+    write_json(out, seen)
     log(f"job {job} ran on {seen['host']}: {(seen['gpu'] or {}).get('name') or 'no GPU seen'}")
     return seen
 
