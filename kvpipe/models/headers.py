@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from kvpipe.experiment.files import read_json
-from kvpipe.experiment.sizes import read_header
+from kvpipe.experiment.sizes import read_header, tensors
 
 NEEDED = ("config.json", "tokenizer.json")
 WEIGHT_INDEX = "model.safetensors.index.json"
@@ -181,12 +181,6 @@ UNUSED = re.compile(
 """Tensors that the language model of a folder does without: towers for pictures and sound, layers that predict further
 tokens, tables that are computed. A head for scores (`score`, `v_head`) is not among them: its body was trained to
 judge texts, and is no teacher of the next token."""
-
-
-def tensors(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every tensor in a folder's safetensors files, from their headers."""
-    files = sorted(folder.glob("model*.safetensors"))
-    return {name: shape for path in files for name, (_, shape) in read_header(path).items()}
 
 
 def misfit(folder: Path) -> str | None:

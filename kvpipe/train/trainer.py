@@ -31,7 +31,7 @@ from kvpipe.distill.objectives import Distiller, Step, Term, Whole
 from kvpipe.experiment import attempts, launch
 from kvpipe.experiment.device import check_device, check_precision, meet, resolve_device, without_environment
 from kvpipe.experiment.files import write_json, write_text
-from kvpipe.experiment.outofmemory import evaluation_advice, explained, training_advice
+from kvpipe.experiment.outofmemory import explained
 from kvpipe.experiment.paths import COST, HISTORY, STUDENT
 from kvpipe.experiment.plan import digest
 from kvpipe.experiment.provenance import describe
@@ -102,7 +102,7 @@ def train(work: Workspace, arm_name: str, seed: int, out: Path, checkpoints: Pat
         NoDevice: `train.device` names a GPU and torch sees none.
     """
     run = _Run(work, arm_name, seed, checkpoints, log)
-    with _signals() as stop, explained("training", training_advice(run.config, run.accelerator.num_processes)):
+    with _signals() as stop, explained("training", run.config, run.accelerator.num_processes):
         run.loop(stop)
     try:
         run.write(out)
@@ -481,7 +481,7 @@ class _Run:
         return {f"grad_ratio_{name}": norm(name)[0] / max(base, 1e-12) for name in names}
 
     def _evaluate(self, step: int) -> None:
-        with explained("scoring the validation split", evaluation_advice(self.work.config.evaluate)):
+        with explained("scoring the validation split", self.work.config.evaluate):
             scores = score(self.accelerator.unwrap_model(self.model), self.validation, self.validation_batches)
         self._note()
         if not scores.tokens.sum():
@@ -507,7 +507,7 @@ class _Run:
             return
         out.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        with explained("scoring the saved student", evaluation_advice(self.work.config.evaluate)):
+        with explained("scoring the saved student", self.work.config.evaluate):
             saved = export(self.work, model, out / STUDENT, self.log)
         provenance = describe(
             arm=self.arm_name,

@@ -16,7 +16,7 @@ from tiny import build, config, values
 
 from kvpipe.align.layermap import layer_plan
 from kvpipe.cache import store
-from kvpipe.config import LayerConfig, StoreConfig, TrainConfig, load
+from kvpipe.config import EvaluateConfig, LayerConfig, StoreConfig, TrainConfig, load
 from kvpipe.distill.build import Workspace
 from kvpipe.distill.losses import check_finite
 from kvpipe.doctor import Workload as Examined
@@ -194,7 +194,12 @@ def test_gpus(tmp_path, monkeypatch):
     judged = show([*gpu.judge(seen, settings, "in job 7")])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     lines = []
-    monkeypatch.setenv("SLURM_JOB_GPUS", "0")
+    for name in device.JOB_GPUS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "0")
+    device.check_device("auto", lines.append)
+    assert not lines
+    monkeypatch.setenv("SLURM_STEP_GPUS", "0")
     device.check_device("auto", lines.append)
     said = {
         "No GPU": raised(device.check_device, "cuda"),
@@ -401,15 +406,18 @@ def test_every_entry_is_provoked():
     ],
 )
 def test_advice(settings, processes, expected):
-    assert outofmemory.training_advice(TrainConfig(**settings), processes).startswith(expected)
+    assert outofmemory.advice(TrainConfig(**settings), processes).startswith(expected)
 
 
 def test_a_batch_of_one_cannot_be_halved():
-    assert "ask for more memory" in outofmemory.teacher_advice(StoreConfig(batch_size=1))
+    assert "ask for more memory" in outofmemory.advice(StoreConfig(batch_size=1))
 
 
 def test_other_errors_pass_unchanged():
-    with pytest.raises(RuntimeError, match=r"^shapes differ$") as error, outofmemory.explained("training", "Set x"):
+    with (
+        pytest.raises(RuntimeError, match=r"^shapes differ$") as error,
+        outofmemory.explained("training", TrainConfig()),
+    ):
         raise RuntimeError("shapes differ")
     assert type(error.value) is RuntimeError
 
@@ -417,8 +425,8 @@ def test_other_errors_pass_unchanged():
 def test_memory_that_the_machine_does_not_have():
     """Not a made-up error: torch asks for more than there is address space."""
     with (
-        pytest.raises(outofmemory.OutOfMemory, match=r"while testing. Set it. \(.*allocate"),
-        outofmemory.explained("testing", "Set it."),
+        pytest.raises(outofmemory.OutOfMemory, match=r"while testing. Set evaluate.batch_size: 16.*\(.*allocate"),
+        outofmemory.explained("testing", EvaluateConfig(batch_size=32)),
     ):
         torch.empty(2**50)
 
