@@ -16,7 +16,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from kvpipe.experiment.sizes import read_header
+import yaml
+
+from kvpipe.experiment.files import read_json
+from kvpipe.experiment.sizes import read_header, tensors
 
 NEEDED = ("config.json", "tokenizer.json")
 WEIGHT_INDEX = "model.safetensors.index.json"
@@ -27,33 +30,10 @@ LISTED = 3
 SUPPORTED = "kvpipe distils causal language models whose layers all have full, sliding or grouped-query attention"
 ATTENTION = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
 """Kinds of layers that have keys and values for each position and head."""
-HYBRID = {
-    *("bailing_hybrid", "bamba", "falcon_h1", "granitemoehybrid", "jamba", "kimi_linear", "lfm2", "lfm2_moe", "lfm3"),
-    *(
-        "minimax",
-        "nemotron_h",
-        "olmo_hybrid",
-        "qwen3_5",
-        "qwen3_5_moe",
-        "qwen3_5_moe_text",
-        "qwen3_5_text",
-        "qwen3_next",
-    ),
-    *("qwen4_exp", "qwen4_exp_text", "recurrent_gemma", "zamba", "zamba2", "zaya", "inkling_text", "inkling2_text"),
-}
-"""Model types with other layers beside attention, where config.json does not list the layers."""
-STATE_SPACE = {"falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm"}
-LATENT = {
-    *("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4", "dots3_note", "dots3_note_text"),
-    *("glm4_moe_lite", "glm_moe_dsa", "hy_v4", "longcat_flash", "minicpm3", "youtu"),
-}
-ENCODERS = {
-    *("albert", "bert", "big_bird", "camembert", "convbert", "data2vec-text", "deberta", "deberta-v2", "distilbert"),
-    *("electra", "ernie", "esm", "eurobert", "flaubert", "fnet", "funnel", "ibert", "layoutlm", "layoutlmv3"),
-    *("longformer", "luke", "megatron-bert", "mobilebert", "modernbert", "mpnet", "mra", "nomic_bert", "nystromformer"),
-    *("rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "squeezebert", "xlm", "xlm-roberta"),
-    *("xlm-roberta-xl", "xmod", "yoso"),
-}
+UNSUPPORTED: dict[str, list[str]] = yaml.safe_load(
+    Path(__file__).with_name("unsupported.yaml").read_text(encoding="utf-8")
+)
+"""Model types that cannot be distilled, by what they are; where config.json says it, they need not be listed."""
 OTHER_HEADS = ("ForMaskedLM", "Classification", "ForQuestionAnswering", "ForMultipleChoice", "RewardModel")
 HELD = {"mxfp4", "bitsandbytes"}
 """Quantised weights that transformers itself unpacks, and those of `models.<name>.load.quantize`."""
@@ -65,14 +45,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is no JSON object; names the file.
     """
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}): copy or download it again") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is no JSON object: copy or download it again")
-    return values
+    return read_json(folder / "config.json", "copy or download it again")
 
 
 def no_language_model(values: dict[str, Any]) -> str | None:
@@ -87,7 +60,7 @@ def no_language_model(values: dict[str, Any]) -> str | None:
             f"its weights are quantised by {method} (config.json: quantization_config), which is not read here: use the "
             "model before quantisation, and models.<name>.load.quantize: int8 or int4 for a smaller one"
         )
-    if kind in ENCODERS and not values.get("is_decoder"):
+    if kind in UNSUPPORTED["encoder"] and not values.get("is_decoder"):
         return f"model type '{kind}' is an encoder: it has no next-token logits and sees what follows. {SUPPORTED}"
     if values.get("is_encoder_decoder"):
         return f"model type '{kind}' is an encoder and a decoder. {SUPPORTED}"
@@ -110,9 +83,9 @@ def no_cache(values: dict[str, Any]) -> str | None:
     types = {kind, values.get("model_type")}
     listed = values.get("layer_types") or values.get("layers_block_type") or []
     others = [layer for layer, name in enumerate(listed) if name not in ATTENTION]
-    if types & STATE_SPACE:
+    if types & set(UNSUPPORTED["state_space"]):
         return f"model type '{kind}' has no attention, so no keys and values. {SUPPORTED}"
-    if values.get("kv_lora_rank") or types & LATENT:
+    if values.get("kv_lora_rank") or types & set(UNSUPPORTED["latent"]):
         return (
             f"model type '{kind}' uses multi-head latent attention (MLA): one key part is shared by all heads and the "
             f"rest is compressed. {SUPPORTED}"
@@ -123,7 +96,7 @@ def no_cache(values: dict[str, Any]) -> str | None:
             f"model type '{kind}' is a hybrid: {len(others)} of its {len(listed)} layers ({_few(map(str, others))}) are "
             f"{names}, without keys and values to distil. {SUPPORTED}"
         )
-    if types & HYBRID and not listed:
+    if types & set(UNSUPPORTED["hybrid"]) and not listed:
         return f"model type '{kind}' is a hybrid: not all of its layers are attention alone. {SUPPORTED}"
     return None
 
@@ -167,10 +140,8 @@ def file_problems(folder: Path, needed: tuple[str, ...] = NEEDED) -> list[str]:
 def whole(path: Path) -> bool:
     """Whether a safetensors file is as long as its header says; reads the header only."""
     try:
-        header, begin = read_header(path)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        return path.stat().st_size == begin + end
-    except (OSError, ValueError, KeyError):
+        return read_header(path) is not None
+    except (OSError, ValueError):
         return False
 
 
@@ -210,12 +181,6 @@ UNUSED = re.compile(
 """Tensors that the language model of a folder does without: towers for pictures and sound, layers that predict further
 tokens, tables that are computed. A head for scores (`score`, `v_head`) is not among them: its body was trained to
 judge texts, and is no teacher of the next token."""
-
-
-def tensors(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every tensor in a folder's safetensors files, from their headers."""
-    headers = [read_header(path)[0] for path in sorted(folder.glob("model*.safetensors"))]
-    return {name: tuple(entry["shape"]) for header in headers for name, entry in header.items()}
 
 
 def misfit(folder: Path) -> str | None:

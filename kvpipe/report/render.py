@@ -12,6 +12,7 @@ from kvpipe import __version__
 from kvpipe.config import LOSS_ON
 from kvpipe.data.records import render
 from kvpipe.distill.build import Workspace
+from kvpipe.experiment.files import write_text
 from kvpipe.report import figures, tables, wording
 from kvpipe.report.alignment import token_alignment
 from kvpipe.report.collect import ROLES, Results
@@ -41,7 +42,7 @@ def write_report(work: Workspace, out: Path) -> None:
     source = resources.files("kvpipe.report").joinpath("template.html").read_text(encoding="utf-8")
     text = environment.from_string(source).render(**content(Results(work)))
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text, encoding="utf-8")
+    write_text(out, text)
 
 
 def content(results: Results) -> dict[str, Any]:

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from kvpipe.experiment.files import read_json
 from kvpipe.experiment.paths import COST, Paths
 from kvpipe.experiment.plan import Dag
-from kvpipe.experiment.provenance import read_json
 from kvpipe.stats.metrics import METRICS
 
 ALL = "all"
