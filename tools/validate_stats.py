@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import interpolate, stats
 
 from kvpipe.stats.bootstrap import Bootstrap, crossed_bootstrap, mean_squares
-from kvpipe.stats.dunnett import Comparison, exceedance, welch_dunnett
+from kvpipe.stats.dunnett import LARGEST_CORRELATION, Comparison, critical_value, welch_dunnett
 from kvpipe.stats.metrics import METRICS
 
 ARMS, ITEMS, SEEDS = 7, 60, (3, 5, 8, 10)
@@ -100,17 +100,32 @@ def item_part(cells: NDArray[np.float64]) -> NDArray[np.float64]:
     return (np.maximum(squares[1] - squares[2], 0) / cells[0, 0].size).reshape(differences.shape[:2])
 
 
+class Critical:
+    """Half the width of a corrected interval in standard errors, of many families at once: `critical_value` of so many
+    seeds on a grid of degrees of freedom and correlations, by splines."""
+
+    def __init__(self, seeds: int):
+        df, correlation = np.linspace(seeds - 1, 2 * (seeds - 1), 9), np.linspace(0, LARGEST_CORRELATION, 21)
+        grid = [[critical_value(0.05, ARMS, float(x), float(y)) for y in correlation] for x in df]
+        self.spline = interpolate.RectBivariateSpline(df, correlation, grid)
+
+    def __call__(self, found: Comparison) -> NDArray[np.float64]:
+        """Of each contrast ``(family, contrast)``."""
+        return self.spline(found.df, np.broadcast_to(found.correlation[:, None], found.df.shape), grid=False)
+
+
 def linear(rng: np.random.Generator, case: Case, seeds: int, families: int, bootstraps: int) -> dict[str, float]:
     """Rates of a case whose cells are on the scale of the comparison already."""
     spread = np.sqrt((case.shared**2 + np.square(case.others)) / 2)
     covers, errors, finds, boot = [], [], [], []
+    critical = Critical(seeds)
     for start in range(0, families, CHUNK):
         cells = simulate(rng, case, min(CHUNK, families - start), seeds)
         found = compared(cells, cells.mean(-1), None)
-        covers.append((found.p(family=False) > 0.05).mean(0))
-        errors.append((found.p() < 0.05).any(1))
-        shifted = Comparison(found.estimate + SHIFT * spread, found.variance, found.df, found.correlation)
-        finds.append((shifted.p() < 0.05).mean(0))
+        t, widest = np.abs(found.estimate) / found.error, critical(found)
+        covers.append((t <= stats.t.ppf(0.975, found.df)).mean(0))
+        errors.append((t > widest).any(1))
+        finds.append((np.abs(found.estimate + SHIFT * spread) / found.error > widest).mean(0))
         for family in cells[: max(bootstraps - start, 0)]:
             boot.append((Bootstrap(family[1:] - family[:1], 1000, len(boot)).p() < 0.05 / ARMS).any())
     return {
@@ -127,7 +142,7 @@ def measured(rng: np.random.Generator, name: str, seeds: int, families: int) -> 
     metric = METRICS[name]
     truth = np.array([0.43, 0.14, 0.18, 0.43, 0.3, 0.2, 0.15, 0.4]) if metric.is_ratio else np.linspace(0.16, 0.72, 8)
     scaled_covers, covers, all_scaled, all_plain = [], [], [], []
-    centre = np.tile(truth, (4000, 1))
+    centre, critical = true_means(metric.is_ratio, truth), Critical(seeds)
     for start in range(0, families, CHUNK):
         size = (min(CHUNK, families - start), ARMS + 1, seeds)
         if metric.is_ratio:
@@ -139,21 +154,20 @@ def measured(rng: np.random.Generator, name: str, seeds: int, families: int) -> 
             angle = angle[..., None] + 0.25 * rng.standard_normal((size[0], 1, 1, ITEMS))
             cells = (rng.random((*size, ITEMS)) < np.sin(np.clip(angle, 0, np.pi / 2)) ** 2).astype(float)
         means = cells.mean(-1)
-        if start == 0:
-            centre = true_means(metric.is_ratio, truth)
         middles = means.mean(-1)
         slopes = metric.slope(middles if metric.is_ratio else np.clip(middles, 0.5 / ITEMS, 1 - 0.5 / ITEMS))
         scaled = metric.transform(means)
         found = compared(cells, scaled, slopes)
         target = metric.transform(centre)
-        shift = Comparison(found.estimate - (target[1:] - target[0]), found.variance, found.df, found.correlation)
-        scaled_covers.append((shift.p(family=False) > 0.05).mean())
-        all_scaled.append((shift.p() > 0.05).all(1))
+        plain, widest = stats.t.ppf(0.975, found.df), critical(found)
+        t = np.abs(found.estimate - (target[1:] - target[0])) / found.error
+        scaled_covers.append((t <= plain).mean())
+        all_scaled.append((t <= widest).all(1))
         within = metric.slope(middles) ** 2 * scaled.var(-1, ddof=1) / seeds
         error = np.sqrt(within[:, 1:] + within[:, :1] + item_part(cells))
         t = np.abs(middles[:, 1:] - middles[:, :1] - (centre[1:] - centre[0])) / error
-        covers.append((t < stats.t.ppf(0.975, found.df)).mean())
-        all_plain.append((exceedance(t, ARMS, found.df, found.correlation[:, None]) > 0.05).all(1))
+        covers.append((t <= plain).mean())
+        all_plain.append((t <= widest).all(1))
     return {
         "scale": float(np.mean(scaled_covers)),
         "scale, family": float(np.concatenate(all_scaled).mean()),
