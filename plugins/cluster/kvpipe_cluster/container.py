@@ -23,7 +23,7 @@ from kvpipe_cluster.profile import profile_of
 IMAGE = "containers/kvpipe.sif"
 CACHES = ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")
 LABEL = "kvpipe.lock-sha256"
-"""The image's label that holds the hash of the lock file it was built from."""
+"""The image's label that holds the hash of the lock that it was built from."""
 LEAST = (1, 1)
 """Before Apptainer 1.1 images start only where it is installed setuid."""
 START = 60.0
@@ -173,7 +173,7 @@ def cure(answer: Answer) -> str:
 
 
 def _lock(command: str, image: Path) -> Iterator[Finding]:
-    lock, name = PACKAGE.parent / "requirements.lock", "image and lock"
+    lock, name = PACKAGE.parent / "containers" / "image.lock", "image and lock"
     if not lock.is_file():
         return
     answer = ask(command, "inspect", "--json", "--labels", str(image))
