@@ -222,7 +222,9 @@ def test_readmes_block_runs_as_it_is_printed(login, tmp_path):
 def test_an_image_that_is_not_there_is_refused_before_any_job(login, tmp_path):
     done = login[1]("-n", "results/report.html", KVPIPE_IMAGE="nowhere.sif")
     assert done.returncode == 1
-    assert "the image nowhere.sif does not exist" in done.stdout + done.stderr
+    entry = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8").partition("### The image is not there")[2]
+    message = entry.split("```")[1].splitlines()[2]
+    assert message.replace("image …", "image nowhere.sif") in done.stdout + done.stderr
 
 
 def test_every_line_of_the_profiles_says_why():
