@@ -43,6 +43,11 @@ class Metric:
     """False where failures have no number: they would leave the comparison."""
 
     @property
+    def title(self) -> str:
+        """The label with its unit."""
+        return f"{self.label}, {self.unit}" if self.unit else self.label
+
+    @property
     def largest(self) -> float:
         """The largest value, and so the largest difference, that there can be."""
         return 1.0 if self.scale == "arcsine" else inf
