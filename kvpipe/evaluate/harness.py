@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +81,3 @@ def _item(sample: dict[str, Any]) -> dict[str, Any]:
         "target": sample["target"],
         "answer": sample["filtered_resps"],
     }
-
-
-def write(result: dict[str, Any], out: Path) -> None:
-    """The result as JSON."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
