@@ -41,9 +41,9 @@ def run_tasks(folder: Path, config: EvaluateConfig, device: str, trust: bool = F
         manager = TaskManager(include_path=folder_of_tasks)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
-        where = f" or in {folder_of_tasks}" if folder_of_tasks else "; set evaluate.lm_eval_folder for your own"
+        place = f" or in {folder_of_tasks}" if folder_of_tasks else "; set evaluate.lm_eval_folder for your own"
         raise ValueError(
-            f"evaluate.lm_eval_tasks: no task {', '.join(unknown)} in lm_eval {lm_eval.__version__}{where}"
+            f"evaluate.lm_eval_tasks: no task {', '.join(unknown)} in lm_eval {lm_eval.__version__}{place}"
         )
     # loaded here: the package would draw missing weights at random, and build a tokenizer by the model's type
     model = HFLM(
