@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-NAMES = {
+STORED_AS = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8", torch.int32: "I32",
 }  # fmt: skip
 """Storage types as the format calls them."""
 RESERVED = 256
 """Bytes of the header for what is known at the end alone."""
-SECONDS = 10
-"""Between two lines of progress."""
+INTERVAL = 10
+"""Seconds between two lines of progress."""
 
 
 class RowFile:
@@ -66,7 +66,7 @@ class RowFile:
         header: dict[str, object] = {"__metadata__": self._metadata}
         for name, (dtype, shape, begin) in self._columns.items():
             ends = [begin, begin + prod(shape) * dtype.itemsize]
-            header[name] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": ends}
+            header[name] = {"dtype": STORED_AS[dtype], "shape": shape, "data_offsets": ends}
         return json.dumps(header).encode()
 
     def write(self, name: str, row: int, rows: Tensor) -> None:
@@ -89,7 +89,7 @@ class RowFile:
 
 
 class Progress:
-    """Says every `SECONDS` how many tokens are done, how many a second, and how long it will take."""
+    """Says every `INTERVAL` how many tokens are done, how many a second, and how long it will take."""
 
     def __init__(self, name: str, total: int):
         self.name, self.total, self.done = name, total, 0
@@ -99,7 +99,7 @@ class Progress:
         """So many more."""
         self.done += tokens
         now = time.monotonic()
-        if now - self._said >= SECONDS or self.done == self.total:
+        if now - self._said >= INTERVAL or self.done == self.total:
             self._said, rate = now, self.done / max(now - self._begun, 1e-9)
             left = (self.total - self.done) / rate
             print(

@@ -27,13 +27,12 @@ from kvpipe.cache.forward import forward_rows as forward_rows
 from kvpipe.cache.rowfile import Progress, RowFile
 from kvpipe.config import StoreConfig
 from kvpipe.data.encoding import Encoding
+from kvpipe.experiment.files import GB, content_digest, read_json, verify, write_json
 from kvpipe.experiment.paths import INDEX
-from kvpipe.experiment.provenance import content_digest, read_json, verify
 from kvpipe.experiment.sizes import estimate_bytes as estimate_bytes
 
 VERSION = 2
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
-GB = 1e9
 FIDELITY_ROWS = 512
 """Tokens of a shard's first example in which the stored cache is compared with the exact one."""
 
@@ -243,7 +242,7 @@ def write_index(folder: Path, key: StoreKey, shards: list[Path]) -> None:
         "bytes_per_token": sum(e["bytes"] for e in entries) / rows,
         "attention_cosine": float(np.mean(fidelity)),
     }
-    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(folder / INDEX, index, sort_keys=True)
 
 
 # ---------------------------------------------------------------- reading

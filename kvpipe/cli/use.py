@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,7 +12,6 @@ from kvpipe.cli.options import Experiment, say, with_experiment, writable_file, 
 from kvpipe.experiment.paths import STUDENT
 from kvpipe.experiment.plan import Dag
 
-PROFILE = Path("profiles/slurm")
 ArmName = Annotated[str, typer.Option(help="Name of the arm.")]
 SeedNumber = Annotated[int, typer.Option(help="SeedNumber of the cell.")]
 CellFolder = Annotated[Path | None, typer.Option(help="Folder of the trained cell; under the results by default.")]
@@ -30,13 +30,12 @@ def doctor(
     """Say what would fail before anything starts."""
     from kvpipe import doctor
 
-    config, paths = given.load()
-    asked = doctor.read_profile(PROFILE if profile is None and PROFILE.is_dir() else profile)
+    work = doctor.Workload(*given.load(), profile)
     if probe:
-        from kvpipe.doctor.probe import probe as try_cluster
-
-        say(try_cluster(asked, paths, log=lambda line: say(line, err=True)))
-    findings = doctor.examine(config, paths, asked)
+        written = doctor.probe(work, log=lambda line: say(line, err=True))
+        say(written.read_text(encoding="utf-8"))
+        work = replace(work, profile=written.parent)
+    findings = doctor.examine(work)
     if out is not None:
         doctor.write(findings, out)
     say(doctor.as_json(findings) if as_json else doctor.show(findings), err=probe)
@@ -107,7 +106,7 @@ def status(given: Experiment) -> None:
     """Print the grid of cells (done, running, failed, missing), what they cost, and how failed ones ended."""
     import rich
 
-    from kvpipe.experiment.status import overview
+    from kvpipe.report.status import overview
 
     rich.print(overview(*given.plan()))
 
@@ -143,7 +142,7 @@ def report(
 @with_experiment
 def card(given: Experiment, arm: ArmName, seed: SeedNumber = 0, cell: CellFolder = None) -> None:
     """Write a student's model card again, with the metrics that exist by now."""
-    from kvpipe.models.card import write_card
+    from kvpipe.train.card import write_card
 
     config, paths = given.of(cell)
     say(write_card(Dag(config), paths, arm, cell or paths.cell(arm, seed)))
@@ -159,7 +158,7 @@ def publish(
     public: Annotated[bool, typer.Option("--public", help="A new repository is public; private otherwise.")] = False,
 ) -> None:
     """Push a student and its card to the hub, with the token in HF_TOKEN."""
-    from kvpipe.models.card import publish
+    from kvpipe.train.card import publish
 
     config, paths = given.of(cell)
     publish(Dag(config), paths, arm, cell or paths.cell(arm, seed), repo, private=not public, log=say)

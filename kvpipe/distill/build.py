@@ -19,7 +19,7 @@ from torch import Tensor
 from kvpipe.align.layermap import LayerPlan, layer_plan
 from kvpipe.align.timemap import build_time_map, derangement, shared_spans
 from kvpipe.cache.capture import kv_geometry
-from kvpipe.cache.store import GB, Store, StoreKey, forward_rows
+from kvpipe.cache.store import Store, StoreKey, forward_rows
 from kvpipe.cache.teacher import AlignedTeacher, LiveRows, RowSource, StoredRows
 from kvpipe.config import Arm, Config, ConfigError, HubModel, RandomModel, ScratchModel
 from kvpipe.data.encoding import Encoding, encode_records
@@ -35,11 +35,10 @@ from kvpipe.distill.objectives import (
 )
 from kvpipe.distill.projectors import Geometry, Projector, build_projector
 from kvpipe.experiment.device import resolve_device
-from kvpipe.experiment.files import save_tensors
+from kvpipe.experiment.files import GB, content_digest, read_json, save_tensors, verify, write_json
 from kvpipe.experiment.misfits import misfits
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.plan import Dag
-from kvpipe.experiment.provenance import content_digest, read_json, verify
 from kvpipe.experiment.sizes import count_parameters, shape
 from kvpipe.models.folders import (
     build_model,
@@ -374,4 +373,4 @@ def save_projectors(path: Path, teachers: list[str], projectors: list[Projector]
     }
     save_tensors(tensors, path, {"fit": json.dumps(document, sort_keys=True)})
     document = {**document, "sha256": content_digest(path)}
-    path.with_suffix(".json").write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(path.with_suffix(".json"), document, sort_keys=True)

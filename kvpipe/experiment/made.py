@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from kvpipe.config import FileData, HubData, LocalModel
+from kvpipe.experiment.files import content_digest, write_json
 from kvpipe.experiment.paths import MANIFEST, SPLITS, Paths
 from kvpipe.experiment.plan import Dag
-from kvpipe.experiment.provenance import code_hash, content_digest
+from kvpipe.experiment.provenance import code_hash
 
 CODE = {
     "data": "kvpipe.data.build",
@@ -34,8 +35,7 @@ def note(dag: Dag, paths: Paths, step: str, *names: str) -> None:
         names: the model; the teacher, and for a store the reading; the fit.
     """
     path = _record(paths, step, names)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_origin(dag, paths, step, names), indent=2) + "\n", encoding="utf-8")
+    write_json(path, _origin(dag, paths, step, names))
 
 
 def changed(dag: Dag, paths: Paths, step: str, *names: str) -> list[str] | None:

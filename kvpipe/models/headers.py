@@ -16,7 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from kvpipe.experiment.sizes import read_header
+from kvpipe.experiment.files import read_json
+from kvpipe.experiment.sizes import read_header, tensors
 
 NEEDED = ("config.json", "tokenizer.json")
 WEIGHT_INDEX = "model.safetensors.index.json"
@@ -65,14 +66,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is no JSON object; names the file.
     """
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}): copy or download it again") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is no JSON object: copy or download it again")
-    return values
+    return read_json(folder / "config.json", "copy or download it again")
 
 
 def no_language_model(values: dict[str, Any]) -> str | None:
@@ -210,12 +204,6 @@ UNUSED = re.compile(
 """Tensors that the language model of a folder does without: towers for pictures and sound, layers that predict further
 tokens, tables that are computed. A head for scores (`score`, `v_head`) is not among them: its body was trained to
 judge texts, and is no teacher of the next token."""
-
-
-def tensors(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every tensor in a folder's safetensors files, from their headers."""
-    headers = [read_header(path)[0] for path in sorted(folder.glob("model*.safetensors"))]
-    return {name: tuple(entry["shape"]) for header in headers for name, entry in header.items()}
 
 
 def misfit(folder: Path) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from kvpipe.distill.build import Workspace
+from kvpipe.experiment.files import read_json
 from kvpipe.experiment.paths import ARMS, CONTRASTS
 
 ROLES = ("control", "experiment", "ablation", "baseline", "null")
@@ -99,6 +100,7 @@ class Results:
     def __init__(self, work: Workspace):
         self.work = work
         self.config, self.paths, self.dag = work.config, work.paths, work.dag
+        self.control, self.headline = work.config.control, work.config.headline
 
     # ------------------------------------------------------------ tables
     @cached_property
@@ -158,7 +160,7 @@ class Results:
     @cached_property
     def costs(self) -> dict[tuple[str, int], dict[str, Any]]:
         """What every trained cell cost."""
-        found = {cell: read_json(self.paths.cost(*cell)) for cell in self.dag.cells}
+        found = {cell: read_document(self.paths.cost(*cell)) for cell in self.dag.cells}
         return {cell: cost for cell, cost in found.items() if cost is not None}
 
     def items(self, arm: str, seed: int) -> pd.DataFrame | None:
@@ -213,12 +215,12 @@ class Results:
     @cached_property
     def audit(self) -> dict[str, Any] | None:
         """Fairness audit."""
-        return read_json(self.paths.audit)
+        return read_document(self.paths.audit)
 
     @cached_property
     def doctor(self) -> dict[str, Any] | None:
         """Findings about the machine."""
-        return read_json(self.paths.doctor)
+        return read_document(self.paths.doctor)
 
     @cached_property
     def absent(self) -> list[str]:
@@ -253,13 +255,13 @@ class Results:
 
     @staticmethod
     def _documents(paths: dict[Any, Path]) -> dict[Any, dict[str, Any]]:
-        found = {key: read_json(path) for key, path in paths.items()}
+        found = {key: read_document(path) for key, path in paths.items()}
         return {key: value for key, value in found.items() if value is not None}
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_document(path: Path) -> dict[str, Any] | None:
     """A JSON file, or None where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path, "make it again") if path.is_file() else None
 
 
 def read_parquet(path: Path) -> pd.DataFrame | None:

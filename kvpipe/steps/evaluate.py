@@ -12,7 +12,7 @@ import torch
 from kvpipe.distill.build import Workspace
 from kvpipe.evaluate import harness, score
 from kvpipe.experiment import device
-from kvpipe.experiment.outofmemory import evaluation_advice, explained
+from kvpipe.experiment.outofmemory import explained
 from kvpipe.stats.tables import CELL, cell_of
 
 
@@ -20,7 +20,7 @@ def score_folder(work: Workspace, folder: Path, split: str, out: Path) -> str:
     """Score a model folder on a split, one row per item; returns the line that says how it did."""
     config, records, trust = work.config, work.records(split), work.trusts_folder(folder)
     torch.set_num_threads(config.train.threads)
-    with explained("scoring", evaluation_advice(config.evaluate)):
+    with explained("scoring", config.evaluate):
         table = score.evaluate(
             folder,
             records,
@@ -41,7 +41,7 @@ def score_untrained(work: Workspace, out: Path) -> None:
     config = work.config
     torch.set_num_threads(config.train.threads)
     student = work.student(config.seeds[0]).to(device.resolve_device(config.train.device)).eval()
-    with explained("scoring", evaluation_advice(config.evaluate)):
+    with explained("scoring", config.evaluate):
         table = score.evaluate_model(
             student,
             work.student_tokenizer,

@@ -6,7 +6,7 @@ from kvpipe.cache import store
 from kvpipe.cache.capture import kv_geometry
 from kvpipe.distill.build import Workspace
 from kvpipe.experiment import made
-from kvpipe.experiment.outofmemory import explained, teacher_advice
+from kvpipe.experiment.outofmemory import explained
 
 
 def make_shard(work: Workspace, teacher: str, reading, shard: int) -> None:
@@ -21,7 +21,7 @@ def make_shard(work: Workspace, teacher: str, reading, shard: int) -> None:
         config, kv_geometry(work.model_config(teacher)), len(key.layers), len(encoding.ids), key.top_logits
     )
     store.check_budget(config, teacher, need, path.parent)
-    with explained(f"running {teacher}", teacher_advice(config)):
+    with explained(f"running {teacher}", config):
         model, pad_id = work.teacher_model(teacher), work.tokenizer(teacher).pad_token_id
         store.build_shard(model, encoding, key, config, shard, path, pad_id)
 

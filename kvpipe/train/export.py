@@ -13,7 +13,7 @@ import torch
 from kvpipe.cache.teacher import spread
 from kvpipe.data.encoding import Encoding, encode_records
 from kvpipe.distill.build import Workspace
-from kvpipe.experiment.provenance import folder_digest
+from kvpipe.experiment.files import folder_digest
 from kvpipe.models.folders import load_model, load_tokenizer, save_model, weights_dtype
 from kvpipe.models.likelihood import score, scoring_batches
 

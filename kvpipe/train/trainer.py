@@ -30,14 +30,14 @@ from kvpipe.distill.losses import NonFiniteLossError, check_finite, masked_sum
 from kvpipe.distill.objectives import Distiller, Step, Term, Whole
 from kvpipe.experiment import attempts, launch
 from kvpipe.experiment.device import check_device, check_precision, meet, resolve_device, without_environment
-from kvpipe.experiment.outofmemory import evaluation_advice, explained, training_advice
+from kvpipe.experiment.files import write_json, write_text
+from kvpipe.experiment.outofmemory import explained
 from kvpipe.experiment.paths import COST, HISTORY, STUDENT
 from kvpipe.experiment.plan import digest
 from kvpipe.experiment.provenance import describe
-from kvpipe.models import card
 from kvpipe.models.folders import manifest_hash
 from kvpipe.models.likelihood import score, scoring_batches, token_nll
-from kvpipe.train import checkpoint
+from kvpipe.train import card, checkpoint
 from kvpipe.train.export import export
 from kvpipe.train.lora import adapted
 
@@ -102,7 +102,7 @@ def train(work: Workspace, arm_name: str, seed: int, out: Path, checkpoints: Pat
         NoDevice: `train.device` names a GPU and torch sees none.
     """
     run = _Run(work, arm_name, seed, checkpoints, log)
-    with _signals() as stop, explained("training", training_advice(run.config, run.accelerator.num_processes)):
+    with _signals() as stop, explained("training", run.config, run.accelerator.num_processes):
         run.loop(stop)
     try:
         run.write(out)
@@ -481,7 +481,7 @@ class _Run:
         return {f"grad_ratio_{name}": norm(name)[0] / max(base, 1e-12) for name in names}
 
     def _evaluate(self, step: int) -> None:
-        with explained("scoring the validation split", evaluation_advice(self.work.config.evaluate)):
+        with explained("scoring the validation split", self.work.config.evaluate):
             scores = score(self.accelerator.unwrap_model(self.model), self.validation, self.validation_batches)
         self._note()
         if not scores.tokens.sum():
@@ -507,7 +507,7 @@ class _Run:
             return
         out.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        with explained("scoring the saved student", evaluation_advice(self.work.config.evaluate)):
+        with explained("scoring the saved student", self.work.config.evaluate):
             saved = export(self.work, model, out / STUDENT, self.log)
         provenance = describe(
             arm=self.arm_name,
@@ -516,7 +516,7 @@ class _Run:
             device=str(self.device),
         )
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
-        (out / HISTORY).write_text(lines, encoding="utf-8")
+        write_text(out / HISTORY, lines)
         self._note()
         spent = attempts.total(self.attempt.file) or {"peak_memory_bytes": peak_memory(self.device)}
         cost = {
@@ -531,7 +531,7 @@ class _Run:
             "settings": self.work.dag.depends("train", arm=self.arm_name),
             "provenance": provenance,
         }
-        (out / COST).write_text(json.dumps(cost, indent=2) + "\n", encoding="utf-8")
+        write_json(out / COST, cost)
         card.write_card(self.work.dag, self.work.paths, self.arm_name, out)
 
 

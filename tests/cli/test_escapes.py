@@ -21,8 +21,8 @@ from kvpipe.evaluate.scorers.answers import extract
 from kvpipe.experiment.launch import check_environment
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.plan import Dag
-from kvpipe.experiment.status import overview
-from kvpipe.models.card import escaped
+from kvpipe.report.status import overview
+from kvpipe.train.card import escaped
 
 RAW = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]")
 EVIL = "a\x1b[2J\x9b31m\x07\r\u202eb"

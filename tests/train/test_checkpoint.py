@@ -18,7 +18,7 @@ from tiny import build, config
 from torch import nn
 
 from kvpipe.distill.build import Workspace
-from kvpipe.experiment.provenance import content_digest
+from kvpipe.experiment.files import content_digest
 from kvpipe.steps.prepare import prepare
 from kvpipe.train import checkpoint
 from kvpipe.train import trainer as training

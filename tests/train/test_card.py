@@ -15,13 +15,14 @@ from typer.testing import CliRunner
 from kvpipe.cli import app as cli
 from kvpipe.config import LockedFile, StatsConfig, TrainConfig
 from kvpipe.evaluate.score import evaluate
+from kvpipe.experiment.files import digest_of, folder_digest
 from kvpipe.experiment.plan import Dag
-from kvpipe.experiment.provenance import digest_of, folder_digest, reachable
-from kvpipe.models import card
+from kvpipe.experiment.provenance import reachable
 from kvpipe.models.hub import HubError, is_model_file
 from kvpipe.stats import tables
 from kvpipe.steps.models import make_model
 from kvpipe.steps.prepare import prepare
+from kvpipe.train import card
 from kvpipe.train.trainer import train
 
 
@@ -268,7 +269,7 @@ def test_one_licence_is_named_and_control_has_none(trained, tmp_path):
 
 
 def test_words_of_the_card_train_nothing_again():
-    assert "kvpipe.models.card" not in reachable("kvpipe.train.trainer")
+    assert "kvpipe.train.card" not in reachable("kvpipe.train.trainer")
     assert "kvpipe.models.hub" not in reachable("kvpipe.train.trainer")
 
 

@@ -13,7 +13,7 @@ from tiny import config
 from kvpipe.experiment.attempts import record_of, total
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.plan import Dag
-from kvpipe.experiment.status import RUNNING_WITHIN, cell, overview
+from kvpipe.report.status import RUNNING_WITHIN, cell, overview
 
 
 def cell_state(paths, arm, seed):
