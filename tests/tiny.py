@@ -29,8 +29,9 @@ from kvpipe.data import build as data
 from kvpipe.data.corpus import generate
 from kvpipe.distill.build import Workspace
 from kvpipe.experiment.paths import Paths
-from kvpipe.models.folders import build_model, train_tokenizer
+from kvpipe.models.folders import build_model
 from kvpipe.models.pretrain import tokenizer_texts
+from kvpipe.models.tokenizers import train_tokenizer
 from kvpipe.steps.models import make_model
 
 DATA: dict[str, Any] = {

@@ -11,17 +11,10 @@ from kvpipe.distill.build import Workspace
 from kvpipe.experiment import made
 from kvpipe.experiment.paths import MANIFEST
 from kvpipe.models import hub
-from kvpipe.models.folders import (
-    fetch_local,
-    fingerprint,
-    link_folder,
-    load_tokenizer,
-    randomise,
-    recorded,
-    write_manifest,
-)
+from kvpipe.models.folders import fetch_local, link_folder, load_tokenizer, randomise, recorded, write_manifest
 from kvpipe.models.headers import file_problems, misfit, no_cache, no_language_model, read_config
 from kvpipe.models.pretrain import pretrain, student_tokenizer
+from kvpipe.models.tokenizers import fingerprint
 
 
 def make_hub_models(work: Workspace) -> None:
