@@ -49,7 +49,7 @@ wheelhouse:  ## the wheels for `make image-offline`, on a machine with a network
 image-offline:  ## the image from a wheelhouse and BASE=, a folder or SIF; no network
 	containers/image.sh offline "$(BASE)"
 
-lock: $(STAMP)  ## rewrite requirements.lock from what is installed in .venv
+lock: $(STAMP)  ## rewrite requirements.lock and containers/image.lock from what is installed in .venv
 	$(BIN)/python .ci/lock.py
 
 report: $(STAMP)  ## the embedded experiment, to results/report.html
@@ -74,7 +74,7 @@ $(LM_EVAL)/installed: $(STAMP)
 test-lm-eval: $(LM_EVAL)/installed  ## kvpipe's scores against those of lm-evaluation-harness
 	$(LM_EVAL)/bin/python -m pytest tests/evaluate/test_harness.py
 
-test-cluster: $(STAMP)  ## the tests on a real one-node SLURM cluster
+test-cluster: $(STAMP)  ## the tests on a real one-node SLURM cluster; root and debootstrap
 	$(WITHIN) python -m pytest -m cluster
 
 torture: $(STAMP)  ## kill a training process 20 times at random and compare bit by bit

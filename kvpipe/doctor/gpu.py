@@ -46,15 +46,15 @@ def judge(seen: dict[str, Any], config: Config, where: str) -> Iterator[Finding]
     cuda, (driver, *_) = seen.get("torch_cuda"), [*_numbers(seen["driver"]), 0]
     shown = f"{seen['name']} {where}, driver {seen['driver']}, torch for CUDA {cuda or '(none)'}"
     least = DRIVERS.get(_numbers(cuda)[0], 0) if cuda else 0
+    # `device: auto` trains all the same, on the CPU
+    status = FAIL if config.train.device.startswith("cuda") else WARNING
     if cuda is None:
-        # `device: auto` trains all the same
-        status = FAIL if config.train.device.startswith("cuda") else WARNING
         fix = "VARIANT=cuda make image, or install a CUDA build of torch"
         yield Finding("GPU", status, f"{shown}: it would train on the CPU", fix)
     elif driver < least:
         fix = f"ask for nodes with driver {least} or later"
         fix += f", or an image for CUDA 12: {OLDER}" if driver >= DRIVERS[12] and least > DRIVERS[12] else ""
-        yield Finding("GPU", FAIL, f"{shown}, which needs driver {least}", fix)
+        yield Finding("GPU", status, f"{shown}, which needs driver {least}", fix)
     else:
         yield Finding("GPU", OK, shown)
     if config.train.precision == "bf16" and (_numbers(seen["capability"]) or BF16) < BF16:

@@ -36,8 +36,8 @@ from kvpipe_cluster.probing import ProbeError, probe
 from kvpipe_cluster.slurm import check_slurm
 
 DOCUMENT = PACKAGE.parent / "docs" / "troubleshooting.md"
-# provoked on a real cluster (tests/cluster/test_cluster.py)
-OTHERS = {"DOS line ends"}
+# provoked on a real cluster (tests/cluster/test_cluster.py), and where an image is asked for (tests/workflow/test_submission.py)
+OTHERS = {"DOS line ends", "The image is not there"}
 
 
 def entries() -> dict[str, str]:
@@ -126,7 +126,12 @@ def test_cluster(site, profile):
         assert matches(title, message), (title, message)
 
 
-IMAGE = {"The image does not start", "The image is older than the lock", "A space in the path of the checkout"}
+IMAGE = {
+    "A variable of the login node in the image",
+    "The image does not start",
+    "The image is older than the lock",
+    "A space in the path of the checkout",
+}
 
 
 def test_image(site, profile, tmp_path, monkeypatch):
@@ -138,6 +143,8 @@ def test_image(site, profile, tmp_path, monkeypatch):
     said = {"The image does not start": show([*check_container(work)])}
     site.apptainer(labels=json.dumps({LABEL: "0" * 64}))
     said["The image is older than the lock"] = show([*check_container(work)])
+    site.apptainer(start="echo PYTHONPATH=/apps/python")
+    said["A variable of the login node in the image"] = show([*check_container(work)])
     spaced = tmp_path / "my checkout"
     spaced.mkdir()
     monkeypatch.chdir(spaced)

@@ -159,3 +159,14 @@ def test_the_commit_says_whether_files_changed(tmp_path, monkeypatch):
         assert provenance.git_commit() == git("rev-parse", "HEAD") + "+changes"
     finally:
         provenance.git_commit.cache_clear()
+
+
+def test_no_git_behind_a_folder_that_may_not_be_read(package, monkeypatch):
+    """The system then says that it may not look, not that there is none."""
+
+    def refused(*arguments, **options):
+        raise PermissionError(13, "Permission denied: 'git'")
+
+    monkeypatch.setattr(provenance.subprocess, "run", refused)
+    monkeypatch.setenv("KVPIPE_GIT_COMMIT", "said by the login node")
+    assert provenance.git_commit() == "said by the login node"
