@@ -97,10 +97,12 @@ def test_a_card_has_the_scores_of_its_own_model(evaluated):
         right = {task: d.correct.mean() for task, d in items.groupby("task")}
         means = pd.read_csv(evaluated.paths.stats / "arms.csv").set_index(["arm", "metric", "task"])["mean"]
         text = results(evaluated, seed)
-        for name, key, found in (("bits per byte", "bits_per_byte", expected), ("accuracy", "accuracy", right)):
+        for name, key, found in (("bits per byte", "bits_per_byte", expected), ("accuracy, %", "accuracy", right)):
             found["all"] = sum(found.values()) / 2
             for task, value in found.items():
-                assert f"| {name} | {task} | {value:.4g} | {means['one', key, task]:.4g} (" in text
+                factor = 100 if key == "accuracy" else 1
+                own, mean = (factor * x for x in (value, means["one", key, task]))
+                assert f"| {name} | {task} | {own:.4g} | {mean:.4g} (" in text
         assert "over 2 seeds (this model is one of them) and 5 items" in text and "Against control" in text
 
 
