@@ -97,10 +97,7 @@ def load_tokenizer(folder: Path, trust: bool = False) -> Any:
         raise ValueError(f"{folder}: only a slow tokenizer is there; kvpipe needs tokenizer.json for byte spans")
     if tokenizer.pad_token_id is None:  # as Llama-3 ships; padding is masked, any token will do
         if tokenizer.eos_token_id is None:
-            raise ValueError(
-                f"{folder}: its tokenizer has no pad token and no end-of-text token: name them in tokenizer_config.json "
-                "(pad_token, eos_token)"
-            )
+            raise ValueError(f"{folder}: tokenizer_config.json names no pad token and no end-of-text token: name one")
         tokenizer.pad_token = tokenizer.eos_token
     known = recorded(folder).get("tokenizer")
     if known is not None and known != fingerprint(tokenizer):
@@ -194,8 +191,7 @@ def check_placement(folder: Path, places: dict[str, Any]) -> None:
 def _quantization(folder: Path, load: Loading) -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModuleNotFoundError(
-            f"{folder}: load.quantize {load.quantize} needs the package bitsandbytes, which is not installed: pip install "
-            "bitsandbytes, or set models.<name>.load.quantize: none"
+            f"{folder}: load.quantize {load.quantize} needs the package bitsandbytes; or set it to none"
         )
     from transformers import BitsAndBytesConfig
 

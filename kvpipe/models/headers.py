@@ -86,10 +86,7 @@ def no_cache(values: dict[str, Any]) -> str | None:
     if types & set(UNSUPPORTED["state_space"]):
         return f"model type '{kind}' has no attention, so no keys and values. {SUPPORTED}"
     if values.get("kv_lora_rank") or types & set(UNSUPPORTED["latent"]):
-        return (
-            f"model type '{kind}' uses multi-head latent attention (MLA): one key part is shared by all heads and the "
-            f"rest is compressed. {SUPPORTED}"
-        )
+        return f"model type '{kind}' has latent attention (MLA), one compressed key for all heads. {SUPPORTED}"
     if others:
         names = ", ".join(sorted({str(listed[layer]) for layer in others}))
         return (

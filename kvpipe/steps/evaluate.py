@@ -12,6 +12,7 @@ import torch
 from kvpipe.distill.build import Workspace
 from kvpipe.evaluate import harness, score
 from kvpipe.experiment import device
+from kvpipe.experiment.files import write_json
 from kvpipe.experiment.outofmemory import explained
 from kvpipe.stats.tables import CELL, cell_of
 
@@ -59,7 +60,7 @@ def score_tasks(work: Workspace, folder: Path, out: Path) -> Iterator[str]:
     torch.set_num_threads(config.train.threads)
     trust = work.trusts_folder(folder)
     result = harness.run_tasks(folder, config.evaluate, device.resolve_device(config.train.device), trust)
-    harness.write(result, out)
+    write_json(out, result, indent=1, default=str)
     for task, found in result["tasks"].items():
         yield f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in found["metrics"].items())
 
