@@ -18,7 +18,7 @@ from kvpipe.data.records import Record
 from kvpipe.evaluate.choices import choice_encoding, choice_nll, chosen
 from kvpipe.evaluate.generate import check_length, context_length, generate
 from kvpipe.evaluate.sandbox.run import Outcome, run_all
-from kvpipe.evaluate.scorers.answers import extract, is_correct, judge
+from kvpipe.evaluate.scorers.answers import extract, is_correct, judge_of
 from kvpipe.experiment.files import folder_digest
 from kvpipe.models.folders import load_model, load_tokenizer
 from kvpipe.models.likelihood import Scores, score, score_long, scoring_batches
@@ -108,7 +108,7 @@ def evaluate_model(
         columns["outcome_detail"] = [verdict.outcome and verdict.outcome.detail for verdict in verdicts]
     table = pd.DataFrame(columns)
     scorers = {record.task: config.of(record.task).scorer for record in records}
-    table.attrs[JUDGES] = {task: judge(scorer) for task, scorer in scorers.items() if scorer != "none"}
+    table.attrs[JUDGES] = {task: judge_of(scorer) for task, scorer in scorers.items() if scorer != "none"}
     return table
 
 

@@ -63,12 +63,16 @@ def hub_errors(what: str, repo: str, revision: str) -> Iterator[None]:
         yield
     except errors.GatedRepoError as error:
         asked = "is refused to the account of HF_TOKEN" if token() else "needs an account, and HF_TOKEN is not set"
-        raise HubError(f"{name} is gated and {asked}. Accept its terms on the hub, then set HF_TOKEN") from error
+        raise HubError(
+            f"{name} is gated and {asked}. Accept its terms on the hub with your account, then set HF_TOKEN to a token of it"
+        ) from error
     except errors.RevisionNotFoundError as error:
         raise HubError(f"{name} has no revision {revision!r}; correct it") from error
     except errors.RepositoryNotFoundError as error:
         seen = "" if token() else " (HF_TOKEN is not set)"
-        raise HubError(f"{name} does not exist, or is private{seen}; correct its name or set HF_TOKEN") from error
+        raise HubError(
+            f"{name} does not exist, or is private and not shown to you{seen}; correct it or set HF_TOKEN"
+        ) from error
     except errors.HfHubHTTPError as error:
         if error.response is not None and error.response.status_code == 401:
             raise HubError(f"{name}: the hub refuses the token in HF_TOKEN; make a new one or unset it") from error
@@ -122,7 +126,9 @@ def resolve(what: str, model: HubModel) -> LockedRepo:
             files[entry.rfilename] = LockedFile(size=entry.size or 0, digest=digest)
     if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
         has = ", ".join(sorted(entry.rfilename for entry in info.siblings or [])[:12])
-        raise HubError(f"{what}: {model.repo} has no config.json or no model*.safetensors (only {has}): no pickles")
+        raise HubError(
+            f"{what}: {model.repo} has no config.json or no model*.safetensors (only {has}); pickled weights are not loaded"
+        )
     if not any(name in files for name in TOKENIZERS):
         raise HubError(
             f"{what}: {model.repo} has no tokenizer ({', '.join(TOKENIZERS)}); choose another repository or revision, or "

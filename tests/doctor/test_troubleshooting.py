@@ -359,7 +359,7 @@ def test_training(cell, capsys, monkeypatch, tmp_path):
     said["Out of memory while scoring"] = raised(go)
     monkeypatch.setattr(
         store,
-        "forward_rows",
+        "forward_batches",
         lambda *a: (_ for _ in ()).throw(
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
         ),

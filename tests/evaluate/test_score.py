@@ -10,7 +10,7 @@ from kvpipe.config import EvaluateConfig, Template
 from kvpipe.data.records import Record
 from kvpipe.evaluate.choices import choice_nll
 from kvpipe.evaluate.score import evaluate, evaluate_model, program
-from kvpipe.evaluate.scorers.answers import extract, is_correct, judge
+from kvpipe.evaluate.scorers.answers import extract, is_correct, judge_of
 from kvpipe.models.folders import load_model
 from kvpipe.models.likelihood import score, scoring_batches, windowed_nll
 
@@ -157,4 +157,4 @@ def test_scores_say_who_judged_them(tiny, tmp_path):
     evaluate(folder, records, tiny.config.data.template, config, "cpu").to_parquet(tmp_path / "items.parquet")
     judges = {"math": f"math-verify {version('math-verify')}"}
     assert pd.read_parquet(tmp_path / "items.parquet").attrs["judges"] == judges
-    assert judge("number") != judge("exact") != judge("code")
+    assert judge_of("number") != judge_of("exact") != judge_of("code")

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from bench_teacher import losses_in_pieces, memory, pass_against_decoder
 from bench_training import CONFIG, ROOT, against_trainer, full_against_control, mixed_lengths, recorder_overhead
 from measure import Row, median
 from torch import Tensor
@@ -190,6 +191,9 @@ def main() -> None:
         show(against_trainer(work, "the embedded experiment", repeats, block))
         show(against_trainer(mixed_lengths(Path(temporary) / "mixed"), "mixed length", repeats, block))
         show(recorder_overhead(work, repeats, block))
+        show(losses_in_pieces(repeats))
+        show(pass_against_decoder(None, min(repeats, 3), 4000))
+        show(memory(None, (1500, 4500, 9000)))
         show(alignment(work, seconds, tokens, repeats))
         show(bootstrap(repeats))
         show(cka(1 if arguments.quick else 3))

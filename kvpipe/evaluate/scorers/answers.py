@@ -118,7 +118,7 @@ def _stripped(answer: str, config: ScoringConfig, keep: str = "") -> str:
 
 
 # ---------------------------------------------------------------- the judge
-def judge(scorer: str) -> str:
+def judge_of(scorer: str) -> str:
     """Who says under a scorer whether an answer is right; a package with its version."""
     if scorer == "math":
         return f"math-verify {version('math-verify')}"
