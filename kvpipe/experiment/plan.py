@@ -216,6 +216,7 @@ class Dag:
         return {
             "stats": self.config.stats.model_dump(),
             "roles": {name: arm.role for name, arm in self.arms.items()},
+            "bases": {name: self.config.arms[name].base for name in self.arms},
             "seeds": self.config.seeds,
         }
 

@@ -14,7 +14,7 @@ from kvpipe.evaluate import harness, score
 from kvpipe.experiment import device
 from kvpipe.experiment.files import write_json
 from kvpipe.experiment.outofmemory import explained
-from kvpipe.stats.tables import CELL, cell_of
+from kvpipe.stats.scores import CELL, cell_of
 
 
 def score_folder(work: Workspace, folder: Path, split: str, out: Path) -> str:

@@ -31,7 +31,7 @@ from kvpipe.distill.build import Workspace
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.provenance import describe
 from kvpipe.models.folders import load_tokenizer
-from kvpipe.stats.bootstrap import crossed_bootstrap_many
+from kvpipe.stats.bootstrap import Bootstrap
 from kvpipe.steps.prepare import prepare
 from kvpipe.tokens.matrix import encode, gather_form, overlap
 
@@ -73,7 +73,7 @@ def cka(repeats: int) -> list[Row]:
 def bootstrap(repeats: int) -> list[Row]:
     """13 arms × 10 seeds × 1,319 items, 10,000 resamples."""
     differences = np.random.default_rng(0).normal(size=(13, 10, 1319))
-    seconds = median(lambda: crossed_bootstrap_many(differences, n_resamples=10_000), repeats)
+    seconds = median(lambda: Bootstrap(differences, n_resamples=10_000).p(), repeats)
     return [
         Row(
             "crossed bootstrap, 13 × 10 × 1,319, 10,000 resamples",
