@@ -63,9 +63,7 @@ def forest(results: Results) -> Picture | None:
             axes.axvline(float(entry.is_ratio), color=SOFT, linewidth=1, zorder=0)
             side = "right" if entry.higher_is_better else "left"
             axes.set_title(f"{entry.label.capitalize()} ({side} is better)")
-            axes.set_xlabel(
-                "ratio to the reference, log scale" if entry.is_ratio else f"difference in {entry.change}"
-            )
+            axes.set_xlabel("ratio to the reference, log scale" if entry.is_ratio else f"difference in {entry.change}")
             if entry.is_ratio:
                 axes.set_xscale("log")
                 ticks_at = _log_ticks(*axes.get_xlim(), (1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9))
