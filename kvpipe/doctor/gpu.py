@@ -26,7 +26,7 @@ def check_gpu(work: Workload) -> Iterator[Finding]:
     """Findings on this machine's first GPU; none where there is none and none is named."""
     device, seen = work.config.train.device, None if in_job() else nvidia()
     if seen is not None:
-        yield from judge(seen | {"torch_cuda": torch_cuda()}, work.config, "on this machine")
+        yield from judge_gpu(seen | {"torch_cuda": torch_cuda()}, work.config, "on this machine")
     elif device.startswith("cuda") and not in_job():
         fix = "train.device: auto (or cpu); on a cluster the jobs have the GPU, not the login node"
         yield Finding("GPU", FAIL, f"train.device is {device}, nvidia-smi shows no GPU here", fix)
@@ -41,7 +41,7 @@ def torch_cuda() -> str | None:
     return found[1] if found else None
 
 
-def judge(seen: dict[str, Any], config: Config, where: str) -> Iterator[Finding]:
+def judge_gpu(seen: dict[str, Any], config: Config, where: str) -> Iterator[Finding]:
     """Findings on one GPU, as `kvpipe.doctor.look` describes it."""
     cuda, (driver, *_) = seen.get("torch_cuda"), [*_numbers(seen["driver"]), 0]
     shown = f"{seen['name']} {where}, driver {seen['driver']}, torch for CUDA {cuda or '(none)'}"

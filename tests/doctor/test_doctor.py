@@ -483,7 +483,7 @@ SEEN = {"name": "Tesla V100", "driver": "470.82.01", "capability": "7.0", "memor
 
 
 def judged(saved, overrides=None, **changes):
-    return {f.name: f for f in gpu.judge(SEEN | changes, config(saved, overrides), "here")}
+    return {f.name: f for f in gpu.judge_gpu(SEEN | changes, config(saved, overrides), "here")}
 
 
 def test_a_gpu_that_fits(saved):

@@ -198,7 +198,7 @@ GPUS = {
 def test_gpus(tmp_path, monkeypatch):
     settings = config(tmp_path, {"train.precision": "bf16"})
     seen = {"name": "V100", "driver": "470.1", "capability": "7.0", "torch_cuda": "12.8", "available": False}
-    judged = show([*gpu.judge(seen, settings, "in job 7")])
+    judged = show([*gpu.judge_gpu(seen, settings, "in job 7")])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     lines = []
     for name in device.JOB_GPUS:
