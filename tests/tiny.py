@@ -1,7 +1,7 @@
 """A tiny experiment, offline and made on the fly: two teachers with random weights, a student from scratch, 28 records.
 
-`build(folder)` gives a `Workspace` with data and models made; `kvpipe.steps.prepare.prepare(work, arm)` makes the rest of
-an arm (layer maps, stores, projectors). All sizes are odd and distinct, so that a swapped axis cannot pass:
+`build(folder)` gives the `Inputs` with data, models and tokens made; `kvpipe.steps.train.prepare(work, arm)` makes the
+rest of an arm (layer maps, stores, projectors). All sizes are odd and distinct, so that a swapped axis cannot pass:
 
 =========  ======  =======  ========  ==========================
 model      layers  KV heads head dim  tokenizer
@@ -25,13 +25,11 @@ from typing import Any
 import torch
 
 from kvpipe.config import Config, DataConfig, TokenizerRecipe, parse
-from kvpipe.data import build as data
 from kvpipe.data.corpus import generate
-from kvpipe.distill.build import Workspace
 from kvpipe.experiment.paths import Paths
 from kvpipe.models.folders import build_model, train_tokenizer
 from kvpipe.models.pretrain import tokenizer_texts
-from kvpipe.steps.models import make_model
+from kvpipe.steps.inputs import Inputs
 
 DATA: dict[str, Any] = {
     "sources": [
@@ -165,14 +163,13 @@ def save_teacher(folder: Path, name: str, architecture: dict[str, Any], seed: in
 
 def build(
     folder: Path, overrides: dict[str, Any] | None = None, teachers: tuple[str, ...] = ("alpha", "beta")
-) -> Workspace:
-    """A workspace under `folder` with data and models made (about two seconds), nothing else."""
+) -> Inputs:
+    """The loaders of an experiment under `folder` with data, models and tokens made, nothing else."""
     paths = {name: folder / "teachers" / name for name in teachers}
     for seed, (name, path) in enumerate(paths.items()):
         save_teacher(path, name, TEACHERS[name], seed)
     models = {f"models.{name}": {"source": "local", "path": str(path)} for name, path in paths.items()}
-    work = Workspace(config(folder, models | (overrides or {})), Paths(folder / "results"))
-    data.build(work.config.data, work.paths.data("train").parent)
-    for name in (*teachers, "student"):
-        make_model(work, name)
+    work = Inputs(config(folder, models | (overrides or {})), Paths(folder / "results"))
+    made = [work.paths.encoding(name, "train", "student") for name in (*teachers, "student")]
+    make(work, made, log=lambda *_: None)
     return work

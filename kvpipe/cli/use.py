@@ -82,7 +82,7 @@ def train(
     else:
         from kvpipe.steps.train import make_cell
 
-        make_cell(given.workspace(), arm, seed, out, checkpoints, made, log=say)
+        make_cell(given.inputs(), arm, seed, out, checkpoints, made, log=say)
 
 
 @with_experiment
@@ -94,12 +94,12 @@ def evaluate(
     split: Annotated[str, typer.Option(help="Split that is scored.")] = "test",
 ) -> None:
     """Score a model folder item by item: likelihood and greedy generation."""
-    from kvpipe.distill.build import Workspace
     from kvpipe.steps.evaluate import score_folder
+    from kvpipe.steps.inputs import Inputs
 
     if (model is None) == (cell is None):
         raise typer.BadParameter("give either --model or --cell")
-    say(score_folder(Workspace(*given.of(cell)), model or Path(cell or "") / STUDENT, split, out))
+    say(score_folder(Inputs(*given.of(cell)), model or Path(cell or "") / STUDENT, split, out))
 
 
 @with_experiment
@@ -136,8 +136,8 @@ def report(
     """Render the report."""
     from kvpipe.report.render import write_report
 
-    work = given.workspace()
-    write_report(work, out or work.paths.report)
+    config, paths = given.load()
+    write_report(config, paths, out or paths.report)
 
 
 @with_experiment

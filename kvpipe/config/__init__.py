@@ -249,6 +249,13 @@ class Config(Section):
                     )
         return self
 
+    def trusts(self, name: str) -> bool:
+        """Whether code from a model's repository may run: only the configuration can say so, no file of the model's."""
+        model = self.models[name]
+        if isinstance(model, RandomModel):
+            return self.trusts(model.like)
+        return isinstance(model, HubModel) and model.trust_remote_code
+
     def arm(self, name: str) -> Arm:
         """The arm with its bases and `set` applied."""
         entry = self.arms[name]

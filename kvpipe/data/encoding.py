@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from itertools import pairwise
+from pathlib import Path
 from typing import SupportsIndex
 
 import numpy as np
 import torch
 from jaxtyping import Int64
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kvpipe.config import Template
 from kvpipe.data.chat import carries_special, name_of, rendered, without_special
 from kvpipe.data.records import Reading, Record
+from kvpipe.experiment.files import save_tensors
 from kvpipe.tokens.matrix import encode
 from kvpipe.tokens.segments import Segmented, token_segments
 
 SEGMENTS = 3
+ARRAYS = ("ids", "spans", "offsets", "segments", "byte_segments", "segment_hashes")
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,44 @@ def encode_texts(
         segment_hashes=np.array(hashes, dtype=np.int64).reshape(len(texts), SEGMENTS),
         texts=tuple(stripped),
     )
+
+
+# ---------------------------------------------------------------- on disk
+def save_encoding(encoding: Encoding, path: Path) -> None:
+    """Write an encoding and its texts as safetensors, with a checksum that `load_encoding` compares."""
+    text = np.frombuffer("".join(text.text for text in encoding.texts).encode(), dtype=np.uint8)
+    arrays = {name: getattr(encoding, name) for name in ARRAYS} | {"text": text}
+    tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+    save_tensors(tensors, path, {"sha256": _checksum(arrays)})
+
+
+def load_encoding(path: Path) -> Encoding:
+    """What `save_encoding` has written.
+
+    Raises:
+        FileNotFoundError: it was not made.
+        ValueError: it is damaged.
+    """
+    fix = f"run `kvpipe encode --model {path.parent.name} --reading {path.stem.partition('-')[2]}`"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: {fix} first")
+    try:
+        with safe_open(path, "np") as file:
+            arrays = {name: file.get_tensor(name) for name in (*ARRAYS, "text")}
+            known = (file.metadata() or {}).get("sha256")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): {fix}") from error
+    if known != _checksum(arrays):
+        raise ValueError(f"{path} is damaged, its checksum is another: {fix}")
+    raw, texts, start = arrays.pop("text").tobytes(), [], 0
+    for segments in arrays["byte_segments"].tolist():
+        texts.append(Segmented(*(raw[start + first : start + stop].decode() for first, stop in segments)))
+        start += segments[-1][1]
+    return Encoding(**arrays, texts=tuple(texts))
+
+
+def _checksum(arrays: dict[str, np.ndarray]) -> str:
+    return sha256(b"".join(array.tobytes() for _, array in sorted(arrays.items()))).hexdigest()
 
 
 def prompt_ids(tokenizer, prompt: str, chat: bool = False) -> Int64[Tensor, "time"]:

@@ -211,7 +211,7 @@ class KVDistiller(Distiller):
         targets: list[Targets],
         fusion: Fusion,
         tasks: np.ndarray,
-        teacher_losses: Float[Tensor, "teacher example"],
+        teacher_losses: Float[Tensor, "teacher example"] | None = None,
     ):
         super().__init__()
         self.arm, self.targets, self.tasks, self.teacher_losses = arm, targets, tasks, teacher_losses
@@ -242,7 +242,9 @@ class KVDistiller(Distiller):
             tasks=list(self.tasks[batch.examples]),
             queries=recorder.queries() if self.arm.fuse.kind == "attention" and recorder is not None else None,
             hidden=hidden,
-            teacher_losses=self.teacher_losses[:, batch.examples].to(device, self.unit.dtype),
+            teacher_losses=None
+            if self.teacher_losses is None
+            else self.teacher_losses[:, batch.examples].to(device, self.unit.dtype),
         )
         mask = batch.mask & present.any(0)
         mask[:, : self.arm.loss.skip_sink] = False
@@ -340,12 +342,36 @@ class LogitDistiller(Distiller):
 
 @dataclass(frozen=True)
 class TopLogits:
-    """A teacher's most likely next tokens on the student's rows, as student ids (−1: no twin); masked where not aligned."""
+    """A teacher's most likely next tokens on the student's rows, as student ids (−1: it has none); masked where not
+    aligned."""
 
     ids: Int64[Tensor, "dst_row top"]
     logprobs: Float[Tensor, "dst_row top"]
     mask: Tensor
     offsets: np.ndarray
+
+    @classmethod
+    def on_student(
+        cls, ids: Tensor, logprobs: Tensor, pairs: Tensor, same: Int64[Tensor, "src_token"], offsets: np.ndarray
+    ) -> TopLogits:
+        """Carry a teacher's candidates to the student's rows.
+
+        Args:
+            ids: candidates of every teacher row, `(src_row, top)`.
+            logprobs: theirs.
+            pairs: (teacher row, student row) that have read the same bytes, `(pair, 2)`.
+            same: the student's id for each of the teacher's, or −1.
+            offsets: the student's examples.
+        """
+        src, dst = pairs[:, 0], pairs[:, 1]
+        rows, top = int(offsets[-1]), ids.shape[1]
+        out = cls(torch.full((rows, top), -1), torch.zeros(rows, top), torch.zeros(rows, dtype=torch.bool), offsets)
+        # a model may have more outputs than its tokenizer has tokens: those stand for nothing
+        found = ids[src].long()
+        out.ids[dst] = torch.where(found < len(same), same[found.clamp(max=len(same) - 1)], -1)
+        out.logprobs[dst] = logprobs[src].float()
+        out.mask[dst] = True
+        return out
 
     def padded(self, examples: np.ndarray, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """The rows of a batch, padded to `length`."""

@@ -21,6 +21,7 @@ from kvpipe.config.errors import printable
 from kvpipe.experiment.paths import ARMS, CONTRASTS, COST, SPLITS, STUDENT, Paths
 from kvpipe.experiment.plan import Dag
 from kvpipe.experiment.provenance import folder_digest
+from kvpipe.experiment.steps import Train
 from kvpipe.models import hub
 
 METRICS = {
@@ -101,7 +102,7 @@ def card(dag: Dag, paths: Paths, arm_name: str, cell: Path) -> str:
     if provenance["arm"] != arm_name:
         raise ValueError(f"{cell} was trained under the arm {provenance['arm']!r}: --arm {provenance['arm']}")
     settings = cost.get("settings")
-    if settings is not None and settings != dag.depends("train", arm=arm_name):
+    if settings is not None and settings != Train(dag, paths).depends(arm=arm_name):
         raise ValueError(
             f"{cell} was trained under other settings than the configuration has now for the arm {arm_name!r}: give the "
             "configuration that it was trained with, or train it again"

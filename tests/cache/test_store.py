@@ -110,10 +110,10 @@ def test_the_budget_is_checked_before_anything_is_written(tiny, tmp_path):
 def test_the_step_writes_nothing_over_budget(tiny, tmp_path):
     from tiny import config
 
-    from kvpipe.distill.build import Workspace
+    from kvpipe.steps.inputs import Inputs
     from kvpipe.steps.teacher_kv import make_shard
 
-    work = Workspace(config(tmp_path, {"store.budget_gb": 1e-6}), tiny.paths)
+    work = Inputs(config(tmp_path, {"store.budget_gb": 1e-6}), tiny.paths)
     path = work.paths.shard("alpha", "own", 0)
     with pytest.raises(RuntimeError, match=r"store\.budget_gb"):
         make_shard(work, "alpha", "own", 0)

@@ -10,7 +10,7 @@ from kvpipe.cache import store
 from kvpipe.cache.teacher import AlignedTeacher, LiveRows, StoredRows, spread
 from kvpipe.config import TimeConfig
 from kvpipe.models.folders import load_model, load_tokenizer
-from kvpipe.steps.prepare import prepare
+from kvpipe.steps.train import prepare
 from kvpipe.tokens.matrix import overlap
 
 LAYERS = (1, 3, 4)

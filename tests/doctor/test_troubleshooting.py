@@ -17,7 +17,6 @@ from tiny import build, config, values
 from kvpipe.align.layermap import layer_plan
 from kvpipe.cache import store
 from kvpipe.config import LayerConfig, StoreConfig, TrainConfig, load
-from kvpipe.distill.build import Workspace
 from kvpipe.distill.losses import check_finite
 from kvpipe.doctor import gpu, show
 from kvpipe.doctor.container import LABEL, examine_container
@@ -30,7 +29,8 @@ from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.provenance import PACKAGE
 from kvpipe.models.limits import Limits
 from kvpipe.steps import teacher_kv
-from kvpipe.steps.prepare import prepare
+from kvpipe.steps.inputs import Inputs
+from kvpipe.steps.train import prepare
 from kvpipe.train import checkpoint, export
 from kvpipe.train import trainer as training
 
@@ -278,7 +278,7 @@ def cell(tmp_path, monkeypatch):
     def go(overrides=None):
         settings = config(tmp_path, {"train.checkpoint_every": 2} | (overrides or {}))
         folders = tmp_path / "out", tmp_path / "checkpoints"
-        training.train(Workspace(settings, work.paths), "one", 0, *folders, log=lambda _: None)
+        training.train(Inputs(settings, work.paths), "one", 0, *folders, log=lambda _: None)
 
     def at(step, error):
         rate = training.learning_rate
@@ -313,7 +313,7 @@ def file_limit(call, *arguments, **options) -> str:
 def test_training(cell, capsys, monkeypatch, tmp_path):
     work, go, at = cell
     said = {}
-    small = Workspace(config(tmp_path, {"store.budget_gb": 1e-9}), work.paths)
+    small = Inputs(config(tmp_path, {"store.budget_gb": 1e-9}), work.paths)
     said["The store is larger than its budget"] = raised(teacher_kv.make_shard, small, "alpha", "student", 0)
     shard = work.paths.shard("alpha", "student", 0)
     before = shard.read_bytes()
@@ -362,13 +362,13 @@ def test_training(cell, capsys, monkeypatch, tmp_path):
     said["The layer map is missing"] = raised(
         layer_plan, LayerConfig(kind="cka"), 4, 3, tmp_path / "layer_map" / "alpha.json"
     )
-    long = Workspace(config(tmp_path, {"train.max_length": 5}), work.paths)
+    long = Inputs(config(tmp_path, {"train.max_length": 5}), work.paths)
     said["A text is too long"] = raised(long.student_encoding, "train")
     for title, limits in (
         ("A token has no embedding", Limits("'alpha'", 5, None, False)),
         ("A text is longer than a model reads", Limits("'alpha'", 999, 5, False, "strict")),
     ):
-        short = Workspace(config(tmp_path), work.paths)
+        short = Inputs(config(tmp_path), work.paths)
         short._limits["alpha"] = limits
         said[title] = raised(short.teacher_encoding, "alpha", "train", "student")
     written = values(tmp_path)

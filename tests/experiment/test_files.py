@@ -45,7 +45,7 @@ def test_what_a_cell_leaves_can_be_read_by_others(umask, tmp_path):
     from tiny import build
 
     from kvpipe.steps.models import make_model
-    from kvpipe.steps.prepare import prepare
+    from kvpipe.steps.train import prepare
     from kvpipe.train.trainer import train
 
     work = build(tmp_path, {"models.noise": {"source": "random", "like": "alpha"}, "train.steps": 2})

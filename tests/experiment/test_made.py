@@ -12,11 +12,11 @@ from tiny import build
 from kvpipe.align.layermap import layer_plan
 from kvpipe.cache.store import Store
 from kvpipe.config import Config, LayerConfig
-from kvpipe.distill.build import Workspace
 from kvpipe.experiment.provenance import content_digest
 from kvpipe.models.folders import load_model, load_tokenizer
 from kvpipe.report.status import cell as cell_of
-from kvpipe.steps.prepare import prepare
+from kvpipe.steps.inputs import Inputs
+from kvpipe.steps.train import prepare
 from kvpipe.train import checkpoint
 
 BELOW_MODEL = ["layer map of alpha", "KV of alpha", "fit"]
@@ -45,12 +45,12 @@ def work(made, tmp_path):
     first = made.paths.root.parent
     first.rename(first.with_name("aside"))
     (tmp_path / "x").rename(first)
-    yield Workspace(made.config, made.paths)
+    yield Inputs(made.config, made.paths)
     shutil.rmtree(first)
     first.with_name("aside").rename(first)
 
 
-def again(work: Workspace, **settings) -> list[str]:
+def again(work: Inputs, **settings) -> list[str]:
     """What is made again, with dotted settings (`__` for the dot) over the configuration."""
     values = work.config.model_dump(mode="json", exclude_unset=True)
     for key, value in settings.items():
@@ -60,7 +60,7 @@ def again(work: Workspace, **settings) -> list[str]:
             place = place.setdefault(parent, {})
         place[last] = value
     said: list[str] = []
-    prepare(Workspace(Config.model_validate(values), work.paths), "mine", log=said.append)
+    prepare(Inputs(Config.model_validate(values), work.paths), "mine", log=said.append)
     return [line.split(" …")[0] for line in said]
 
 

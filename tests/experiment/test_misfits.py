@@ -4,14 +4,14 @@ import pytest
 from tiny import build, config
 
 from kvpipe.config import ConfigError
-from kvpipe.distill.build import Workspace
 from kvpipe.doctor.arms import examine_arms
 from kvpipe.experiment.misfits import misfits
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.plan import Dag
 from kvpipe.experiment.sizes import shape
-from kvpipe.steps.prepare import prepare
+from kvpipe.steps.inputs import Inputs
 from kvpipe.steps.teacher_kv import make_shard
+from kvpipe.steps.train import prepare
 
 # tiny: the student has 3 layers, alpha 4 (vocabulary 330), beta 5 (2 heads of 14, vocabulary 340)
 CASES = {
@@ -38,8 +38,8 @@ def place(tmp_path_factory):
     return folder
 
 
-def workspace(place, overrides) -> Workspace:
-    return Workspace(config(place, overrides), Paths(place / "results"))
+def workspace(place, overrides) -> Inputs:
+    return Inputs(config(place, overrides), Paths(place / "results"))
 
 
 @each

@@ -161,7 +161,7 @@ def test_every_step_refuses_ids_without_an_embedding(tmp_path, step, no_forward)
         ValueError, match=rf"model '{name}': token \d+ of record '.+' is '.+', id \d+, but its embedding has"
     ):
         if step == "layer map":
-            work.teacher_encoding("alpha", "validation", "student")
+            work.encoding("alpha", "validation", "student")
             make_layer_map(work, "alpha")
         elif step == "store":
             make_shard(work, "alpha", "student", 0)
@@ -175,9 +175,9 @@ def test_a_teacher_that_reads_past_its_context(tmp_path, context):
     changed(work.paths.model("alpha"), max_position_embeddings=5)
     if context == "strict":
         with pytest.raises(ValueError, match=r"model 'alpha': record '.+' has .* more than the 5 .* data.context"):
-            work.teacher_encoding("alpha", "train", "student")
+            work.encoding("alpha", "train", "student")
         return
     with pytest.warns(UserWarning, match="model 'alpha': .* more than the 5") as said:
-        work.teacher_encoding("alpha", "train", "student")
-        work.teacher_encoding("alpha", "validation", "student")
+        work.encoding("alpha", "train", "student")
+        work.encoding("alpha", "validation", "student")
     assert len([w for w in said if "model 'alpha'" in str(w.message)]) == 1

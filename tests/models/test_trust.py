@@ -13,13 +13,13 @@ from typer.testing import CliRunner
 from kvpipe.cli import app as cli
 from kvpipe.config import LockedFile, parse
 from kvpipe.data import build as data
-from kvpipe.distill.build import Workspace
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.provenance import digest_of
 from kvpipe.models.folders import load_config, load_model, load_tokenizer
 from kvpipe.models.hub import is_model_file
+from kvpipe.steps.inputs import Inputs
 from kvpipe.steps.models import make_model
-from kvpipe.steps.prepare import prepare
+from kvpipe.steps.train import prepare
 from kvpipe.train.trainer import train
 
 CODE = """
@@ -96,10 +96,10 @@ def experiment(folder: Path, trust: bool):
     }
     config = folder / "my.json"
     config.write_text(json.dumps(settings))
-    return Workspace(parse(settings), Paths(folder / "results")), config
+    return Inputs(parse(settings), Paths(folder / "results")), config
 
 
-def evaluate(config: Path, work: Workspace, model: Path):
+def evaluate(config: Path, work: Inputs, model: Path):
     options = ["--model", model, "--config", config, "--results", work.paths.root, "--out", config.parent / "x.parquet"]
     return CliRunner().invoke(cli.app, ["evaluate", *map(str, options)])
 

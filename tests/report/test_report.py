@@ -15,14 +15,13 @@ import pytest
 
 from kvpipe.config import load
 from kvpipe.data import build as data
-from kvpipe.distill.build import Workspace
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.plan import digest
 from kvpipe.report import figures, tables, wording
 from kvpipe.report.collect import Results
 from kvpipe.report.render import SAMPLES_PER_TASK, provenance, samples, write_report
 from kvpipe.stats.tables import write_stats
-from kvpipe.steps.models import make_model
+from kvpipe.steps.inputs import Inputs
 
 ROOT = Path(__file__).parents[2]
 METRICS = ["bits_per_byte", "log_perplexity", "accuracy", "tokens_to_control"]
@@ -45,11 +44,11 @@ SHIFT = {
 """How an arm's score differs from control's, as a share of it; negative is better."""
 
 
-def workspace(root: Path, *overrides: str) -> Workspace:
+def workspace(root: Path, *overrides: str) -> Inputs:
     tasks = [f"{{kind: embedded, task: {task}, train: 40, validation: 9, test: 11}}" for task in ("math", "code")]
     settings = [f"data.sources=[{', '.join(tasks)}]", "stats.resamples=1000", "seeds=[0, 1, 2]"]
     settings += [f"models.{name}.path={ROOT}/config/embedded/{name}" for name in ("math", "code")]
-    return Workspace(load(ROOT / "config/config.yaml", [*settings, *overrides]), Paths(root))
+    return Inputs(load(ROOT / "config/config.yaml", [*settings, *overrides]), Paths(root))
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -57,12 +56,12 @@ def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value))
 
 
-def fake_results(work: Workspace, text: str = "3 + 4 = 7.\n#### 7\n") -> None:
+def fake_results(work: Inputs, text: str = "3 + 4 = 7.\n#### 7\n") -> None:
     """Real data and models; all later artefacts invented, in the formats of the steps that write them."""
     rng = np.random.default_rng(5)
     data.build(work.config.data, work.paths.data("train").parent)
     for name in ("student", "math", "code", "math-random", "code-random"):
-        make_model(work, name)
+        run(work, "model", model=name)
     fake_stats(work)
     ids = {r.id: r for r in work.records("test")}
     hardness = rng.uniform(0.5, 1.5, len(ids))
@@ -90,7 +89,7 @@ def fake_results(work: Workspace, text: str = "3 + 4 = 7.\n#### 7\n") -> None:
     write_json(work.paths.root / "doctor.json", {"findings": [finding]})
 
 
-def fake_stats(work: Workspace, nan: tuple[str, str] | None = None, **shift: float) -> None:
+def fake_stats(work: Inputs, nan: tuple[str, str] | None = None, **shift: float) -> None:
     """The tables as `shift` (arm with _ for -) has it; `nan`: an (arm, metric) without a value."""
     share = SHIFT | {name.replace("_", "-"): value for name, value in shift.items()}
     for folder, metrics in ((work.paths.stats, METRICS), (work.paths.costs, COST)):
@@ -119,7 +118,7 @@ def fake_stats(work: Workspace, nan: tuple[str, str] | None = None, **shift: flo
         pd.DataFrame(contrasts, columns=columns).to_csv(folder / "contrasts.csv", index=False)
 
 
-def fake_cell(work: Workspace, name: str, seed: int, rng: np.random.Generator) -> None:
+def fake_cell(work: Inputs, name: str, seed: int, rng: np.random.Generator) -> None:
     arm, folder = work.dag.arms[name], work.paths.cell(name, seed)
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
@@ -159,7 +158,7 @@ def finished(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def work(finished, tmp_path) -> Workspace:
+def work(finished, tmp_path) -> Inputs:
     """A copy that a test may change."""
     shutil.copytree(finished, tmp_path / "results", symlinks=True)
     return workspace(tmp_path / "results")
@@ -171,13 +170,13 @@ def whole(finished) -> str:
     return report(workspace(finished))
 
 
-def report(work: Workspace) -> str:
+def report(work: Inputs) -> str:
     out = work.paths.root / "report.html"
     write_report(workspace(work.paths.root), out)
     return out.read_text(encoding="utf-8")
 
 
-def leads(work: Workspace) -> dict[str, str]:
+def leads(work: Inputs) -> dict[str, str]:
     """Lead of every conclusion → its tone."""
     return {s.lead: s.tone for s in wording.conclusions(Results(workspace(work.paths.root)))}
 

@@ -14,8 +14,8 @@ import torch
 from tiny import config
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from kvpipe.distill.build import Workspace
 from kvpipe.experiment.paths import Paths
+from kvpipe.steps.inputs import Inputs
 from kvpipe.train import trainer as training
 
 
@@ -24,9 +24,9 @@ def cells(folder: Path, out: Path, overrides: dict[str, Any], arms: list[str], d
 
     With `double`, the student and all that trains or is computed beside it are in float64.
     """
-    work = Workspace(config(folder, overrides), Paths(folder / "results"))
+    work = Inputs(config(folder, overrides), Paths(folder / "results"))
     if double:
-        student, distiller = Workspace.student, Workspace.distiller
+        student, distiller = Inputs.student, Inputs.distiller
         work.student = lambda *args: student(work, *args).double()  # type: ignore[method-assign]
         work.distiller = lambda *args: distiller(work, *args).double()  # type: ignore[union-attr,method-assign]
     for arm in arms:

@@ -20,7 +20,7 @@ from kvpipe.experiment.provenance import digest_of, folder_digest, reachable
 from kvpipe.models.hub import HubError, is_model_file
 from kvpipe.stats import tables
 from kvpipe.steps.models import make_model
-from kvpipe.steps.prepare import prepare
+from kvpipe.steps.train import prepare
 from kvpipe.train import card
 from kvpipe.train.trainer import train
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from tiny import build, config
 from torch import nn
 
-from kvpipe.distill.build import Workspace
 from kvpipe.experiment.provenance import content_digest
-from kvpipe.steps.prepare import prepare
+from kvpipe.steps.inputs import Inputs
+from kvpipe.steps.train import prepare
 from kvpipe.train import checkpoint
 from kvpipe.train import trainer as training
 
@@ -62,7 +62,7 @@ sys.path.insert(0, sys.argv[1])
 import tiny
 from kvpipe.train import checkpoint
 from kvpipe.train import trainer as train
-from kvpipe.distill.build import Workspace
+from kvpipe.steps.inputs import Inputs
 from kvpipe.experiment.paths import Paths
 
 root, settings, arm, seed, jobs = Path(sys.argv[2]), *json.loads(sys.argv[3])
@@ -96,7 +96,7 @@ def run(name, number, where, when):
     if where != "call":
         module, function = {"step": (train, "learning_rate"), "save": (checkpoint, "save_tensors")}[where]
         setattr(module, function, deadly(getattr(module, function), number, when))
-    work = Workspace(tiny.config(root, settings), Paths(root / "results"))
+    work = Inputs(tiny.config(root, settings), Paths(root / "results"))
     train.train(work, arm, seed, root / name / "out", root / name / "checkpoints", log=lambda line: None)
     sys.setprofile(None)
     if name == "whole":
@@ -213,7 +213,7 @@ def stopped(tiny, tmp_path, monkeypatch):
 
     def go(overrides=None, arm="two", seed=0, log=lambda _: None):
         settings = {"train.checkpoint_every": 2} | (overrides or {})
-        work = Workspace(config(tiny.paths.root.parent, settings), tiny.paths)
+        work = Inputs(config(tiny.paths.root.parent, settings), tiny.paths)
         prepare(work, arm, log=lambda _: None)
         training.train(work, arm, seed, tmp_path / "out", tmp_path / "checkpoints", log=log)
         return tmp_path / "out"

@@ -14,7 +14,7 @@ from tiny import build
 
 from kvpipe.data.records import read_records
 from kvpipe.evaluate.score import evaluate
-from kvpipe.steps.prepare import prepare
+from kvpipe.steps.train import prepare
 from kvpipe.train import trainer as training
 
 DEVICES = [

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import build
 
-from kvpipe.steps.prepare import prepare
+from kvpipe.steps.train import prepare
 from kvpipe.train import trainer as training
 
 NAMES = ("alpha", "beta", "gamma")
