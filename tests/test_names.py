@@ -85,7 +85,6 @@ TWICE = {
     *(
         "Cell",
         "DTYPES",
-        "GB",
         "Geometry",
         "KINDS",
         "MARGIN",
@@ -98,7 +97,7 @@ TWICE = {
         "SHOWN",
     ),
     *("SMALLER", "Scores", "Targets", "UNTRAINED", "evaluate", "explained_variance", "fusion_weights", "generate"),
-    *("image_path", "number", "read_json", "run", "show", "write"),
+    *("image_path", "number", "run", "show", "write"),
 }
 """Names that still have two homes. The list may only become shorter: take off what has one home now."""
 

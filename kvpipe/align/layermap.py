@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from torch import Tensor
 
 from kvpipe.align.layer import proportional_map, top_k_mix
 from kvpipe.config import LayerConfig
+from kvpipe.experiment.files import read_json, write_json
 from kvpipe.experiment.plan import digest
-from kvpipe.experiment.provenance import read_json
 
 KINDS = ("keys", "values")
 MEASURED = (*KINDS, "hidden")
@@ -127,9 +126,9 @@ def write_layer_map(
         "similarity": {kind: matrix.tolist() for kind, matrix in similarity.items()},
     }
     document["sha256"] = digest(document["similarity"], 64)
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    write_json(path, document)
     plan = layer_plan(LayerConfig(kind="cka"), src_layers, dst_layers, path)
     document["top_k"] = {
         kind: {"layers": plan.index[i].tolist(), "beta": plan.beta[i].tolist()} for i, kind in enumerate(KINDS)
     }
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    write_json(path, document)

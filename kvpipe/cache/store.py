@@ -26,15 +26,13 @@ from kvpipe.cache.capture import Recorder, kv_geometry
 from kvpipe.config import StoreConfig
 from kvpipe.data.batches import collate
 from kvpipe.data.encoding import Encoding, concatenated_ranges
-from kvpipe.experiment.files import save_tensors
+from kvpipe.experiment.files import GB, content_digest, read_json, save_tensors, verify, write_json
 from kvpipe.experiment.paths import INDEX
-from kvpipe.experiment.provenance import content_digest, read_json, verify
 from kvpipe.experiment.sizes import estimate_bytes as estimate_bytes
 from kvpipe.models.likelihood import PIECE, token_nll
 
 VERSION = 1
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
-GB = 1e9
 
 
 # ---------------------------------------------------------------- storage types
@@ -276,7 +274,7 @@ def write_index(folder: Path, key: StoreKey, shards: list[Path]) -> None:
         "bytes_per_token": sum(e["bytes"] for e in entries) / rows,
         "attention_cosine": float(np.mean(fidelity)),
     }
-    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(folder / INDEX, index, sort_keys=True)
 
 
 # ---------------------------------------------------------------- reading

@@ -144,7 +144,8 @@ class Config(Section):
     """`repo@revision` → commit and files of every hub repository. Written by `kvpipe lock` to `<config>.lock.yaml` beside
     the (first) configuration file, and read from there."""
     arms: dict[Name, ArmEntry]
-    """Every arm, by name. `control` must be among them, and is the only one of that role."""
+    """Every arm, by name. One of them has `role: control`, and no other: every contrast needs it. Where none says so it is
+    the first that has neither a role nor a base."""
     data: DataConfig
     """Records and how they become text."""
     store: StoreConfig = StoreConfig()
@@ -171,8 +172,29 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _names(self):
-        if "control" not in self.arms:
-            raise ValueError("arms: the arm 'control' is missing; every contrast needs it")
+        controls = self._controls()
+        if not controls:
+            raise ValueError(
+                "arms: no arm has role control, which every contrast needs: name the one that learns alone"
+            )
+        for name in controls[1:]:
+            raise ValueError(
+                f"arms.{name}.role: control; {controls[0]!r} has role control, and no other arm: every contrast is "
+                "against it"
+            )
+        named = {"stats.headline": [self.stats.headline] if self.stats.headline else []}
+        named |= {f"stats.contrasts[{i}]": pair for i, pair in enumerate(self.stats.contrasts)}
+        for path, names in named.items():
+            for name in names:
+                if name not in self.arms:
+                    raise ValueError(
+                        f"{path}: no arm is named {name!r}{nearest(name, self.arms)}; name one of them, or leave "
+                        f"{path.partition('[')[0]} out"
+                    )
+            if len(names) == 2 and names[0] == names[1]:
+                raise ValueError(f"{path}: {names[0]} is compared with itself; name two arms")
+        if self.stats.headline == controls[0]:
+            raise ValueError(f"stats.headline: {controls[0]} is the control, which the headline is compared with")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds: {self.seeds} holds a seed twice")
         _known("student", self.student, self.models)
@@ -199,11 +221,6 @@ class Config(Section):
         # bases first: the arm that is named is the one that wrote the mistake, not one that inherits it
         for name in sorted(self.arms, key=lambda name: len(_chain(name, self.arms))):
             arm = self.arm(name)
-            if (arm.role == "control") != (name == "control"):
-                raise ValueError(
-                    f"arms.{name}.role: {arm.role}; the arm 'control' has role control, and no other arm: every "
-                    "contrast is against it"
-                )
             for i, teacher in enumerate(arm.teachers):
                 _known(f"arms.{name}.set.teachers[{i}]", teacher, self.models)
                 if teacher == self.student:
@@ -256,13 +273,28 @@ class Config(Section):
             return self.trusts(model.like)
         return isinstance(model, HubModel) and model.trust_remote_code
 
+    @property
+    def control(self) -> str:
+        """Name of the arm of role control; where none says so, of the first that has neither a role nor a base."""
+        return self._controls()[0]
+
+    def _controls(self) -> list[str]:
+        said = [name for name, arm in self.arms.items() if arm.role == "control"]
+        return said or [name for name, arm in self.arms.items() if arm.role is None and arm.base is None][:1]
+
+    @property
+    def headline(self) -> str | None:
+        """Name of the arm that the report is about; None where there is no experiment."""
+        experiments = [name for name, arm in self.arms.items() if arm.role == "experiment"]
+        return self.stats.headline or (experiments[-1] if experiments else None)
+
     def arm(self, name: str) -> Arm:
         """The arm with its bases and `set` applied."""
         entry = self.arms[name]
         # what the report calls an arm is not handed down
         values: dict[str, Any] = {k: v for k in ("role", "label") if (v := getattr(entry, k)) is not None}
-        if name == "control":
-            values.setdefault("role", "control")
+        if name in self._controls():
+            values["role"] = "control"
         for link in _chain(name, self.arms):
             for dotted, value in copy.deepcopy(self.arms[link].set).items():
                 try:

@@ -263,8 +263,8 @@ class ArmEntry(Section):
     base: Name | None = None
     """Arm to start from; none starts from the defaults of its settings."""
     role: Literal["control", "experiment", "null", "baseline", "ablation"] | None = None
-    """Role in the report, `ablation` if it is not said; not handed down by a base. Write `"null"` in quotes: the bare
-    word is YAML for nothing."""
+    """Role in the report and in the statistics, `ablation` if it is not said; not handed down by a base. Write `"null"`
+    in quotes: the bare word is YAML for nothing."""
     label: str | None = None
     """One line for the report."""
     set: dict[str, Any] = Field(default={})

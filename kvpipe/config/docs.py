@@ -37,7 +37,7 @@ arms:
     set: {loss.lambda_k: 3, loss.lambda_v: 0}
 ```
 
-Its cells, statistics and rows in the report follow by themselves. `control` must be among the arms. A dotted key
+Its cells, statistics and rows in the report follow by themselves. One arm, and no other, is the control. A dotted key
 changes one setting of the base; a whole section, as in `set: {layer: {kind: cka}}`, replaces the base's section. A
 mistake in an arm is reported at the arm that wrote it, not at those that inherit it.
 """

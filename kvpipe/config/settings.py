@@ -234,6 +234,13 @@ class StatsConfig(Section):
     """Seed of the bootstrap."""
     power: Annotated[float, Field(gt=0, lt=1)] = 0.8
     """Power at which the minimum detectable effect is stated."""
+    headline: Name | None = None
+    """Arm that the report is about: its conclusions come first, and it is compared with every baseline. None takes the
+    last experiment."""
+    contrasts: list[Annotated[list[Name], Field(min_length=2, max_length=2)]] = Field(default=[])
+    """Further pairs `[arm, reference]` to compare, each in the family of the arm's role with that reference. Without them:
+    control with every experiment, null and baseline, every ablation (and experiment) with its base, and the headline
+    with every baseline."""
 
 
 class AuditConfig(Section):

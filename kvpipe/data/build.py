@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -17,6 +16,7 @@ from kvpipe.data.mapping import to_record
 from kvpipe.data.patterns import time_limit
 from kvpipe.data.records import Record, write_records
 from kvpipe.data.rows import read_rows
+from kvpipe.experiment.files import write_json
 from kvpipe.experiment.paths import SOURCES, SPLITS
 
 
@@ -61,7 +61,7 @@ def build(config: DataConfig, out: Path) -> None:
         "leakage": {"what": config.leakage, "ngram": config.ngram, "found": shared},
         "records": {split: dict(Counter(record.task for record in records)) for split, records in splits.items()},
     }
-    (out / SOURCES).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_json(out / SOURCES, report)
 
 
 def _without(split: str, records: list[Record], found: list[tuple[str, str]], key: str, what: str) -> list[Record]:

@@ -18,8 +18,7 @@ from kvpipe.align.head import HeadMixer, grouped_average
 from kvpipe.align.layermap import KINDS, LayerPlan
 from kvpipe.cache.kv import KV
 from kvpipe.config import ProjectorConfig
-from kvpipe.experiment.files import save_tensors
-from kvpipe.experiment.provenance import content_digest, read_json, verify
+from kvpipe.experiment.files import content_digest, read_json, save_tensors, verify, write_json
 
 
 class Geometry(NamedTuple):
@@ -166,7 +165,7 @@ def save_projectors(path: Path, teachers: list[str], projectors: Sequence[Projec
     tensors = _named(teachers, projectors)
     save_tensors({name: t.detach() for name, t in tensors.items()}, path, {"fit": json.dumps(document, sort_keys=True)})
     document = {**document, "sha256": content_digest(path)}
-    path.with_suffix(".json").write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(path.with_suffix(".json"), document, sort_keys=True)
 
 
 def load_projectors(path: Path, teachers: list[str], projectors: Sequence[Projector]) -> None:

@@ -8,7 +8,6 @@ import subprocess
 from dataclasses import dataclass
 
 OK, WARNING, FAIL = "ok", "warning", "would fail"
-GB = 1e9
 PATIENCE = 15.0
 """Seconds that a program has for its answer."""
 

@@ -11,8 +11,9 @@ import psutil
 
 from kvpipe.config import Config
 from kvpipe.doctor.asked import Asked
-from kvpipe.doctor.finding import FAIL, GB, OK, WARNING, Finding, ask, inside_a_job
+from kvpipe.doctor.finding import FAIL, OK, WARNING, Finding, ask, inside_a_job
 from kvpipe.doctor.workload import Workload
+from kvpipe.experiment.files import GB
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.sizes import Shape, training_bytes
 

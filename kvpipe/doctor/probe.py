@@ -18,6 +18,7 @@ from kvpipe.doctor.asked import Asked, Request
 from kvpipe.doctor.container import image_path
 from kvpipe.doctor.finding import Answer, ask
 from kvpipe.doctor.slurm import Partition, read_partitions
+from kvpipe.experiment.files import write_json
 from kvpipe.experiment.paths import Paths
 
 MINUTES = 5
@@ -180,7 +181,7 @@ def _run(site: Site, asked: Asked, paths: Paths, log: Callable[[str], None], wai
         log(f"job {job} ended as {state} without an answer: {last[0]}")
         return None
     seen = {"job": job, "partition": site.partition.name, **json.loads(line.removeprefix(look.MARK))}
-    paths.probe.write_text(json.dumps(seen, indent=2) + "\n", encoding="utf-8")
+    write_json(paths.probe, seen)
     log(f"job {job} ran on {seen['host']}: {(seen['gpu'] or {}).get('name') or 'no GPU seen'}")
     return seen
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvpipe.config import Config
-from kvpipe.doctor.finding import FAIL, GB, OK, WARNING, Finding, ask
+from kvpipe.doctor.finding import FAIL, OK, WARNING, Finding, ask
 from kvpipe.doctor.workload import Workload
+from kvpipe.experiment.files import GB
 from kvpipe.experiment.paths import Paths
 
 LEAST_FREE = 2 * GB

@@ -19,7 +19,7 @@ from kvpipe.evaluate.choices import choice_encoding, choice_nll, chosen
 from kvpipe.evaluate.generate import check_length, context_length, generate
 from kvpipe.evaluate.sandbox.run import Outcome, run_all
 from kvpipe.evaluate.scorers.answers import extract, is_correct
-from kvpipe.experiment.provenance import folder_digest
+from kvpipe.experiment.files import folder_digest
 from kvpipe.models.folders import load_model, load_tokenizer
 from kvpipe.models.likelihood import Scores, score, score_long, scoring_batches
 from kvpipe.models.limits import Limits

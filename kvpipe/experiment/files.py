@@ -1,32 +1,82 @@
-"""Tensor files that appear whole or not at all, and that others may read as far as the umask lets them."""
+"""Files: written whole or not at all, readable as far as the umask lets others, known by their hashes. No torch."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from hashlib import sha1, sha256
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+from kvpipe.experiment.paths import MANIFEST
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+GB = 1e9
+"""Bytes."""
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file; its folder is made, and an older file stays until the new one is complete.
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write to, which takes the place of `path` when all is written; its folder is made.
 
-    Raises:
-        OSError: the disk is full or refuses; names the file.
+    Without the old file's mode and links: a link to another's file is replaced, not written through.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
-    except (OSError, SafetensorError) as error:  # the library has an error of its own for a full disk; it names no file
+        yield partial
+        partial.replace(path)
+    finally:
         if partial.is_file():
             partial.unlink()
-        raise OSError(f"{path} could not be written: {error}") from error
-    set_mode(partial)
-    partial.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8; an older file stays until the new one is complete."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, document: Any, **options: Any) -> None:
+    """Write indented JSON; `options` are those of `json.dumps`."""
+    write_text(path, json.dumps(document, **{"indent": 2, **options}) + "\n")
+
+
+def read_json(path: Path, fix: str) -> dict[str, Any]:
+    """A JSON object that a step has written.
+
+    Raises:
+        ValueError: it cannot be read as one; names the file and what to do.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): {fix}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged (no JSON object): {fix}")
+    return found
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file; an older file stays until the new one is complete.
+
+    Raises:
+        OSError: the disk is full or refuses; names the file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with replacing(path) as partial:
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
+        except (OSError, SafetensorError) as error:  # the library's own error for a full disk names no file
+            raise OSError(f"{path} could not be written: {error}") from error
+        set_mode(partial)
 
 
 def set_mode(*paths: Path) -> None:
@@ -35,3 +85,52 @@ def set_mode(*paths: Path) -> None:
     os.umask(mask)
     for path in paths:
         path.chmod(0o666 & ~mask)
+
+
+# ---------------------------------------------------------------- hashes
+def digest_of(path: Path, kind: str) -> str:
+    """`kind:hex` of a file's content, `sha256` or `git` (SHA-1 of a git blob)."""
+    found = sha256() if kind == "sha256" else sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    with path.open("rb") as handle:
+        while block := handle.read(1 << 20):
+            found.update(block)
+    return f"{kind}:{found.hexdigest()}"
+
+
+def content_digest(path: Path) -> str:
+    """SHA-256 of a file in hex; read once in a process, and again only after the file has changed."""
+    found = path.stat()
+    # ctime too: no program can set it, so that a file written anew with its old size and mtime is seen
+    return _content(path.resolve(), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+@cache
+def _content(path: Path, *state: int) -> str:
+    return digest_of(path, "sha256").removeprefix("sha256:")
+
+
+def verify(path: Path, expected: str, said_by: Path, fix: str) -> None:
+    """Refuse a file that is not the one whose SHA-256 was written down.
+
+    Args:
+        path: the file.
+        expected: SHA-256 in hex.
+        said_by: where that stands.
+        fix: what to do, for the message.
+
+    Raises:
+        ValueError: the file is missing, damaged, or another one.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, which {said_by} lists: {fix}")
+    if content_digest(path) != expected:
+        raise ValueError(f"{path} is damaged or was replaced: its checksum is not the one in {said_by}; {fix}")
+
+
+def folder_digest(folder: Path) -> str:
+    """Hash of a model folder, 16 digits: weights, config, tokenizer and whatever else, but for the card and hidden files."""
+    found = sha256()
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name not in ("README.md", MANIFEST) and not path.name.startswith("."):
+            found.update(f"{path.name} {digest_of(path, 'sha256')}\n".encode())
+    return found.hexdigest()[:16]

@@ -9,15 +9,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kvpipe.experiment.provenance import code_hash, content_digest
+from kvpipe.experiment.files import content_digest, write_json
+from kvpipe.experiment.provenance import code_hash
 from kvpipe.experiment.steps import Step
 
 
 def note(step: Step, **job: str) -> None:
     """Keep what the artefact that was made just now depends on."""
-    path = _record(step, job)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_origin(step, job), indent=2) + "\n", encoding="utf-8")
+    write_json(_record(step, job), _origin(step, job))
 
 
 def changed(step: Step, **job: str) -> list[str] | None:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import ast
-import json
 import os
 import platform
 import subprocess
 from functools import cache
-from hashlib import sha1, sha256
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-from kvpipe.experiment.paths import MANIFEST
 
 PACKAGE = Path(__file__).parents[1]
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "scipy", "pandas", "snakemake")
@@ -71,70 +68,6 @@ def git_commit() -> str | None:
     except FileNotFoundError:
         return os.environ.get("KVPIPE_GIT_COMMIT")
     return commit.stdout.strip() + ("+changes" if dirty else "")
-
-
-# ---------------------------------------------------------------- hashes of files
-def digest_of(path: Path, kind: str) -> str:
-    """`kind:hex` of a file's content, `sha256` or `git` (SHA-1 of a git blob)."""
-    found = sha256() if kind == "sha256" else sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
-    with path.open("rb") as handle:
-        while block := handle.read(1 << 20):
-            found.update(block)
-    return f"{kind}:{found.hexdigest()}"
-
-
-def content_digest(path: Path) -> str:
-    """SHA-256 of a file in hex; read once in a process, and again only after the file has changed."""
-    found = path.stat()
-    # ctime too: no program can set it, so that a file written anew with its old size and mtime is seen
-    return _content(path.resolve(), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-
-
-@cache
-def _content(path: Path, *state: int) -> str:
-    return digest_of(path, "sha256").removeprefix("sha256:")
-
-
-def verify(path: Path, expected: str, said_by: Path, fix: str) -> None:
-    """Refuse a file that is not the one whose SHA-256 was written down.
-
-    Args:
-        path: the file.
-        expected: SHA-256 in hex.
-        said_by: where that stands.
-        fix: what to do, for the message.
-
-    Raises:
-        ValueError: the file is missing, damaged, or another one.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path} is missing, which {said_by} lists: {fix}")
-    if content_digest(path) != expected:
-        raise ValueError(f"{path} is damaged or was replaced: its checksum is not the one in {said_by}; {fix}")
-
-
-def read_json(path: Path, fix: str) -> dict[str, Any]:
-    """A JSON object that a step has written.
-
-    Raises:
-        ValueError: it cannot be read as one; names the file and what to do.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): {fix}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged (no JSON object): {fix}")
-    return found
-
-
-def folder_digest(folder: Path) -> str:
-    """Hash of a model folder, 16 digits: weights, config, tokenizer and whatever else, but for the card and hidden files."""
-    found = sha256()
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name not in ("README.md", MANIFEST) and not path.name.startswith("."):
-            found.update(f"{path.name} {digest_of(path, 'sha256')}\n".encode())
-    return found.hexdigest()[:16]
 
 
 # ---------------------------------------------------------------- code hashes

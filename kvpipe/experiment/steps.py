@@ -435,8 +435,9 @@ class Stats(Step):
         return [self.paths.untrained, *self.of_cells(self.dag.arms)]
 
     def settings(self):
-        roles = {name: arm.role for name, arm in self.dag.arms.items()}
-        return {"stats": self.config.stats.model_dump(), "roles": roles, "seeds": self.config.seeds}
+        # what families are made of
+        arms = {name: (arm.role, self.config.arms[name].base) for name, arm in self.dag.arms.items()}
+        return {"stats": self.config.stats.model_dump(), "arms": arms, "seeds": self.config.seeds}
 
 
 class Report(Step):

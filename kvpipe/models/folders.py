@@ -19,9 +19,8 @@ from transformers.utils import logging as transformers_logging
 
 from kvpipe.align.regime import by_own_length
 from kvpipe.config import Loading, TokenizerRecipe
-from kvpipe.experiment.files import set_mode
+from kvpipe.experiment.files import digest_of, read_json, set_mode, verify, write_json
 from kvpipe.experiment.paths import MANIFEST
-from kvpipe.experiment.provenance import digest_of, read_json, verify
 from kvpipe.experiment.sizes import read_header
 from kvpipe.models.headers import (
     UNUSED,
@@ -218,10 +217,7 @@ def load_tokenizer(folder: Path, trust: bool = False) -> Any:
 def has_tokenizer_code(folder: Path) -> bool:
     """Whether a folder's tokenizer is code of its own, which runs only where the configuration trusts it."""
     settings = folder / "tokenizer_config.json"
-    try:
-        return settings.is_file() and "auto_map" in json.loads(settings.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{settings} is no JSON ({error}): copy or download it again") from error
+    return settings.is_file() and "auto_map" in read_json(settings, "copy or download it again")
 
 
 FINGERPRINT = (
@@ -377,10 +373,7 @@ def write_manifest(folder: Path, source: dict[str, Any], **how: Any) -> None:
     for path in sorted(folder.rglob("*")):
         if path.is_file() and not path.name.startswith(MANIFEST):
             files[path.relative_to(folder).as_posix()] = digest_of(path, "sha256").removeprefix("sha256:")
-    text = json.dumps({"source": source, "files": files, **how}, indent=2, sort_keys=True)
-    partial = folder / f"{MANIFEST}.partial"
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(folder / MANIFEST)  # a link to another's file is replaced, not written through
+    write_json(folder / MANIFEST, {"source": source, "files": files, **how}, sort_keys=True)
 
 
 def manifest_hash(folder: Path) -> str:

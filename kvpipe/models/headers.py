@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from kvpipe.experiment.files import read_json
 from kvpipe.experiment.sizes import read_header
 
 NEEDED = ("config.json", "tokenizer.json")
@@ -65,14 +66,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is no JSON object; names the file.
     """
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}): copy or download it again") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is no JSON object: copy or download it again")
-    return values
+    return read_json(folder / "config.json", "copy or download it again")
 
 
 def no_language_model(values: dict[str, Any]) -> str | None:

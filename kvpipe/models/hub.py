@@ -19,9 +19,9 @@ from typing import Any
 import yaml
 
 from kvpipe.config import Config, HubModel, LockedFile, LockedRepo
+from kvpipe.experiment.files import GB, digest_of, write_text
 from kvpipe.experiment.paths import MANIFEST, Paths
 from kvpipe.experiment.plan import Dag
-from kvpipe.experiment.provenance import digest_of
 
 PATTERNS = ("*.json", "*.txt", "*.jinja", "tokenizer.model", "model*.safetensors")
 """Files of a repository's top folder that a model is made of: never pickles, and not a second copy of the weights."""
@@ -29,7 +29,6 @@ CODE_FILES = "*.py"
 """Downloaded too where `trust_remote_code` says so."""
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 """One of them must be there: transformers makes a fast tokenizer of any."""
-GB = 1e9
 NETWORK = "on a machine that reaches the hub (a login node), without HF_HUB_OFFLINE"
 
 
@@ -206,9 +205,7 @@ def write_lock(path: Path, found: dict[str, LockedRepo]) -> None:
         "# Written by `kvpipe lock`, read with the configuration beside it. `kvpipe lock --update` follows revisions.\n"
     )
     text = yaml.safe_dump({"lock": dict(sorted(entries.items()))}, sort_keys=False)
-    partial = path.with_suffix(".partial")
-    partial.write_text(head + text, encoding="utf-8")
-    partial.replace(path)
+    write_text(path, head + text)
 
 
 def check_room(missing: dict[str, int], folder: Path) -> None:

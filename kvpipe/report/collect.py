@@ -13,6 +13,7 @@ import pandas as pd
 
 from kvpipe.config import Config
 from kvpipe.data.records import Record, read_records
+from kvpipe.experiment.files import read_json
 from kvpipe.experiment.paths import ARMS, CONTRASTS, Paths
 from kvpipe.experiment.plan import Dag
 from kvpipe.models.folders import load_tokenizer
@@ -101,6 +102,7 @@ class Results:
 
     def __init__(self, config: Config, paths: Paths):
         self.config, self.paths, self.dag = config, paths, Dag(config)
+        self.control, self.headline = config.control, config.headline
 
     def records(self, split: str) -> list[Record]:
         """Records of a split."""
@@ -168,7 +170,7 @@ class Results:
     @cached_property
     def costs(self) -> dict[tuple[str, int], dict[str, Any]]:
         """What every trained cell cost."""
-        found = {cell: read_json(self.paths.cost(*cell)) for cell in self.dag.cells}
+        found = {cell: read_document(self.paths.cost(*cell)) for cell in self.dag.cells}
         return {cell: cost for cell, cost in found.items() if cost is not None}
 
     def items(self, arm: str, seed: int) -> pd.DataFrame | None:
@@ -223,12 +225,12 @@ class Results:
     @cached_property
     def audit(self) -> dict[str, Any] | None:
         """Fairness audit."""
-        return read_json(self.paths.audit)
+        return read_document(self.paths.audit)
 
     @cached_property
     def doctor(self) -> dict[str, Any] | None:
         """Findings about the machine."""
-        return read_json(self.paths.doctor)
+        return read_document(self.paths.doctor)
 
     @cached_property
     def absent(self) -> list[str]:
@@ -263,13 +265,13 @@ class Results:
 
     @staticmethod
     def _documents(paths: dict[Any, Path]) -> dict[Any, dict[str, Any]]:
-        found = {key: read_json(path) for key, path in paths.items()}
+        found = {key: read_document(path) for key, path in paths.items()}
         return {key: value for key, value in found.items() if value is not None}
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_document(path: Path) -> dict[str, Any] | None:
     """A JSON file, or None where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path, "make it again") if path.is_file() else None
 
 
 def read_parquet(path: Path) -> pd.DataFrame | None:

@@ -25,8 +25,8 @@ LINES_PER_PANEL = 4
 def forest(results: Results) -> Picture | None:
     """Contrasts of bits per byte and accuracy: estimate, interval (thick), corrected interval (thin)."""
     blocks: list[tuple[str, list[str]]] = []
-    references = list(dict.fromkeys(c.reference for c in results.contrasts.values()))
-    for reference in sorted(references, key=lambda r: (r != "control", r)):
+    references = {c.reference for c in results.contrasts.values()}
+    for reference in (arm for arm in results.arm_order if arm in references):
         arms = [
             arm
             for arm in results.arm_order
@@ -103,7 +103,7 @@ def _interval(axes: Axes, y: float, contrast: Contrast | None, colour: str, fact
 def learning_curves(results: Results) -> Picture | None:
     """Validation loss against training tokens, mean over seeds with the range; control in every panel."""
     curves = {arm: _curve(results, arm) for arm in results.arm_order if arm in results.histories}
-    control = curves.pop("control", None)
+    control = curves.pop(results.control, None)
     panels = _panels(results, list(curves))
     if not panels:
         return None
@@ -118,7 +118,7 @@ def learning_curves(results: Results) -> Picture | None:
             for i, arm in enumerate(arms):
                 _draw_curve(axes, curves[arm], arm, SERIES[i], DASHES[i], 1.6)
             if control is not None:
-                _draw_curve(axes, control, "control", INK, "-", 2.2)
+                _draw_curve(axes, control, results.control, INK, "-", 2.2)
                 axes.axhline(control["mean"].iloc[-1], color=SOFT, linewidth=0.8, linestyle=(0, (2, 2)), zorder=0)
             axes.legend(loc="lower left")
             axes.set_yscale("log")

@@ -11,6 +11,7 @@ from jinja2 import Environment, StrictUndefined
 from kvpipe import __version__
 from kvpipe.config import LOSS_ON, Config
 from kvpipe.data.records import render
+from kvpipe.experiment.files import write_text
 from kvpipe.experiment.paths import Paths
 from kvpipe.report import figures, tables, wording
 from kvpipe.report.alignment import token_alignment
@@ -19,7 +20,7 @@ from kvpipe.report.collect import ROLES, Results
 SAMPLES_PER_TASK = 3
 ROLE_TEXTS = {
     "control": "trained on the text alone; everything is compared with it",
-    "experiment": "adds one component to exp1 (full: all of them), so that each component’s own effect shows",
+    "experiment": "learns from teachers too; one that is built on another shows what its own components add",
     "ablation": "another arm with some settings changed",
     "baseline": "what one would use instead of this method; a method worth using beats it",
     "null": "contains no usable teacher knowledge; if it beat control, the benefit would not come from the teacher",
@@ -42,7 +43,7 @@ def write_report(config: Config, paths: Paths, out: Path) -> None:
     source = resources.files("kvpipe.report").joinpath("template.html").read_text(encoding="utf-8")
     text = environment.from_string(source).render(**content(Results(config, paths)))
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text, encoding="utf-8")
+    write_text(out, text)
 
 
 def content(results: Results) -> dict[str, Any]:
@@ -70,6 +71,7 @@ def content(results: Results) -> dict[str, Any]:
         "task_notes": task_notes.items(),
         "forest": figures.forest(results),
         "contrast_rows": tables.contrast_rows(results),
+        "references": results.arm_order,
         "level": wording.level(results),
         "metric_names": wording.METRIC_NAMES,
         "p_floor": 2 / (results.config.stats.resamples + 1),
@@ -84,7 +86,9 @@ def content(results: Results) -> dict[str, Any]:
         "samples_seed": results.config.seeds[0],
         "audit": results.audit,
         "doctor": results.doctor,
-        "example_arm": "full" if "full" in results.dag.arms else results.arm_order[-1],
+        "control": results.control,
+        "headline": results.headline,
+        "example_arm": results.headline or results.arm_order[-1],
         "provenance": provenance(results),
         "models": model_rows(results),
     }
@@ -111,9 +115,9 @@ def training(results: Results) -> list[tuple[str, str]]:
 
 
 def samples(results: Results) -> list[dict[str, Any]]:
-    """The first test items of every task, whatever came out, as control and full answered them."""
+    """The first test items of every task, whatever came out, as control and the headline answered them."""
     seed = results.config.seeds[0]
-    names = [name for name in ("control", "full") if name in results.dag.arms]
+    names = [name for name in (results.control, results.headline) if name]
     found = {name: results.items(name, seed) for name in names}
     frames = {name: frame.set_index("id") for name, frame in found.items() if frame is not None}
     out = []

@@ -105,7 +105,7 @@ def conclusions(results: Results) -> list[Statement]:
     """What the tables say, most important first. Every word follows from a corrected interval."""
     return [
         *_fairness(results),
-        *_full_against_control(results),
+        *_headline(results),
         *_nulls(results),
         *_components(results),
         *_baselines(results),
@@ -124,22 +124,21 @@ def _fairness(results: Results) -> list[Statement]:
     return [Statement("bad", "The comparison is not fair.", text)]
 
 
-def _full_against_control(results: Results) -> list[Statement]:
-    if "full" not in results.dag.arms:
-        return [
-            Statement("neutral", "There is no arm named full.", "The contrasts below compare each arm with control.")
-        ]
-    contrasts = {m: results.contrasts.get(("full", "control", m, "all")) for m in METRIC_NAMES}
+def _headline(results: Results) -> list[Statement]:
+    arm, control = results.headline, results.control
+    if arm is None:
+        text = f"The contrasts below compare each arm with {control}."
+        return [Statement("neutral", "There is no experiment to conclude on.", text)]
+    contrasts = {m: results.contrasts.get((arm, control, m, "all")) for m in METRIC_NAMES}
     main = contrasts["bits_per_byte"]
     if main is None or not main.known:
-        return [
-            Statement("missing", "full against control: no result.", "The contrast has no estimate in the statistics.")
-        ]
+        text = "The contrast has no estimate in the statistics."
+        return [Statement("missing", f"{arm} against {control}: no result.", text)]
     lead = {
-        "better": "full beats control.",
-        "worse": "full is worse than control.",
-        "undecided": "full is not shown to beat control.",
-        "untested": "full against control is not tested.",
+        "better": f"{arm} beats {control}.",
+        "worse": f"{arm} is worse than {control}.",
+        "undecided": f"{arm} is not shown to beat {control}.",
+        "untested": f"{arm} against {control} is not tested.",
     }[main.verdict]
     text = f"{_both(results, 'bits_per_byte')} bits per byte: {difference(main)}."
     if main.verdict == "undecided":
@@ -162,14 +161,14 @@ def _full_against_control(results: Results) -> list[Statement]:
 
 
 def _both(results: Results, metric: str) -> str:
-    means = [results.arms[arm, metric, "all"].mean for arm in ("full", "control")]
+    means = [results.arms[arm or "", metric, "all"].mean for arm in (results.headline, results.control)]
     return " against ".join(shown(metric, mean) + ("%" if metric == "accuracy" else "") for mean in means)
 
 
 def _nulls(results: Results) -> list[Statement]:
     out = []
     for name in (n for n in results.arm_order if results.role(n) == "null"):
-        c = results.contrasts.get((name, "control", "bits_per_byte", "all"))
+        c = results.contrasts.get((name, results.control, "bits_per_byte", "all"))
         if c is None or not c.known:
             out.append(Statement("missing", f"{name}: no result.", "Whether this null stays null is not known."))
             continue
@@ -183,55 +182,54 @@ def _nulls(results: Results) -> list[Statement]:
         # control again under other seeds: a difference either way would be a false positive
         must_be_equal = not results.dag.arms[name].teachers
         holds = not better and not (worse and must_be_equal)
-        what = (
-            "is better than control"
-            if better
-            else "is worse than control"
-            if worse
-            else "is not shown to differ from control"
-        )
+        what = "is better than" if better else "is worse than" if worse else "is not shown to differ from"
         plain = f"{level(results)} interval {signed(c.low, 3)} to {signed(c.high, 3)}, not corrected"
         # worse than control is a finding; an interval that includes 0 is none
         tone = "bad" if not holds else "good" if worse else "neutral"
         lead = f"{name} {'shows no benefit' if holds else 'is not null'}:"
-        text = f"it {what}, {signed(c.estimate, 3)} bits per byte ({plain})."
+        text = f"it {what} {results.control}, {signed(c.estimate, 3)} bits per byte ({plain})."
         out.append(Statement(tone, lead, text))
     return out
 
 
 def _components(results: Results) -> list[Statement]:
-    found = [
-        c
-        for c in results.contrasts.values()
-        if c.reference == "exp1" and c.metric == "bits_per_byte" and c.task == "all" and c.arm in results.dag.arms
-    ]
-    if not found:
-        return []
-    parts = []
-    for verdict, words in (
-        ("better", "better than"),
-        ("worse", "worse than"),
-        ("undecided", "not shown to differ from"),
-        ("untested", "not tested against"),
-    ):
-        names = [f"{c.arm} ({signed(c.estimate)})" for c in found if c.verdict == verdict]
-        if names:
-            parts.append(f"{words} exp1: {listed(names)}")
-    missing = [c.arm for c in found if c.verdict == "missing"]
-    if missing:
-        parts.append(f"without result: {listed(missing)}")
-    return [Statement("neutral", "What each component adds to exp1 (bits per byte):", "; ".join(parts) + ".")]
+    """What experiments and ablations change in the arm that they are built on, one sentence for each role and base."""
+    groups: dict[tuple[str, str], list[Contrast]] = {}
+    for c in results.contrasts.values():
+        known = c.arm in results.dag.arms and c.reference in results.dag.arms
+        if known and (c.metric, c.task) == ("bits_per_byte", "all") and results.role(c.reference) == "experiment":
+            groups.setdefault((results.role(c.arm), c.reference), []).append(c)
+    out = []
+    for (role, reference), found in groups.items():
+        parts = []
+        for verdict, words in (
+            ("better", "better than"),
+            ("worse", "worse than"),
+            ("undecided", "not shown to differ from"),
+            ("untested", "not tested against"),
+        ):
+            names = [f"{c.arm} ({signed(c.estimate)})" for c in found if c.verdict == verdict]
+            if names:
+                parts.append(f"{words} {reference}: {listed(names)}")
+        missing = [c.arm for c in found if c.verdict == "missing"]
+        if missing:
+            parts.append(f"without result: {listed(missing)}")
+        lead = f"What each {'component' if role == 'experiment' else role} adds to {reference} (bits per byte):"
+        out.append(Statement("neutral", lead, "; ".join(parts) + "."))
+    return out
 
 
 def _baselines(results: Results) -> list[Statement]:
-    full = results.arms.get(("full", "bits_per_byte", "all"))
-    names = [n for n in results.arm_order if results.role(n) == "baseline"]
-    if full is None or not full.known or not names:
+    headline = results.headline
+    own_name = headline or ""
+    own = results.arms.get((own_name, "bits_per_byte", "all"))
+    names = [n for n in results.arm_order if results.role(n) == "baseline" and n != headline]
+    if own is None or not own.known or not names:
         return []
     parts: list[str] = []
     tones: list[str] = []
     for name in names:
-        direct = results.contrasts.get(("full", name, "bits_per_byte", "all"))
+        direct = results.contrasts.get((own_name, name, "bits_per_byte", "all"))
         other = results.arms.get((name, "bits_per_byte", "all"))
         tones += [] if direct is None else [direct.verdict]
         if direct is not None and direct.known:
@@ -241,23 +239,21 @@ def _baselines(results: Results) -> list[Statement]:
         else:
             parts.append(f"{name} {DASH}")
     tone = "good" if set(tones) == {"better"} else "bad" if "worse" in tones else "neutral"
-    note = "" if tones else " (means only: no contrast between full and a baseline was computed)"
-    return [
-        Statement(
-            tone, f"full ({number(full.mean, 3)} bits per byte) against the baselines:", "; ".join(parts) + note + "."
-        )
-    ]
+    note = "" if tones else f" (means only: no contrast between {headline} and a baseline was computed)"
+    lead = f"{headline} ({number(own.mean, 3)} bits per byte) against the baselines:"
+    return [Statement(tone, lead, "; ".join(parts) + note + ".")]
 
 
 def _speed(results: Results) -> list[Statement]:
-    full, control = (results.arms.get((arm, "tokens_to_control", "all")) for arm in ("full", "control"))
-    if full is None or control is None or not control.known:
+    arm, reference = results.headline, results.control
+    own, control = (results.arms.get((name, "tokens_to_control", "all")) for name in (arm or "", reference))
+    if own is None or control is None or not control.known:
         return []
     seeds = len(results.config.seeds)
-    if not full.known or full.n_seeds < seeds:
-        count = f"full reached control’s final validation loss in {full.n_seeds} of {seeds} seeds."
+    if not own.known or own.n_seeds < seeds:
+        count = f"{arm} reached {reference}’s final validation loss in {own.n_seeds} of {seeds} seeds."
         return [Statement("neutral", "Convergence:", count)]
-    share = f"{100 * full.mean / control.mean:.0f}%"
-    tokens = f"{full.mean / 1000:,.0f} thousand training tokens"
-    text = f"full reaches control’s final validation loss after {tokens}, {share} of what control needs."
+    share = f"{100 * own.mean / control.mean:.0f}%"
+    tokens = f"{own.mean / 1000:,.0f} thousand training tokens"
+    text = f"{arm} reaches {reference}’s final validation loss after {tokens}, {share} of what {reference} needs."
     return [Statement("neutral", "Convergence:", f"{text} This is not tested.")]

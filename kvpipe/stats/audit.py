@@ -12,6 +12,7 @@ import pandas as pd
 from kvpipe.config import Config, LocalModel, PretrainModel
 from kvpipe.data.leakage import leaks
 from kvpipe.data.records import read_records
+from kvpipe.experiment.files import write_json
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.plan import Dag
 from kvpipe.models.pretrain import pretraining_records
@@ -44,8 +45,7 @@ def audit(config: Config, paths: Paths, out: Path) -> list[Check]:
         if check.status == "breach" and check.name in config.audit.allow
     }
     checks = [allowed.get(check, check) for check in checks]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"checks": [asdict(c) for c in checks]}, indent=2) + "\n", encoding="utf-8")
+    write_json(out, {"checks": [asdict(c) for c in checks]})
     breaches = [check for check in checks if check.status == "breach"]
     if breaches:
         lines = "\n".join(f"  {check.name}: {check.detail}" for check in breaches)

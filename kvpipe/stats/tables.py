@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from kvpipe.config import StatsConfig
+from kvpipe.config import Config, StatsConfig
 from kvpipe.experiment.paths import ARMS, CONTRASTS, COST, Paths
 from kvpipe.experiment.plan import Dag
 from kvpipe.stats.bootstrap import (
@@ -39,8 +39,6 @@ UNTESTED = {"tokens_to_control"}
 the comparison."""
 CURVE_METRICS = ("tokens_to_control", "validation_area")
 COST_METRICS = ("train_seconds", "peak_memory_bytes")
-WITHIN = ("exp2", "exp3", "exp4", "exp5", "exp6", "full")
-"""Arms that are also compared with exp1, to show what their own component adds."""
 
 
 # ---------------------------------------------------------------- reading
@@ -232,7 +230,7 @@ class Scores:
             found = paths.history(arm, seed).is_file()
             return read_curve(paths, arm, seed) if found else None
 
-        control = {seed: curve("control", seed) for seed in self.seeds}
+        control = {seed: curve(dag.config.control, seed) for seed in self.seeds}
         for arm in self.arms:
             reach, area = [], []
             for seed in self.seeds:
@@ -319,20 +317,36 @@ def _largest(metric: str) -> float:
     return 1.0 if metric == ACCURACY else np.inf
 
 
-def contrasts(arms: list[str], roles: Mapping[str, str], bases: Mapping[str, str | None]) -> list[tuple[str, str]]:
-    """(arm, reference): every arm against control, those that add to exp1 against it, full against the baselines, and a
-    user's ablations against the arms that they change."""
-    pairs = [(arm, "control") for arm in arms if arm != "control"]
-    pairs += [(arm, "exp1") for arm in WITHIN if arm in arms and "exp1" in arms]
-    pairs += [("full", arm) for arm in arms if "full" in arms and roles[arm] == "baseline"]
-    changed = ((arm, bases[arm]) for arm in arms if roles[arm] == "ablation")
-    return pairs + [(arm, base) for arm, base in changed if base in arms and base != "control"]
+def families(config: Config) -> dict[str, list[tuple[str, str]]]:
+    """Question → its contrasts (arm, reference), in the order of the configuration; corrections go over a question's.
+
+    Every experiment, null and baseline is compared with control; every experiment that is built on another one, and every
+    ablation, with its base; the headline with every baseline; and what `stats.contrasts` adds. A family is all contrasts
+    of one role with one reference, and those of the headline with the baselines: one alone is not corrected for any other.
+    """
+    roles = {name: config.arm(name).role for name in config.arms}
+    control, headline = config.control, config.headline
+    pairs = [(arm, control) for arm, role in roles.items() if role in ("experiment", "null", "baseline")]
+    for arm, role in roles.items():
+        base = config.arms[arm].base
+        if base and (role == "ablation" or role == roles[base] == "experiment"):
+            pairs.append((arm, base))
+    pairs += [(headline, arm) for arm, role in roles.items() if headline and role == "baseline" and arm != headline]
+    pairs += [(arm, reference) for arm, reference in config.stats.contrasts]
+    found: dict[str, list[tuple[str, str]]] = {}
+    for arm, reference in dict.fromkeys(pairs):
+        if arm == headline and roles[reference] == "baseline":
+            question = f"{arm} against baselines"
+        elif reference == control or roles[arm] not in ("experiment", "ablation"):
+            question = f"{roles[arm]}s against {reference}"
+        else:
+            question = f"ablations of {reference}" if roles[arm] == "ablation" else f"against {reference}"
+        found.setdefault(question, []).append((arm, reference))
+    return found
 
 
 def contrasts_table(
-    arms: list[str],
-    roles: Mapping[str, str],
-    bases: Mapping[str, str | None],
+    families: dict[str, list[tuple[str, str]]],
     measures: list[tuple[str, str]],
     matrix: Callable[[str, str, str], np.ndarray],
     config: StatsConfig,
@@ -343,11 +357,10 @@ def contrasts_table(
     a metric that is no `UNTESTED` one. Of every other the estimate is given, and no p, interval or family.
     """
     rows = []
-    pairs = contrasts(arms, roles, bases)
     for metric, task in measures:
-        for name in dict.fromkeys(family_of(pair, roles) for pair in pairs):
+        for name, pairs in families.items():
             members = []
-            for arm, reference in (pair for pair in pairs if family_of(pair, roles) == name):
+            for arm, reference in pairs:
                 difference = matrix(arm, metric, task) - matrix(reference, metric, task)
                 members.append((arm, reference, difference[~np.isnan(difference).any(1)], len(difference)))
             size = sum(_tested(metric, kept, seeds) for _, _, kept, seeds in members)
@@ -355,22 +368,7 @@ def contrasts_table(
             p = [row["p"] for row in block]
             for row, bonferroni, holm in zip(block, adjust(p, "bonferroni"), adjust(p, "holm"), strict=True):
                 rows.append(row | {"p_bonferroni": bonferroni, "p_holm": holm})
-    return pd.DataFrame(rows)[COLUMNS]
-
-
-def family_of(pair: tuple[str, str], roles: Mapping[str, str]) -> str:
-    """The question that a contrast belongs to; corrections go over its contrasts.
-
-    The method's arms against control are one family, what each component adds to exp1 another; nulls, baselines and a
-    user's ablations against control, full against the baselines, and ablations against the arm that they change answer
-    questions of their own.
-    """
-    arm, reference = pair
-    if reference == "control":
-        return f"{roles[arm]}s against control"
-    if roles[arm] == "ablation":
-        return f"ablations of {reference}"
-    return f"against {reference}" if reference == "exp1" else f"{arm} against baselines"
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 COLUMNS = [
@@ -416,14 +414,12 @@ def _contrast_row(
 def write_stats(dag: Dag, paths: Paths, untrained: Path | None) -> None:
     """`stats/` (the same in every run) and `cost/` (measured time and memory)."""
     config = dag.config.stats
-    roles = {name: arm.role for name, arm in dag.arms.items()}
+    asked = families(dag.config)
     scores = Scores(dag, paths)
     base = pd.read_parquet(untrained) if untrained is not None else None
     paths.stats.mkdir(parents=True, exist_ok=True)
     arms_table(scores, config, base).to_csv(paths.stats / ARMS, index=False)
-    bases = {name: dag.config.arms[name].base for name in dag.arms}
-    table = contrasts_table(scores.arms, roles, bases, _measures(scores), scores.matrix, config)
-    table.to_csv(paths.stats / CONTRASTS, index=False)
+    contrasts_table(asked, _measures(scores), scores.matrix, config).to_csv(paths.stats / CONTRASTS, index=False)
 
     costs = _costs(dag, paths)
     measures = [(metric, ALL) for metric in COST_METRICS]
@@ -435,9 +431,7 @@ def write_stats(dag: Dag, paths: Paths, untrained: Path | None) -> None:
             for metric, task in measures
         ]
     ).to_csv(paths.costs / ARMS, index=False)
-    contrasts_table(scores.arms, roles, bases, measures, lambda *key: costs[key], config).to_csv(
-        paths.costs / CONTRASTS, index=False
-    )
+    contrasts_table(asked, measures, lambda *key: costs[key], config).to_csv(paths.costs / CONTRASTS, index=False)
 
 
 def _costs(dag: Dag, paths: Paths) -> dict[tuple[str, str, str], np.ndarray]:

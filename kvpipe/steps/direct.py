@@ -9,9 +9,9 @@ from typing import Any
 
 from kvpipe.config import Config, ConfigError, FileData, overridden, parse
 from kvpipe.data.rows import read_rows
+from kvpipe.experiment.files import digest_of, write_json
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.plan import digest
-from kvpipe.experiment.provenance import digest_of
 
 ARM = "distil"
 """The arm that learns from the teachers; `control` trains the same student without them."""
@@ -77,7 +77,7 @@ def keep(config: Config, paths: Paths, out: Path) -> None:
         "results": paths.root.relative_to(out).as_posix(),
         "config": config.model_dump(mode="json", exclude_unset=True),
     }
-    (out / EXPERIMENT_FILE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    write_json(out / EXPERIMENT_FILE, document)
 
 
 def kept(cell: Path, overrides: list[str] | None = None) -> tuple[Config, Paths] | None:

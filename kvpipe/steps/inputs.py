@@ -21,10 +21,10 @@ from kvpipe.config import Arm, Config, ConfigError, ScratchModel
 from kvpipe.data.encoding import Encoding, load_encoding
 from kvpipe.data.records import Record, read_records
 from kvpipe.experiment.device import resolve_device
+from kvpipe.experiment.files import content_digest
 from kvpipe.experiment.misfits import misfits
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.plan import Dag
-from kvpipe.experiment.provenance import content_digest
 from kvpipe.experiment.sizes import shape
 from kvpipe.experiment.steps import table
 from kvpipe.models.folders import build_model, load_config, load_model, load_tokenizer, manifest_hash, random_model

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from kvpipe.align.timemap import shared_spans
-from kvpipe.cache.store import GB, forward_rows
+from kvpipe.cache.store import forward_rows
 from kvpipe.config import Arm
 from kvpipe.distill.build import build_objective
 from kvpipe.distill.objectives import Distiller, TopLogits
+from kvpipe.experiment.files import GB
 from kvpipe.steps.inputs import Inputs
 from kvpipe.steps.projectors import fitted
 from kvpipe.tokens.matrix import common_prefix_positions

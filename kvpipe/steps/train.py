@@ -13,10 +13,11 @@ from safetensors import SafetensorError
 
 from kvpipe.experiment import attempts
 from kvpipe.experiment.device import resolve_device
+from kvpipe.experiment.files import content_digest, write_json, write_text
 from kvpipe.experiment.outofmemory import evaluation_advice, explained
 from kvpipe.experiment.paths import COST, HISTORY, STUDENT
 from kvpipe.experiment.plan import digest
-from kvpipe.experiment.provenance import content_digest, describe
+from kvpipe.experiment.provenance import describe
 from kvpipe.models.folders import manifest_hash
 from kvpipe.steps.inputs import Inputs
 from kvpipe.steps.make import make
@@ -161,7 +162,7 @@ def write_cell(
             log,
         )
     lines = "".join(json.dumps(line) + "\n" for line in trained.history)
-    (out / HISTORY).write_text(lines, encoding="utf-8")
+    write_text(out / HISTORY, lines)
     counters = trained.counters
     cost = {
         "train_seconds": counters.seconds,
@@ -177,5 +178,5 @@ def write_cell(
             arm=cell.name, seed=seed, config_hash=digest(config.model_dump(), 16), device=str(trained.device)
         ),
     }
-    (out / COST).write_text(json.dumps(cost, indent=2) + "\n", encoding="utf-8")
+    write_json(out / COST, cost)
     write_card(inputs.dag, inputs.paths, cell.name, out)

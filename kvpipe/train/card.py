@@ -18,9 +18,9 @@ import yaml
 
 from kvpipe.config import LOSS_ON, Arm, HubData
 from kvpipe.config.errors import printable
+from kvpipe.experiment.files import GB, folder_digest, write_text
 from kvpipe.experiment.paths import ARMS, CONTRASTS, COST, SPLITS, STUDENT, Paths
 from kvpipe.experiment.plan import Dag
-from kvpipe.experiment.provenance import folder_digest
 from kvpipe.experiment.steps import Train
 from kvpipe.models import hub
 
@@ -122,7 +122,7 @@ def card(dag: Dag, paths: Paths, arm_name: str, cell: Path) -> str:
         f"{cost['steps']} steps, {cost['tokens']:,} student tokens. Settings of the arm:\n",
         f"```yaml\n{yaml.safe_dump(arm.model_dump(exclude={'role', 'label'}), sort_keys=False)}```\n",
         "## Results\n",
-        _results(paths, arm, provenance, digest),
+        _results(paths, arm, dag.config.control, provenance, digest),
         "## Provenance\n",
         _provenance(provenance, digest, cost.get("model", {})),
     ]
@@ -132,7 +132,7 @@ def card(dag: Dag, paths: Paths, arm_name: str, cell: Path) -> str:
 def write_card(dag: Dag, paths: Paths, arm_name: str, cell: Path) -> Path:
     """Write the card into the cell's model folder."""
     path = cell / STUDENT / "README.md"
-    path.write_text(card(dag, paths, arm_name, cell), encoding="utf-8")
+    write_text(path, card(dag, paths, arm_name, cell))
     return path
 
 
@@ -195,7 +195,7 @@ def _commits(paths: Paths) -> dict[str, str]:
     return {task: f" at {', '.join(commits)}" for task, commits in found.items()}
 
 
-def _results(paths: Paths, arm: Arm, provenance: dict[str, Any], digest: str) -> str:
+def _results(paths: Paths, arm: Arm, control: str, provenance: dict[str, Any], digest: str) -> str:
     """Scores of this very model, and of its arm where it was one of those that the statistics are of."""
     name, seed = provenance["arm"], provenance["seed"]
     own, means = _read(paths.arm_table(name), "model"), _read(paths.stats / ARMS, "models")
@@ -225,7 +225,7 @@ def _results(paths: Paths, arm: Arm, provenance: dict[str, Any], digest: str) ->
     text += ":\n\n| metric | task | this model | arm (interval) |\n|---|---|---|---|\n" + "\n".join(lines) + "\n"
     path = paths.stats / CONTRASTS
     if arm.teachers and path.is_file() and not means.empty:
-        text += _against_control(pd.read_csv(path), name)
+        text += _against(control, pd.read_csv(path), name)
     return text
 
 
@@ -236,8 +236,8 @@ def _read(path: Path, models: str) -> pd.DataFrame:
     return table if models in table else table.assign(**{models: ""})
 
 
-def _against_control(contrasts: pd.DataFrame, arm_name: str) -> str:
-    kept = (contrasts.arm == arm_name) & (contrasts.reference == "control") & contrasts.metric.isin(list(METRICS))
+def _against(control: str, contrasts: pd.DataFrame, arm_name: str) -> str:
+    kept = (contrasts.arm == arm_name) & (contrasts.reference == control) & contrasts.metric.isin(list(METRICS))
     lines = [
         f"| {METRICS[row.metric]} | {escaped(row.task)} | {row.estimate:+.4g} ({row.low:+.4g}, {row.high:+.4g}) "
         f"| {row.p_holm:.3g} |"
@@ -246,7 +246,7 @@ def _against_control(contrasts: pd.DataFrame, arm_name: str) -> str:
     if not lines:
         return ""
     head = "| metric | task | difference | p (Holm) |\n|---|---|---|---|\n"
-    return "\nAgainst control, the same student without teachers:\n\n" + head + "\n".join(lines) + "\n"
+    return f"\nAgainst {control}, the same student without teachers:\n\n" + head + "\n".join(lines) + "\n"
 
 
 def _provenance(provenance: dict[str, Any], digest: str, trained: dict[str, Any]) -> str:
@@ -289,5 +289,5 @@ def publish(dag: Dag, paths: Paths, arm_name: str, cell: Path, repo: str, privat
     with hub.hub_errors("publish", repo, "main"):
         api.create_repo(repo, private=private, exist_ok=True)
         done = api.create_commit(repo, operations, commit_message=f"{arm_name}, trained by kvpipe")
-    log(f"{len(operations)} files to {repo}, {sum(p.stat().st_size for p in files) / hub.GB:.2f} GB: {done.commit_url}")
+    log(f"{len(operations)} files to {repo}, {sum(p.stat().st_size for p in files) / GB:.2f} GB: {done.commit_url}")
     return str(done.commit_url)

@@ -14,7 +14,7 @@ from kvpipe.cache.teacher import spread
 from kvpipe.config import Template
 from kvpipe.data.encoding import Encoding, encode_records
 from kvpipe.data.records import Record
-from kvpipe.experiment.provenance import folder_digest
+from kvpipe.experiment.files import folder_digest
 from kvpipe.models.folders import load_model, load_tokenizer, save_model, weights_dtype
 from kvpipe.models.likelihood import score, scoring_batches
 from kvpipe.train.cell import Cell

@@ -211,7 +211,13 @@ MISTAKES = [
     ({"train.device": "cuda:x"}, "train.device", "'cuda:0'"),
     # the arm that all others are compared with
     ({"arms.second": {"role": "control"}}, "arms.second.role", "no other arm"),
-    ({"arms.control.role": "experiment"}, "arms.control.role", "has role control"),
+    ({"arms.control.role": "experiment"}, "arms", "no arm has role control"),
+    ({"stats.headline": "fulll"}, "stats.headline", "no arm is named 'fulll'; did you mean 'full'?"),
+    # the shipped statistics and other arms
+    ({"arms": {"alone": {}}}, "stats.headline", "(known: alone); name one of them, or leave stats.headline out"),
+    ({"stats.headline": "control"}, "stats.headline", "is the control"),
+    ({"stats.contrasts": [["full", "exp9"]]}, "stats.contrasts[0]", "no arm is named 'exp9'"),
+    ({"stats.contrasts": [["full", "full"]]}, "stats.contrasts[0]", "compared with itself"),
     ({"arms.control.set": {"teachers": ["math"], "loss.kind": "kv"}}, "arms.control.set", "leave out teachers (math)"),
     ({"arms.control.set": {"loss.kind": "kv"}}, "arms.control.set", "both or neither"),
     # keys that had another name
@@ -324,12 +330,14 @@ def _only_line(values):
 
 def test_control_needs_no_role_of_its_own():
     arms = {"control": {}, "other": {"base": "control", "set": {"seed_offset": 7}}}
-    assert parse({**EMBEDDED, "arms": arms}).arm("control").role == "control"
+    for name in ("control", "alone"):
+        config = parse({**EMBEDDED, "stats": {}, "arms": {name: {}, "other": {**arms["other"], "base": name}}})
+        assert (config.control, config.arm(name).role, config.arm("other").role) == (name, "control", "ablation")
 
 
 def test_control_must_be_there():
-    arms = {"alone": {"label": "no control"}}
-    assert "'control' is missing" in _only_line({**EMBEDDED, "arms": arms})
+    arms = {"alone": {"label": "no control", "role": "ablation"}}
+    assert "no arm has role control" in _only_line({**EMBEDDED, "arms": arms})
 
 
 # ---------------------------------------------------------------- base and set

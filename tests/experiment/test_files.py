@@ -1,4 +1,4 @@
-"""Tensor files appear whole or not at all, with the mode of the umask."""
+"""Files appear whole or not at all, with the mode of the umask."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kvpipe.experiment.files import save_tensors, set_mode
+from kvpipe.experiment.files import save_tensors, set_mode, write_json
 
 
 @pytest.fixture
@@ -38,6 +38,20 @@ def test_a_file_that_cannot_be_written_is_named_and_the_older_one_stays(tmp_path
     with pytest.raises(OSError, match=r"x\.safetensors"):
         save_tensors({"a": torch.ones(3)}, path)
     assert torch.equal(load_file(path)["a"], torch.zeros(3))
+
+
+def test_json_that_cannot_be_written_leaves_the_older_file_and_nothing_beside_it(tmp_path):
+    path, other = tmp_path / "new" / "x.json", tmp_path / "other.json"
+    write_json(path, {"b": 1, "a": "é"}, sort_keys=True)
+    assert path.read_text(encoding="utf-8") == '{\n  "a": "\\u00e9",\n  "b": 1\n}\n'
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    with pytest.raises(UnicodeEncodeError):
+        write_json(path, {"a": "\ud800"}, ensure_ascii=False)
+    assert path.read_text(encoding="utf-8").startswith("{") and [p.name for p in path.parent.iterdir()] == ["x.json"]
+    other.symlink_to(path)
+    write_json(other, [])
+    assert not other.is_symlink() and path.read_text(encoding="utf-8") != "[]\n", "not written through a link"
 
 
 def test_what_a_cell_leaves_can_be_read_by_others(umask, tmp_path):

@@ -12,7 +12,7 @@ from tiny import build
 from kvpipe.align.layermap import layer_plan
 from kvpipe.cache.store import Store
 from kvpipe.config import Config, LayerConfig
-from kvpipe.experiment.provenance import content_digest
+from kvpipe.experiment.files import content_digest
 from kvpipe.models.folders import load_model, load_tokenizer
 from kvpipe.report.status import cell as cell_of
 from kvpipe.steps.inputs import Inputs

@@ -12,9 +12,9 @@ from hub_server import HubServer
 from tiny import ALPHA, save_teacher, values
 
 from kvpipe.config import HubModel, LockedFile, LockedRepo, load, lock_path, parse
+from kvpipe.experiment.files import digest_of
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.plan import Dag
-from kvpipe.experiment.provenance import digest_of
 from kvpipe.models import hub as hub_module
 from kvpipe.models.folders import write_manifest
 from kvpipe.models.hub import (

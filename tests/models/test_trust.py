@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from kvpipe.cli import app as cli
 from kvpipe.config import LockedFile, parse
 from kvpipe.data import build as data
+from kvpipe.experiment.files import digest_of
 from kvpipe.experiment.paths import Paths
-from kvpipe.experiment.provenance import digest_of
 from kvpipe.models.folders import load_config, load_model, load_tokenizer
 from kvpipe.models.hub import is_model_file
 from kvpipe.steps.inputs import Inputs

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from kvpipe.config import load
 from kvpipe.data import build as data
@@ -44,11 +45,11 @@ SHIFT = {
 """How an arm's score differs from control's, as a share of it; negative is better."""
 
 
-def workspace(root: Path, *overrides: str) -> Inputs:
+def workspace(root: Path, *overrides: str, config: Path = ROOT / "config/config.yaml") -> Inputs:
     tasks = [f"{{kind: embedded, task: {task}, train: 40, validation: 9, test: 11}}" for task in ("math", "code")]
     settings = [f"data.sources=[{', '.join(tasks)}]", "stats.resamples=1000", "seeds=[0, 1, 2]"]
     settings += [f"models.{name}.path={ROOT}/config/embedded/{name}" for name in ("math", "code")]
-    return Inputs(load(ROOT / "config/config.yaml", [*settings, *overrides]), Paths(root))
+    return Inputs(load(config, [*settings, *overrides]), Paths(root))
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -239,6 +240,36 @@ def test_page_is_whole_small_and_self_contained(finished, whole):
 
 def test_page_is_the_same_every_time_and_wherever_it_is_made(work, whole):
     assert report(work) == whole
+
+
+def test_other_names_give_the_same_page(work, whole, tmp_path):
+    """Every arm renamed: the same words and numbers, in the same order, but for the names."""
+    write_stats(work.dag, work.paths, work.paths.items(work.config.control, 0))
+    before = Page(report(work)).text
+    values = yaml.safe_load((ROOT / "config/config.yaml").read_text(encoding="utf-8"))
+    # of the same length, so that no line wraps elsewhere, and sorted the other way
+    names = {old: f"{chr(ord('z') - i)}q{'x' * (len(old) - 2)}" for i, old in enumerate(sorted(values["arms"]))}
+    values["arms"] = {names[old]: {**e, "base": names.get(e.get("base"))} for old, e in values["arms"].items()}
+    stats = values["stats"]
+    stats["headline"], stats["contrasts"] = (
+        names[stats["headline"]],
+        [[names[a] for a in p] for p in stats["contrasts"]],
+    )
+    (tmp_path / "renamed.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    for folder in ("train", "evaluate"):
+        for old, new in names.items():
+            (work.paths.root / folder / old).rename(work.paths.root / folder / new)
+    for path in work.paths.root.glob("train/*/*/cost.json"):
+        cost = json.loads(path.read_text())
+        cost["provenance"]["arm"] = names[cost["provenance"]["arm"]]
+        path.write_text(json.dumps(cost))
+    renamed = workspace(work.paths.root, config=tmp_path / "renamed.yaml")
+    write_stats(renamed.dag, renamed.paths, renamed.paths.items(names["control"], 0))
+    write_report(renamed, tmp_path / "renamed.html")
+    after = Page((tmp_path / "renamed.html").read_text(encoding="utf-8")).text
+    for old, new in names.items():
+        after = after.replace(new, old)
+    assert after == before
 
 
 def test_generated_text_is_escaped(tmp_path):

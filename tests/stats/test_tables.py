@@ -210,9 +210,7 @@ def contrasts(finished) -> tuple[pd.DataFrame, tables.Scores]:
     dag, paths = finished
     scores = tables.Scores(dag, paths)
     measures = [(m, t) for m in tables.ITEM_METRICS for t in ("math", "code", "all")]
-    roles = {name: arm.role for name, arm in dag.arms.items()}
-    bases = {name: dag.config.arms[name].base for name in dag.arms}
-    return tables.contrasts_table(scores.arms, roles, bases, measures, scores.matrix, dag.config.stats), scores
+    return tables.contrasts_table(tables.families(dag.config), measures, scores.matrix, dag.config.stats), scores
 
 
 def test_families_are_every_arm_against_control_and_components_against_exp1(finished):
@@ -226,14 +224,60 @@ def test_families_are_every_arm_against_control_and_components_against_exp1(fini
             assert len(set(family.reference)) == 1, name  # one question
 
 
-def test_an_ablation_is_compared_with_the_arm_that_it_changes():
-    arms = ["control", "exp1", "mine", "longer", "other"]
-    roles = {"control": "control", "exp1": "experiment", "mine": "ablation", "longer": "ablation", "other": "ablation"}
-    bases = {"control": None, "exp1": "control", "mine": "exp1", "longer": "control", "other": "absent"}
-    pairs = tables.contrasts(arms, roles, bases)
-    assert [pair for pair in pairs if pair[1] != "control"] == [("mine", "exp1")]
-    assert len(pairs) == len(set(pairs)) == len(arms), "what changes control is compared with it once"
-    assert tables.family_of(("mine", "exp1"), roles) == "ablations of exp1"
+EVERY_ROLE = {
+    "control": {"role": "control"},
+    "exp1": {"base": "control", "role": "experiment", "set": {"teachers": ["alpha"], "loss.kind": "kv"}},
+    "exp2": {"base": "exp1", "role": "experiment"},
+    "null": {"base": "exp2", "role": "null"},
+    "mine": {"base": "exp1"},
+    "kd": {"base": "exp1", "role": "baseline"},
+    "exp3": {"base": "exp2", "role": "experiment"},
+    "other": {"base": "exp1", "role": "baseline"},
+    "longer": {"base": "control", "set": {"step_factor": 2}},
+    "wider": {"base": "kd"},
+    "alone": {"role": "ablation"},
+}
+
+
+@pytest.mark.parametrize("headline", [None, "exp2"])
+def test_a_family_is_one_role_with_one_reference(tmp_path, headline):
+    stats = {"stats.headline": headline, "stats.contrasts": [["exp3", "exp1"], ["mine", "kd"], ["exp2", "exp1"]]}
+    found = tables.families(config(tmp_path, {"arms": EVERY_ROLE, **stats}))
+    first = headline or "exp3"
+    assert found == {
+        "experiments against control": [(arm, "control") for arm in ("exp1", "exp2", "exp3")],
+        "nulls against control": [("null", "control")],
+        "baselines against control": [("kd", "control"), ("other", "control")],
+        "against exp1": [("exp2", "exp1"), ("exp3", "exp1")],
+        "against exp2": [("exp3", "exp2")],
+        "ablations of exp1": [("mine", "exp1")],
+        "ablations against control": [("longer", "control")],
+        "ablations of kd": [("wider", "kd"), ("mine", "kd")],
+        f"{first} against baselines": [(first, "kd"), (first, "other")],
+    }
+
+
+def test_other_names_give_the_same_numbers(finished, tmp_path):
+    """What an arm is called plays no part: only its role, its base and `stats`."""
+    dag, paths = finished
+    tables.write_stats(dag, paths, None)
+    names = {old: f"arm-{i}" for i, old in enumerate(sorted(ARMS, reverse=True))}
+    arms = {names[a]: {**entry, "base": names.get(entry.get("base"))} for a, entry in ARMS.items()}
+    other = Dag(config(tmp_path / "other", {"arms": arms, "seeds": SEEDS, "stats.resamples": 200}))
+    root = Paths(tmp_path / "renamed")
+    for old, new in names.items():
+        for seed in SEEDS:
+            for before, after in ((paths.items, root.items), (paths.cell, root.cell)):
+                after(new, seed).parent.mkdir(parents=True, exist_ok=True)
+                before(old, seed).rename(after(new, seed))
+    tables.write_stats(other, root, None)
+    back = {new: old for old, new in names.items()}
+    for before, after in ((paths.stats, root.stats), (paths.costs, root.costs)):
+        for name in ("arms.csv", "contrasts.csv"):
+            text = (after / name).read_text()
+            for new, old in back.items():
+                text = text.replace(new, old)
+            assert text == (before / name).read_text()
 
 
 def test_estimates_are_differences_of_the_arms_means(finished):

@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 from kvpipe.cli import app as cli
 from kvpipe.config import LockedFile, StatsConfig, TrainConfig
 from kvpipe.evaluate.score import evaluate
+from kvpipe.experiment.files import digest_of, folder_digest
 from kvpipe.experiment.plan import Dag
-from kvpipe.experiment.provenance import digest_of, folder_digest, reachable
+from kvpipe.experiment.provenance import reachable
 from kvpipe.models.hub import HubError, is_model_file
 from kvpipe.stats import tables
 from kvpipe.steps.models import make_model

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny import build, config
 from torch import nn
 
-from kvpipe.experiment.provenance import content_digest
+from kvpipe.experiment.files import content_digest
 from kvpipe.steps.inputs import Inputs
 from kvpipe.steps.train import prepare
 from kvpipe.train import checkpoint

@@ -160,7 +160,7 @@ def test_a_wrong_configuration_is_one_message_with_the_keys_path(copy):
 @pytest.mark.slow
 def test_a_file_given_by_name_takes_the_place_of_the_shipped_one(copy):
     other = yaml.safe_load((copy / "config" / "config.yaml").read_text())
-    other |= {"seeds": [7], "arms": {"control": other["arms"]["control"]}}
+    other |= {"seeds": [7], "arms": {"control": other["arms"]["control"]}, "stats": {}}
     (copy / "other.yaml").write_text(yaml.safe_dump(other))
     jobs = planned(copy, "results/stats/arms.csv", "--configfile", "other.yaml")
     assert [j for j in jobs if j.startswith("train ")] == ["train arm=control seed=7"]
