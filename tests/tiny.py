@@ -26,10 +26,13 @@ import torch
 
 from kvpipe.config import Config, DataConfig, TokenizerRecipe, parse
 from kvpipe.data.corpus import generate
+from kvpipe.data.encoding import Encoding, encode_records
+from kvpipe.data.records import Reading
 from kvpipe.experiment.paths import Paths
 from kvpipe.models.folders import build_model, train_tokenizer
 from kvpipe.models.pretrain import tokenizer_texts
 from kvpipe.steps.inputs import Inputs
+from kvpipe.steps.make import make
 
 DATA: dict[str, Any] = {
     "sources": [
@@ -161,6 +164,12 @@ def save_teacher(folder: Path, name: str, architecture: dict[str, Any], seed: in
     tokenizer.save_pretrained(folder)
 
 
+def encoded(work: Inputs, model: str, split: str, reading: Reading = "student") -> Encoding:
+    """A split as a model's tokens, of any reading, made here and now."""
+    student = model == work.config.student
+    return encode_records(work.records(split), work.tokenizer(model), work.config.data.template, reading, end=student)
+
+
 def build(
     folder: Path, overrides: dict[str, Any] | None = None, teachers: tuple[str, ...] = ("alpha", "beta")
 ) -> Inputs:
@@ -168,8 +177,10 @@ def build(
     paths = {name: folder / "teachers" / name for name in teachers}
     for seed, (name, path) in enumerate(paths.items()):
         save_teacher(path, name, TEACHERS[name], seed)
-    models = {f"models.{name}": {"source": "local", "path": str(path)} for name, path in paths.items()}
-    work = Inputs(config(folder, models | (overrides or {})), Paths(folder / "results"))
-    made = [work.paths.encoding(name, "train", "student") for name in (*teachers, "student")]
-    make(work, made, log=lambda *_: None)
+    local = {f"models.{name}": {"source": "local", "path": str(path)} for name, path in paths.items()}
+    work = Inputs(config(folder, local | (overrides or {})), Paths(folder / "results"))
+    models = (*teachers, "student")
+    encode = work.steps["encode"]
+    texts = [file for job in encode.jobs() if job["model"] in models for file in encode.makes(**job).values()]
+    make(work, [*map(work.paths.manifest, models), *texts], log=lambda *_: None)
     return work

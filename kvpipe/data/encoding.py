@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from dataclasses import dataclass
 from hashlib import blake2b, sha256
 from itertools import pairwise
 from pathlib import Path
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -150,20 +151,20 @@ def encode_texts(
 
 
 # ---------------------------------------------------------------- on disk
-def save_encoding(encoding: Encoding, path: Path) -> None:
-    """Write an encoding and its texts as safetensors, with a checksum that `load_encoding` compares."""
+def save_encoding(encoding: Encoding, path: Path, made_from: dict[str, Any]) -> None:
+    """Write an encoding and its texts as safetensors, with a checksum and what it was made from, as JSON."""
     text = np.frombuffer("".join(text.text for text in encoding.texts).encode(), dtype=np.uint8)
     arrays = {name: getattr(encoding, name) for name in ARRAYS} | {"text": text}
     tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-    save_tensors(tensors, path, {"sha256": _checksum(arrays)})
+    save_tensors(tensors, path, {"sha256": _checksum(arrays), "made_from": json.dumps(made_from)})
 
 
-def load_encoding(path: Path) -> Encoding:
+def load_encoding(path: Path, made_from: dict[str, Any]) -> Encoding:
     """What `save_encoding` has written.
 
     Raises:
         FileNotFoundError: it was not made.
-        ValueError: it is damaged.
+        ValueError: it is damaged, or was made from something else.
     """
     fix = f"run `kvpipe encode --model {path.parent.name} --reading {path.stem.partition('-')[2]}`"
     if not path.is_file():
@@ -171,10 +172,13 @@ def load_encoding(path: Path) -> Encoding:
     try:
         with safe_open(path, "np") as file:
             arrays = {name: file.get_tensor(name) for name in (*ARRAYS, "text")}
-            known = (file.metadata() or {}).get("sha256")
+            known = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}): {fix}") from error
-    if known != _checksum(arrays):
+    before = json.loads(known.get("made_from", "{}"))
+    if other := sorted(key for key in made_from if made_from[key] != before.get(key)):
+        raise ValueError(f"{path} was made from another {', '.join(other)}: {fix}")
+    if known.get("sha256") != _checksum(arrays):
         raise ValueError(f"{path} is damaged, its checksum is another: {fix}")
     raw, texts, start = arrays.pop("text").tobytes(), [], 0
     for segments in arrays["byte_segments"].tolist():

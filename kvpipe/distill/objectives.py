@@ -40,7 +40,7 @@ class Term:
 
 
 @dataclass(frozen=True)
-class Step:
+class Terms:
     """The terms of one step, and numbers worth logging, computed only when asked for.
 
     Each is a sum and what it is divided by (on the CPU): those of a batch's parts are added before the division.
@@ -90,13 +90,13 @@ class Distiller(nn.Module):
 
     def terms(
         self, batch: Batch, target: Any, whole: Whole, logits: Tensor, recorder: Recorder, progress: tuple[int, int]
-    ) -> Step:
+    ) -> Terms:
         """A part's share of the loss terms of a batch; `progress` is (step, steps)."""
         raise NotImplementedError
 
     def forward(
         self, batch: Batch, logits: Tensor, hidden: Tensor | None, recorder: Recorder, progress: tuple[int, int]
-    ) -> Step:
+    ) -> Terms:
         """The loss terms of a batch in one part."""
         target = self.target(batch, self.read(batch), hidden, recorder)
         whole = self.whole(self.measure(batch, target)[None])
@@ -272,7 +272,7 @@ class KVDistiller(Distiller):
         logits: Tensor,
         recorder: Recorder,
         progress: tuple[int, int],
-    ) -> Step:
+    ) -> Terms:
         """Terms `k` and `v`, and `entropy` where it is weighted."""
         config, student = self.arm.loss, recorder.kv()
         own = {"k": student.keys, "v": student.values}
@@ -285,7 +285,7 @@ class KVDistiller(Distiller):
         if self.arm.fuse.entropy > 0:
             share, _ = position_entropy(target.fused.weights, target.present)
             terms["entropy"] = Term(-share.sum() / whole["choice"].clamp(min=1), self.arm.fuse.entropy)
-        return Step(terms, lambda: self._watch(batch, target, whole))
+        return Terms(terms, lambda: self._watch(batch, target, whole))
 
     @torch.no_grad()
     def _watch(self, batch: Batch, target: FusedTarget, whole: Whole) -> dict[str, tuple[float, float]]:
@@ -327,7 +327,7 @@ class LogitDistiller(Distiller):
 
     def terms(
         self, batch: Batch, target: Any, whole: Whole, logits: Tensor, recorder: Recorder, progress: tuple[int, int]
-    ) -> Step:
+    ) -> Terms:
         """Term `logit`."""
         table = self.arm.fuse.weights
         total = logits.new_zeros(())
@@ -337,7 +337,7 @@ class LogitDistiller(Distiller):
             rows = [table.get(task, table.get("default")) for task in self.tasks[batch.examples]]
             shares = loss.new_tensor([row[number] / sum(row) if row else 1 / len(self.entries) for row in rows])
             total = total + (loss * shares[:, None]).sum() / whole["tokens"]
-        return Step({"logit": Term(total, scheduled(self.arm.loss.weight, self.arm.loss.schedule, progress))}, dict)
+        return Terms({"logit": Term(total, scheduled(self.arm.loss.weight, self.arm.loss.schedule, progress))}, dict)
 
 
 @dataclass(frozen=True)
@@ -407,7 +407,7 @@ class RelationDistiller(Distiller):
 
     def terms(
         self, batch: Batch, target: Aligned, whole: Whole, logits: Tensor, recorder: Recorder, progress: tuple[int, int]
-    ) -> Step:
+    ) -> Terms:
         """Terms `kk` and `vv`."""
         student = recorder.kv()
         mask = batch.mask & target.mask.to(logits.device)
@@ -417,7 +417,7 @@ class RelationDistiller(Distiller):
             teacher = theirs[:, :, -1].transpose(1, 2).to(logits.device, self.unit.dtype)
             loss = relation_loss(own[-1], teacher, mask, self.arm.loss.relation_heads)
             terms[name] = Term(masked_sum(loss, mask) / whole["counted"].clamp(min=1), weight)
-        return Step(terms, dict)
+        return Terms(terms, dict)
 
 
 def scheduled(weight: float, config: ScheduleConfig, progress: tuple[int, int]) -> float:

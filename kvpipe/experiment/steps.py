@@ -440,7 +440,7 @@ class Stats(Step):
         return {"stats": self.config.stats.model_dump(), "arms": arms, "seeds": self.config.seeds}
 
 
-class Report(Step):
+class Page(Step):
     """The page."""
 
     run = "kvpipe.report.render:write_report"
@@ -476,7 +476,7 @@ STEPS: dict[str, type[Step]] = {
     "arm": ArmTable,
     "audit": Audit,
     "stats": Stats,
-    "report": Report,
+    "report": Page,
 }
 """Every step by the name of its rule, in the order of the chain."""
 

@@ -29,4 +29,5 @@ def make_encoding(inputs: Inputs, model: str, reading: Reading) -> None:
             max_length=config.train.max_length if student else None,
         )
         limits.check(encoding, records, tokenizer)
-        save_encoding(encoding, inputs.paths.encoding(model, split, reading))
+        origin = inputs.origin_of_tokens(model, split, reading)
+        save_encoding(encoding, inputs.paths.encoding(model, split, reading), origin)

@@ -52,7 +52,16 @@ class Inputs:
 
     def encoding(self, model: str, split: str, reading: str = "student") -> Encoding:
         """A split as a model's tokens; the student's end with an end-of-text token."""
-        return load_encoding(self.paths.encoding(model, split, reading))
+        origin = self.origin_of_tokens(model, split, reading)
+        return load_encoding(self.paths.encoding(model, split, reading), origin)
+
+    def origin_of_tokens(self, model: str, split: str, reading: str) -> dict[str, Any]:
+        """What a split's tokens are made from; those of something else are refused."""
+        return {
+            "model": manifest_hash(self.paths.model(model)),
+            "data": content_digest(self.paths.data(split)),
+            **self.steps["encode"].settings(model=model, reading=reading),
+        }
 
     def student_encoding(self, split: str) -> Encoding:
         """A split as the student's tokens."""
@@ -118,24 +127,25 @@ class Inputs:
         src, dst = (kv_geometry(self.model_config(name)).layers for name in (teacher, self.config.student))
         return layer_plan(arm.layer, src, dst, self.paths.layer_map(teacher))
 
-    def needed_layers(self, teacher: str) -> tuple[int, ...]:
-        """Layers that a store of this teacher keeps."""
-        layers = kv_geometry(self.model_config(teacher)).layers
+    def stored_layers(self, teacher: str) -> tuple[int, ...]:
+        """Layers that a store of this teacher keeps: all, or those that some arm needs."""
         if self.config.store.layers == "all":
-            return tuple(range(layers))
-        needed: set[int] = set()
-        for name in self.dag.arms_of(teacher):
-            arm = self.dag.arms[name]
-            # relations compare the last layers, whatever the plan
-            needed |= {layers - 1} if arm.loss.kind == "relation" else set(self.plan(arm, teacher).src_layers)
-        return tuple(sorted(needed))
+            return tuple(range(kv_geometry(self.model_config(teacher)).layers))
+        arms = (self.dag.arms[name] for name in self.dag.arms_of(teacher))
+        return tuple(sorted({layer for arm in arms for layer in self.needed_layers(arm, teacher)}))
+
+    def needed_layers(self, arm: Arm, teacher: str) -> tuple[int, ...]:
+        """Layers of a teacher that an arm looks at."""
+        if arm.loss.kind == "relation":  # compares the last layers, whatever the plan
+            return (kv_geometry(self.model_config(teacher)).layers - 1,)
+        return tuple(self.plan(arm, teacher).src_layers)
 
     def store_key(self, teacher: str, reading: str) -> StoreKey:
         """What a store's content depends on."""
         return StoreKey(
             model=manifest_hash(self.paths.model(teacher)),
             data=content_digest(self.paths.encoding(teacher, "train", reading)),
-            layers=self.needed_layers(teacher),
+            layers=self.stored_layers(teacher),
             reading=reading,
             dtype=self.config.store.dtype,
             top_logits=self.config.store.top_logits,
@@ -166,7 +176,7 @@ class Inputs:
             rows = StoredRows(self.store(teacher, arm.time.text), src.offsets)
         else:
             pad_id, size = self.tokenizer(teacher).pad_token_id, self.config.store.batch_size
-            rows = LiveRows(self.teacher_model(teacher), src, self.needed_layers(teacher), pad_id, size)
+            rows = LiveRows(self.teacher_model(teacher), src, self.needed_layers(arm, teacher), pad_id, size)
         return AlignedTeacher(teacher, rows, src.offsets, dst.offsets, time)
 
 

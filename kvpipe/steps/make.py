@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvpipe.config import ConfigError
 from kvpipe.experiment import made
 
 if TYPE_CHECKING:
@@ -30,6 +32,9 @@ def make(inputs: Inputs, files: Iterable[Path], log=print) -> None:
         inputs: the loaders.
         files: artefacts of steps that are `remade`.
         log: takes a line for each job.
+
+    Raises:
+        ConfigError: something is to be made, and this is one of several processes.
     """
     makers = {
         path: (name, job)
@@ -51,6 +56,11 @@ def make(inputs: Inputs, files: Iterable[Path], log=print) -> None:
         differs = made.changed(step, **job)
         if differs is None or differs:
             again = f" (again: changed since it was made: {', '.join(differs)})" if differs else ""
+            if int(os.environ.get("WORLD_SIZE") or "1") > 1:
+                raise ConfigError(
+                    f"{' '.join([name, *job.values()])} is missing or was made from something else, and the processes of a "
+                    "group would all make it: run `kvpipe prepare` with this arm in one process first"
+                )
             log(f"{' '.join([name, *job.values()])} …{again}")
             for stale in step.makes(**job).values() if differs else ():
                 stale.unlink(missing_ok=True)

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -38,21 +37,16 @@ def make_cell(
     made: bool = False,
     log=print,
 ) -> None:
-    """Train one cell and write `model/`, `history.jsonl` and `cost.json` into its folder.
+    """Train one cell, and first make what it reads where that is missing or stale.
 
     Args:
         inputs: the loaders.
         arm: the arm's name.
-        seed: decides weights and data order, the same for every arm.
+        seed: of the cell.
         out: the cell's folder; the results' own by default.
-        checkpoints: their folder, emptied when the cell is done; by default beside `out`, or the results' own.
-        made: all that the cell reads is there; else it is made first where it is missing or stale.
+        checkpoints: their folder; by default beside `out`, or the results' own.
+        made: all that the cell reads is there; nothing is looked at.
         log: takes lines for people.
-
-    Raises:
-        OSError: the cell could not be written; its checkpoints stay.
-        SavedStudentDiffers: the folder scores otherwise than the model in memory; the checkpoints stay.
-        And what `kvpipe.train.trainer.train` raises.
     """
     check_settings(inputs.config.train, log=lambda *_: None)  # its notes come when the cell begins
     if not made:
@@ -60,26 +54,7 @@ def make_cell(
     folder = out or inputs.paths.cell(arm, seed)
     if checkpoints is None:
         checkpoints = folder.with_name(f"{folder.name}.checkpoints") if out else inputs.paths.checkpoints(arm, seed)
-    device, processes = resolve_device(inputs.config.train.device), int(os.environ.get("WORLD_SIZE") or "1")
-    attempt = attempts.Attempt(checkpoints, device, processes)
-    cell = load_cell(inputs, arm, seed, log)
-    trained = train(cell, checkpoints, attempt, log)
-    if trained.main:
-        try:
-            attempt.note(peak_memory(trained.device))
-            spent = attempts.total(attempt.file) or {"peak_memory_bytes": peak_memory(trained.device)}
-            write_cell(inputs, cell, trained, seed, spent, folder, log)
-        except BrokenPipeError:  # of the terminal, not of the disk
-            raise
-        except (OSError, SafetensorError) as error:
-            raise OSError(
-                f"{folder} could not be written: {error}. Free some space and run the same command again: it goes on from "
-                f"the last checkpoint in {checkpoints}"
-            ) from error
-    trained.wait()
-    if trained.main:
-        shutil.rmtree(checkpoints, ignore_errors=True)
-        attempt.file.unlink(missing_ok=True)
+    train_cell(inputs, arm, seed, folder, checkpoints, log)
 
 
 def prepare(inputs: Inputs, arm: str, log=print) -> None:
@@ -96,6 +71,42 @@ def prepare(inputs: Inputs, arm: str, log=print) -> None:
     if config.train.lora is not None:
         check_lora(config.train.lora, inputs.model_config(config.student), config.trusts(config.student))
     make(inputs, needs, log)
+
+
+def train_cell(inputs: Inputs, arm: str, seed: int, out: Path, checkpoints: Path, log=print) -> None:
+    """Train one cell and write `model/`, `history.jsonl` and `cost.json` into its folder.
+
+    Args:
+        inputs: the loaders; all that the cell reads is there.
+        arm: the arm's name.
+        seed: decides weights and data order, the same for every arm.
+        out: the cell's folder.
+        checkpoints: their folder, which goes when the cell is done.
+        log: takes lines for people.
+
+    Raises:
+        OSError: the cell could not be written; its checkpoints stay.
+        SavedStudentDiffers: the folder scores otherwise than the model in memory; the checkpoints stay.
+        And what `kvpipe.train.trainer.train` raises.
+    """
+    processes = int(os.environ.get("WORLD_SIZE") or "1")
+    attempt = attempts.Attempt(checkpoints, resolve_device(inputs.config.train.device), processes)
+    cell = load_cell(inputs, arm, seed, log)
+    trained = train(cell, checkpoints, attempt, log)
+    if trained.main:
+        try:
+            write_cell(inputs, cell, trained, seed, attempt, out, log)
+        except BrokenPipeError:  # of the terminal, not of the disk
+            raise
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"{out} could not be written: {error}. Free some space and run the same command again: it goes on from "
+                f"the last checkpoint in {checkpoints}"
+            ) from error
+    trained.wait()
+    if trained.main:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        attempt.file.unlink(missing_ok=True)
 
 
 def load_cell(inputs: Inputs, arm_name: str, seed: int, log=print) -> Cell:
@@ -145,7 +156,7 @@ def _digests(inputs: Inputs, arm_name: str) -> dict[str, str]:
 
 
 def write_cell(
-    inputs: Inputs, cell: Cell, trained: Trained, seed: int, spent: dict[str, Any], out: Path, log=print
+    inputs: Inputs, cell: Cell, trained: Trained, seed: int, attempt: attempts.Attempt, out: Path, log=print
 ) -> None:
     """Write a trained cell: its student, its history, what it cost and came from, its card."""
     out.mkdir(parents=True, exist_ok=True)
@@ -164,6 +175,8 @@ def write_cell(
     lines = "".join(json.dumps(line) + "\n" for line in trained.history)
     write_text(out / HISTORY, lines)
     counters = trained.counters
+    attempt.note(peak_memory(trained.device))
+    spent = attempts.total(attempt.file) or {"peak_memory_bytes": peak_memory(trained.device)}
     cost = {
         "train_seconds": counters.seconds,
         **spent,

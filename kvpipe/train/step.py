@@ -13,7 +13,7 @@ from torch import nn
 from kvpipe.cache.capture import Recorder
 from kvpipe.data.batches import Batch, collate, count_predicted
 from kvpipe.distill.losses import check_finite, masked_sum
-from kvpipe.distill.objectives import Distiller, Step, Term, Whole
+from kvpipe.distill.objectives import Distiller, Term, Terms, Whole
 from kvpipe.models.likelihood import token_nll
 from kvpipe.train.cell import Cell
 
@@ -114,7 +114,7 @@ class BatchLoss:
         processes = self.accelerator.num_processes
         sums: dict[str, Any] = {}
         watched: list[dict[str, tuple[float, float]]] = []
-        added = Step({}, dict)
+        added = Terms({}, dict)
         for number, part in enumerate(batch.parts):
             last = number == len(batch.parts) - 1
             with nullcontext() if last and only is None else self.accelerator.no_sync(self.model):
@@ -167,12 +167,12 @@ class BatchLoss:
         )
         return output.logits, torch.stack(output.hidden_states[:-1]) if needs_hidden else None
 
-    def _terms(self, batch: StepBatch, part: Part, recorder: Recorder | None) -> tuple[torch.Tensor, Step]:
+    def _terms(self, batch: StepBatch, part: Part, recorder: Recorder | None) -> tuple[torch.Tensor, Terms]:
         """A micro-batch's share of cross-entropy and of what the arm adds."""
         logits, hidden = self._forward(part.batch)
         cross_entropy = masked_sum(token_nll(logits, part.batch.labels), part.batch.predicted) / batch.predicted
         if self.objective is None or recorder is None:
-            return cross_entropy, Step({}, dict)
+            return cross_entropy, Terms({}, dict)
         target = self.objective.target(part.batch, part.read, hidden, recorder)
         whole = batch.whole
         if whole is None:

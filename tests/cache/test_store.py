@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import encoded
 
 from kvpipe.cache import store
 from kvpipe.cache.capture import capture, kv_geometry
@@ -24,7 +25,7 @@ ERROR = {"bf16": 2**-8, "fp16": 2**-11, "int8": 0.5 / 127}
 def teacher(tiny):
     """Model, encoding and pad id of `beta`."""
     folder = tiny.paths.model("beta")
-    return load_model(folder), tiny.teacher_encoding("beta", "train", "student"), tiny.student_tokenizer.pad_token_id
+    return load_model(folder), encoded(tiny, "beta", "train", "student"), tiny.student_tokenizer.pad_token_id
 
 
 def key_of(dtype="bf16", shards=1, **changes):
@@ -116,7 +117,7 @@ def test_the_step_writes_nothing_over_budget(tiny, tmp_path):
     work = Inputs(config(tmp_path, {"store.budget_gb": 1e-6}), tiny.paths)
     path = work.paths.shard("alpha", "own", 0)
     with pytest.raises(RuntimeError, match=r"store\.budget_gb"):
-        make_shard(work, "alpha", "own", 0)
+        make_shard(work, "alpha", "own", "0")
     assert not path.exists()
 
 

@@ -21,8 +21,8 @@ from kvpipe.evaluate.score import evaluate_model
 from kvpipe.experiment.paths import Paths
 from kvpipe.models.folders import build_model
 from kvpipe.steps.inputs import Inputs
-from kvpipe.steps.train import prepare
-from kvpipe.train import trainer as training
+from kvpipe.steps.models import make_model
+from kvpipe.steps.train import prepare, train_cell
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -304,9 +304,9 @@ def chat_cell(tmp_path_factory):
     work = Inputs(config(folder, models | live), Paths(folder / "results"))
     data.build(work.config.data, work.paths.data("train").parent)
     for name in ("alpha", "beta", "student"):
-        run(work, "model", model=name)
+        make_model(work, name)
     prepare(work, "two", log=quiet)
-    training.train(work, "two", 0, folder / "out", folder / "checkpoints", log=quiet)
+    train_cell(work, "two", 0, folder / "out", folder / "checkpoints", log=quiet)
     return work, folder / "out"
 
 

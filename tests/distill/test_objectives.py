@@ -13,6 +13,8 @@ from kvpipe.data.batches import collate
 from kvpipe.distill.objectives import HeldTargets, ProjectedTargets, build_targets
 from kvpipe.models.folders import load_model
 from kvpipe.steps.inputs import Inputs
+from kvpipe.steps.objective import load_objective, teacher_losses, top_logits
+from kvpipe.steps.projectors import fitted
 from kvpipe.steps.train import prepare
 
 EXAMPLES = np.array([3, 17, 8, 26, 0])
@@ -73,7 +75,7 @@ def by_hand(own, target, mask, scaled):
 def test_held_targets_are_the_projected_ones(work, arm):
     arm = work.dag.arm(arm)
     teacher = work.aligned_teacher(arm, "alpha")
-    projector = work.projectors(arm, [t.layers for t in (work.aligned_teacher(arm, n) for n in arm.teachers)])[0]
+    projector = fitted(work, arm, [t.layers for t in (work.aligned_teacher(arm, n) for n in arm.teachers)])[0]
     held, live = (build_targets(teacher, projector, True, room) for room in (1e9, 0.0))
     assert isinstance(held, HeldTargets) and isinstance(live, ProjectedTargets)
     lengths = work.student_encoding("train").lengths[EXAMPLES]
@@ -159,7 +161,7 @@ def test_gradients_reach_trainable_projectors_only(work):
     frozen = load_objective(work, work.dag.arm("two").model_copy(), 0)
     assert not [p for p in frozen.parameters() if p.requires_grad]
     teacher = work.aligned_teacher(work.dag.arm("one"), "alpha")
-    (projector,) = work.projectors(work.dag.arm("one"), [teacher.layers])
+    (projector,) = fitted(work, work.dag.arm("one"), [teacher.layers])
     not_held = build_targets(teacher, projector, True, 0.0)
     assert list(not_held.parameters()) and not any(p.requires_grad for p in not_held.parameters())
     joint = load_objective(work, work.dag.arm("joint"), 0)
@@ -184,7 +186,7 @@ def test_a_shuffled_arm_reads_another_example_of_the_task_by_the_seed(work):
 
 def test_selection_follows_the_teachers_losses(work):
     arm = work.dag.arm("select")
-    losses = work.teacher_losses(arm)
+    losses = teacher_losses(work, arm)
     for row, name in enumerate(arm.teachers):
         encoding = work.encoding(name, "train", "student")
         model = load_model(work.paths.model(name))
@@ -247,9 +249,8 @@ def _jitter(module):
 
 
 def test_logits_are_compared_where_both_have_read_the_same_bytes(work):
-    arm = work.dag.arm("logit")
     src, dst = work.encoding("beta", "train", "student"), work.student_encoding("train")
-    entry = work.top_logits(arm, "beta")
+    entry = top_logits(work, "beta")
     for example in (2, 19):
         ends = set(src.spans[src.rows(example)][:, 1].tolist())
         rows = dst.spans[dst.rows(example)]

@@ -45,7 +45,7 @@ def workspace(place, overrides) -> Inputs:
 @each
 def test_what_does_not_fit_is_refused_before_any_teacher_reads(place, overrides, said):
     work = workspace(place, mine() | overrides)
-    for step in (lambda: prepare(work, "mine"), lambda: make_shard(work, "alpha", "student", 0)):
+    for step in (lambda: prepare(work, "mine"), lambda: make_shard(work, "alpha", "student", "0")):
         with pytest.raises(ConfigError) as caught:
             step()
         assert said in str(caught.value)

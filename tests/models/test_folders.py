@@ -10,7 +10,6 @@ from tiny import STUDENT
 
 import kvpipe.models.folders as models
 from kvpipe.config import TokenizerRecipe
-from kvpipe.distill.build import same_tokens
 from kvpipe.models.folders import (
     build_model,
     check_placement,
@@ -25,6 +24,7 @@ from kvpipe.models.folders import (
     write_manifest,
 )
 from kvpipe.tokens.matrix import encode, token_bytes
+from kvpipe.tokens.vocabulary import same_tokens
 
 TEXTS = [
     "Ann has 12 cats\nand 345 dogs.\n#### 357\n",

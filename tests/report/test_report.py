@@ -18,11 +18,11 @@ from kvpipe.config import load
 from kvpipe.data import build as data
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.plan import digest
-from kvpipe.report import figures, tables, wording
-from kvpipe.report.collect import Results
-from kvpipe.report.render import SAMPLES_PER_TASK, provenance, samples, write_report
+from kvpipe.report import collect, figures, render, tables, wording
+from kvpipe.report.render import SAMPLES_PER_TASK, provenance, samples
 from kvpipe.stats.tables import write_stats
 from kvpipe.steps.inputs import Inputs
+from kvpipe.steps.models import make_model
 
 ROOT = Path(__file__).parents[2]
 METRICS = ["bits_per_byte", "log_perplexity", "accuracy", "tokens_to_control"]
@@ -52,6 +52,14 @@ def workspace(root: Path, *overrides: str, config: Path = ROOT / "config/config.
     return Inputs(load(config, [*settings, *overrides]), Paths(root))
 
 
+def write_report(work: Inputs, out: Path) -> None:
+    render.write_report(work.config, work.paths, out)
+
+
+def Results(work: Inputs) -> collect.Results:
+    return collect.Results(work.config, work.paths)
+
+
 def write_json(path: Path, value: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value))
@@ -62,7 +70,7 @@ def fake_results(work: Inputs, text: str = "3 + 4 = 7.\n#### 7\n") -> None:
     rng = np.random.default_rng(5)
     data.build(work.config.data, work.paths.data("train").parent)
     for name in ("student", "math", "code", "math-random", "code-random"):
-        run(work, "model", model=name)
+        make_model(work, name)
     fake_stats(work)
     ids = {r.id: r for r in work.records("test")}
     hardness = rng.uniform(0.5, 1.5, len(ids))

@@ -11,8 +11,8 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from kvpipe.distill.build import same_tokens
 from kvpipe.tokens.matrix import Tokens, encode, token_bytes
+from kvpipe.tokens.vocabulary import same_tokens
 
 ADVERSARIAL = {
     "empty": "",

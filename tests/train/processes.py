@@ -15,8 +15,9 @@ from tiny import config
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from kvpipe.experiment.paths import Paths
+from kvpipe.steps import train as step
 from kvpipe.steps.inputs import Inputs
-from kvpipe.train import trainer as training
+from kvpipe.steps.objective import load_objective
 
 
 def cells(folder: Path, out: Path, overrides: dict[str, Any], arms: list[str], double: bool) -> None:
@@ -26,9 +27,9 @@ def cells(folder: Path, out: Path, overrides: dict[str, Any], arms: list[str], d
     """
     work = Inputs(config(folder, overrides), Paths(folder / "results"))
     if double:
-        student, distiller = Inputs.student, Inputs.distiller
+        student = Inputs.student
         work.student = lambda *args: student(work, *args).double()  # type: ignore[method-assign]
-        work.distiller = lambda *args: distiller(work, *args).double()  # type: ignore[union-attr,method-assign]
+        step.load_objective = lambda *args: load_objective(*args).double()  # type: ignore[union-attr]
     for arm in arms:
         steps: list[list[torch.Tensor]] = []
 
@@ -38,7 +39,7 @@ def cells(folder: Path, out: Path, overrides: dict[str, Any], arms: list[str], d
 
         hook = register_optimizer_step_pre_hook(keep)
         try:
-            training.train(work, arm, 0, out / arm, out / f"{arm}.checkpoints", log=lambda *_: None)
+            step.train_cell(work, arm, 0, out / arm, out / f"{arm}.checkpoints", log=lambda *_: None)
         finally:
             hook.remove()
         if int(os.environ.get("RANK", "0")) == 0:

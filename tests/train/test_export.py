@@ -24,7 +24,7 @@ from kvpipe.models.pretrain import pretrain, tokenizer_texts
 from kvpipe.steps.inputs import Inputs
 from kvpipe.steps.layer_map import make_layer_map
 from kvpipe.steps.models import make_model
-from kvpipe.steps.train import prepare
+from kvpipe.steps.train import prepare, train_cell
 from kvpipe.train import export
 from kvpipe.train import trainer as training
 from kvpipe.train.export import SavedStudentDiffers
@@ -62,7 +62,7 @@ def experiment(folder: Path, dtype=torch.float32, tied=True, pad=True, **overrid
 
 def run(work: Inputs, folder: Path, arm: str = "control", seed: int = 0) -> Path:
     prepare(work, arm, log=lambda line: None)
-    training.train(work, arm, seed, folder / "out", folder / "checkpoints", log=lambda line: None)
+    train_cell(work, arm, seed, folder / "out", folder / "checkpoints", log=lambda line: None)
     return folder / "out"
 
 

@@ -22,7 +22,8 @@ from kvpipe.distill.losses import NonFiniteLossError
 from kvpipe.models.folders import load_model
 from kvpipe.models.likelihood import score, scoring_batches
 from kvpipe.steps.inputs import Inputs
-from kvpipe.steps.train import prepare
+from kvpipe.steps.train import prepare, train_cell
+from kvpipe.train import step as batch_step
 from kvpipe.train import trainer as training
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "loss_curve.json"
@@ -39,7 +40,7 @@ class Cell:
     def __init__(self, work: Inputs, arm: str, folder: Path, seed: int = 0):
         prepare(work, arm, log=quiet)
         self.work, self.out, self.checkpoints = work, folder / "out", folder / "checkpoints"
-        training.train(work, arm, seed, self.out, self.checkpoints, log=quiet)
+        train_cell(work, arm, seed, self.out, self.checkpoints, log=quiet)
 
     @property
     def history(self) -> list[dict]:
@@ -320,14 +321,14 @@ def test_nan_in_a_term_stops_with_step_and_term(cell, monkeypatch, tmp_path):
 
 def test_a_gradient_that_is_not_finite_is_not_applied(cell, monkeypatch, tmp_path):
     """The loss may be finite where its gradient is not: the weights would be lost, and saved."""
-    real, calls = training.token_nll, iter(range(1000))
+    real, calls = batch_step.token_nll, iter(range(1000))
 
     def poisoned(logits, labels):
         if next(calls) == 4:
             logits.register_hook(lambda gradient: gradient * float("inf"))
         return real(logits, labels)
 
-    monkeypatch.setattr(training, "token_nll", poisoned)
+    monkeypatch.setattr(batch_step, "token_nll", poisoned)
     with pytest.raises(NonFiniteLossError, match=r"step 5: .*gradient"):
         cell("control", {"train.checkpoint_every": 1})
     assert max(p.name for p in tmp_path.glob("*/checkpoints/*")) == "step-00000004"
