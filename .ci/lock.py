@@ -1,4 +1,4 @@
-"""Write requirements.lock: the exact version of everything that pyproject.toml needs, from the running environment.
+"""Write requirements.lock: the exact version of everything that kvpipe and its plugins need, from the running environment.
 
 Run by `make lock`. Only packages that are reached from the project's requirements and its extras are listed, so a
 package that happens to lie in the environment does not enter the lock.
@@ -30,7 +30,9 @@ def requirements() -> list[Requirement]:
         *(line for name, extra in project["optional-dependencies"].items() if name not in UNLOCKED for line in extra),
         *document["build-system"]["requires"],
     ]
-    return [Requirement(line) for line in written]
+    for plugin in sorted(ROOT.glob("plugins/*/pyproject.toml")):
+        written += tomllib.loads(plugin.read_text(encoding="utf-8"))["project"]["dependencies"]
+    return [requirement for requirement in map(Requirement, written) if requirement.name != project["name"]]
 
 
 def resolve(todo: list[Requirement]) -> dict[str, str]:
@@ -48,7 +50,7 @@ def resolve(todo: list[Requirement]) -> dict[str, str]:
             found = distribution(name)
         except PackageNotFoundError:
             sys.exit(
-                f"{name} is required but not installed here: run `make install` (or pip install -e '.[slurm,dev]')"
+                f"{name} is required but not installed here: run `make install` (or pip install -e '.[dev]' -e plugins/cluster)"
             )
         versions[name] = found.version.partition("+")[0]
         for line in found.requires or []:

@@ -87,17 +87,15 @@ TWICE = {
         "DTYPES",
         "Geometry",
         "KINDS",
-        "MARGIN",
         "MARK",
         "Model",
         "PATIENCE",
         "PIECE",
-        "POLL",
         "Rows",
         "SHOWN",
     ),
-    *("SMALLER", "Scores", "Targets", "UNTRAINED", "evaluate", "explained_variance", "fusion_weights", "generate"),
-    *("image_path", "number", "run", "show", "write"),
+    *("Scores", "Targets", "UNTRAINED", "explained_variance", "fusion_weights", "generate"),
+    *("number", "run", "write"),
 }
 """Names that still have two homes. The list may only become shorter: take off what has one home now."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,7 +12,6 @@ from kvpipe.cli.options import Experiment, say, with_experiment, writable_file, 
 from kvpipe.experiment.paths import STUDENT
 from kvpipe.experiment.plan import Dag
 
-PROFILE = Path("profiles/slurm")
 ArmName = Annotated[str, typer.Option(help="Name of the arm.")]
 SeedNumber = Annotated[int, typer.Option(help="Seed of the cell.")]
 CellFolder = Annotated[Path | None, typer.Option(help="Folder of the trained cell; under the results by default.")]
@@ -30,13 +30,12 @@ def doctor(
     """Say what would fail before anything starts."""
     from kvpipe import doctor
 
-    config, paths = given.load()
-    asked = doctor.read_profile(PROFILE if profile is None and PROFILE.is_dir() else profile)
+    work = doctor.Workload(*given.load(), profile)
     if probe:
-        from kvpipe.doctor.probe import probe as try_cluster
-
-        say(try_cluster(asked, paths, log=lambda line: say(line, err=True)))
-    findings = doctor.examine(config, paths, asked)
+        written = doctor.probe(work, log=lambda line: say(line, err=True))
+        say(written.read_text(encoding="utf-8"))
+        work = replace(work, profile=written.parent)
+    findings = doctor.examine(work)
     if out is not None:
         doctor.write(findings, out)
     say(doctor.as_json(findings) if as_json else doctor.show(findings), err=probe)

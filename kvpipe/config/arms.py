@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, model_validator
 
-from kvpipe.config.section import Count, Fraction, Name, Section, Seed
+from kvpipe.config.section import NUMBER, Count, Flag, Fraction, Name, Natural, NotNegative, Positive, Section, Seed
 
-Layer = Annotated[int, Field(ge=0)]
 SUM_TOLERANCE = 0.02
 """A row of fusion weights sums to 1 within this, so that thirds may be written as 0.33."""
 
@@ -46,11 +45,11 @@ class LayerConfig(Section):
     """Teacher layers per student layer under `cka`."""
     near: Count | None = None
     """Under `cka`, only teacher layers at most so many from the proportional one; none: all, in whatever order."""
-    temperature: PositiveFloat | None = None
+    temperature: Positive | None = None
     """Softmax temperature of the weights β; none clamps at 0 and normalises."""
     combine: Literal["concat", "mix"] = "concat"
     """`mix`: convex combination of the layers; `concat`: side by side, scaled by √β, before projection."""
-    layers: Annotated[list[Layer], Field(min_length=1)] | None = None
+    layers: Annotated[list[Natural], Field(min_length=1)] | None = None
     """Teacher layer of each student layer under `list`."""
 
     @model_validator(mode="after")
@@ -70,13 +69,13 @@ class ProjectorConfig(Section):
 
     kind: Literal["linear", "heads", "elastic"] = "linear"
     """`linear`: one map over the flattened heads; `heads`: head dimension, then head mixing; `elastic`: bottleneck."""
-    mlp_ratio: PositiveFloat | None = None
+    mlp_ratio: Positive | None = None
     """Hidden width of `elastic` as a share of its input; none follows the teacher's size."""
     dropout: Fraction = 0.0
     """Dropout inside `elastic`."""
     mode: Literal["frozen", "slow", "joint"] = "frozen"
     """`frozen` after the fit; `slow`: own learning rate; `joint`: the student's."""
-    learning_rate: PositiveFloat = 1e-4
+    learning_rate: Positive = 1e-4
     """Learning rate under `slow`."""
 
 
@@ -91,11 +90,11 @@ class FitConfig(Section):
     pretrained student's own KV (orthogonal Procrustes), so that the target is new content in familiar coordinates."""
     examples: Count = 500
     """Training examples whose tokens are the rows of the fit."""
-    whiten: bool = False
+    whiten: Flag = False
     """Give every component unit variance."""
     steps: Count = 300
     """Optimizer steps of `reconstruct`."""
-    ridge: PositiveFloat = 1e-2
+    ridge: Positive = 1e-2
     """Penalty of the closed forms, relative to the mean variance of a feature."""
     seed: Seed = 0
     """Seed of `random` and `reconstruct`."""
@@ -106,12 +105,12 @@ class FuseConfig(Section):
 
     kind: Literal["mean", "fixed", "attention", "task", "learnable", "select"] = "mean"
     """How the projected teachers become one target."""
-    weights: dict[str, list[Annotated[float, Field(ge=0)]]] = Field(default={})
+    weights: dict[str, list[NotNegative]] = Field(default={})
     """Weight of each teacher per task under `task` (row `default` serves unknown tasks); row `default` under
     `fixed`. A row sums to 1."""
-    offsets: bool = False
+    offsets: Flag = False
     """Learn an offset to the table under `task`."""
-    entropy: Annotated[float, Field(ge=0)] = 0.0
+    entropy: NotNegative = 0.0
     """Weight of the entropy term that keeps learned weights from collapsing: under `learnable`, or with `offsets`."""
 
     @model_validator(mode="after")
@@ -134,11 +133,11 @@ class ScheduleConfig(Section):
 
     kind: Literal["constant", "linear", "cosine"] = "constant"
     """Course of λ after the warm-up."""
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    warmup: Annotated[float, Field(ge=0, lt=1), NUMBER] = 0.0
     """Share of the steps over which λ rises from 0."""
     final: Fraction = 0.0
     """Share of λ left at `until`."""
-    until: Annotated[float, Field(gt=0, le=1)] = 1.0
+    until: Annotated[float, Field(gt=0, le=1), NUMBER] = 1.0
     """Share of the steps at which an anneal ends."""
 
     @model_validator(mode="after")
@@ -153,13 +152,13 @@ class LossConfig(Section):
 
     kind: Literal["none", "kv", "logit_kd", "relation"] = "none"
     """`none`: cross-entropy alone; `kv`: key and value matching; the other two are baselines."""
-    lambda_k: Annotated[float, Field(ge=0)] = 1.0
+    lambda_k: NotNegative = 1.0
     """Weight of the key term."""
-    lambda_v: Annotated[float, Field(ge=0)] = 1.0
+    lambda_v: NotNegative = 1.0
     """Weight of the value term."""
-    weight: Annotated[float, Field(ge=0)] = 1.0
+    weight: NotNegative = 1.0
     """Weight of a baseline's term."""
-    temperature: PositiveFloat = 1.0
+    temperature: Positive = 1.0
     """Temperature of `logit_kd`."""
     relation_heads: Count = 4
     """Relation heads of `relation`."""
@@ -167,9 +166,9 @@ class LossConfig(Section):
     """Distance of a residual."""
     scale: Literal["std", "none"] = "std"
     """Divide each layer's residual by the standard deviation of its target."""
-    layers: Annotated[list[Layer], Field(min_length=1)] | None = None
+    layers: Annotated[list[Natural], Field(min_length=1)] | None = None
     """Student layers that are matched, counted from 0; none matches all."""
-    skip_sink: Annotated[int, Field(ge=0)] = 0
+    skip_sink: Natural = 0
     """First student positions left out of the key and value terms."""
     schedule: ScheduleConfig = ScheduleConfig()
     """Course of λ over training."""
@@ -196,13 +195,13 @@ class Arm(Section):
     """One line for the report."""
     teachers: list[Name] = Field(default=[])
     """Names of models, in the order of the fusion weights."""
-    shuffle_teacher: bool = False
+    shuffle_teacher: Flag = False
     """Every example gets the teacher KV of another one."""
-    seed_offset: Annotated[int, Field(gt=-(2**32), lt=2**32)] = 0
+    seed_offset: Annotated[int, Field(gt=-(2**32), lt=2**32), NUMBER] = 0
     """Added to the seed (the false-positive check runs control again under other seeds)."""
     init: Literal["student", "random"] = "student"
     """Weights that a cell starts from: the student's own, or drawn by the seed (training from scratch)."""
-    step_factor: PositiveFloat = 1.0
+    step_factor: Positive = 1.0
     """Optimizer steps as a multiple of `train.steps`; the audit compares arms of one multiple."""
     examples: Count | None = None
     """Training examples of every task, the first ones; none takes all."""

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from kvpipe.config.presets import PresetName, merged, preset_of
-from kvpipe.config.section import Count, Name, Section, Seed, inherit
+from kvpipe.config.presets import PresetName, merged, preset_of, with_presets
+from kvpipe.config.section import NUMBER, Count, Expression, Flag, Name, Section, Seed, inherit
 
 FieldName = Literal[
     "id", "task", "prompt", "reasoning", "answer", "teacher_reasoning", "tests", "choices", "choice", "labels"
@@ -30,7 +30,7 @@ class EmbeddedData(Section):
     """Validation examples: every choice (learning rate, λ, steps) is made on these."""
     test: Count = 200
     """Test examples: only what the report states is computed on these."""
-    difficulty: Annotated[int, Field(ge=1, le=8)] = 2
+    difficulty: Annotated[int, Field(ge=1, le=8), NUMBER] = 2
     """Number of chained operations in a problem."""
 
     @property
@@ -74,11 +74,11 @@ class RowData(Section):
     joined by line ends. `prompt` and `answer` must not be empty where they are mapped. `tests` is code that checks a
     program; `choices` are the answers to choose from, the right one given by `answer` (its text) or by `choice`: its
     place, from 0, or its name among `labels`."""
-    split: dict[str, str] = Field(default={})
+    split: dict[str, Expression] = Field(default={})
     """Column → regular expression that must match in it; its named groups become columns. Applied in order."""
-    remove: dict[FieldName, str] = Field(default={})
+    remove: dict[FieldName, Expression] = Field(default={})
     """Record field → regular expression; what matches is taken out of the field."""
-    leave_out: dict[str, str] = Field(default={})
+    leave_out: dict[str, Expression] = Field(default={})
     """Column → regular expression; a row in which it is found becomes no record. `data/sources.json` counts and names
     the rows."""
     chat: Chat | None = None
@@ -94,16 +94,6 @@ class RowData(Section):
             return values
         known = {**preset["rows"], **(preset["hub"] if cls is HubData else {})}
         return merged(known, values)
-
-    @field_validator("split", "remove", "leave_out")
-    @classmethod
-    def _expressions(cls, expressions: dict[str, str]) -> dict[str, str]:
-        for key, expression in expressions.items():
-            try:
-                re.compile(expression)
-            except re.error as error:
-                raise ValueError(f"{key}: {expression!r} is no regular expression: {error}") from None
-        return expressions
 
     @model_validator(mode="after")
     def _fields(self):
@@ -197,7 +187,7 @@ class TextTemplate(Section):
 class Template(TextTemplate):
     """How one record becomes text; the same for every arm."""
 
-    chat_template: bool = False
+    chat_template: Flag = False
     """Render records as conversations by each model's own chat template: the messages of the row, or the prompt (without
     white space at its ends) as one message of the user, then reasoning and answer as the assistant's. Without it, texts
     are the same for every model."""
@@ -212,24 +202,6 @@ class Template(TextTemplate):
     def of(self, task: str) -> TextTemplate:
         """The template of a task."""
         return self.tasks.get(task, self)
-
-
-def with_presets(values: Any, part: Literal["template", "evaluate"], sources: Any) -> Any:
-    """A section with what the presets of the sources say about their tasks put under its `tasks`."""
-    values = {} if values is None else values
-    if not isinstance(values, dict) or not isinstance(sources, list):
-        return values
-    tasks = values.get("tasks", {})
-    for source in sources:
-        preset = preset_of(source)
-        if preset is None or not isinstance(tasks, dict):
-            continue
-        names = source.get("tasks", {})
-        for task in {source.get("task"): None, **dict.fromkeys(names.values() if isinstance(names, dict) else ())}:
-            given = tasks.get(task, {})
-            if isinstance(given, dict):
-                tasks = {**tasks, task: {**preset[part], **given}}
-    return {**values, "tasks": tasks} if tasks else values
 
 
 class DataConfig(Section):

@@ -4,98 +4,45 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
+from jinja2 import Template
 
-from kvpipe.config import PRESETS, Arm, Config, json_schema
-
-INTRODUCTION = """\
-# Configuration
-
-<!-- Written by `make config` from kvpipe/config/; a test fails when they differ. Edit the docstrings there. -->
-
-One YAML (or JSON) file is one experiment: `config.yaml` here is the embedded one. `kvpipe <step> --config FILE` and the
-Snakefile validate the whole file before anything starts; an unknown key, a wrong type or an unknown name is an error
-that gives the key's path and the nearest valid name. Without editing the file, `--set key=value` changes one key, for
-example `--set train.steps=100`.
-
-In the tables a key is written with its whole path: `<name>` is a name of your own, `[]` an entry of a list. A key
-without a default must be given. Sections and keys that are left out have their defaults. Editors that know
-JSON schemas check the file as you write it, if it begins with `# yaml-language-server: $schema=schema.json`.
-"""
-ARMS = """\
-An arm is another arm (`base`) with some settings changed (`set`), so an ablation of your own needs no code:
-
-```yaml
-arms:
-  keys-only:
-    base: exp1
-    label: exp1, keys alone
-    set: {loss.lambda_k: 3, loss.lambda_v: 0}
-```
-
-Its cells, statistics and rows in the report follow by themselves. One arm, and no other, is the control. A dotted key
-changes one setting of the base; a whole section, as in `set: {layer: {kind: cka}}`, replaces the base's section. A
-mistake in an arm is reported at the arm that wrote it, not at those that inherit it.
-"""
-SETTINGS = """\
-What `set` may change, and the defaults that an arm without a base starts from. In the file these keys stand under
-`arms.<name>.set`.
-"""
-PRESETS_TEXT = """\
-What `preset` fills in. `hub` and `rows` are keys of the source, `template` those of `data.template.tasks.<task>`,
-`evaluate` those of `evaluate.tasks.<task>`; a key that the configuration gives itself comes first (of `columns`, `split` and
-`remove`, each entry by itself). docs/evaluation.md says what the scorers do.
-"""
-
-
-class _OneLine(yaml.SafeDumper):
-    """Writes line ends inside a text as `\\n`."""
-
-
-def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None)
-
-
-_OneLine.add_representer(str, _text)
-
-
-def presets() -> Iterator[str]:
-    """Every preset as the YAML that it stands for."""
-    for name, preset in PRESETS.items():
-        text = yaml.dump(preset, Dumper=_OneLine, sort_keys=False, allow_unicode=True, width=1000)
-        yield f"#### `preset: {name}`\n\n```yaml\n{text}```\n"
+from kvpipe.config import Arm, Config
 
 
 def readme() -> str:
     """config/README.md: every key with its path, type, default and explanation."""
     schema, arm = Config.model_json_schema(), Arm.model_json_schema()
     writer = _Writer({**schema["$defs"], **arm["$defs"]})
-    lines = [INTRODUCTION, "## The file\n", *writer.table("", schema)]
+    sections = []
     for key, node in schema["properties"].items():
-        path, sections, _ = writer.targets(key, node)
-        if not sections:
-            continue
-        lines.append(f"## `{key}`\n")
-        if path != key:
-            lines.append(ARMS if key == "arms" else node["description"] + "\n")
-        lines += writer.sections(key, node, titled=path != key)
-        if key == "data":
-            lines += ["### Presets\n", PRESETS_TEXT, *presets()]
-        if key == "arms":
-            lines += ["### Settings of an arm\n", SETTINGS, *writer.table("", arm)]
-            for setting, part in arm["properties"].items():
-                lines += writer.sections(setting, part)
-    return "\n".join(lines).rstrip("\n") + "\n"
+        path, names, _ = writer.targets(key, node)
+        if names:
+            text = _joined(writer.sections(key, node, titled=path != key))
+            sections.append({"key": key, "description": node["description"] if path != key else "", "text": text})
+    parts = [*writer.table("", arm), *(line for item in arm["properties"].items() for line in writer.sections(*item))]
+    template = Template(Path(__file__).with_suffix(".md.jinja").read_text("utf-8"), trim_blocks=True)
+    return template.render(file=_joined(writer.table("", schema)), sections=sections, settings=_joined(parts)) + "\n"
+
+
+def json_schema() -> str:
+    """The JSON schema of a configuration file (with the arm's resolved keys under $defs)."""
+    schema, arm = Config.model_json_schema(), Arm.model_json_schema()
+    schema["$defs"] |= {**arm.pop("$defs"), "Arm": arm}
+    return json.dumps(schema, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
 
 
 def write_docs(folder: Path) -> None:
     """Writes README.md and schema.json into a folder."""
     (folder / "README.md").write_text(readme(), encoding="utf-8")
     (folder / "schema.json").write_text(json_schema(), encoding="utf-8")
+
+
+def _joined(lines: Iterable[str]) -> str:
+    return "\n".join(lines).rstrip("\n")
 
 
 class _Writer:

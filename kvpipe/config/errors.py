@@ -45,8 +45,7 @@ def explain(error: ValidationError, document: Any, prefix: tuple[str, ...] = ())
     """One line per problem: the key's path as it is written, what is wrong with it, the nearest valid name.
 
     Args:
-        error: what pydantic raised; a section reports its unknown keys as `unknown_keys` with what it knows,
-            and truth values among numbers as `mistyped`.
+        error: what pydantic raised; a section reports its unknown keys as `unknown_keys` with what it knows.
         document: the nested dictionaries that were validated.
         prefix: where the document stands in the file.
     """
@@ -86,8 +85,6 @@ def _problems(item: Any, location: tuple) -> list[tuple[str, str]]:
         case "unknown_keys":
             keys = {_dotted((*location, key)): nearest(key, context["valid"]) for key in context["keys"]}
             return [(key, _renamed(key) or f"unknown key{known}") for key, known in keys.items()]
-        case "mistyped":
-            return [(_dotted((*location, key)), said) for key, said in context["keys"].items()]
         case "value_error":
             return [(path, str(context["error"]))]
         case "missing":

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field
 
-from kvpipe.config.section import Count, Fraction, Name, Section, Seed
+from kvpipe.config.section import NUMBER, Count, Flag, Fraction, Name, Natural, Positive, Section, Seed
 
 
 class TokenizerRecipe(Section):
@@ -15,9 +15,9 @@ class TokenizerRecipe(Section):
     kind: Literal["byte_bpe", "unigram", "metaspace_bpe"] = "byte_bpe"
     """`byte_bpe`: ByteLevel BPE (GPT-2, Qwen, Llama-3); `unigram` and `metaspace_bpe`: SentencePiece style with byte
     fallback."""
-    vocab_size: Annotated[int, Field(ge=260)] = 384
+    vocab_size: Annotated[int, Field(ge=260), NUMBER] = 384
     """Size of the vocabulary, special tokens included."""
-    split_digits: bool = True
+    split_digits: Flag = True
     """Every digit a token of its own."""
 
 
@@ -41,7 +41,7 @@ class Recipe(Section):
     """Optimizer steps."""
     batch_size: Count = 64
     """Examples per step."""
-    learning_rate: PositiveFloat = 3e-3
+    learning_rate: Positive = 3e-3
     """Peak learning rate of AdamW under a cosine schedule."""
     seed: Seed = 0
     """Seed of initialisation and data order."""
@@ -54,7 +54,7 @@ class Loading(Section):
     """Type of the weights and of the computation."""
     quantize: Literal["none", "int8", "int4"] = "none"
     """Linear layers in 8 or 4 bit by bitsandbytes, which must be installed."""
-    sharded: bool = False
+    sharded: Flag = False
     """Spread the layers over all visible devices (accelerate's device map): for a model too big for one."""
 
 
@@ -91,7 +91,7 @@ class HubModel(Section):
     """`owner/name`."""
     revision: str = "main"
     """Branch, tag or commit. `kvpipe lock` resolves it once; the model is that commit until it is locked again."""
-    trust_remote_code: bool = False
+    trust_remote_code: Flag = False
     """Run code shipped in the repository. Off unless you have read it."""
     load: Loading = Loading()
     """How a teacher is held in memory; the student always trains from fp32 weights (`train.precision`)."""
@@ -105,7 +105,7 @@ class HubModel(Section):
 class LockedFile(Section):
     """One file of a locked repository."""
 
-    size: Annotated[int, Field(ge=0)]
+    size: Natural
     """Bytes."""
     digest: Annotated[str, Field(pattern=r"^(sha256|git):[0-9a-f]+$")]
     """What the hub knows of the content: `sha256:…` for large files, `git:…` (a blob's SHA-1) for small ones."""

@@ -2,18 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
-from typing import Annotated, Any, get_args
+import re
+from collections.abc import Container
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+
+def _number(value: Any) -> Any:
+    # pydantic takes true for 1 and 1 for true; its strict mode would also refuse `1e-3`, which in YAML is a text
+    if isinstance(value, bool):
+        raise ValueError(f"expected a number, got {str(value).lower()}")
+    return value
+
+
+def _truth(value: Any) -> Any:
+    if not isinstance(value, bool):
+        raise ValueError(f"expected true or false, got {value!r}")
+    return value
+
+
+def expression(text: str) -> re.Pattern[str]:
+    """A regular expression, compiled.
+
+    Raises:
+        ValueError: the text is none.
+    """
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{text!r} is no regular expression: {error}") from None
+
+
+NUMBER = BeforeValidator(_number)
+Expression = Annotated[str, AfterValidator(lambda text: expression(text).pattern)]
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 Name = Annotated[str, Field(pattern=NAME)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(gt=0, le=10**9)]
+Flag = Annotated[bool, BeforeValidator(_truth)]
+Fraction = Annotated[float, Field(ge=0, le=1), NUMBER]
+Positive = Annotated[float, Field(gt=0), NUMBER]
+NotNegative = Annotated[float, Field(ge=0), NUMBER]
+Natural = Annotated[int, Field(ge=0), NUMBER]
+Count = Annotated[int, Field(gt=0, le=10**9), NUMBER]
 """How many of something: beyond a thousand million it is a slip of the keyboard."""
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Seed = Annotated[int, Field(ge=0, lt=2**32), NUMBER]
 """What every generator of random numbers takes."""
 
 
@@ -28,47 +61,14 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _keys_and_kinds(cls, values: Any) -> Any:
+    def _known_keys(cls, values: Any) -> Any:
         # pydantic's own message for an unknown key does not say which keys there are: only the section knows
         unknown = [key for key in values if key not in cls.model_fields] if isinstance(values, dict) else []
         if unknown:
             raise PydanticCustomError(
                 "unknown_keys", "unknown keys", {"keys": unknown, "valid": list(cls.model_fields)}
             )
-        given = values.items() if isinstance(values, dict) else ()
-        mistyped = {key: said for key, value in given if (said := _mistyped(value, cls.model_fields[key].annotation))}
-        if mistyped:
-            raise PydanticCustomError("mistyped", "mistyped", {"keys": mistyped})
         return values
-
-
-def _mistyped(value: Any, annotation: Any) -> str | None:
-    """What is wrong with a truth value for a number, or a number for a truth value: pydantic takes true for 1 and 1 for
-    true. Its strict mode would also refuse `1e-3`, which in YAML is a text."""
-    kinds = set(_types(annotation))
-    for given in _scalars(value) if kinds & {int, float, bool} else ():
-        if isinstance(given, bool) and bool not in kinds:
-            return f"expected a number, got {str(given).lower()}"
-        if kinds <= {bool, type(None)} and not isinstance(given, bool | None):
-            return f"expected true or false, got {given!r}"
-    return None
-
-
-def _types(annotation: Any) -> Iterator[type]:
-    """The types that a field's annotation is made of."""
-    if isinstance(annotation, type) and not get_args(annotation):
-        yield annotation
-    for part in get_args(annotation):
-        yield from _types(part)
-
-
-def _scalars(value: Any, depth: int = 2) -> Iterator[Any]:
-    """What stands in a value, in its lists and mappings, as deep as any field has them."""
-    if depth and isinstance(value, dict | list | tuple):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _scalars(part, depth - 1)
-    else:
-        yield value
 
 
 def inherit(values: Any, keys: Container[str]) -> Any:
@@ -78,3 +78,14 @@ def inherit(values: Any, keys: Container[str]) -> Any:
     own = {key: value for key, value in values.items() if key in keys}
     tasks = {name: {**own, **entry} if isinstance(entry, dict) else entry for name, entry in values["tasks"].items()}
     return {**values, "tasks": tasks}
+
+
+def assign(values: dict, dotted: str, value: Any) -> None:
+    """Set `a.b.c` in nested dictionaries, making the levels that are missing."""
+    *parents, last = dotted.split(".")
+    node = values
+    for key in parents:
+        node = node.setdefault(key, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"{dotted}: {key!r} holds a value, not a section")
+    node[last] = value

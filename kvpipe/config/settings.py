@@ -5,10 +5,23 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from kvpipe.config.errors import nearest
-from kvpipe.config.section import Count, Fraction, Name, Section, Seed, inherit
+from kvpipe.config.section import (
+    NUMBER,
+    Count,
+    Flag,
+    Fraction,
+    Name,
+    Natural,
+    NotNegative,
+    Positive,
+    Section,
+    Seed,
+    expression,
+    inherit,
+)
 
 LossOn = Literal["all", "completion"]
 """Tokens that carry cross-entropy."""
@@ -23,16 +36,16 @@ class StoreConfig(Section):
     """Storage type; int8 keeps one scale per token and head."""
     mode: Literal["stored", "live"] = "stored"
     """`stored`: computed once and read by all cells; `live`: computed again in every training step."""
-    shards: Annotated[int, Field(ge=1, lt=10**5)] = 1
+    shards: Annotated[int, Field(ge=1, lt=10**5), NUMBER] = 1
     """Parts of a store; several are built by separate jobs, and parts that are finished are kept."""
     layers: Literal["needed", "all"] = "needed"
     """Keep only the teacher layers that some arm uses (a change of an arm's layers may then rebuild the store), or
     all."""
-    budget_gb: PositiveFloat = 10.0
+    budget_gb: Positive = 10.0
     """The build stops before it starts when the estimate exceeds this many GB per teacher."""
     batch_size: Count = 64
     """Examples per teacher forward."""
-    top_logits: Annotated[int, Field(ge=0)] = 32
+    top_logits: Natural = 32
     """Most likely next tokens kept per token, for `logit_kd`."""
 
 
@@ -41,7 +54,7 @@ class LayerMapConfig(Section):
 
     examples: Count = 100
     """Validation examples."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 150
+    warmup_steps: Natural = 150
     """Cross-entropy steps given to a from-scratch reference student first: random layers resemble nothing."""
 
 
@@ -68,17 +81,17 @@ class TrainConfig(Section):
     """Examples per optimizer step over all devices."""
     accumulate: Count = 1
     """Micro-batches per optimizer step and process; all losses and gradients are those of the whole batch."""
-    learning_rate: PositiveFloat = 3e-3
+    learning_rate: Positive = 3e-3
     """Peak learning rate of AdamW under a cosine schedule."""
     warmup: Fraction = 0.05
     """Share of the steps over which the learning rate rises."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    weight_decay: NotNegative = 0.01
     """Weight decay of AdamW."""
-    max_grad_norm: PositiveFloat = 1.0
+    max_grad_norm: Positive = 1.0
     """The student's gradients are clipped to this norm."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Mixed precision of the student."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Flag = False
     """Recompute activations in the backward pass: slower, far less memory."""
     loss_on: LossOn = "all"
     """Tokens that carry cross-entropy: `all`, or `completion`: reasoning, answer and the end of the text, whose first
@@ -92,7 +105,7 @@ class TrainConfig(Section):
     """Steps between validation losses (the learning curve)."""
     log_every: Count = 10
     """Steps between lines of history.jsonl."""
-    hold_targets_gb: Annotated[float, Field(ge=0)] = 1.0
+    hold_targets_gb: NotNegative = 1.0
     """Targets of frozen projectors are computed once and held when they fit into this many GB; else batch by batch."""
     checkpoint_every: Count = 200
     """Steps between checkpoints."""
@@ -100,7 +113,7 @@ class TrainConfig(Section):
     """Train low-rank adapters instead of all weights."""
     device: str = "auto"
     """`auto` (the GPU where there is one), `cpu`, `cuda`, or one GPU of several, as `cuda:1`."""
-    threads: Annotated[int, Field(ge=1, le=1024)] = 1
+    threads: Annotated[int, Field(ge=1, le=1024), NUMBER] = 1
     """CPU threads of one cell."""
 
     @field_validator("device")
@@ -154,11 +167,7 @@ class ScoringConfig(Section):
     @classmethod
     def _patterns(cls, patterns: str | list[str]) -> str | list[str]:
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            try:
-                groups = re.compile(pattern).groups
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
-            if not groups:
+            if not expression(pattern).groups:
                 raise ValueError(f"{pattern!r} has no group: put the answer's part in parentheses")
         return patterns
 
@@ -172,16 +181,16 @@ class ScoringConfig(Section):
 class SandboxConfig(Section):
     """How generated programs are run; `docs/evaluation.md` says what this protects from and what not."""
 
-    run_code: bool = False
+    run_code: Flag = False
     """Run generated programs at all. Off unless you say so: they are written by a model."""
     walls: Literal["required", "none"] = "required"
     """`required`: programs run behind walls (bubblewrap's, or namespaces that kvpipe makes), or not at all. `none`: they
     may read and change what you may; only the limits below hold."""
-    seconds: PositiveFloat = 10.0
+    seconds: Positive = 10.0
     """Longest CPU time of a program; by the clock three times as much."""
     memory_mb: Count = 1024
     """Largest address space of a program."""
-    workers: Annotated[int, Field(ge=1, le=1024)] = 1
+    workers: Annotated[int, Field(ge=1, le=1024), NUMBER] = 1
     """Programs that are run at the same time."""
 
 
@@ -228,11 +237,11 @@ class StatsConfig(Section):
 
     resamples: Count = 1000
     """Bootstrap resamples of seeds × items."""
-    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    confidence: Annotated[float, Field(gt=0.5, lt=1), NUMBER] = 0.95
     """Confidence of the intervals."""
     seed: Seed = 0
     """Seed of the bootstrap."""
-    power: Annotated[float, Field(gt=0, lt=1)] = 0.8
+    power: Annotated[float, Field(gt=0, lt=1), NUMBER] = 0.8
     """Power at which the minimum detectable effect is stated."""
     headline: Name | None = None
     """Arm that the report is about: its conclusions come first, and it is compared with every baseline. None takes the

@@ -3,47 +3,71 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
-from kvpipe.config import Config
-from kvpipe.doctor.arms import examine_arms
-from kvpipe.doctor.asked import Asked, read_profile
-from kvpipe.doctor.container import examine_container
 from kvpipe.doctor.finding import FAIL, OK, WARNING, Finding
-from kvpipe.doctor.gpu import examine_gpu
-from kvpipe.doctor.memory import examine_memory
-from kvpipe.doctor.slurm import examine_slurm
-from kvpipe.doctor.sources import examine_sources
-from kvpipe.doctor.storage import examine_storage
-from kvpipe.doctor.versions import examine_versions
-from kvpipe.doctor.walls import examine_walls
-from kvpipe.experiment.paths import Paths
+from kvpipe.doctor.gpu import check_gpu
+from kvpipe.doctor.memory import check_memory
+from kvpipe.doctor.settings import check_arms, check_packages, check_sandbox
+from kvpipe.doctor.sources import check_sources
+from kvpipe.doctor.storage import check_storage
+from kvpipe.doctor.workload import Workload
+from kvpipe.experiment.files import write_text
+from kvpipe.experiment.launch import in_job
 
-__all__ = ["FAIL", "OK", "WARNING", "Finding", "examine", "read_profile", "show", "write"]
+__all__ = ["FAIL", "OK", "WARNING", "Finding", "Workload", "as_json", "examine", "probe", "show", "write"]
+
+_Check = Callable[[Workload], Iterator[Finding]]
+CHECKS: dict[str, _Check] = {
+    "packages": check_packages,
+    "gpu": check_gpu,
+    "sources": check_sources,
+    "arms": check_arms,
+    "storage": check_storage,
+    "memory": check_memory,
+    "sandbox": check_sandbox,
+}
+"""Of the experiment, and of this machine as the one where it runs."""
+EXTRAS = "kvpipe.doctor"
+"""Group of entry points. Each is a module with `CHECKS`, which are added to those above or replace one of the same name,
+and `probe(work, log)`: plugins/cluster has what a cluster's jobs need."""
+INSTALL = "pip install -e plugins/cluster   (make install and make login do)"
 
 
-def examine(config: Config, paths: Paths, asked: Asked | None = None) -> list[Finding]:
-    """Every check that takes seconds and starts no job.
+def extras() -> list[Any]:
+    """The modules that are installed as extras."""
+    return [entry.load() for entry in entry_points(group=EXTRAS)]
 
-    Args:
-        config: the experiment.
-        paths: where its results are or will be.
-        asked: the Snakemake profile of a cluster; only the rules' own resources without one.
+
+def examine(work: Workload) -> list[Finding]:
+    """Every check that takes seconds and starts no job."""
+    work.paths.root.mkdir(parents=True, exist_ok=True)
+    checks, more = dict(CHECKS), extras()
+    for extra in more:
+        checks |= extra.CHECKS
+    found = [finding for check in checks.values() for finding in check(work)]
+    if work.profile is not None and not more and not in_job():
+        detail = (
+            f"the cluster, the image and what {work.profile} asks for are not checked: kvpipe-cluster is not installed"
+        )
+        found.append(Finding("profile", WARNING, detail, INSTALL))
+    return found
+
+
+def probe(work: Workload, log: Callable[[str], None]) -> Path:
+    """Run a short job on the cluster; the profile that follows, below the results.
+
+    Raises:
+        ModuleNotFoundError: no extra that can is installed.
+        RuntimeError: the cluster took no job.
     """
-    asked = asked or Asked(None)
-    paths.root.mkdir(parents=True, exist_ok=True)
-    return [
-        *examine_versions(config, asked),
-        *examine_slurm(asked),
-        *examine_container(config, paths, asked),
-        *examine_gpu(config, paths, asked),
-        *examine_sources(config, paths),
-        *examine_arms(config, paths),
-        *examine_storage(config, paths),
-        *examine_memory(config, paths, asked),
-        *examine_walls(config, asked),
-    ]
+    for extra in extras():
+        return extra.probe(work, log)
+    raise ModuleNotFoundError(f"--probe needs kvpipe-cluster, which is not installed: {INSTALL}")
 
 
 def show(findings: list[Finding]) -> str:
@@ -64,5 +88,4 @@ def as_json(findings: list[Finding]) -> str:
 
 def write(findings: list[Finding], out: Path) -> None:
     """The findings as JSON."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(as_json(findings) + "\n", encoding="utf-8")
+    write_text(out, as_json(findings) + "\n")

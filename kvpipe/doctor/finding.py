@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -24,35 +23,28 @@ class Finding:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a program said."""
+    """What a program printed, and its exit status."""
 
     code: int
     out: str
     err: str
 
     @property
-    def said(self) -> str:
+    def last_line(self) -> str:
         """The last line of its complaint, or of its output."""
         lines = (self.err.strip() or self.out.strip()).splitlines()
         return lines[-1].strip() if lines else f"exit status {self.code}, no message"
 
 
-def ask(*command: str, patience: float | None = None, stdin: str | None = None) -> Answer | None:
-    """Run a program; None where it is not on the PATH, exit status 124 where it does not answer in time."""
+def ask(*command: str, patience: float | None = None, stdin: str | None = None) -> Answer:
+    """Run a program; exit status 127 where it is not on the PATH, 124 where it does not answer in time."""
     if shutil.which(command[0]) is None:
-        return None
-    patience = PATIENCE if patience is None else patience
+        return Answer(127, "", f"{command[0]} is not on the PATH")
+    limit = PATIENCE if patience is None else patience
     try:
-        done = subprocess.run(
-            command, input=stdin, capture_output=True, text=True, errors="replace", timeout=patience, check=False
-        )
+        done = subprocess.run(command, input=stdin, capture_output=True, text=True, errors="replace", timeout=limit)
     except subprocess.TimeoutExpired:
-        return Answer(124, "", f"{command[0]} gave no answer within {patience:g} s")
+        return Answer(124, "", f"{command[0]} gave no answer within {limit:g} s")
     except OSError as error:  # not executable, wrong architecture, DOS line ends behind #!
         return Answer(126, "", str(error))
     return Answer(done.returncode, done.stdout, done.stderr)
-
-
-def inside_a_job() -> bool:
-    """Whether this process runs in a job or in an image, where the cluster's programs are not expected."""
-    return any(name in os.environ for name in ("SLURM_JOB_ID", "APPTAINER_CONTAINER", "SINGULARITY_CONTAINER"))

@@ -1,107 +1,66 @@
-"""Whether the GPU, its driver, torch's CUDA and the precision go together: here, or as a probe saw it in a job."""
+"""Whether a GPU, its driver, torch's CUDA and the precision go together."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from kvpipe.config import Config
-from kvpipe.doctor.asked import Asked
-from kvpipe.doctor.finding import FAIL, OK, WARNING, Finding, inside_a_job
+from kvpipe.doctor.finding import FAIL, OK, WARNING, Finding
 from kvpipe.doctor.look import nvidia
-from kvpipe.experiment import launch
-from kvpipe.experiment.paths import Paths
+from kvpipe.doctor.workload import Workload
+from kvpipe.experiment.launch import in_job
 
 DRIVERS = {11: 450, 12: 525, 13: 580}
 """CUDA's major version → the least NVIDIA driver that runs it (minor versions are compatible)."""
 OLDER = "VARIANT=cu126 TORCH_INDEX=<torch's index for CUDA 12.6> make image"
 """The image with a torch for CUDA 12, under a name of its own: that of the first would be up to date."""
-BF16 = (8, 0)
+BF16 = [8, 0]
 """Compute capability from which a GPU computes bf16 itself."""
 
 
-def examine_gpu(config: Config, paths: Paths, asked: Asked) -> list[Finding]:
-    """Findings on GPUs; none where none is asked for."""
-    if inside_a_job():
-        return []
-    on_cluster = shutil.which("sbatch") is not None
-    probed = paths.probe
-    if on_cluster:
-        if not asked.of("train").gpus:
-            return []
-        if not probed.is_file():
-            return [*_nodes(asked), Finding("GPU", OK, "no job has looked for one yet", "kvpipe doctor --probe")]
-        seen = json.loads(probed.read_text(encoding="utf-8"))
-        return [*_nodes(asked), *judge(seen.get("gpu"), config, f"in job {seen.get('job')}")]
-    seen = seen_here()
-    if seen is None:
-        if config.train.device.startswith("cuda"):
-            fix = "train.device: auto (or cpu); on a cluster the jobs have the GPU, not the login node"
-            return [Finding("GPU", FAIL, f"train.device is {config.train.device}, nvidia-smi shows no GPU here", fix)]
-        return []
-    return [*judge(seen, config, "on this machine")]
-
-
-def _nodes(asked: Asked) -> Iterator[Finding]:
-    request = asked.of("train")
-    lines = launch.lacking(request.resources | {"nodes": request.number("nodes")})
-    if lines:
-        detail = f"a cell on {request.number('nodes')} nodes calls srun itself; Snakemake refuses it without {', '.join(lines)}"
-        yield Finding("nodes", FAIL, detail, f"in the profile under set-resources, train: {', '.join(lines)}")
-
-
-def seen_here() -> dict[str, Any] | None:
-    """The first GPU by nvidia-smi, and the installed torch's CUDA; None without a GPU."""
-    gpu = nvidia()
-    return None if gpu is None else {**gpu, "torch_cuda": torch_cuda()}
+def check_gpu(work: Workload) -> Iterator[Finding]:
+    """Findings on this machine's first GPU; none where there is none and none is named."""
+    device, seen = work.config.train.device, None if in_job() else nvidia()
+    if seen is not None:
+        yield from judge(seen | {"torch_cuda": torch_cuda()}, work.config, "on this machine")
+    elif device.startswith("cuda") and not in_job():
+        fix = "train.device: auto (or cpu); on a cluster the jobs have the GPU, not the login node"
+        yield Finding("GPU", FAIL, f"train.device is {device}, nvidia-smi shows no GPU here", fix)
 
 
 def torch_cuda() -> str | None:
     """CUDA version that the installed torch was built for, without importing it; None for a CPU build or no torch."""
     spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        return None
-    file = Path(spec.origin).with_name("version.py")
-    found = re.search(r"^cuda.*=\s*'([\d.]+)'", file.read_text("utf-8"), flags=re.MULTILINE) if file.is_file() else None
+    file = Path(spec.origin).with_name("version.py") if spec is not None and spec.origin else None
+    text = file.read_text("utf-8") if file is not None and file.is_file() else ""
+    found = re.search(r"^cuda.*=\s*'([\d.]+)'", text, flags=re.MULTILINE)
     return found[1] if found else None
 
 
-def judge(seen: dict[str, Any] | None, config: Config, where: str) -> Iterator[Finding]:
-    """Findings on one GPU, as `seen_here` or a probe describes it."""
-    if seen is None:
-        fix = "apptainer-args: --nv in the profile; nvidia-smi in a job outside the image must show the GPU"
-        yield Finding("GPU", FAIL, f"none was seen {where}", fix)
-        return
-    cuda = seen.get("torch_cuda")
+def judge(seen: dict[str, Any], config: Config, where: str) -> Iterator[Finding]:
+    """Findings on one GPU, as `kvpipe.doctor.look` describes it."""
+    cuda, (driver, *_) = seen.get("torch_cuda"), [*_numbers(seen["driver"]), 0]
     shown = f"{seen['name']} {where}, driver {seen['driver']}, torch for CUDA {cuda or '(none)'}"
-    least = DRIVERS.get(int(cuda.split(".")[0]), 0) if cuda else 0
+    least = DRIVERS.get(_numbers(cuda)[0], 0) if cuda else 0
     if cuda is None:
+        # `device: auto` trains all the same
+        status = FAIL if config.train.device.startswith("cuda") else WARNING
         fix = "VARIANT=cuda make image, or install a CUDA build of torch"
-        yield Finding("GPU", FAIL, f"{shown}: it would train on the CPU", fix)
-    elif _major(seen["driver"]) < least:
+        yield Finding("GPU", status, f"{shown}: it would train on the CPU", fix)
+    elif driver < least:
         fix = f"ask for nodes with driver {least} or later"
-        if _major(seen["driver"]) >= DRIVERS[12] and least > DRIVERS[12]:
-            fix += f", or an image for CUDA 12: {OLDER}"
+        fix += f", or an image for CUDA 12: {OLDER}" if driver >= DRIVERS[12] and least > DRIVERS[12] else ""
         yield Finding("GPU", FAIL, f"{shown}, which needs driver {least}", fix)
-    elif seen.get("available") is False:
-        fix = "apptainer-args: --nv in the profile; is CUDA_VISIBLE_DEVICES empty in the job?"
-        yield Finding("GPU", FAIL, f"{shown}, but torch sees no GPU", fix)
     else:
         yield Finding("GPU", OK, shown)
-    if config.train.precision == "bf16" and _capability(seen["capability"]) < BF16:
+    if config.train.precision == "bf16" and (_numbers(seen["capability"]) or BF16) < BF16:
         detail = f"{seen['name']} (compute capability {seen['capability']}) computes no bf16: torch emulates it, slowly"
         yield Finding("precision", WARNING, detail, "train.precision: fp16")
 
 
-def _major(version: str) -> int:
-    found = re.match(r"\d+", version)
-    return int(found[0]) if found else 0
-
-
-def _capability(text: str | None) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", text or "")) or BF16
+def _numbers(text: str | None) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", text or "")]

@@ -1,6 +1,6 @@
-"""What a probe's job runs inside the image: one line of JSON on what is seen there. Standard library only; torch if it is there.
+"""What a machine shows of its GPU; run as a script, one line of JSON. Standard library only; torch if it is there.
 
-Its text is handed to `python3 -c`, since kvpipe need not be installed in the image.
+Its text is also handed to `python3 -c` in a job, where kvpipe need not be installed.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from kvpipe.config import (
     Config,
@@ -17,14 +17,13 @@ from kvpipe.config import (
     HubModel,
     Loading,
     LocalModel,
-    PretrainModel,
     RandomModel,
     ScratchModel,
 )
-from kvpipe.doctor.sources import data_files
-from kvpipe.experiment.paths import Paths
+from kvpipe.experiment.paths import SPLITS, Paths
 from kvpipe.experiment.plan import Dag
 from kvpipe.experiment.sizes import Shape, count_parameters, estimate_bytes, shape, teacher_pass_bytes
+from kvpipe.models.hub import candidates, missing_bytes
 
 SAMPLE = 100
 """Records of a file that are read for the mean length of its texts."""
@@ -32,18 +31,29 @@ BYTES_PER_TOKEN = 3.5
 """Of English text and code under tokenizers of tens of thousands of tokens."""
 QUANTIZED = {"int8": 1.0, "int4": 0.5}
 """Bytes of a weight."""
-MARKS = "\n#### "
-"""A text is about its segments and the template's marks."""
 SMALL_VOCABULARY, BYTES_PER_SMALL_TOKEN = 2000, 1.7
 """Vocabularies like those of the embedded models cut texts into shorter pieces."""
 
 
+TextSource = Literal["student", "own"]
+
+
+class Sample(NamedTuple):
+    """A part of the training split: how many examples, the embedded tasks' difficulty, some of the records."""
+
+    examples: int
+    difficulty: float = 0.0
+    records: list[Any] = []  # noqa: RUF012 - read only
+
+
 @dataclass(frozen=True)
 class Workload:
-    """Sizes that follow from a configuration, as far as they can be known."""
+    """What is examined: a configuration, and the sizes that follow from it as far as they can be known."""
 
     config: Config
     paths: Paths
+    profile: Path | None = None
+    """Snakemake profile that its jobs run by."""
 
     @cached_property
     def dag(self) -> Dag:
@@ -53,13 +63,24 @@ class Workload:
     def folder(self, name: str) -> Path | None:
         """Where a model's files are on this machine; None while they are not."""
         model = self.config.models[name]
-        folders = [self.paths.model(name)]
-        if isinstance(model, LocalModel):
-            folders.append(Path(model.path))
-        elif isinstance(model, HubModel):
-            cached = _cached_config(model)
-            folders += [cached.parent] if cached else []
+        elsewhere = Path(model.path) if isinstance(model, LocalModel) else None
+        elsewhere = self.copy_of(model) if isinstance(model, HubModel) else elsewhere
+        folders = [folder for folder in (self.paths.model(name), elsewhere) if folder is not None]
         return next((folder for folder in folders if (folder / "config.json").is_file()), None)
+
+    def copy_of(self, model: HubModel) -> Path | None:
+        """A complete copy of a locked model in a library or the machine's cache, by the sizes of its files: reading them
+        takes minutes, and `kvpipe models` does."""
+        pinned = self.config.lock.get(model.pin)
+        if pinned is None:
+            return None
+        folders = candidates(model.repo, pinned, self.config.libraries)
+        try:
+            return next((folder for folder in folders if not missing_bytes(folder, pinned.files)), None)
+        except (
+            ModuleNotFoundError
+        ):  # huggingface_hub alone knows where the machine's cache is; a login node may lack it
+            return None
 
     def shape(self, name: str) -> Shape | None:
         """A model's shape; None while its config.json is not on this machine."""
@@ -72,15 +93,13 @@ class Workload:
                 return shape(values, parameters=count_parameters(folder))
             except (OSError, ValueError):  # damaged: a finding of its own
                 return None
-        recipe: Any = (
-            model if isinstance(model, ScratchModel) else model.recipe if isinstance(model, PretrainModel) else None
-        )
+        recipe = model if isinstance(model, ScratchModel) else getattr(model, "recipe", None)
         return None if recipe is None else shape(recipe.architecture, vocab=recipe.tokenizer.vocab_size)
 
-    @cached_property
+    @property
     def examples(self) -> int:
         """Training examples."""
-        return sum(count for count, _, _ in self._sources)
+        return sum(source.examples for source in self._sources)
 
     @property
     def unread(self) -> list[str]:
@@ -89,33 +108,38 @@ class Workload:
         return [] if self.paths.data("train").is_file() else hub
 
     @cached_property
-    def _sources(self) -> list[tuple[int, float, dict[str, list[str]]]]:
-        written = self.paths.data("train")
-        if written.is_file() and any(isinstance(source, HubData) for source in self.config.data.sources):
+    def _sources(self) -> list[Sample]:
+        written, sources = self.paths.data("train"), self.config.data.sources
+        if written.is_file() and any(isinstance(source, HubData) for source in sources):
             return [_written(written)]
-        return [_sampled(source) for source in self.config.data.sources]
+        return [_sampled(source) for source in sources]
 
-    def tokens(self, name: str, reading: str = "student") -> int:
+    def tokens(self, name: str, reading: TextSource = "student") -> int:
         """About how many tokens the training split has under a model's tokenizer: counted on a sample where both are
         here, else by the bytes."""
         model = self.config.models[name]
         folder = self.folder(model.like if isinstance(model, RandomModel) else name)
-        tokenizer = _tokenizer(folder) if folder is not None else None
-        found = self.shape(name)
-        small = found is not None and found.vocab < SMALL_VOCABULARY
+        tokenizer, shape = _tokenizer(folder) if folder is not None else None, self.shape(name)
+        small = shape is not None and shape.vocab < SMALL_VOCABULARY
         total = 0.0
-        for count, difficulty, samples in self._sources:
-            texts = samples[reading]
+        for source in self._sources:
+            texts = [self._text(record, reading) for record in source.records]
             if texts and tokenizer is not None:
                 mean = sum(len(tokenizer.encode(text).ids) for text in texts) / len(texts)
             else:
                 # the embedded tasks' mean bytes, as measured
-                bytes_each = 30 + 19 * difficulty if reading == "student" else 50 + 33 * difficulty
+                bytes_each = 30 + 19 * source.difficulty if reading == "student" else 50 + 33 * source.difficulty
                 if texts:
                     bytes_each = sum(len(text.encode()) for text in texts) / len(texts)
                 mean = bytes_each / (BYTES_PER_SMALL_TOKEN if small else BYTES_PER_TOKEN)
-            total += count * (mean + 1)
+            total += source.examples * (mean + 1)
         return round(total)
+
+    def _text(self, record: Any, reading: TextSource) -> str:
+        from kvpipe.data.records import render
+
+        record = replace(record, teacher_reasoning=record.teacher_reasoning or record.reasoning)
+        return render(record, self.config.data.template, reading).text
 
     def stored_layers(self, teacher: str) -> int:
         """At most how many layers a store of this teacher keeps."""
@@ -128,12 +152,13 @@ class Workload:
         return min(theirs.layers, student.layers + any(arm.loss.kind == "relation" for arm in arms))
 
     @property
-    def stores(self) -> list[tuple[str, str]]:
-        """(teacher, reading) of every store that some arm reads."""
+    def missing_stores(self) -> list[tuple[str, TextSource]]:
+        """(teacher, reading) of every store that some arm reads and that is not made yet."""
         arms = [arm for arm in self.dag.arms.values() if self.dag.uses_store(arm)]
-        return list(dict.fromkeys((teacher, arm.time.text) for arm in arms for teacher in arm.teachers))
+        stores = dict.fromkeys((teacher, arm.time.text) for arm in arms for teacher in arm.teachers)
+        return [pair for pair in stores if not self.paths.store_index(*pair).is_file()]
 
-    def store_bytes(self, teacher: str, reading: str) -> int | None:
+    def store_bytes(self, teacher: str, reading: TextSource) -> int | None:
         """Estimated bytes of one store; None while the teacher's shape or the data is unknown."""
         found = self.shape(teacher)
         if found is None or not self.examples:
@@ -147,7 +172,7 @@ class Workload:
         model = self.config.models[model.like] if isinstance(model, RandomModel) else model
         return getattr(model, "load", Loading())
 
-    def pass_bytes(self, teacher: str, reading: str, on_gpu: bool = False) -> int | None:
+    def pass_bytes(self, teacher: str, reading: TextSource, on_gpu: bool = False) -> int | None:
         """Estimated host memory of building one shard of a store, or the GPU's, where the shard is not kept; None while
         the teacher's shape or the data is unknown."""
         found = self.shape(teacher)
@@ -162,80 +187,63 @@ class Workload:
         return teacher_pass_bytes(found, self.stored_layers(teacher), kept, at_once, width)
 
 
-def _cached_config(model: HubModel) -> Path | None:
-    try:
-        from huggingface_hub import try_to_load_from_cache
-    except ImportError:
-        return None
-    found = try_to_load_from_cache(model.repo, "config.json", revision=model.revision)
-    return Path(found) if isinstance(found, str) else None
+def data_files(source: FileData) -> dict[str, Path]:
+    """Split → the file that it is read from."""
+    named = {split: getattr(source, split) for split in SPLITS}
+    return {split: source.parted(spec)[0] for split, spec in named.items() if spec is not None}
 
 
 def _tokenizer(folder: Path) -> Any:
-    """The fast tokenizer of a folder, by the Rust library alone."""
+    """The fast tokenizer of a folder, by the Rust library alone; None where it cannot be read."""
     try:
         from tokenizers import Tokenizer
-    except ImportError:
-        return None
-    file = folder / "tokenizer.json"
-    try:
-        return Tokenizer.from_file(str(file)) if file.is_file() else None
-    except Exception:  # a damaged file: the Rust library raises nothing narrower
+
+        return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception:  # not there, or damaged: the Rust library raises nothing narrower
         return None
 
 
-def _sampled(source: EmbeddedData | FileData | HubData) -> tuple[int, float, dict[str, list[str]]]:
-    """Examples of the training split, the embedded tasks' difficulty, and some texts for each reading.
-
-    Nothing of a data set on the hub is known before the data step has fetched it.
-    """
+def _sampled(source: EmbeddedData | FileData | HubData) -> Sample:
+    """The training split of a source. Nothing of a data set on the hub is known before the data step has fetched it."""
     if isinstance(source, EmbeddedData):
-        return source.train, float(source.difficulty), {"student": [], "own": []}
+        return Sample(source.train, source.difficulty)
     path = None if isinstance(source, HubData) else data_files(source).get("train")
     if path is None or not path.is_file():
-        return 0, 0.0, {"student": [], "own": []}
+        return Sample(0)
     try:
         from kvpipe.data.mapping import to_record
     except ImportError:  # a login node without pyarrow: lines can be counted all the same
-        return (0 if path.suffix == ".parquet" else _sample(path)[0]), 0.0, {"student": [], "own": []}
-
-    count, rows = _sample(path)
+        return Sample(0 if path.suffix == ".parquet" else _head(path)[0])
+    count, rows = _head(path)
     try:
-        records = [to_record(row, source, str(number)) for number, row in enumerate(rows)]
+        return Sample(count, 0.0, [to_record(row, source, str(number)) for number, row in enumerate(rows)])
     except ValueError:  # the data step names the row
-        records = []
-    return count, 0.0, _texts(records)
+        return Sample(count)
 
 
-def _written(path: Path) -> tuple[int, float, dict[str, list[str]]]:
-    """The same of the split that the data step wrote; texts from all over it, since its tasks stand one after the other."""
+def _written(path: Path) -> Sample:
+    """The split that the data step wrote; records from all over it, since its tasks stand one after the other."""
     try:
         from kvpipe.data.records import read_records
     except ImportError:
-        return 0, 0.0, {"student": [], "own": []}
+        return Sample(0)
     records = read_records(path)
-    return len(records), 0.0, _texts(records[:: max(1, len(records) // SAMPLE)])
+    return Sample(len(records), 0.0, records[:: max(1, len(records) // SAMPLE)])
 
 
-def _texts(records: list[Any]) -> dict[str, list[str]]:
-    return {
-        "student": ["\n".join((r.prompt, r.reasoning, r.answer)) + MARKS for r in records],
-        "own": ["\n".join((r.prompt, r.teacher_reasoning or r.reasoning, r.answer)) + MARKS for r in records],
-    }
-
-
-def _sample(path: Path) -> tuple[int, list[dict[str, Any]]]:
-    """Number of records in a file and its first ones."""
+def _head(path: Path) -> tuple[int, list[dict[str, Any]]]:
+    """Number of rows in a file and its first ones."""
     if path.suffix == ".parquet":
         import pyarrow.parquet as pq
 
         file = pq.ParquetFile(path)
         first = next(file.iter_batches(SAMPLE), None)
         return file.metadata.num_rows, [] if first is None else first.to_pylist()
-    with path.open(encoding="utf-8") as handle:
-        head = list(islice(handle, SAMPLE))
-        count = len(head) + sum(1 for line in handle if line.strip())
+    with path.open(encoding="utf-8") as lines:
+        written = (line for line in lines if line.strip())
+        first_lines = list(islice(written, SAMPLE))
+        count = len(first_lines) + sum(1 for _ in written)
     try:
-        return count, [row for line in head if line.strip() and isinstance(row := json.loads(line), dict)]
+        return count, [row for line in first_lines if isinstance(row := json.loads(line), dict)]
     except json.JSONDecodeError:
         return count, []  # the data step names the line

@@ -1,7 +1,7 @@
-"""What a cell has cost over all its attempts, killed ones included: a few lines beside its checkpoints.
+"""Cost of a cell over all its attempts, killed ones included: a few lines beside its checkpoints.
 
-SLURM's own accounting needs a database that many sites do not have. Each attempt writes its age and peak memory now and then;
-what a killed one wrote last is what it has cost, up to the steps between two lines.
+Each attempt appends its age and peak memory now and then; the last line of a killed one is its cost, up to the steps
+between two lines. Slurm's accounting needs a database that many sites do not have.
 """
 
 from __future__ import annotations

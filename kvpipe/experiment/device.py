@@ -1,4 +1,4 @@
-"""The device that was asked for is the device that is used, or it is said."""
+"""Resolve `train.device`, fail if it is unavailable, and join the processes of one training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from kvpipe.config import ConfigError
 from kvpipe.experiment import launch
 
 HARMLESS = {"ACCELERATE_USE_CPU", "ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE"}
-"""What the environment may say to accelerate: nothing of it changes a number."""
+"""Variables of accelerate that change no number."""
+JOB_GPUS = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE")
+"""Set where a job has GPUs: their numbers, and last how many. Snakemake's job step takes the job's own away."""
 
 
 class NoDevice(RuntimeError):
@@ -28,7 +30,7 @@ def resolve_device(setting: str) -> str:
 
 
 def check_device(device: str, log=print) -> None:
-    """Refuse a named GPU that is not there; say so where a job was given one that torch does not see.
+    """Refuse a named GPU that is not there; log a job's GPUs that torch does not see.
 
     Raises:
         NoDevice: `device` is `cuda…` and torch sees no such GPU.
@@ -39,20 +41,21 @@ def check_device(device: str, log=print) -> None:
         if number >= count:
             raise NoDevice(f"train.device is {device}, but torch {torch.__version__} sees {count} GPUs{_reason()}")
         torch.cuda.set_device(number)  # accelerate takes the current one
-    elif device == "auto" and count == 0 and os.environ.get("SLURM_JOB_GPUS"):
-        log(f"this job has GPU {os.environ['SLURM_JOB_GPUS']}, but torch sees none and trains on the CPU{_reason()}")
+    elif device == "auto" and count == 0:
+        given = [f"{name}={os.environ[name]}" for name in JOB_GPUS if os.environ.get(name)]
+        if given and given[0] != "SLURM_GPUS_ON_NODE=0":
+            log(f"this job has GPUs ({given[0]}), but torch sees none and trains on the CPU{_reason()}")
 
 
 def check_precision(precision: str, device: str) -> None:
-    """Refuse fp16 on a CPU, where accelerate would compute in fp32 and say nothing.
+    """Refuse fp16 on a CPU, where accelerate would compute in fp32.
 
     Raises:
         ConfigError: with what to set instead.
     """
     if precision == "fp16" and device == "cpu":
         raise ConfigError(
-            "train.precision is fp16, which nothing computes on a CPU: set train.precision: fp32 (or bf16), "
-            "or train on a GPU (train.device: cuda)"
+            "train.precision is fp16, which nothing computes on a CPU: set train.precision: fp32 or bf16, or train.device: cuda"
         )
 
 

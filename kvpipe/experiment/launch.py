@@ -5,6 +5,7 @@ No torch: this is imported while Snakemake parses.
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,12 @@ EACH_NODE = 'exec accelerate launch --machine_rank "$SLURM_NODEID" "$@"'
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Set by torchrun and by accelerate for each of several processes."""
 PORT = "$((20000 + SLURM_JOB_ID % 20000))"
-"""Of the first process of a job on several nodes: known to all of them, and another one for every job."""
+"""Rendezvous port of a job on several nodes, derived from the job id."""
+
+
+def in_job() -> bool:
+    """Whether this process runs in a job or in an image, which show little of the machine around them."""
+    return any(name in os.environ for name in ("SLURM_JOB_ID", "APPTAINER_CONTAINER", "SINGULARITY_CONTAINER"))
 
 
 def image_path(named: str) -> str:
@@ -40,18 +46,18 @@ def processes(resources: Mapping[str, Any]) -> tuple[int, int]:
         ValueError: the GPUs do not divide by the nodes; accelerate needs the same number on each.
     """
     nodes = int(resources.get("nodes") or 1)
-    gres = str(resources.get("gres") or "").split(":")
-    each = int(gres[-1]) if gres[-1].isdigit() else 1
-    gpus = nodes * each if gres[0] == "gpu" else int(resources.get("gpu") or 0)
+    kind, *rest = str(resources.get("gres") or "").split(":")
+    each = int(rest[-1]) if rest and rest[-1].isdigit() else 1
+    gpus = nodes * each if kind == "gpu" else int(resources.get("gpu") or 0)
     if gpus % nodes or (nodes > 1 and not gpus):
         raise ValueError(
-            f"{gpus} GPUs on {nodes} nodes: every node needs the same number. `gpu` counts those of the whole job, `gres` "
-            f"those of every node: in the profile gres: gpu:{-(-gpus // nodes) or 1} in place of gpu, with nodes: {nodes}"
+            f"{gpus} GPUs on {nodes} nodes: every node needs the same number; in the profile "
+            f"gres: gpu:{-(-gpus // nodes) or 1}, which counts those of a node, in place of gpu, with nodes: {nodes}"
         )
     return gpus, nodes
 
 
-def lacking(resources: Mapping[str, Any]) -> list[str]:
+def missing_lines(resources: Mapping[str, Any]) -> list[str]:
     """Lines that the profile lacks for a cell on several nodes, whose job calls srun itself.
 
     Without `mpi` the executor plugin starts the job by an srun of its own, and the one inside waits for ever for the
@@ -59,11 +65,12 @@ def lacking(resources: Mapping[str, Any]) -> list[str]:
     `tasks_per_gpu` says otherwise.
     """
     nodes = int(resources.get("nodes") or 1)
-    if nodes == 1:
-        return []
-    lines = [] if resources.get("mpi") else ["mpi: srun"]
-    lines += [] if resources.get("tasks") or resources.get("tasks_per_node") else [f"tasks: {nodes}"]
-    return lines + ([] if resources.get("tasks_per_gpu") is not None else ["tasks_per_gpu: 0"])
+    needed = {
+        "mpi: srun": resources.get("mpi"),
+        f"tasks: {nodes}": resources.get("tasks") or resources.get("tasks_per_node"),
+        "tasks_per_gpu: 0": resources.get("tasks_per_gpu") is not None,
+    }
+    return [line for line, there in needed.items() if nodes > 1 and not there]
 
 
 def check_nodes(resources: Mapping[str, Any]) -> None:
@@ -72,8 +79,7 @@ def check_nodes(resources: Mapping[str, Any]) -> None:
     Raises:
         ValueError: lines are missing in the profile; the message has them.
     """
-    lines = lacking(resources)
-    if lines:
+    if lines := missing_lines(resources):
         raise ValueError(
             f"a cell on {resources['nodes']} nodes calls srun itself, which would wait for ever for the GPUs of the "
             f"srun around it; add to set-resources: train: in the profile: {', '.join(lines)}"
@@ -86,18 +92,14 @@ def check_environment(environment: Mapping[str, str]) -> None:
     Raises:
         ValueError: several processes are said, and not all that a launcher says of them.
     """
-    several = environment.get("WORLD_SIZE") not in (None, "", "1") or environment.get("LOCAL_RANK") not in (
-        None,
-        "",
-        "-1",
-    )
+    several = environment.get("WORLD_SIZE", "") not in ("", "1") or environment.get("LOCAL_RANK", "") not in ("", "-1")
     absent = [name for name in LAUNCHER if not environment.get(name)]
     if several and absent:
         raise ValueError(alone(environment, f"no {', '.join(absent)}"))
 
 
 def alone(environment: Mapping[str, str], problem: str) -> str:
-    """What to tell a process that its launcher's variables promise other processes which are not there."""
+    """The message for a process whose launcher's variables promise others that are not there."""
     said = [name for name in LAUNCHER if environment.get(name)]
     return (
         f"the environment has {', '.join(f'{name}={environment[name]}' for name in said)}, and {problem}: variables of "

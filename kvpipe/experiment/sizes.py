@@ -6,7 +6,6 @@ import json
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -58,10 +57,15 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     return {name: entry for name, entry in entries.items() if name != "__metadata__"}, 8 + length
 
 
+def tensors(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every tensor of a model folder, from the headers of its safetensors files."""
+    headers = [read_header(path)[0] for path in sorted(folder.glob("model*.safetensors"))]
+    return {name: tuple(entry["shape"]) for header in headers for name, entry in header.items()}
+
+
 def count_parameters(folder: Path) -> int:
-    """Parameters in a folder's safetensors files; 0 without any."""
-    headers = (read_header(path)[0] for path in sorted(folder.glob("*.safetensors")))
-    return sum(prod(entry["shape"]) for header in headers for entry in header.values())
+    """Parameters of a model folder; 0 without weights."""
+    return sum(map(prod, tensors(folder).values()))
 
 
 def kv_heads_and_dim(get: Callable[[str], Any]) -> tuple[int, int] | None:
@@ -74,18 +78,13 @@ def kv_heads_and_dim(get: Callable[[str], Any]) -> tuple[int, int] | None:
     if not heads:
         return None
     nested = get("attn_config") or {}  # DBRX nests its attention settings
-    kv_heads = heads
-    for source in (get, nested.get if isinstance(nested, dict) else partial(_attribute, nested)):
-        for name in ("num_key_value_heads", "num_kv_heads", "kv_n_heads"):
-            kv_heads = source(name) or kv_heads
-    if get("multi_query") and not get("new_decoder_architecture"):
-        kv_heads = 1  # Falcon and GPT BigCode: the number in the config does not count then
+    inner = nested.get if isinstance(nested, dict) else lambda name: getattr(nested, name, None)
+    named = [source(name) for source in (inner, get) for name in ("kv_n_heads", "num_kv_heads", "num_key_value_heads")]
+    # Falcon and GPT BigCode: the number in the config does not count under multi_query
+    one = get("multi_query") and not get("new_decoder_architecture")
+    kv_heads = 1 if one else next(filter(None, named), heads)
     hidden = get("hidden_size") or get("n_embd") or get("d_model") or 0
     return int(kv_heads), int(get("head_dim") or hidden // heads)
-
-
-def _attribute(node: Any, name: str) -> Any:
-    return getattr(node, name, None)
 
 
 def shape(values: dict[str, Any], vocab: int | None = None, parameters: int = 0) -> Shape | None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpipe.experiment.files import read_json
-from kvpipe.experiment.sizes import read_header
+from kvpipe.experiment.sizes import read_header, tensors
 
 NEEDED = ("config.json", "tokenizer.json")
 WEIGHT_INDEX = "model.safetensors.index.json"
@@ -204,12 +204,6 @@ UNUSED = re.compile(
 """Tensors that the language model of a folder does without: towers for pictures and sound, layers that predict further
 tokens, tables that are computed. A head for scores (`score`, `v_head`) is not among them: its body was trained to
 judge texts, and is no teacher of the next token."""
-
-
-def tensors(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every tensor in a folder's safetensors files, from their headers."""
-    headers = [read_header(path)[0] for path in sorted(folder.glob("model*.safetensors"))]
-    return {name: tuple(entry["shape"]) for header in headers for name, entry in header.items()}
 
 
 def misfit(folder: Path) -> str | None:

@@ -11,7 +11,7 @@ import torch
 
 from kvpipe.evaluate import harness, score
 from kvpipe.experiment import device
-from kvpipe.experiment.outofmemory import evaluation_advice, explained
+from kvpipe.experiment.outofmemory import explained
 from kvpipe.stats.tables import CELL, cell_of
 from kvpipe.steps.inputs import Inputs, trusts_folder
 
@@ -21,7 +21,7 @@ def score_folder(inputs: Inputs, folder: Path, split: str, out: Path) -> str:
     config, records = inputs.config, inputs.records(split)
     trust = trusts_folder(config, inputs.paths, folder)
     torch.set_num_threads(config.train.threads)
-    with explained("scoring", evaluation_advice(config.evaluate)):
+    with explained("scoring", config.evaluate):
         table = score.evaluate(
             folder,
             records,
@@ -42,7 +42,7 @@ def score_untrained(inputs: Inputs, out: Path) -> None:
     config = inputs.config
     torch.set_num_threads(config.train.threads)
     student = inputs.student(config.seeds[0]).to(device.resolve_device(config.train.device)).eval()
-    with explained("scoring", evaluation_advice(config.evaluate)):
+    with explained("scoring", config.evaluate):
         table = score.evaluate_model(
             student,
             inputs.student_tokenizer,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvpipe.cache import store
 from kvpipe.cache.capture import kv_geometry
-from kvpipe.experiment.outofmemory import explained, teacher_advice
+from kvpipe.experiment.outofmemory import explained
 from kvpipe.steps.inputs import Inputs
 
 
@@ -20,7 +20,7 @@ def make_shard(inputs: Inputs, teacher: str, reading: str, shard: str) -> None:
         config, kv_geometry(inputs.model_config(teacher)), len(key.layers), len(encoding.ids), key.top_logits
     )
     store.check_budget(config, teacher, need, path.parent)
-    with explained(f"running {teacher}", teacher_advice(config)):
+    with explained(f"running {teacher}", config):
         model, pad_id = inputs.teacher_model(teacher), inputs.tokenizer(teacher).pad_token_id
         store.build_shard(model, encoding, key, config, int(shard), path, pad_id)
 

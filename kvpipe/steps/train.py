@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from kvpipe.experiment import attempts
 from kvpipe.experiment.device import resolve_device
 from kvpipe.experiment.files import content_digest, write_json, write_text
-from kvpipe.experiment.outofmemory import evaluation_advice, explained
+from kvpipe.experiment.outofmemory import explained
 from kvpipe.experiment.paths import COST, HISTORY, STUDENT
 from kvpipe.experiment.plan import digest
 from kvpipe.experiment.provenance import describe
@@ -161,7 +161,7 @@ def write_cell(
     """Write a trained cell: its student, its history, what it cost and came from, its card."""
     out.mkdir(parents=True, exist_ok=True)
     config, student = inputs.config, inputs.config.student
-    with explained("scoring the saved student", evaluation_advice(config.evaluate)):
+    with explained("scoring the saved student", config.evaluate):
         saved = export(
             cell,
             trained.model,

@@ -25,7 +25,7 @@ from kvpipe.distill.losses import NonFiniteLossError, check_finite
 from kvpipe.experiment import launch
 from kvpipe.experiment.attempts import Attempt
 from kvpipe.experiment.device import check_device, check_precision, meet, resolve_device, without_environment
-from kvpipe.experiment.outofmemory import evaluation_advice, explained, training_advice
+from kvpipe.experiment.outofmemory import explained
 from kvpipe.models.likelihood import score, scoring_batches
 from kvpipe.train import checkpoint
 from kvpipe.train.cell import Cell
@@ -128,7 +128,7 @@ def train(cell: Cell, checkpoints: Path, attempt: Attempt, log=print) -> Trained
         OutOfMemory: the message names the setting to change.
     """
     loop = Loop(cell, checkpoints, attempt, log)
-    with _signals() as stop, explained("training", training_advice(cell.config, loop.accelerator.num_processes)):
+    with _signals() as stop, explained("training", cell.config, loop.accelerator.num_processes):
         loop.run(stop)
     return Trained(
         model=loop.accelerator.unwrap_model(loop.model, keep_fp32_wrapper=False),
@@ -249,7 +249,7 @@ class Loop:
         }
 
     def _evaluate(self, step: int) -> None:
-        with explained("scoring the validation split", evaluation_advice(self.cell.scoring)):
+        with explained("scoring the validation split", self.cell.scoring):
             scores = score(self.accelerator.unwrap_model(self.model), self.cell.validation, self.validation_batches)
         if self.accelerator.is_main_process:
             self.attempt.note(peak_memory(self.accelerator.device))

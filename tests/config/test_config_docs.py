@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import jsonschema
 import pytest
@@ -13,17 +14,14 @@ from kvpipe.config import (
     Arm,
     Config,
     ConfigError,
-    Section,
     StoreConfig,
-    assign,
-    json_schema,
     load,
-    merge,
     parse,
     read,
 )
 from kvpipe.config import docs as configdocs
-from kvpipe.config.section import _types
+from kvpipe.config.loading import merge
+from kvpipe.config.section import Section, assign
 from kvpipe.models.likelihood import PIECE
 
 CONFIG = Path(__file__).parents[2] / "config"
@@ -76,7 +74,7 @@ def _flat(path, value):
 
 
 def test_the_example_in_the_readme_is_true():
-    example = yaml.safe_load(configdocs.ARMS.split("```")[1].removeprefix("yaml"))
+    example = yaml.safe_load(configdocs.readme().split("## `arms`")[1].split("```")[1].removeprefix("yaml"))
     config = parse({**EMBEDDED, "arms": {**EMBEDDED["arms"], **example["arms"]}})
     arm, base = config.arm("keys-only"), config.arm("exp1")
     assert (arm.loss.lambda_k, arm.loss.lambda_v) == (3, 0) and base.loss.lambda_k == 0
@@ -84,7 +82,7 @@ def test_the_example_in_the_readme_is_true():
 
 
 def test_schema_accepts_what_pydantic_accepts():
-    validator = jsonschema.Draft202012Validator(json.loads(json_schema()))
+    validator = jsonschema.Draft202012Validator(json.loads(configdocs.json_schema()))
     validator.validate(EMBEDDED)
     assert not validator.is_valid({**EMBEDDED, "trian": {}})
     assert not validator.is_valid({**EMBEDDED, "train": {"steps": "many"}})
@@ -190,7 +188,7 @@ MISTAKES = [
     # numbers that no run can use
     ({"seeds": [0, -1]}, "seeds[1]", "greater than or equal to 0"),
     ({"seeds": [2**70]}, "seeds[0]", "less than 4294967296"),
-    ({"seeds": [0, True]}, "seeds", "expected a number, got true"),
+    ({"seeds": [0, True]}, "seeds[1]", "expected a number, got true"),
     ({"data.seed": -1}, "data.seed", "greater than or equal to 0"),
     ({"arms.null-control.set.seed_offset": 2**63}, "arms.null-control.set.seed_offset", "less than 4294967296"),
     ({"arms.null-control.set.seed_offset": 2**32 - 2}, "arms.null-control.set.seed_offset", "2**32 - 1"),
@@ -202,7 +200,11 @@ MISTAKES = [
     ({"train.learning_rate": "1e400"}, "train.learning_rate", "finite number"),
     ({"train.batch_size": True}, "train.batch_size", "expected a number, got true"),
     ({"stats.confidence": True}, "stats.confidence", "expected a number, got true"),
-    ({"arms.exp6.set.fuse.weights.math": [True, False]}, "arms.exp6.set.fuse.weights", "expected a number, got true"),
+    (
+        {"arms.exp6.set.fuse.weights.math": [0.5, True]},
+        "arms.exp6.set.fuse.weights.math[1]",
+        "expected a number, got true",
+    ),
     ({"train.gradient_checkpointing": 1}, "train.gradient_checkpointing", "expected true or false, got 1"),
     ({"evaluate.sandbox.run_code": "yes"}, "evaluate.sandbox.run_code", "expected true or false, got 'yes'"),
     ({"train.threads": 100000}, "train.threads", "less than or equal to 1024"),
@@ -297,9 +299,24 @@ def test_no_number_takes_a_truth_value_and_no_truth_value_a_number():
             if kinds & {int, float, bool}:
                 kind, wrong = ("truth", 1) if bool in kinds else ("number", True)
                 checked[kind] += 1
-                with pytest.raises(ValidationError, match="mistyped"):
-                    section.model_validate({name: wrong})
+                said = "expected a number, got true" if kind == "number" else "expected true or false, got 1"
+                forms = wrong, [wrong], {"a": wrong}, {"a": [wrong]}  # one of them is the field's
+                assert any(said in str(_refused(section, {name: value})) for value in forms), (section, name)
     assert checked["number"] > 50 and checked["truth"] >= 7, checked
+
+
+def _refused(section, values):
+    with pytest.raises(ValidationError) as caught:
+        section.model_validate(values)
+    return caught.value
+
+
+def _types(annotation):
+    """The types that a field's annotation is made of."""
+    if isinstance(annotation, type) and not get_args(annotation):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _types(part)
 
 
 def test_several_mistakes_are_told_together():

@@ -1,11 +1,13 @@
 """Rows become records: every preset on rows of its schema, and what is refused."""
 
 import ast
+from typing import get_args
 
 import data_zoo
 import pytest
 
 from kvpipe.config import PRESETS, Chat, DataConfig, RowData, parse
+from kvpipe.config.presets import PresetName
 from kvpipe.data.mapping import conversation, fill, to_record
 from kvpipe.data.records import render
 
@@ -20,7 +22,7 @@ def mapped(preset, number=3, **more):
 
 # ---------------------------------------------------------------- presets
 def test_every_preset_has_rows_here():
-    assert set(data_zoo.ROWS) == set(PRESETS)
+    assert set(data_zoo.ROWS) == set(PRESETS) == set(get_args(PresetName))
 
 
 def test_gsm8k_parts_the_answer_and_drops_the_calculator():

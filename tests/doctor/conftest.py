@@ -1,10 +1,14 @@
-"""Fixtures of a site and of profiles."""
+"""Fixtures of a site and of profiles; the extra for clusters is found here whether it is installed or not."""
+
+import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 from site_fakes import VERSIONS, Site
 from tiny import ALPHA, save_teacher
 
-from kvpipe.doctor.asked import Asked, read_profile
+from kvpipe.experiment.provenance import PACKAGE
 
 PROFILE = """
 executor: slurm
@@ -22,16 +26,33 @@ def site(tmp_path, monkeypatch, request):
     return Site(tmp_path, monkeypatch, request.param)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def extra(tmp_path_factory):
+    """What pip writes of plugins/cluster: its requirements and its entry point, from its own pyproject.toml."""
+    project = tomllib.loads((PACKAGE.parent / "plugins/cluster/pyproject.toml").read_text(encoding="utf-8"))["project"]
+    folder = tmp_path_factory.mktemp("site-packages")
+    info = folder / "kvpipe_cluster-0.1.0.dist-info"
+    info.mkdir()
+    needed = "".join(f"Requires-Dist: {line}\n" for line in project["dependencies"])
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: 0.1.0\n{needed}")
+    groups = project["entry-points"].items()
+    lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in found.items()) for group, found in groups]
+    (info / "entry_points.txt").write_text("".join(lines))
+    sys.path.insert(0, str(folder))
+    yield
+    sys.path.remove(str(folder))
+
+
 @pytest.fixture
 def profile(tmp_path, monkeypatch):
-    """Write a profile and read it; one rule's resources come from the profile alone."""
-    monkeypatch.setattr("kvpipe.doctor.asked._rules", dict)
+    """Write a profile; one rule's resources come from the profile alone."""
+    monkeypatch.setattr("kvpipe_cluster.profile._rules", dict)
 
-    def make(text: str = PROFILE) -> Asked:
+    def make(text: str = PROFILE) -> Path:
         folder = tmp_path / "profile"
         folder.mkdir(exist_ok=True)
         (folder / "config.yaml").write_text(text)
-        return read_profile(folder)
+        return folder
 
     return make
 

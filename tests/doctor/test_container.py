@@ -9,9 +9,10 @@ from conftest import PROFILE
 from tiny import config
 
 from kvpipe.config import load
-from kvpipe.doctor.container import LABEL, examine_container
+from kvpipe.doctor import Workload
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.provenance import PACKAGE
+from kvpipe_cluster.container import LABEL, check_container
 
 EMBEDDED = PACKAGE.parent / "config" / "config.yaml"
 LOCK = sha256((PACKAGE.parent / "requirements.lock").read_bytes()).hexdigest()
@@ -38,8 +39,8 @@ def image(site, tmp_path, monkeypatch):
     return path
 
 
-def found(asked, settings=None, results=Path("results")):
-    return {f.name: f for f in examine_container(settings or load(EMBEDDED), Paths(results), asked)}
+def found(profile, settings=None, results=Path("results")):
+    return {f.name: f for f in check_container(Workload(settings or load(EMBEDDED), Paths(results), profile))}
 
 
 def test_a_sound_image(site, image, profile):
@@ -82,7 +83,7 @@ def test_an_image_that_does_not_start(site, image, profile, said, word):
 
 
 def test_an_image_that_hangs(site, image, profile, monkeypatch):
-    monkeypatch.setattr("kvpipe.doctor.container.START", 0.3)
+    monkeypatch.setattr("kvpipe_cluster.container.START", 0.3)
     site.apptainer(start="exec sleep 60")
     assert "no answer within 0.3 s" in found(profile())["image"].detail
 

@@ -1,6 +1,7 @@
 """The doctor as a whole: fast, without torch, right on a laptop; versions, storage, memory and GPUs."""
 
 import json
+import re
 import subprocess
 import sys
 from collections import namedtuple
@@ -15,12 +16,13 @@ from kvpipe import doctor
 from kvpipe.config import TrainConfig
 from kvpipe.config import load as load_config
 from kvpipe.data.records import Record, write_records
-from kvpipe.doctor import gpu, memory, storage, versions
-from kvpipe.doctor.asked import Asked, Request, read_profile
-from kvpipe.doctor.workload import Workload
+from kvpipe.doctor import Workload, gpu, look, memory, settings, storage
+from kvpipe.evaluate.sandbox.run import SandboxError
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.provenance import PACKAGE
 from kvpipe.experiment.sizes import Shape, training_bytes
+from kvpipe_cluster import jobs
+from kvpipe_cluster.profile import Request, read_profile
 
 ROOT = PACKAGE.parent
 Usage = namedtuple("Usage", "total used free")
@@ -36,11 +38,14 @@ def by_name(findings):
     return {f.name: f for f in findings}
 
 
+def found_by(check, settings, results, profile=None):
+    """Name → finding of one check."""
+    return by_name(check(Workload(settings, Paths(results), profile)))
+
+
 # ---------------------------------------------------------------- the whole
 def test_a_sound_experiment_on_a_laptop(saved, laptop, tmp_path):
-    found = by_name(
-        doctor.examine(config(saved), Paths(tmp_path / "results"), read_profile(ROOT / "profiles" / "slurm"))
-    )
+    found = found_by(doctor.examine, config(saved), tmp_path / "results", ROOT / "profiles" / "slurm")
     assert {f.status for f in found.values()} <= {"ok", "warning"}
     assert {"packages", "slurm", "disk", "stores", "memory of training", "model alpha", "model beta"} <= set(found)
     assert "torch" in found["packages"].detail
@@ -60,6 +65,28 @@ def test_no_torch_is_imported():
     Path(results).rmdir()
     assert done.returncode == 0, done.stderr
     assert "would fail" in done.stdout
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_without_the_extra_a_profile_is_said_not_to_be_checked(saved, laptop, tmp_path, monkeypatch, inside):
+    """One line, and how to install it; not in the image, which has none: the login node has looked."""
+    monkeypatch.setattr(doctor, "extras", list)
+    if inside:
+        monkeypatch.setenv("APPTAINER_CONTAINER", "kvpipe.sif")
+    found = found_by(doctor.examine, config(saved), tmp_path / "results", Path("profiles/site"))
+    assert ("profile" in found) is not inside
+    if not inside:
+        assert "profiles/site asks for are not checked" in found["profile"].detail
+        assert (found["profile"].status, found["profile"].fix[:30]) == ("warning", "pip install -e plugins/cluster")
+    assert not {"slurm", "image"} & set(found)
+    assert "profile" not in found_by(doctor.examine, config(saved), tmp_path / "results")
+    with pytest.raises(ImportError, match=r"--probe needs kvpipe-cluster.*pip install"):
+        doctor.probe(Workload(config(saved), Paths(tmp_path)), print)
+
+
+def test_the_core_names_no_cluster():
+    for path in sorted((ROOT / "kvpipe" / "doctor").glob("*.py")):
+        assert not re.search(r"slurm|sbatch|apptainer|kvpipe_cluster", path.read_text("utf-8"), re.IGNORECASE), path
 
 
 def test_findings_are_shown_with_their_fix_and_counted():
@@ -85,7 +112,7 @@ def test_damaged_files_are_findings_and_stop_no_other_check(saved, laptop, tmp_p
     (tmp_path / "teachers" / "beta" / "config.json").write_text("{")
     (tmp_path / "teachers" / "beta" / "tokenizer.json").write_text("{")
     weights.with_name("model-2.safetensors").write_bytes(b"12345")
-    found = by_name(doctor.examine(config(tmp_path), Paths(tmp_path / "results")))
+    found = found_by(doctor.examine, config(tmp_path), tmp_path / "results")
     assert found["model alpha"].status == "would fail"
     assert {"disk", "memory of training"} <= set(found)
 
@@ -104,7 +131,7 @@ def test_the_shipped_profile_and_rules_are_read():
 def test_a_profile_by_its_name(tmp_path, monkeypatch):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "config.yaml").write_text("jobs: 7")
-    monkeypatch.setattr("kvpipe.doctor.asked.PROFILES", (Path(), tmp_path))
+    monkeypatch.setattr("kvpipe_cluster.profile.PROFILES", (Path(), tmp_path))
     assert read_profile(Path("site")).settings == {"jobs": 7}
 
 
@@ -112,7 +139,7 @@ def test_a_profile_that_is_not_there(tmp_path, laptop, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"no config\.yaml there"):
         read_profile(tmp_path)
     monkeypatch.setenv("APPTAINER_CONTAINER", "kvpipe.sif")
-    assert read_profile(tmp_path).profile is None, "an image sees less of the machine; the doctor goes on there"
+    assert read_profile(tmp_path).file is None, "an image sees less of the machine; the doctor goes on there"
     (tmp_path / "config.yaml").write_text("a: [")
     with pytest.raises(ValueError, match=r"config\.yaml: not valid YAML"):
         read_profile(tmp_path)
@@ -152,7 +179,9 @@ set-threads: {train: 8}
 @pytest.mark.parametrize("text", [LISTS, MAPPINGS])
 def test_resources_as_snakemake_reads_them(text, tmp_path, monkeypatch):
     """Units and expressions; a profile's memory takes the place of the rule's, in whichever unit."""
-    monkeypatch.setattr("kvpipe.doctor.asked._rules", lambda: {"train": {"mem_mb": "4000"}, "fit": {"mem_mb": "4000"}})
+    monkeypatch.setattr(
+        "kvpipe_cluster.profile._rules", lambda: {"train": {"mem_mb": "4000"}, "fit": {"mem_mb": "4000"}}
+    )
     (tmp_path / "config.yaml").write_text(text)
     asked = read_profile(tmp_path)
     train, fit = asked.of("train").at(2), asked.of("fit").at(2)
@@ -194,40 +223,41 @@ def test_plain_numbers_are_read_without_snakemake(monkeypatch):
 )
 def test_a_package_that_a_setting_asks_for(saved, laptop, monkeypatch, package, setting, key, line):
     def findings(version, overrides=None):
-        monkeypatch.setattr(versions, "installed", lambda name: version if name == package else real(name))
-        return by_name(versions.examine_versions(config(saved, overrides), Asked(None)))
+        monkeypatch.setattr(settings, "installed", lambda name: version if name == package else real(name))
+        return found_by(settings.check_packages, config(saved, overrides), saved)
 
-    real, name = versions.installed, f"package {package}"
+    real, name = settings.installed, f"package {package}"
     finding = findings(None, setting)[name]
     assert (finding.status, finding.fix) == ("would fail", line) and key in finding.detail
     assert name not in findings("1.0", setting) and name not in findings(None)
 
 
 def test_missing_and_other_versions(saved, laptop, monkeypatch):
-    real = versions.installed
-    monkeypatch.setattr(versions, "installed", lambda name: {"snakemake": None}.get(name, real(name)))
-    (finding,) = versions.examine_versions(config(saved), Asked(None))
+    real = settings.installed
+    monkeypatch.setattr(settings, "installed", lambda name: {"snakemake": None}.get(name, real(name)))
+    (finding,) = settings.check_packages(Workload(config(saved), Paths(saved)))
     assert (finding.status, finding.detail) == ("would fail", "not installed: snakemake")
-    monkeypatch.setattr(versions, "installed", lambda name: {"snakemake": "8.1.0"}.get(name, real(name)))
-    (finding,) = versions.examine_versions(config(saved), Asked(None))
+    monkeypatch.setattr(settings, "installed", lambda name: {"snakemake": "8.1.0"}.get(name, real(name)))
+    (finding,) = settings.check_packages(Workload(config(saved), Paths(saved)))
     assert finding.status == "warning"
     assert "snakemake 8.1.0 (needs" in finding.detail
 
 
 def test_peft_is_needed_for_lora_only(saved, laptop, monkeypatch):
-    real = versions.installed
-    monkeypatch.setattr(versions, "installed", lambda name: None if name == "peft" else real(name))
-    assert versions.examine_versions(config(saved), Asked(None))[0].status == "ok"
-    assert versions.examine_versions(config(saved, {"train.lora": {}}), Asked(None))[0].detail == "not installed: peft"
+    real = settings.installed
+    monkeypatch.setattr(settings, "installed", lambda name: None if name == "peft" else real(name))
+    assert found_by(settings.check_packages, config(saved), saved)["packages"].status == "ok"
+    lora = found_by(settings.check_packages, config(saved, {"train.lora": {}}), saved)
+    assert lora["packages"].detail == "not installed: peft"
 
 
 def test_a_login_node_needs_snakemake_and_the_plugin_but_no_torch(saved, site, profile, monkeypatch):
-    real = versions.installed
-    monkeypatch.setattr(versions, "installed", lambda name: None if name in ("torch", "scipy") else real(name))
-    found = by_name(versions.examine_versions(config(saved), profile()))
+    real = settings.installed
+    monkeypatch.setattr(settings, "installed", lambda name: None if name in ("torch", "scipy") else real(name))
+    found = found_by(jobs.check_packages, config(saved), saved, profile())
     assert found["packages"].status == "ok"
-    monkeypatch.setattr(versions, "installed", lambda name: None if "plugin" in name else real(name))
-    plugin = by_name(versions.examine_versions(config(saved), profile()))["slurm plugin"]
+    monkeypatch.setattr(settings, "installed", lambda name: None if "plugin" in name else real(name))
+    plugin = found_by(jobs.check_packages, config(saved), saved, profile())["slurm plugin"]
     assert plugin.status == "would fail"
     assert plugin.fix.startswith('pip install "snakemake-executor-plugin-slurm')
 
@@ -235,15 +265,15 @@ def test_a_login_node_needs_snakemake_and_the_plugin_but_no_torch(saved, site, p
 def test_make_login_installs_what_the_doctor_looks_for_on_a_login_node():
     lines = (ROOT / "containers" / "login.txt").read_text(encoding="utf-8").splitlines()
     installed = {line for line in lines if not line.startswith("#")}
-    assert versions.LOGIN | {versions.PLUGIN} <= installed
-    assert "huggingface_hub" in versions.LOGIN, "kvpipe lock asks the hub, from the login node"
+    assert jobs.LOGIN | {"snakemake-executor-plugin-slurm"} <= installed
+    assert "huggingface_hub" in jobs.LOGIN, "kvpipe lock asks the hub, from the login node"
 
 
 # ---------------------------------------------------------------- storage
 @pytest.mark.parametrize(("free", "status"), [(5e9, "ok"), (1e9, "warning"), (10.0, "would fail")])
 def test_free_disk_against_the_stores(saved, laptop, tmp_path, monkeypatch, free, status):
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: Usage(9e9, 9e9 - free, free))
-    finding = by_name(storage.examine_storage(config(saved), Paths(tmp_path / "a" / "b")))["disk"]
+    finding = found_by(storage.check_storage, config(saved), tmp_path / "a" / "b")["disk"]
     assert finding.status == status
     assert str(tmp_path) in finding.detail
 
@@ -254,7 +284,7 @@ def test_the_results_move_to_scratch_as_a_full_disk_is_told(saved, laptop, tmp_p
     for name in ("results/models", "scratch"):
         Path(name).mkdir(parents=True)
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: Usage(9e9, 9e9, 10.0))
-    fix = by_name(storage.examine_storage(config(saved), Paths(Path("results"))))["disk"].fix
+    fix = found_by(storage.check_storage, config(saved), Path("results"))["disk"].fix
     assert "--directory" not in fix and "--bind <scratch>" in fix
     commands = fix.partition("on scratch: ")[2].partition("   (")[0].replace("<scratch>", str(tmp_path / "scratch"))
     subprocess.run(["bash", "-ec", commands], check=True)
@@ -263,10 +293,10 @@ def test_the_results_move_to_scratch_as_a_full_disk_is_told(saved, laptop, tmp_p
 
 def test_a_store_over_its_budget(saved, laptop, tmp_path):
     small = {"store.budget_gb": 1e-5}
-    found = by_name(storage.examine_storage(config(saved, small), Paths(tmp_path)))
+    found = found_by(storage.check_storage, config(saved, small), tmp_path)
     assert found["store alpha/student"].status == "would fail"
     assert "store.budget_gb: 1" in found["store alpha/student"].fix
-    assert by_name(storage.examine_storage(config(saved), Paths(tmp_path)))["stores"].status == "ok"
+    assert found_by(storage.check_storage, config(saved), tmp_path)["stores"].status == "ok"
 
 
 QUOTAS = {  # what the programs print: used, soft and hard limit in kB
@@ -289,7 +319,7 @@ def test_quota(saved, site, tmp_path, program):
     text = QUOTAS[program].format(device=device.stdout.split()[-1])
     site.program(program.split(",")[0], f"cat <<'END'\n{text}END")
     assert storage.quota_left(tmp_path) == 1000000 * 1024
-    assert by_name(storage.examine_storage(config(saved), Paths(tmp_path)))["quota"].status == "warning"
+    assert found_by(storage.check_storage, config(saved), tmp_path)["quota"].status == "warning"
 
 
 def test_no_quota(site, tmp_path):
@@ -334,7 +364,7 @@ HUB_DATA = {
 
 def test_data_of_the_hub_is_unknown_until_it_is_written(tmp_path, saved, laptop):
     settings, paths = config(saved, HUB_DATA), Paths(tmp_path)
-    found = by_name(storage.examine_storage(settings, paths))
+    found = by_name(storage.check_storage(Workload(settings, paths)))
     assert found["data"].status == "warning"
     assert "openai/gsm8k" in found["data"].detail
     assert "not known yet" in found["disk"].detail
@@ -345,7 +375,7 @@ def test_data_of_the_hub_is_unknown_until_it_is_written(tmp_path, saved, laptop)
     assert work.examples == 300
     exact = sum(len(record.prompt) for record in short + long)
     assert exact / 4 < work.tokens("alpha") < exact, "both tasks are in the mean"
-    found = by_name(storage.examine_storage(settings, paths))
+    found = by_name(storage.check_storage(Workload(settings, paths)))
     assert "data" not in found
     assert "stores to make take about" in found["disk"].detail
 
@@ -393,7 +423,7 @@ def test_counted_parameters_are_those_of_the_file(saved, tmp_path):
 
 def test_more_memory_than_the_machine_has(saved, laptop, tmp_path, monkeypatch):
     monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: Memory(8e9))
-    finding = by_name(memory.examine_memory(config(saved, LARGE), Paths(tmp_path), Asked(None)))["memory of training"]
+    finding = found_by(memory.check_memory, config(saved, LARGE), tmp_path)["memory of training"]
     assert finding.status == "would fail"
     assert "1.1e+03 million parameters" in finding.detail
     assert "8.0 GB" in finding.detail
@@ -401,23 +431,21 @@ def test_more_memory_than_the_machine_has(saved, laptop, tmp_path, monkeypatch):
 
 def test_memory_against_what_the_rule_asks_for(saved, site, profile, tmp_path):
     text = PROFILE.replace("gpu: 1, mem_mb: 9000", "mem_mb: 2000")
-    found = by_name(memory.examine_memory(config(saved, LARGE), Paths(tmp_path), profile(text)))["memory of training"]
+    found = found_by(jobs.check_memory, config(saved, LARGE), tmp_path, profile(text))["memory of training"]
     assert found.status == "would fail"
     asked = int(found.fix.split("mem_mb: ")[1].rstrip("}"))
     again = profile(text.replace("2000", str(asked)))
-    assert (
-        by_name(memory.examine_memory(config(saved, LARGE), Paths(tmp_path), again))["memory of training"].status
-        == "ok"
-    )
+    assert found_by(jobs.check_memory, config(saved, LARGE), tmp_path, again)["memory of training"].status == "ok"
 
 
 def test_gpu_memory_by_what_a_probe_saw(saved, site, profile, tmp_path):
     (tmp_path / "probe.json").write_text(json.dumps({"gpu": {"memory": 16e9}}))
-    finding = by_name(memory.examine_memory(config(saved, LARGE), Paths(tmp_path), profile()))["GPU memory"]
+    finding = found_by(jobs.check_memory, config(saved, LARGE), tmp_path, profile())["GPU memory of training"]
     assert finding.status in ("warning", "would fail")
     assert "train.accumulate × 2" in finding.fix
     (tmp_path / "probe.json").write_text(json.dumps({"gpu": {"memory": 80e9}}))
-    assert by_name(memory.examine_memory(config(saved, LARGE), Paths(tmp_path), profile()))["GPU memory"].status == "ok"
+    found = found_by(jobs.check_memory, config(saved, LARGE), tmp_path, profile())
+    assert found["GPU memory of training"].status == "ok"
 
 
 def test_gpu_memory_of_a_teacher(saved, site, profile, tmp_path, monkeypatch):
@@ -428,7 +456,7 @@ def test_gpu_memory_of_a_teacher(saved, site, profile, tmp_path, monkeypatch):
 
     def findings(load, text=text):
         settings = config(saved, {f"models.{name}.load": load for name in ("alpha", "beta")})
-        return by_name(memory.examine_memory(settings, Paths(tmp_path), profile(text)))
+        return found_by(jobs.check_memory, settings, tmp_path, profile(text))
 
     finding = findings({"dtype": "bf16"})["GPU memory of teacher KV"]
     assert (finding.status, "a GPU has 12.0 GB" in finding.detail) == ("would fail", True)
@@ -474,9 +502,10 @@ def test_a_driver_older_than_the_images_cuda(saved):
     assert "VARIANT=cu126 TORCH_INDEX=<torch's index for CUDA 12.6> make image" in finding.fix
 
 
-def test_a_cpu_build_and_a_gpu_that_torch_does_not_see(saved):
+def test_a_cpu_build_where_there_is_a_gpu(saved):
     assert "would train on the CPU" in judged(saved, torch_cuda=None)["GPU"].detail
-    assert "torch sees no GPU" in judged(saved, available=False)["GPU"].detail
+    assert judged(saved, torch_cuda=None)["GPU"].status == "warning", "device: auto trains all the same"
+    assert judged(saved, {"train.device": "cuda"}, torch_cuda=None)["GPU"].status == "would fail"
 
 
 def test_bf16_on_a_gpu_without_it(saved):
@@ -488,50 +517,79 @@ def test_bf16_on_a_gpu_without_it(saved):
 
 def test_no_gpu_where_the_settings_want_one(saved, laptop, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "nvidia", lambda: None)
-    (finding,) = gpu.examine_gpu(config(saved, {"train.device": "cuda"}), Paths(tmp_path), Asked(None))
+    (finding,) = gpu.check_gpu(Workload(config(saved, {"train.device": "cuda"}), Paths(tmp_path)))
     assert finding.status == "would fail"
     assert "train.device is cuda" in finding.detail
-    assert not gpu.examine_gpu(config(saved), Paths(tmp_path), Asked(None))
+    assert not [*gpu.check_gpu(Workload(config(saved), Paths(tmp_path)))]
 
 
 def test_a_login_node_without_a_gpu_is_no_fault(saved, site, profile, tmp_path):
-    (finding,) = gpu.examine_gpu(config(saved, {"train.device": "cuda"}), Paths(tmp_path), profile())
-    assert (finding.status, finding.fix) == ("ok", "kvpipe doctor --probe")
+    def finding(device="auto"):
+        (found,) = jobs.check_gpu(Workload(config(saved, {"train.device": device}), Paths(tmp_path), profile()))
+        return found
+
+    assert (finding("cuda").status, finding("cuda").fix) == ("ok", "kvpipe doctor --probe")
     (tmp_path / "probe.json").write_text(json.dumps({"job": "41", "gpu": SEEN | {"available": True}}))
-    (finding,) = gpu.examine_gpu(config(saved), Paths(tmp_path), profile())
-    assert "Tesla V100 in job 41" in finding.detail
-    (tmp_path / "probe.json").write_text(json.dumps({"job": "41", "gpu": None}))
-    assert gpu.examine_gpu(config(saved), Paths(tmp_path), profile())[0].status == "would fail"
+    assert "Tesla V100 in job 41" in finding().detail
+    for gpu_seen in (None, SEEN | {"available": False}):
+        (tmp_path / "probe.json").write_text(json.dumps({"job": "41", "gpu": gpu_seen}))
+        assert (finding("cuda").status, finding().status) == ("would fail", "warning"), "auto trains on the CPU"
+        assert "apptainer-args: --nv" in finding().fix
 
 
 def test_a_cell_on_several_nodes_without_the_lines_for_srun(saved, site, profile, tmp_path):
     text = PROFILE.replace("gpu: 1", "gpu: 2, nodes: 2")
-    finding = by_name(gpu.examine_gpu(config(saved), Paths(tmp_path), profile(text)))["nodes"]
     lines = "mpi: srun, tasks: 2, tasks_per_gpu: 0"
+    finding = found_by(jobs.check_gpu, config(saved), tmp_path, profile(text))["nodes"]
     assert (finding.status, finding.fix) == ("would fail", f"in the profile under set-resources, train: {lines}")
-    found = gpu.examine_gpu(config(saved), Paths(tmp_path), profile(text.replace("nodes: 2", f"nodes: 2, {lines}")))
-    assert "nodes" not in by_name(found)
+    text = text.replace("nodes: 2", f"nodes: 2, {lines}")
+    assert "nodes" not in found_by(jobs.check_gpu, config(saved), tmp_path, profile(text))
 
 
 def test_drivers_that_do_not_know_the_compute_capability(site):
     site.program("nvidia-smi", "case \"$*\" in *compute_cap*) exit 2;; esac; echo 'Tesla V100, 450.51.06, 16160'")
-    seen = gpu.seen_here()
+    seen = look.nvidia()
     assert (seen["name"], seen["driver"], seen["capability"]) == ("Tesla V100", "450.51.06", None)
     assert seen["memory"] == 16160 * 2**20
     site.program("nvidia-smi", "echo 'NVIDIA H100, 550.1, 81559, 9.0'")
-    assert gpu.seen_here()["capability"] == "9.0"
+    assert look.nvidia()["capability"] == "9.0"
     site.program("nvidia-smi", "echo 'NVIDIA-SMI has failed'; exit 9")
-    assert gpu.seen_here() is None
+    assert look.nvidia() is None
 
 
 @pytest.mark.parametrize("said", ["true", "echo", "echo 'No devices were found'"])
 def test_an_nvidia_smi_that_shows_no_gpu(site, said):
     """Some drivers end with exit status 0 all the same."""
     site.program("nvidia-smi", said)
-    assert gpu.seen_here() is None
+    assert look.nvidia() is None
 
 
 def test_the_shipped_experiment_is_sound(laptop, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    found = doctor.examine(load_config("config/config.yaml"), Paths(tmp_path / "results"))
+    found = doctor.examine(Workload(load_config("config/config.yaml"), Paths(tmp_path / "results")))
     assert not [f for f in found if f.status == "would fail"]
+
+
+# ---------------------------------------------------------------- walls around programs
+@pytest.mark.parametrize("walls", ["bwrap", "own"])
+def test_the_walls_of_this_machine(saved, tmp_path, monkeypatch, walls):
+    monkeypatch.setattr(settings, "choose", lambda config: walls)
+    assert not found_by(settings.check_sandbox, config(saved), tmp_path), "no program runs"
+    run_code = {"evaluate": {"sandbox": {"run_code": True}}}
+    finding = found_by(settings.check_sandbox, config(saved, run_code), tmp_path)["sandbox"]
+    assert finding.status == "ok" and ("bubblewrap's" if walls == "bwrap" else "kvpipe's own") in finding.detail
+
+
+def test_no_walls_are_a_failure_unless_the_configuration_says_so(saved, site, profile, tmp_path, monkeypatch):
+    def refused(config):
+        raise SandboxError("programs cannot be run here")
+
+    monkeypatch.setattr(settings, "choose", refused)
+    run_code = {"evaluate": {"sandbox": {"run_code": True}}}
+    finding = found_by(settings.check_sandbox, config(saved, run_code), tmp_path)["sandbox"]
+    assert (finding.status, finding.detail) == ("would fail", "on this machine programs cannot be run here")
+    found = found_by(jobs.check_sandbox, config(saved, run_code), tmp_path, profile())
+    assert found["sandbox"].status == "warning", "jobs run in the image, whose walls count"
+    monkeypatch.undo()
+    run_code["evaluate"]["sandbox"]["walls"] = "none"
+    assert found_by(settings.check_sandbox, config(saved, run_code), tmp_path)["sandbox"].status == "warning"

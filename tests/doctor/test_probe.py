@@ -6,11 +6,13 @@ import pytest
 import yaml
 from conftest import PROFILE
 from site_fakes import REFUSED, TAKEN
+from tiny import config
 
-from kvpipe.doctor import probe as probing
-from kvpipe.doctor.probe import ProbeError, probe
+from kvpipe.doctor import Workload
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.provenance import PACKAGE
+from kvpipe_cluster import probing
+from kvpipe_cluster.probing import ProbeError, probe
 
 SEEN = {
     "host": "node7",
@@ -51,7 +53,8 @@ def cluster(site, monkeypatch, tmp_path):
 
 def run(site, profile, wait=5.0, text=PROFILE):
     said = []
-    shown = probe(profile(text), site.results, said.append, wait=wait)
+    work = Workload(config(site.folder), site.results, profile(text))
+    shown = probe(work, said.append, wait=wait).read_text(encoding="utf-8")
     return shown, yaml.safe_load(shown), said
 
 
@@ -59,7 +62,9 @@ def test_the_plainest_syntax_that_is_taken(site, cluster, profile):
     cluster()
     shown, values, _ = run(site, profile)
     assert values["default-resources"] == ["slurm_partition=gpu", "mem_mb=8000", "runtime=60"]
-    assert values["set-resources"]["train"] == {"gpu": 1, "mem_mb": 9000, "runtime": "min(100 * attempt, 120)"}
+    cell = {"gpu": 1, "cpus_per_gpu": 1, "mem_mb": "min(2000 * attempt, 10000)", "runtime": "min(100 * attempt, 120)"}
+    assert values["set-resources"]["train"] == cell, "memory is what the doctor expects of the experiment"
+    assert values["slurm-requeue"] is True
     assert "A100-SXM4-80GB, 86 GB, driver 550.54.15" in shown
     written = json.loads((site.results.root / "probe.json").read_text())
     assert written["job"] == "41"
@@ -82,7 +87,6 @@ def test_other_syntaxes(site, cluster, profile, refused, expected):
     shown, values, _ = run(site, profile)
     found = values["set-resources"]["train"]
     assert {key: found[key] for key in expected} == expected
-    assert found["mem_mb"] == 9000
     assert f"# refused: gpu: {refused[0]}" in shown
     assert REFUSED in shown
 
@@ -92,7 +96,7 @@ def test_limits_are_what_is_taken_not_what_is_there(site, cluster, profile):
     shown, values, _ = run(site, profile)
     assert "at most 1 CPUs, 5000 MB and 120 minutes" in shown
     assert values["default-resources"][1] == "mem_mb=5000"
-    assert values["set-resources"]["train"]["mem_mb"] == 5000
+    assert values["set-resources"]["train"]["mem_mb"] == "min(2000 * attempt, 5000)"
 
 
 def test_a_longer_runtime_than_the_partition_allows(site, cluster, profile):
@@ -107,11 +111,12 @@ def test_the_shipped_profile_comes_out_whole(site, cluster, profile):
     text = (PACKAGE.parent / "profiles" / "slurm" / "config.yaml").read_text()
     before = yaml.safe_load(text)
     shown, values, _ = run(site, profile, text=text)
-    asked = {"default-resources", "set-resources"}
+    asked = {"default-resources", "set-resources", "slurm-requeue"}
     assert {k: v for k, v in values.items() if k not in asked} == {k: v for k, v in before.items() if k not in asked}
     assert values["set-resources"].keys() == before["set-resources"].keys()
     assert values["set-resources"]["fit"] == {"gpu": 1, "mem_mb": 10000, "runtime": "min(60 * attempt, 120)"}
-    assert values["set-resources"]["train"] == {"gpu": 1, "mem_mb": 10000, "runtime": 120}
+    cell = {"gpu": 1, "cpus_per_gpu": 1, "mem_mb": "min(2000 * attempt, 10000)", "runtime": 120}
+    assert values["set-resources"]["train"] == cell
     assert {line for line in text.splitlines() if line.startswith("#")} <= set(shown.splitlines()), "the reasons stay"
 
 
@@ -213,7 +218,7 @@ def test_the_account_goes_along(site, cluster, profile):
 def test_without_slurm(site, profile):
     site.without("sbatch")
     with pytest.raises(ProbeError, match="no sbatch on the PATH"):
-        probe(profile(), Paths(site.folder), print)
+        probe(Workload(config(site.folder), Paths(site.folder), profile()), print)
 
 
 def test_the_script_runs_by_itself(tmp_path):

@@ -5,16 +5,23 @@ import re
 
 import pytest
 from conftest import PROFILE
+from tiny import config
 
-from kvpipe.doctor.asked import Request, parse_gpus
-from kvpipe.doctor.slurm import examine_slurm, parse_minutes, read_partitions, refusal
+from kvpipe.doctor import Workload
+from kvpipe.experiment.paths import Paths
+from kvpipe_cluster.profile import Request, parse_gpus
+from kvpipe_cluster.slurm import check_slurm, parse_minutes, read_partitions, refusal
 
 # a cell on two nodes
 MPI = {"nodes": 2, "mpi": "srun", "tasks": 2, "tasks_per_gpu": 0}
 
 
-def found(asked):
-    return {f.name: f for f in examine_slurm(asked)}
+def findings_on(profile):
+    return [*check_slurm(Workload(config(profile), Paths(profile / "results"), profile))]
+
+
+def found(profile):
+    return {f.name: f for f in findings_on(profile)}
 
 
 def changed(before: str, after: str) -> str:
@@ -34,7 +41,7 @@ def test_a_sound_cluster(site, profile):
 
 def test_a_laptop_has_no_cluster_and_that_is_no_fault(site, profile):
     site.without("sbatch", "squeue", "sinfo", "scontrol", "sacct")
-    (finding,) = examine_slurm(profile())
+    (finding,) = findings_on(profile())
     assert finding.status == "ok"
     assert "jobs run on this machine" in finding.detail
 
@@ -42,7 +49,7 @@ def test_a_laptop_has_no_cluster_and_that_is_no_fault(site, profile):
 def test_inside_a_job_the_cluster_is_left_alone(site, profile, monkeypatch):
     site.without("sinfo", "scontrol")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    (finding,) = examine_slurm(profile())
+    (finding,) = findings_on(profile())
     assert finding.status == "ok"
 
 
@@ -235,7 +242,7 @@ def test_a_value_that_only_the_job_knows(site, profile):
 
 def test_rules_with_one_fault_are_one_finding(site, profile):
     text = changed("mem_mb: 9000", "mem_mb: 20000") + "set-threads: {evaluate: 1}\n"
-    (finding,) = [f for f in examine_slurm(profile(text)) if f.name == "requests"]
+    (finding,) = [f for f in findings_on(profile(text)) if f.name == "requests"]
     assert finding.status == "would fail"
     assert finding.detail.startswith("train: asks for 20000 MB")
 

@@ -10,7 +10,8 @@ import threading
 import pytest
 from tiny import config
 
-from kvpipe.doctor.sources import examine_sources, file_problems
+from kvpipe.doctor import Workload
+from kvpipe.doctor.sources import check_sources, file_problems
 from kvpipe.experiment.paths import Paths
 
 
@@ -22,7 +23,7 @@ def folder(saved, tmp_path):
 
 
 def examine(folder, overrides=None):
-    return {f.name: f for f in examine_sources(config(folder, overrides), Paths(folder / "results"))}
+    return {f.name: f for f in check_sources(Workload(config(folder, overrides), Paths(folder / "results")))}
 
 
 def test_complete_folders(folder):
@@ -183,7 +184,7 @@ def test_a_library_that_is_not_there(folder, monkeypatch):
 
 @pytest.mark.parametrize(
     ("repo", "token", "words"),
-    [("a/b/c", "", "a/b/c is not a repository's name"), ("some/model", "hf_a b", "HF_TOKEN holds characters")],
+    [("a/b/c", "", "a/b/c: not a repository's name"), ("some/model", "hf_a b", "HF_TOKEN holds characters")],
 )
 def test_a_name_or_a_token_that_cannot_be_sent(folder, monkeypatch, repo, token, words):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
@@ -201,38 +202,48 @@ def test_a_hf_home_that_cannot_be_written(folder, monkeypatch):
 
 
 # ---------------------------------------------------------------- the hub
+FILE = {"blobId": "0123abcd", "size": 7}
 INFO = {
     "id": "some/model",
     "sha": "0123456789abcdef0123456789abcdef01234567",
     "gated": False,
     "private": False,
     "tags": [],
-    "siblings": [{"rfilename": "model.safetensors"}, {"rfilename": "tokenizer.json"}, {"rfilename": "config.json"}],
+    "siblings": [FILE | {"rfilename": name} for name in ("model.safetensors", "tokenizer.json", "config.json")],
 }
 GATED = INFO | {"gated": "auto"}
+SLOW = INFO | {"siblings": [*INFO["siblings"][::2], FILE | {"rfilename": "tokenizer.model"}]}
 # name → (model_info: status, error code, body), (auth check: status, error code), finding's status, words of it
 ANSWERS = {
     "open": ((200, "", INFO), (200, ""), "ok", "can be downloaded (0123456789abcdef"),
-    "gated, and open to you": ((200, "", GATED), (200, ""), "ok", "gated: open to you"),
-    "gated": ((200, "", GATED), (403, "GatedRepo"), "would fail", "is gated and not open to you; no token is set"),
-    "absent": ((404, "RepoNotFound", {}), (200, ""), "would fail", "there is no some/model, or it is private"),
-    "no such revision": ((404, "RevisionNotFound", {}), (200, ""), "would fail", "has no revision 'main'"),
-    "broken": ((500, "", {}), (200, ""), "would fail", "cannot be reached"),
-    "pickles": (
-        (200, "", INFO | {"siblings": [{"rfilename": "pytorch_model.bin"}]}),
+    "gated, and open to you": ((200, "", GATED), (200, ""), "ok", "can be downloaded"),
+    "gated": (
+        (200, "", GATED),
+        (403, "GatedRepo"),
+        "would fail",
+        "is gated and needs an account, and HF_TOKEN is not set",
+    ),
+    "absent": (
+        (404, "RepoNotFound", {}),
         (200, ""),
         "would fail",
-        "no safetensors",
+        "does not exist, or is private and not shown to you",
     ),
-    "slow tokenizer": ((200, "", INFO | {"siblings": INFO["siblings"][:1]}), (200, ""), "warning", "no tokenizer.json"),
+    "no such revision": ((404, "RevisionNotFound", {}), (200, ""), "would fail", "has no revision 'main'"),
+    "broken": ((500, "", {}), (200, ""), "would fail", "the hub answers"),
+    "pickles": (
+        (200, "", INFO | {"siblings": [FILE | {"rfilename": "pytorch_model.bin"}]}),
+        (200, ""),
+        "would fail",
+        "pickled weights are not loaded",
+    ),
+    "slow tokenizer": ((200, "", SLOW), (200, ""), "warning", "no tokenizer.json"),
 }
 EXAMINE = """
 import json, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
 from kvpipe.config import HubModel
-from kvpipe.doctor.sources import _hub
-(finding,) = _hub("alpha", HubModel(repo="some/model"), Path(sys.argv[2]))
+from kvpipe.doctor.sources import online
+finding = online("alpha", HubModel(repo="some/model"))
 assert "torch" not in sys.modules
 print(json.dumps(vars(finding)))
 """
@@ -245,7 +256,7 @@ def ask_hub(endpoint: str, tmp_path) -> dict:
     (tmp_path / "token").write_text("hf_from_a_file")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS", "SLURM"))}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "no_proxy": "*"}
-    command = [sys.executable, "-c", EXAMINE, str(tmp_path), str(tmp_path)]
+    command = [sys.executable, "-c", EXAMINE]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -282,5 +293,5 @@ def test_the_hub(name, tmp_path):
 def test_no_hub_at_all(tmp_path):
     finding = ask_hub("http://127.0.0.1:9", tmp_path)
     assert finding["status"] == "would fail"
-    assert "the hub cannot be reached from here" in finding["detail"]
-    assert "kvpipe models --name alpha" in finding["fix"]
+    assert "no connection to http://127.0.0.1:9" in finding["detail"]
+    assert "on a machine that reaches the hub" in finding["detail"]

@@ -16,14 +16,12 @@ from tiny import build, config, values
 
 from kvpipe.align.layermap import layer_plan
 from kvpipe.cache import store
-from kvpipe.config import LayerConfig, StoreConfig, TrainConfig, load
+from kvpipe.config import EvaluateConfig, LayerConfig, StoreConfig, TrainConfig, load
 from kvpipe.distill.losses import check_finite
+from kvpipe.doctor import Workload as Examined
 from kvpipe.doctor import gpu, show
-from kvpipe.doctor.container import LABEL, examine_container
-from kvpipe.doctor.probe import ProbeError, probe
-from kvpipe.doctor.slurm import examine_slurm
-from kvpipe.doctor.sources import examine_sources
-from kvpipe.doctor.storage import examine_storage
+from kvpipe.doctor.sources import check_sources
+from kvpipe.doctor.storage import check_storage
 from kvpipe.experiment import attempts, device, outofmemory
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.provenance import PACKAGE
@@ -34,6 +32,9 @@ from kvpipe.steps.inputs import Inputs
 from kvpipe.steps.train import prepare, train_cell
 from kvpipe.train import checkpoint, export
 from kvpipe.train import trainer as training
+from kvpipe_cluster.container import LABEL, check_container
+from kvpipe_cluster.probing import ProbeError, probe
+from kvpipe_cluster.slurm import check_slurm
 
 DOCUMENT = PACKAGE.parent / "docs" / "troubleshooting.md"
 # provoked on a real cluster (tests/cluster/test_cluster.py)
@@ -71,7 +72,7 @@ def cluster_messages(site, profile) -> dict[str, str]:
     """Every message about the cluster, from a site that has the fault."""
 
     def slurm(text=PROFILE) -> str:
-        return show(examine_slurm(profile(text)))
+        return show([*check_slurm(Examined(config(site.folder), Paths(site.folder), profile(text)))])
 
     def asks(**resources) -> str:
         entry = ", ".join(f"{k}: {v}" for k, v in resources.items())
@@ -99,7 +100,7 @@ def cluster_messages(site, profile) -> dict[str, str]:
     said["A preempted job is waited for without end"] = slurm()
     site.program("sbatch", "echo 'sbatch: error: Batch job submission failed: Invalid account' >&2; exit 1")
     with pytest.raises(ProbeError) as error:
-        probe(profile(), Paths(site.folder / "results"), print)
+        probe(Examined(config(site.folder), Paths(site.folder / "results"), profile()), print)
     said["The probe is refused everywhere"] = told(error.value)
     return said
 
@@ -133,20 +134,15 @@ def test_image(site, profile, tmp_path, monkeypatch):
     image = tmp_path / "kvpipe.sif"
     image.touch()
     monkeypatch.setenv("KVPIPE_IMAGE", str(image))
+    work = Examined(config(tmp_path), Paths(tmp_path / "results"), profile())
     site.apptainer(start="echo 'FATAL: fuse: device not found' >&2; exit 255")
-    said = {
-        "The image does not start": show(examine_container(config(tmp_path), Paths(tmp_path / "results"), profile()))
-    }
+    said = {"The image does not start": show([*check_container(work)])}
     site.apptainer(labels=json.dumps({LABEL: "0" * 64}))
-    said["The image is older than the lock"] = show(
-        examine_container(config(tmp_path), Paths(tmp_path / "results"), profile())
-    )
+    said["The image is older than the lock"] = show([*check_container(work)])
     spaced = tmp_path / "my checkout"
     spaced.mkdir()
     monkeypatch.chdir(spaced)
-    said["A space in the path of the checkout"] = show(
-        examine_container(config(tmp_path), Paths(tmp_path / "results"), profile())
-    )
+    said["A space in the path of the checkout"] = show([*check_container(work)])
     assert set(said) == IMAGE
     for title, message in said.items():
         assert matches(title, message), (title, message)
@@ -158,7 +154,7 @@ QUOTA = {"The quota is smaller than the stores"}
 
 def test_quota(site, saved, tmp_path):
     site.program("lfs", "echo '     /scratch 10000000* 8000000 10000000       6d       1       0       0       -'")
-    said = show(examine_storage(config(saved), Paths(tmp_path)))
+    said = show([*check_storage(Examined(config(saved), Paths(tmp_path)))])
     assert matches(*QUOTA, said), said
 
 
@@ -199,7 +195,12 @@ def test_gpus(tmp_path, monkeypatch):
     judged = show([*gpu.judge(seen, settings, "in job 7")])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     lines = []
-    monkeypatch.setenv("SLURM_JOB_GPUS", "0")
+    for name in device.JOB_GPUS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "0")
+    device.check_device("auto", lines.append)
+    assert not lines
+    monkeypatch.setenv("SLURM_STEP_GPUS", "0")
     device.check_device("auto", lines.append)
     said = {
         "No GPU": raised(device.check_device, "cuda"),
@@ -244,7 +245,7 @@ def test_models(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", "/proc/none")
     monkeypatch.setattr(os, "access", lambda path, mode: not str(path).startswith("/proc"))
-    said = show(examine_sources(config(tmp_path, hub), Paths(tmp_path / "results")))
+    said = show([*check_sources(Examined(config(tmp_path, hub), Paths(tmp_path / "results")))])
     for title in MODELS - {"The model is gated", "The hub cannot be reached"}:
         assert matches(title, said), (title, said)
 
@@ -405,15 +406,18 @@ def test_every_entry_is_provoked():
     ],
 )
 def test_advice(settings, processes, expected):
-    assert outofmemory.training_advice(TrainConfig(**settings), processes).startswith(expected)
+    assert outofmemory.advice(TrainConfig(**settings), processes).startswith(expected)
 
 
 def test_a_batch_of_one_cannot_be_halved():
-    assert "ask for more memory" in outofmemory.teacher_advice(StoreConfig(batch_size=1))
+    assert "ask for more memory" in outofmemory.advice(StoreConfig(batch_size=1))
 
 
 def test_other_errors_pass_unchanged():
-    with pytest.raises(RuntimeError, match=r"^shapes differ$") as error, outofmemory.explained("training", "Set x"):
+    with (
+        pytest.raises(RuntimeError, match=r"^shapes differ$") as error,
+        outofmemory.explained("training", TrainConfig()),
+    ):
         raise RuntimeError("shapes differ")
     assert type(error.value) is RuntimeError
 
@@ -421,8 +425,8 @@ def test_other_errors_pass_unchanged():
 def test_memory_that_the_machine_does_not_have():
     """Not a made-up error: torch asks for more than there is address space."""
     with (
-        pytest.raises(outofmemory.OutOfMemory, match=r"while testing. Set it. \(.*allocate"),
-        outofmemory.explained("testing", "Set it."),
+        pytest.raises(outofmemory.OutOfMemory, match=r"while testing. Set evaluate.batch_size: 16.*\(.*allocate"),
+        outofmemory.explained("testing", EvaluateConfig(batch_size=32)),
     ):
         torch.empty(2**50)
 

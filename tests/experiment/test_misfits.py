@@ -4,7 +4,8 @@ import pytest
 from tiny import build, config
 
 from kvpipe.config import ConfigError
-from kvpipe.doctor.arms import examine_arms
+from kvpipe.doctor import Workload
+from kvpipe.doctor.settings import check_arms
 from kvpipe.experiment.misfits import misfits
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.plan import Dag
@@ -55,13 +56,13 @@ def test_what_does_not_fit_is_refused_before_any_teacher_reads(place, overrides,
 @each
 def test_the_doctor_finds_it_with_and_without_models_made(place, tmp_path, overrides, said):
     for paths in (Paths(place / "results"), Paths(tmp_path / "new")):
-        found = examine_arms(config(place, overrides), paths)
+        found = [*check_arms(Workload(config(place, overrides), paths))]
         assert [f.status for f in found] == ["would fail"] * len(found)
         assert any(f.detail.startswith(said) for f in found), found
 
 
 def test_what_fits_passes(place):
-    assert [f.status for f in examine_arms(config(place), Paths(place / "results"))] == ["ok"]
+    assert [f.status for f in check_arms(Workload(config(place), Paths(place / "results")))] == ["ok"]
     layers = {"kind": "list", "layers": [3, 0, 1]}
     fitting = mine(loss__layers=[2, 0], layer=layers, loss__skip_sink=7) | {"store.top_logits": 330}
     workspace(place, fitting).check(["mine", "two", "control", "logit", "relation"])

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from kvpipe.config import DataConfig, Recipe
 from kvpipe.data.corpus import generate
 from kvpipe.data.records import render
-from kvpipe.doctor.arms import examine_arms
-from kvpipe.doctor.finding import FAIL
+from kvpipe.doctor import FAIL, Workload
+from kvpipe.doctor.settings import check_arms
 from kvpipe.models import folders as models
 from kvpipe.models.folders import build_model, load_model, train_tokenizer
 from kvpipe.models.pretrain import pretrain, tokenizer_texts
@@ -221,7 +221,7 @@ def test_adapters_that_are_refused_are_refused_before_a_teacher_reads(tmp_path, 
     with pytest.raises(ValueError, match=r"train\.lora\.target_modules"):
         prepare(work, "one", log=lambda *_: None)
     assert not list(work.paths.root.glob("teacher_kv*/**/*.safetensors"))
-    (finding,) = [f for f in examine_arms(work.config, work.paths) if f.status == FAIL]
+    (finding,) = [f for f in check_arms(Workload(work.config, work.paths)) if f.status == FAIL]
     assert "train.lora.target_modules" in finding.detail and target in finding.detail
 
 

@@ -1,24 +1,26 @@
-"""What the jobs ask for: the rules' resources with a Snakemake profile laid over them."""
+"""A Snakemake profile, and what the jobs ask for: the rules' resources with the profile's laid over them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from kvpipe.doctor.finding import inside_a_job
-from kvpipe.experiment import launch
+from kvpipe.doctor import Workload
+from kvpipe.experiment.launch import in_job, processes
 from kvpipe.experiment.provenance import PACKAGE
 
 RULES = PACKAGE.parent / "workflow" / "rules"
+DEFAULT = Path("profiles/slurm")
+"""Read where no profile is named."""
 PROFILES = (Path(), Path("~/.config/snakemake").expanduser(), Path("/etc/xdg/snakemake"))
 """Where Snakemake looks for a profile."""
-NUMBERS = ("gpu", "nodes", "threads", "cpus_per_task", "mem_mb", "runtime")
+NUMBERS = ("gpu", "nodes", "threads", "cpus_per_task", "cpus_per_gpu", "mem_mb", "runtime")
 """Resources that are compared with what a partition has."""
 
 
@@ -56,7 +58,8 @@ class Request:
     @property
     def cpus(self) -> int:
         """CPUs on one node."""
-        return self.number("cpus_per_task") or self.number("threads") or 1
+        by_gpu = (self.number("cpus_per_gpu") or 0) * (self.gpus // (self.number("nodes") or 1))
+        return self.number("cpus_per_task") or by_gpu or self.number("threads") or 1
 
     @property
     def processes(self) -> tuple[int, int]:
@@ -65,7 +68,7 @@ class Request:
         Raises:
             ValueError: it cannot start on them.
         """
-        return launch.processes(self.values | {key: self.number(key) for key in ("gpu", "nodes")})
+        return processes(self.values | {key: self.number(key) for key in ("gpu", "nodes")})
 
     @property
     def gpus(self) -> int:
@@ -87,10 +90,10 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Profile:
     """A profile's settings and the requests that follow."""
 
-    profile: Path | None
+    file: Path | None
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -136,34 +139,44 @@ class Asked:
         return "apptainer" in ([method] if isinstance(method, str) else method)
 
 
-def read_profile(profile: Path | None) -> Asked:
+def profile_of(work: Workload) -> Profile:
+    """The profile that the experiment's jobs run by; the shipped one where none is named."""
+    return read_profile(DEFAULT if work.profile is None and DEFAULT.is_dir() else work.profile)
+
+
+def read_profile(named: Path | None) -> Profile:
     """The profile in a folder, or of a name as Snakemake finds it (or none; none inside an image that has not got it).
 
     Raises:
         FileNotFoundError: there is no config.yaml.
         ValueError: it is not a YAML mapping.
     """
-    if profile is None:
-        return Asked(None)
-    folders = [folder / profile for folder in PROFILES]
+    if named is None:
+        return Profile(None)
+    folders = [folder / named for folder in PROFILES]
     files = [f for folder in folders for f in (*sorted(folder.glob("config.v*.yaml"))[-1:], folder / "config.yaml")]
-    files = [file for file in files if file.is_file()]
-    if not files and inside_a_job():
-        return Asked(None)
-    if not files:
-        raise FileNotFoundError(f"profile {profile}: no config.yaml there; name a folder like profiles/slurm")
+    file = next((file for file in files if file.is_file()), None)
+    if file is None and in_job():
+        return Profile(None)
+    if file is None:
+        raise FileNotFoundError(f"profile {named}: no config.yaml there; name a folder like profiles/slurm")
+    return _parsed(file, file.read_text(encoding="utf-8"))
+
+
+@lru_cache(maxsize=4)
+def _parsed(file: Path, text: str) -> Profile:
     try:
-        values = yaml.safe_load(files[0].read_text(encoding="utf-8"))
+        values = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{files[0]}: not valid YAML: {error}") from None
+        raise ValueError(f"{file}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{files[0]}: expected a mapping at the top level")
-    asked = Asked(files[0], values)
+        raise ValueError(f"{file}: expected a mapping at the top level")
+    profile = Profile(file, values)
     try:
-        asked.requests, asked.attempts  # noqa: B018 - read here, so that the message names the file
+        profile.requests, profile.attempts  # noqa: B018 - read here, so that the message names the file
     except ValueError as error:
-        raise ValueError(f"{files[0]}: {error}") from None
-    return asked
+        raise ValueError(f"{file}: {error}") from None
+    return profile
 
 
 def parse_gpus(gres: str) -> dict[str, int]:

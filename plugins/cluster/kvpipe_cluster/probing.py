@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvpipe.doctor import look
-from kvpipe.doctor.asked import Asked, Request
-from kvpipe.doctor.container import image_path
-from kvpipe.doctor.finding import Answer, ask
-from kvpipe.doctor.slurm import Partition, read_partitions
-from kvpipe.experiment.files import write_json
-from kvpipe.experiment.paths import Paths
+from kvpipe.doctor import Workload, look
+from kvpipe.doctor.finding import ask
+from kvpipe.doctor.memory import needs
+from kvpipe.experiment.files import write_json, write_text
+from kvpipe_cluster.container import image_path, program
+from kvpipe_cluster.jobs import mem_mb
+from kvpipe_cluster.profile import Profile, Request, profile_of
+from kvpipe_cluster.slurm import Partition, read_partitions
 
 MINUTES = 5
 """Time limit of the job."""
@@ -47,6 +48,8 @@ class Site:
     partition: Partition
     account: str | None
     syntax: Syntax | None
+    per_gpu: bool
+    """Whether CPUs may be asked for by the GPU."""
     cpus: int
     mem_mb: int
     minutes: int | None
@@ -65,8 +68,8 @@ def syntaxes(partition: Partition) -> list[Syntax]:
     ]
 
 
-def probe(asked: Asked, paths: Paths, log: Callable[[str], None], wait: float = WAIT) -> str:
-    """Try submissions, run one short job, and give a site profile as YAML.
+def probe(work: Workload, log: Callable[[str], None], wait: float = WAIT) -> Path:
+    """Try submissions, run one short job, and write a site profile; its file, below the results.
 
     Raises:
         ProbeError: there is no Slurm, no partition, or none took a job.
@@ -76,9 +79,8 @@ def probe(asked: Asked, paths: Paths, log: Callable[[str], None], wait: float = 
     partitions = sorted((p for p in read_partitions() if p.up), key=lambda p: (not p.gpus, not p.default))
     if not partitions:
         raise ProbeError("sinfo shows no partition that is up; ask the site which you may use")
-    account = next(
-        (str(r.resources["slurm_account"]) for r in asked.requests if r.resources.get("slurm_account")), None
-    )
+    profile = profile_of(work)
+    account = next((str(found) for r in profile.requests if (found := r.resources.get("slurm_account"))), None)
     site: Site | None = None
     complaints: list[str] = []
     for partition in partitions:
@@ -91,8 +93,10 @@ def probe(asked: Asked, paths: Paths, log: Callable[[str], None], wait: float = 
         site = site or tried  # better one without a GPU than none
     if site is None:
         raise ProbeError("no partition took a job:\n  " + "\n  ".join(complaints))
-    seen = _run(site, asked, paths, log, wait)
-    return profile_text(site, seen, asked)
+    seen = _run(site, profile, work.paths.probe, log, wait)
+    written = work.paths.probe.with_suffix("") / "config.yaml"
+    write_text(written, profile_text(work, site, seen, profile))
+    return written
 
 
 # ---------------------------------------------------------------- trying without running
@@ -101,7 +105,7 @@ def _test(partition: Partition, account: str | None, *options: str) -> tuple[boo
     command = ["sbatch", "--test-only", f"--partition={partition.name}", "--ntasks=1", f"--time={_time(partition)}"]
     command += [f"--account={account}"] if account else []
     answer = ask(*command, *options, "--wrap=true")
-    return answer is not None and answer.code == 0, answer.said if answer else "no sbatch"
+    return answer.code == 0, answer.last_line
 
 
 def _time(partition: Partition) -> int:
@@ -119,10 +123,11 @@ def _try_partition(partition: Partition, account: str | None) -> Site | None:
             break
         refused.append(f"{partition.name}: {syntax.option}: {said}")
     gpu = (chosen.option,) if chosen else ()
+    per_gpu = bool(gpu) and _test(partition, account, *gpu, "--cpus-per-gpu=1")[0]
     cpus = _most(partition.cpus, lambda n: _test(partition, account, *gpu, f"--cpus-per-task={n}")[0])
     mem = _most(partition.mem_mb, lambda n: _test(partition, account, *gpu, f"--mem={n}")[0])
     # a time over the limit passes --test-only where EnforcePartLimits is off, and then waits for ever
-    return Site(partition, account, chosen, cpus, mem, partition.minutes, tuple(refused))
+    return Site(partition, account, chosen, per_gpu, cpus, mem, partition.minutes, tuple(refused))
 
 
 def _most(limit: int, taken: Callable[[int], bool]) -> int:
@@ -133,42 +138,36 @@ def _most(limit: int, taken: Callable[[int], bool]) -> int:
 
 
 # ---------------------------------------------------------------- one real job
-def _script(asked: Asked) -> str:
-    """The job: the same call with and without an image."""
-    code, program = Path(look.__file__).read_text(encoding="utf-8"), _program()
-    if asked.containers and program and not _outside(asked):
-        options = shlex.split(str(asked.settings.get("apptainer-args", "--nv")))
-        call = [program, "exec", *options, str(image_path().absolute()), "python3", "-c", code]
-    else:
-        call = [sys.executable, "-c", code]
-    return f"#!/bin/bash\n{shlex.join(call)}\n"
-
-
-def _program() -> str | None:
-    return next((name for name in ("apptainer", "singularity") if shutil.which(name)), None)
-
-
-def _outside(asked: Asked) -> str | None:
+def _outside(profile: Profile) -> str | None:
     """Why the job looks outside the image that the profile's jobs run in; None where it does not."""
-    if not asked.containers:
+    if not profile.containers:
         return None
-    if _program() is None:
+    if program() is None:
         return "outside the image: apptainer is not on the PATH (module load apptainer)"
     return None if image_path().exists() else f"outside the image: {image_path()} does not exist (make image)"
 
 
-def _run(site: Site, asked: Asked, paths: Paths, log: Callable[[str], None], wait: float) -> dict[str, Any] | None:
-    folder = paths.probe.absolute().with_suffix("")
+def _script(profile: Profile) -> str:
+    """The job: the same call with and without an image."""
+    call, command = [sys.executable], program()
+    if profile.containers and command and not _outside(profile):
+        options = shlex.split(str(profile.settings.get("apptainer-args", "--nv")))
+        call = [command, "exec", *options, str(image_path().absolute()), "python3"]
+    return f"#!/bin/bash\n{shlex.join([*call, '-c', Path(look.__file__).read_text(encoding='utf-8')])}\n"
+
+
+def _run(site: Site, profile: Profile, out: Path, log: Callable[[str], None], wait: float) -> dict[str, Any] | None:
+    folder = out.absolute().with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     options = [f"--partition={site.partition.name}", "--ntasks=1", f"--time={_time(site.partition)}", "--mem=2000"]
     options += [f"--account={site.account}"] if site.account else []
     options += [site.syntax.option] if site.syntax else []
     command = ["sbatch", "--parsable", "--job-name=kvpipe-probe", f"--output={folder}/%j.log", *options]
-    answer = ask(*command, stdin=_script(asked))
-    if answer is None or answer.code:
-        raise ProbeError(f"{shlex.join(command)}: {answer.said if answer else 'no sbatch'}")
+    answer = ask(*command, stdin=_script(profile))
+    if answer.code:
+        raise ProbeError(f"{shlex.join(command)}: {answer.last_line}")
     job = answer.out.strip().split(";")[0]
-    if reason := _outside(asked):
+    if reason := _outside(profile):
         log(f"job {job} looks {reason}: its Python and torch are not those of the jobs")
     log(f"job {job} submitted, {MINUTES} minutes at most: {shlex.join(options)}")
     state = _await(job, log, wait)
@@ -181,7 +180,7 @@ def _run(site: Site, asked: Asked, paths: Paths, log: Callable[[str], None], wai
         log(f"job {job} ended as {state} without an answer: {last[0]}")
         return None
     seen = {"job": job, "partition": site.partition.name, **json.loads(line.removeprefix(look.MARK))}
-    write_json(paths.probe, seen)
+    write_json(out, seen)
     log(f"job {job} ran on {seen['host']}: {(seen['gpu'] or {}).get('name') or 'no GPU seen'}")
     return seen
 
@@ -204,62 +203,71 @@ def _await(job: str, log: Callable[[str], None], wait: float) -> str:
 
 def _state(job: str) -> tuple[str, str]:
     """(state, reason) by squeue; empty once the job has left it."""
-    answer: Answer | None = ask("squeue", "--noheader", "--states=all", "--format=%T|%r", f"--jobs={job}")
-    line = answer.out.strip().splitlines()[0] if answer and answer.code == 0 and answer.out.strip() else ""
+    answer = ask("squeue", "--noheader", "--states=all", "--format=%T|%r", f"--jobs={job}")
+    line = answer.out.strip().splitlines()[0] if answer.code == 0 and answer.out.strip() else ""
     state, _, reason = line.partition("|")
     return state, reason
 
 
 # ---------------------------------------------------------------- the profile
-def profile_text(site: Site, seen: dict[str, Any] | None, asked: Asked) -> str:
+def profile_text(work: Workload, site: Site, seen: dict[str, Any] | None, profile: Profile) -> str:
     """A whole site profile: the one that was read, with what jobs ask for as the cluster accepted it."""
     gpu = (seen or {}).get("gpu") or {}
-    limit = f"{site.minutes}" if site.minutes else "none"
     ran = f"job {seen['job']} ran on {seen['host']}" if seen else "no job has run: accepted by sbatch --test-only"
-    lines = [
-        f"# What this cluster accepted ({ran}).",
-        f"# Partition {site.partition.name}: at most {site.cpus} CPUs, {site.mem_mb} MB and {limit} minutes a job.",
-    ]
+    limits = f"{site.cpus} CPUs, {site.mem_mb} MB and {site.minutes or 'none'} minutes"
+    lines = [f"# What this cluster accepted ({ran}).", f"# Partition {site.partition.name}: at most {limits} a job."]
     if gpu.get("name"):
         lines.append(f"# GPU: {gpu['name']}, {(gpu.get('memory') or 0) / 1e9:.0f} GB, driver {gpu.get('driver')}.")
-    if seen and (reason := _outside(asked)):
+    if seen and (reason := _outside(profile)):
         lines.append(f"# Seen {reason}.")
     lines += [f"# refused: {complaint}" for complaint in site.refused]
-    defaults: dict[str, Any] = {"slurm_partition": site.partition.name} | (
-        {"slurm_account": site.account} if site.account else {}
-    )
+    defaults: dict[str, Any] = {"slurm_partition": site.partition.name}
+    defaults |= {"slurm_account": site.account} if site.account else {}
     defaults |= {"mem_mb": min(8000, site.mem_mb), "runtime": min(60, site.minutes or 60)}
-    defaults = defaults | {key: value for key, value in asked.defaults.items() if key not in defaults}
-    entries = {request.rule: _fitted(request, asked.own.get(request.rule, {}), site) for request in asked.requests}
-    rules = [
-        line for rule, own in entries.items() if own for line in (f"  {rule}:", *(f"    {entry}" for entry in own))
-    ]
-    text = asked.profile.read_text(encoding="utf-8") if asked.profile else ""
+    defaults |= {key: value for key, value in profile.defaults.items() if key not in defaults}
+    estimates = {need.rule: mem_mb(need) for need in needs(work, lambda rule: profile.of(rule).gpus)}
+    rules = []
+    for request in profile.requests:
+        own = profile.own.get(request.rule, {})
+        threads = work.config.train.threads if request.rule == "train" and "cpus_per_task" not in own else None
+        if entries := _fitted(request, own, site, estimates.get(request.rule), threads):
+            rules += [f"  {request.rule}:", *(f"    {entry}" for entry in entries)]
+    text = profile.file.read_text(encoding="utf-8") if profile.file else ""
     text = _replaced(text, "default-resources", [f"  - {key}={value}" for key, value in defaults.items()])
-    return "\n".join(lines) + "\n\n" + _replaced(text, "set-resources", rules)
+    return "\n".join(lines) + "\n\n" + _replaced(_replaced(text, "set-resources", rules), "slurm-requeue", ["true"])
 
 
 def _replaced(text: str, key: str, block: list[str]) -> str:
-    """A profile's text with another block under a key; comments at the margin stay."""
-    new = "\n".join([f"{key}:", *block]) + "\n" if block else ""
+    """A profile's text with another block under a key, or one word beside it; comments at the margin stay."""
+    new = f"{key}: {block[0]}\n" if block == ["true"] else "\n".join([f"{key}:", *block]) + "\n" if block else ""
     found = re.search(rf"^{key}:.*\n?(?:[ \t-].*\n?)*", text, flags=re.MULTILINE)
     return text[: found.start()] + new + text[found.end() :] if found else text + new
 
 
-def _fitted(request: Request, own: dict[str, Any], site: Site) -> list[str]:
-    """What the profile says of one rule, brought within the limits; empty where the defaults do."""
+def _fitted(request: Request, own: dict[str, Any], site: Site, estimate: int | None, threads: int | None) -> list[str]:
+    """What the profile says of one rule, brought within the limits; empty where the defaults do.
+
+    Args:
+        estimate: MB that the doctor expects, which grow with the attempt.
+        threads: CPUs of each process, where there is one for every GPU.
+    """
     out = list(site.syntax.profile) if request.gpus and site.syntax else []
-    limits = {"mem_mb": site.mem_mb, "runtime": site.minutes, "cpus_per_task": site.cpus}
+    by_gpu = bool(out) and site.per_gpu and threads is not None
+    out += [f"cpus_per_gpu: {threads}"] if by_gpu else []
+    limits = {"mem_mb": site.mem_mb, "runtime": site.minutes, "cpus_per_task": None if by_gpu else site.cpus}
     for key, limit in limits.items():
         wanted = request.cpus if key == "cpus_per_task" else request.number(key) or 0
-        if limit is not None and wanted > limit:
+        if key == "mem_mb" and estimate is not None:
+            grown = f"min({estimate} * attempt, {site.mem_mb})"
+            out.append(f"{key}: {grown if estimate < site.mem_mb else site.mem_mb}")
+        elif limit is not None and wanted > limit:
             resumes = key == "runtime" and request.rule == "train"
             note = "; a cell goes on from its checkpoint in the next attempt" if resumes else ""
             out.append(f"{key}: {limit}   # of {wanted} wanted{note}")
         elif key in own:
             out.append(f"{key}: {_grown(str(own[key]), wanted, limit)}")
-    gpus = ("gpu", "gpu_model", "gres")
-    return out + [f"{key}: {json.dumps(value)}" for key, value in own.items() if key not in (*limits, *gpus)]
+    written = ("gpu", "gpu_model", "gres", "cpus_per_gpu", *limits)
+    return out + [f"{key}: {json.dumps(value)}" for key, value in own.items() if key not in written]
 
 
 def _grown(value: str, first: int, limit: int | None) -> str:

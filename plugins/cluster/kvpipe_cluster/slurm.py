@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from kvpipe.doctor.asked import Asked, Request, parse_gpus
-from kvpipe.doctor.finding import FAIL, OK, WARNING, Finding, ask, inside_a_job
+from kvpipe.doctor import FAIL, OK, WARNING, Finding, Workload
+from kvpipe.doctor.finding import ask
+from kvpipe.experiment.launch import in_job
+from kvpipe_cluster.profile import Profile, Request, parse_gpus, profile_of
 
 POLL = 40
 """Seconds before the executor's first status check, if the profile does not say."""
@@ -35,28 +37,25 @@ class Partition:
     preempt_mode: str = "OFF"
 
 
-def examine_slurm(asked: Asked) -> list[Finding]:
+def check_slurm(work: Workload) -> Iterator[Finding]:
     """Findings on the cluster; one of them, ok, where there is none."""
-    if inside_a_job():
-        return [Finding("slurm", OK, "inside a job or an image: the cluster is examined from the login node only")]
-    version = ask("sbatch", "--version")
-    if version is None:
-        return [Finding("slurm", OK, "no sbatch on the PATH: jobs run on this machine")]
-    answer = ask("scontrol", "show", "config")
-    if answer is None or answer.code:
-        said = "no scontrol on the PATH" if answer is None else answer.said
-        fix = "module load slurm, or ask the site: `scontrol ping` must say UP"
-        return [Finding("slurm", FAIL, f"{version.out.strip()}, but the controller does not answer: {said}", fix)]
-    config = parse_config(answer.out)
-    partitions = read_partitions()
-    return [
-        *_programs(version.out.strip()),
-        *_status_command(config, asked),
-        *_account(config, asked),
-        *_preemption(config, partitions, asked),
-        *_partitions(partitions, asked),
-        *_requests(partitions, asked),
-    ]
+    if in_job():
+        yield Finding("slurm", OK, "inside a job or an image: the cluster is examined from the login node only")
+        return
+    version, config = ask("sbatch", "--version"), ask("scontrol", "show", "config")
+    if version.code == 127:
+        yield Finding("slurm", OK, "no sbatch on the PATH: jobs run on this machine")
+    elif config.code:
+        detail = f"{version.out.strip()}, but the controller does not answer: {config.last_line}"
+        yield Finding("slurm", FAIL, detail, "module load slurm, or ask the site: `scontrol ping` must say UP")
+    else:
+        settings, partitions, profile = parse_config(config.out), read_partitions(), profile_of(work)
+        yield from _programs(version.out.strip())
+        yield from _status_command(settings, profile)
+        yield from _account(settings, profile)
+        yield from _preemption(settings, partitions, profile)
+        yield from _partitions(partitions, profile)
+        yield from _requests(partitions, profile)
 
 
 # ---------------------------------------------------------------- reading
@@ -71,26 +70,23 @@ def read_partitions() -> list[Partition]:
     # one line per partition and kind of node: %R without the default's asterisk
     nodes = ask("sinfo", "--noheader", "--format", "%R|%a|%c|%m|%l|%G")
     described = ask("scontrol", "--oneliner", "show", "partition")
-    more = {}
-    for line in described.out.splitlines() if described is not None and described.code == 0 else []:
+    more: dict[str, dict[str, str]] = {}
+    for line in described.out.splitlines():
         pairs = dict(item.split("=", 1) for item in line.split() if "=" in item)
         more[pairs.get("PartitionName", "")] = pairs
     found: dict[str, Partition] = {}
-    for line in nodes.out.splitlines() if nodes is not None and nodes.code == 0 else []:
+    for line in (line for line in nodes.out.splitlines() if line.count("|") == 5):
         name, up, cpus, memory, limit, gres = line.strip().split("|")
-        seen = found.get(name)
-        gpus = dict(seen.gpus) if seen else {}
-        for kind, count in parse_gpus(gres).items():
-            gpus[kind] = max(count, gpus.get(kind, 0))
-        found[name] = Partition(
-            name=name,
-            up=up == "up",
-            cpus=max(_count(cpus), seen.cpus if seen else 0),
-            mem_mb=max(_count(memory), seen.mem_mb if seen else 0),
-            minutes=parse_minutes(limit),
-            gpus=gpus,
-            default=more.get(name, {}).get("Default") == "YES",
-            preempt_mode=more.get(name, {}).get("PreemptMode", "OFF"),
+        said = more.get(name, {})
+        seen = found.get(name) or Partition(name, up == "up", 0, 0, parse_minutes(limit))
+        gpus = {kind: max(count, seen.gpus.get(kind, 0)) for kind, count in parse_gpus(gres).items()}
+        found[name] = replace(
+            seen,
+            cpus=max(_count(cpus), seen.cpus),
+            mem_mb=max(_count(memory), seen.mem_mb),
+            gpus=seen.gpus | gpus,
+            default=said.get("Default") == "YES",
+            preempt_mode=said.get("PreemptMode", "OFF"),
         )
     return list(found.values())
 
@@ -112,20 +108,20 @@ def parse_minutes(limit: str) -> int | None:
 # ---------------------------------------------------------------- findings
 def _programs(version: str) -> Iterator[Finding]:
     queue = ask("squeue", "--noheader", "--me")
-    if queue is None or queue.code:
-        said = "not on the PATH" if queue is None else queue.said
-        yield Finding("slurm", FAIL, f"{version}; squeue: {said}", "load the module that has the Slurm commands")
+    if queue.code:
+        detail = f"{version}; squeue: {queue.last_line}"
+        yield Finding("slurm", FAIL, detail, "load the module that has the Slurm commands")
     else:
         yield Finding("slurm", OK, f"{version}, {len(queue.out.splitlines())} jobs of yours in the queue")
 
 
-def _status_command(config: dict[str, str], asked: Asked) -> Iterator[Finding]:
+def _status_command(config: dict[str, str], profile: Profile) -> Iterator[Finding]:
     """Whether the executor learns that a job has ended; where it does not, it waits for ever."""
     # without slurmdbd it is accounting_storage/none, since Slurm 23 shown as (null)
     accounting = config.get("AccountingStorageType", "(null)") not in ("accounting_storage/none", "(null)", "none")
     has_sacct = shutil.which("sacct") is not None
     # without it the executor takes squeue, whatever the profile says
-    command = asked.settings.get("slurm-status-command", "sacct") if has_sacct else "squeue"
+    command = profile.settings.get("slurm-status-command", "sacct") if has_sacct else "squeue"
     state = "accounting is on" if accounting else "accounting is off"
     if command == "sacct":
         if not accounting:
@@ -136,56 +132,51 @@ def _status_command(config: dict[str, str], asked: Asked) -> Iterator[Finding]:
             yield Finding("accounting", WARNING, detail, f"in the profile: {SQUEUE_LINE}")
         return
     yield Finding("accounting", OK, f"{state}, the executor asks squeue")
-    yield _min_job_age(_count(config.get("MinJobAge", "0")), asked, has_sacct, accounting)
+    yield _min_job_age(_count(config.get("MinJobAge", "0")), profile, has_sacct, accounting)
 
 
-def _min_job_age(age: int, asked: Asked, has_sacct: bool, accounting: bool) -> Finding:
+def _min_job_age(age: int, profile: Profile, has_sacct: bool, accounting: bool) -> Finding:
     """Whether the executor, by squeue, still finds a job that has ended: one that is not there counts as running."""
-    poll = int(asked.settings.get("slurm-init-seconds-before-status-checks", POLL))
-    least = max(poll, LONGEST_POLL) + MARGIN
+    poll = int(profile.settings.get("slurm-init-seconds-before-status-checks", POLL))
+    apart = max(poll, LONGEST_POLL)
+    least = apart + MARGIN
     falls_back = has_sacct and age < 3 * poll  # the executor's own rule, by which it prefers sacct
+    first = f"{age} s is less than 3 × {poll} s, the first status check: the executor"
+    use_sacct = "in the profile: slurm-status-command: sacct"
     # 0: nothing is ever forgotten
     if not falls_back and (age == 0 or age >= least):
-        return Finding(
-            "MinJobAge", OK, f"{age} s, status checks begin after {poll} s and are {least - MARGIN} s apart at most"
-        )
-    use_sacct = "in the profile: slurm-status-command: sacct"
+        detail = f"{age} s, status checks begin after {poll} s and are {apart} s apart at most"
+        return Finding("MinJobAge", OK, detail)
     if falls_back and accounting:
-        detail = f"{age} s is less than 3 × {poll} s, the first status check: the executor asks sacct all the same"
-        return Finding("MinJobAge", WARNING, detail, use_sacct)
+        return Finding("MinJobAge", WARNING, f"{first} asks sacct all the same", use_sacct)
     if falls_back and age >= LONGEST_POLL + MARGIN:
-        detail = f"{age} s is less than 3 × {poll} s, the first status check: the executor would fall back on sacct, "
         line = f"in the profile: slurm-init-seconds-before-status-checks: {age // 3}"
-        return Finding("MinJobAge", FAIL, f"{detail}which is off, and wait for ever", line)
-    detail = f"finished jobs leave squeue after {age} s, status checks are up to {least - MARGIN} s apart: the executor would "
+        return Finding("MinJobAge", FAIL, f"{first} would fall back on sacct, which is off, and wait for ever", line)
+    detail = f"finished jobs leave squeue after {age} s, status checks are up to {apart} s apart: the executor would "
     site = (
         f"ask the site for MinJobAge = 300, or for accounting (slurmdbd): no line of the profile helps below {least} s"
     )
-    return Finding(
-        "MinJobAge",
-        FAIL,
-        f"{detail}miss a job's end and wait for ever",
-        use_sacct if accounting and has_sacct else site,
-    )
+    fix = use_sacct if accounting and has_sacct else site
+    return Finding("MinJobAge", FAIL, f"{detail}miss a job's end and wait for ever", fix)
 
 
-def _account(config: dict[str, str], asked: Asked) -> Iterator[Finding]:
-    named = {r.resources["slurm_account"] for r in asked.requests if r.resources.get("slurm_account")}
+def _account(config: dict[str, str], profile: Profile) -> Iterator[Finding]:
+    named = {r.resources["slurm_account"] for r in profile.requests if r.resources.get("slurm_account")}
     accounting = "slurmdbd" in config.get("AccountingStorageType", "")
     if named and not accounting:
         detail = f"the profile names slurm_account {', '.join(sorted(map(str, named)))}, which no slurmdbd knows here"
         yield Finding("account", FAIL, detail, "take slurm_account out of the profile")
 
 
-def _preemption(config: dict[str, str], partitions: list[Partition], asked: Asked) -> Iterator[Finding]:
-    wanted = {str(r.resources.get("slurm_partition", "")) for r in asked.requests} - {""}
+def _preemption(config: dict[str, str], partitions: list[Partition], profile: Profile) -> Iterator[Finding]:
+    wanted = {str(r.resources.get("slurm_partition", "")) for r in profile.requests} - {""}
     used = [p for p in partitions if (p.name in wanted if wanted else p.default)]
     modes = {p.name: p.preempt_mode.upper() for p in used}
     overall = config.get("PreemptMode", "OFF").upper()
     # GANG may stand beside each of them
     deadly = [name for name, mode in modes.items() if "CANCEL" in mode.split(",")]
     requeued = any("REQUEUE" in mode.split(",") for mode in modes.values() or [overall])
-    requeue = asked.settings.get("slurm-requeue")
+    requeue = profile.settings.get("slurm-requeue")
     shown = ", ".join(f"{name} {mode}" for name, mode in modes.items()) or overall
     if overall == "OFF":
         yield Finding("preemption", OK, "jobs are not preempted")
@@ -203,12 +194,12 @@ def _preemption(config: dict[str, str], partitions: list[Partition], asked: Aske
         )
 
 
-def _partitions(partitions: list[Partition], asked: Asked) -> Iterator[Finding]:
+def _partitions(partitions: list[Partition], profile: Profile) -> Iterator[Finding]:
     if not partitions:
         yield Finding("partitions", FAIL, "sinfo shows none", "ask the site which partitions you may use")
         return
     shown = "; ".join(map(show, partitions))
-    if any(r.gpus for r in asked.requests) and not any(p.gpus for p in partitions):
+    if any(r.gpus for r in profile.requests) and not any(p.gpus for p in partitions):
         fix = "take gpu out of the profile's set-resources, or ask the site for a partition with GPUs"
         yield Finding("partitions", FAIL, f"none has GPUs, which the profile asks for: {shown}", fix)
     else:
@@ -223,22 +214,22 @@ def show(partition: Partition) -> str:
     return f"{partition.name}{marks}: {partition.cpus} CPUs, {partition.mem_mb} MB, {gpus or 'no GPU'}, {limit}"
 
 
-def _requests(partitions: list[Partition], asked: Asked) -> Iterator[Finding]:
+def _requests(partitions: list[Partition], profile: Profile) -> Iterator[Finding]:
     refused: dict[tuple[str, str], list[str]] = {}
-    for request in asked.requests:
-        problem = refusal(request, partitions, asked.attempts)
+    for request in profile.requests:
+        problem = refusal(request, partitions, profile.attempts)
         if problem:
             refused.setdefault(problem, []).append(request.rule)
     for (detail, fix), rules in refused.items():
         yield Finding("requests", FAIL, f"{', '.join(rules)}: {detail}", fix)
-    unread = {f"{r.rule} {key}: {value}" for r in asked.requests for key, value in r.unread.items()}
+    unread = {f"{r.rule} {key}: {value}" for r in profile.requests for key, value in r.unread.items()}
     if unread:
         detail = (
             f"{'; '.join(sorted(unread))}: not known before the job is submitted, so not compared with the partitions"
         )
         yield Finding("requests", WARNING, detail, "numbers, or expressions of `attempt` and `threads`, can be")
-    if asked.requests and partitions and not refused and not unread:
-        yield Finding("requests", OK, f"every rule's job fits into its partition ({len(asked.requests)} rules)")
+    if profile.requests and partitions and not refused and not unread:
+        yield Finding("requests", OK, f"every rule's job fits into its partition ({len(profile.requests)} rules)")
 
 
 def refusal(request: Request, partitions: list[Partition], attempts: Iterable[int] = (1,)) -> tuple[str, str] | None:
@@ -275,8 +266,8 @@ def _unfit(request: Request, partition: Partition) -> tuple[str, str] | None:
         fix = f"in the profile: {_capped(request, 'mem_mb', partition.mem_mb)}"
         return f"asks for {mem} MB, a node of {where} has {partition.mem_mb}", fix
     if partition.minutes is not None and minutes > partition.minutes:
-        line = _capped(request, "runtime", partition.minutes)
-        fix = f"in the profile: {line}   # a cell goes on from its checkpoint in the next attempt"
+        note = "   # a cell goes on from its checkpoint in the next attempt" if request.rule == "train" else ""
+        fix = f"in the profile: {_capped(request, 'runtime', partition.minutes)}{note}"
         return f"asks for {minutes} min, {where} allows {partition.minutes}", fix
     return None
 
