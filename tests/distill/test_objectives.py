@@ -234,7 +234,7 @@ def selfsame(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["logit", "relation"])
 def test_a_model_has_nothing_to_learn_from_itself(selfsame, name):
-    distiller = selfsame.distiller(selfsame.dag.arm(name), 0)
+    distiller = load_objective(selfsame, selfsame.dag.arm(name), 0)
     own = run(selfsame, distiller, load_model(selfsame.paths.model("student")))
     other = run(selfsame, distiller, load_model(selfsame.paths.model("student")).apply(_jitter))
     assert own.step.terms and other.step.terms.keys() == own.step.terms.keys()

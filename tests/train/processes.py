@@ -17,7 +17,6 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from kvpipe.experiment.paths import Paths
 from kvpipe.steps import train as step
 from kvpipe.steps.inputs import Inputs
-from kvpipe.steps.objective import load_objective
 
 
 def cells(folder: Path, out: Path, overrides: dict[str, Any], arms: list[str], double: bool) -> None:
@@ -26,10 +25,18 @@ def cells(folder: Path, out: Path, overrides: dict[str, Any], arms: list[str], d
     With `double`, the student and all that trains or is computed beside it are in float64.
     """
     work = Inputs(config(folder, overrides), Paths(folder / "results"))
+    loaded = step.load_objective
     if double:
         student = Inputs.student
         work.student = lambda *args: student(work, *args).double()  # type: ignore[method-assign]
-        step.load_objective = lambda *args: load_objective(*args).double()  # type: ignore[union-attr]
+        step.load_objective = lambda *args: loaded(*args).double()  # type: ignore[union-attr]
+    try:
+        _train(work, out, arms)
+    finally:
+        step.load_objective = loaded
+
+
+def _train(work: Inputs, out: Path, arms: list[str]) -> None:
     for arm in arms:
         steps: list[list[torch.Tensor]] = []
 

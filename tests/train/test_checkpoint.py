@@ -322,6 +322,7 @@ def test_the_loss_scale_of_fp16_goes_on_where_it_was(stopped, monkeypatch, tmp_p
     def scaled(run, *arguments):
         init_run(run, *arguments)
         run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+        run.optimizer.scaler = run.accelerator.scaler
         made.append(run.accelerator.scaler)
 
     monkeypatch.setattr(training.Loop, "__init__", scaled)

@@ -25,10 +25,11 @@ from kvpipe.cache.capture import Recorder
 from kvpipe.config import load
 from kvpipe.data.corpus import generate
 from kvpipe.data.records import write_records
+from kvpipe.experiment.attempts import Attempt
 from kvpipe.experiment.paths import Paths
 from kvpipe.steps.inputs import Inputs
-from kvpipe.steps.train import prepare
-from kvpipe.train.trainer import _Run, peak_memory
+from kvpipe.steps.train import load_cell, prepare
+from kvpipe.train.trainer import Loop, peak_memory
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "config" / "config.yaml"
@@ -38,9 +39,9 @@ class Cell:
     """A cell's own training loop, step by step."""
 
     def __init__(self, work: Inputs, arm: str):
-        self.run = _Run(work, arm, 0, work.paths.root / "unused", print)
-        self.run.model, self.run.optimizer = self.run.accelerator.prepare(self.run.model, self.run.optimizer)
-        self.recorder = Recorder(self.run.model) if self.run.distiller is not None else None
+        unused = work.paths.root / "unused"
+        self.run = Loop(load_cell(work, arm, 0), unused, Attempt(unused, "cpu", 1))
+        self.recorder = Recorder(self.run.cell.student) if self.run.objective is not None else None
         self.step = 0
 
     def steps(self, number: int) -> None:
