@@ -18,7 +18,7 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install login image wheelhouse image-offline lock report test test-slow test-lm-eval test-cluster torture study teachers bench compat lint format config clean
+.PHONY: help install login image wheelhouse image-offline lock report test test-slow test-lm-eval test-cluster torture study teachers bench compat validate-stats lint format config clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
@@ -49,7 +49,7 @@ wheelhouse:  ## the wheels for `make image-offline`, on a machine with a network
 image-offline:  ## the image from a wheelhouse and BASE=, a folder or SIF; no network
 	containers/image.sh offline "$(BASE)"
 
-lock: $(STAMP)  ## rewrite requirements.lock from what is installed in .venv
+lock: $(STAMP)  ## rewrite requirements.lock and containers/image.lock from what is installed in .venv
 	$(BIN)/python .ci/lock.py
 
 report: $(STAMP)  ## the embedded experiment, to results/report.html
@@ -74,7 +74,7 @@ $(LM_EVAL)/installed: $(STAMP)
 test-lm-eval: $(LM_EVAL)/installed  ## kvpipe's scores against those of lm-evaluation-harness
 	$(LM_EVAL)/bin/python -m pytest tests/evaluate/test_harness.py
 
-test-cluster: $(STAMP)  ## the tests on a real one-node SLURM cluster
+test-cluster: $(STAMP)  ## the tests on a real one-node SLURM cluster; root and debootstrap
 	$(WITHIN) python -m pytest -m cluster
 
 torture: $(STAMP)  ## kill a training process 20 times at random and compare bit by bit
@@ -93,6 +93,9 @@ teachers: $(STAMP)  ## train the embedded teachers again, into config/embedded
 
 bench: $(STAMP)  ## measure docs/benchmarks.md again
 	$(TOOL) tools/benchmarks/run.py
+
+validate-stats: $(STAMP)  ## the tables of docs/statistics.md: coverage, error, power by simulation; half an hour of one core
+	$(TOOL) tools/validate_stats.py --out docs/statistics.md
 
 compat: $(STAMP)  ## the tables of docs/method.md: architectures, rotary embeddings, tokenizers
 	$(TOOL) tools/compat.py

@@ -1,4 +1,5 @@
-"""Write requirements.lock: the exact version of everything that kvpipe and its plugins need, from the running environment.
+"""Write the locks, the exact versions of what kvpipe needs, from the running environment: requirements.lock of everything, its
+extras and plugins included, and containers/image.lock of what jobs need, by which the image is named.
 
 Run by `make lock`. Only packages that are reached from the project's requirements and its extras are listed, so a
 package that happens to lie in the environment does not enter the lock.
@@ -21,10 +22,12 @@ ACCELERATOR = ("nvidia-", "cuda-", "triton", "pytorch-triton")
 """What a CUDA build of torch brings along by itself; a CPU machine must not install it."""
 
 
-def requirements() -> list[Requirement]:
-    """What the project asks for, its extras included, and what builds it."""
+def requirements(jobs_only: bool) -> list[Requirement]:
+    """What the project asks for; if not for jobs only, with its extras, its plugins and what builds it."""
     document = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     project = document["project"]
+    if jobs_only:
+        return [Requirement(line) for line in project["dependencies"]]
     written = [
         *project["dependencies"],
         *(line for name, extra in project["optional-dependencies"].items() if name not in UNLOCKED for line in extra),
@@ -61,12 +64,16 @@ def resolve(todo: list[Requirement]) -> dict[str, str]:
 
 
 def main() -> None:
-    """Write the file."""
-    versions = resolve(requirements())
-    order = [FIRST, *sorted(set(versions) - {FIRST})]
-    lines = ["# Exact versions of everything in pyproject.toml with its extras. Written by `make lock`; do not edit."]
-    lines += [f"{name}=={versions[name]}" for name in order]
-    (ROOT / "requirements.lock").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    """Write the files."""
+    for file, jobs_only, what in (
+        ("requirements.lock", False, "of everything in pyproject.toml with its extras"),
+        ("containers/image.lock", True, "of what jobs need"),
+    ):
+        versions = resolve(requirements(jobs_only))
+        order = [FIRST, *sorted(set(versions) - {FIRST})]
+        lines = [f"# Exact versions {what}. Written by `make lock`; do not edit."]
+        lines += [f"{name}=={versions[name]}" for name in order]
+        (ROOT / file).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 # Build the image, from the root of the checkout:
 #
 #   containers/image.sh name            the file that belongs to this lock and definition
-#   containers/image.sh wheelhouse      wheels of the lock, by a Python of the base's version (PYTHON)
+#   containers/image.sh wheelhouse      wheels of image.lock, by a Python of the base's version (PYTHON)
 #   containers/image.sh online          from a registry (make image)
 #   containers/image.sh offline BASE    from a folder or SIF, and the wheelhouse; no network (make image-offline)
 #
 # Snakemake tracks an image by its path only, so the path holds the hash of what the image is made from: a new lock is a
 # new file, and what was computed in the old one runs again. `containers/kvpipe.sif` points to the image in use.
-# VARIANT names the build of torch (cuda, cpu, …) and is part of the file's name, TORCH_INDEX is an index that has it,
-# APPTAINER_OPTIONS go to the build.
+# VARIANT names the build of torch (cuda, cpu, …) and is part of the file's name; the build is refused where the index, or
+# TORCH_INDEX, serves another. APPTAINER_OPTIONS go to the build.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,18 +20,22 @@ cd "$(dirname "$0")/.."
 VARIANT=${VARIANT:-cuda}
 APPTAINER=${APPTAINER:-apptainer}
 WHEELHOUSE=${WHEELHOUSE:-containers/wheelhouse}
+LOCK=containers/image.lock
 
 name() {
     local hash
-    hash=$(cat requirements.lock containers/kvpipe.def | sha256sum | cut -c 1-12)
+    hash=$(cat "$LOCK" containers/kvpipe.def | sha256sum | cut -c 1-12)
     echo "containers/kvpipe-$VARIANT-$hash.sif"
 }
 
 wheelhouse() {
-    local wheel=("${PYTHON:-python3}" -m pip wheel --disable-pip-version-check --wheel-dir "$WHEELHOUSE" --constraint requirements.lock)
+    local wheel=("${PYTHON:-python3}" -m pip wheel --disable-pip-version-check --wheel-dir "$WHEELHOUSE" --constraint "$LOCK")
+    local torch
+    torch=$(grep '^torch==' "$LOCK")
     # torch brings its own CUDA packages, which no lock for all machines can list; the rest is exactly the lock
-    "${wheel[@]}" ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$(grep '^torch==' requirements.lock)"
-    "${wheel[@]}" --find-links "$WHEELHOUSE" --requirement requirements.lock
+    torch() { "${wheel[@]}" ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$1"; }
+    { [[ $VARIANT == cpu ]] && torch "$torch+cpu"; } || torch "$torch"
+    "${wheel[@]}" --find-links "$WHEELHOUSE" --requirement "$LOCK"
     echo "$WHEELHOUSE: $(find "$WHEELHOUSE" -name '*.whl' | wc -l) wheels, $(du -sh "$WHEELHOUSE" | cut -f 1)"
 }
 
@@ -45,7 +49,7 @@ build() {
     command -v "$APPTAINER" > /dev/null ||
         { echo "$APPTAINER is not on the PATH: load the site's module, or name it with APPTAINER=" >&2; exit 1; }
     if [[ -e $target ]]; then
-        echo "$target is up to date with requirements.lock and containers/kvpipe.def"
+        echo "$target is up to date with $LOCK and containers/kvpipe.def"
     else
         # shellcheck disable=SC2086  # several options
         "$APPTAINER" build --force ${APPTAINER_OPTIONS:-} \

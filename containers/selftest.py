@@ -1,10 +1,19 @@
-"""What an image must be able to do, run inside it by the definition's `%test`: import the packages, train two steps."""
+"""What an image must be able to do, run inside it by the definition's `%test`: import the packages, train two steps.
+
+usage: selftest.py VARIANT    (`cpu`, or any build of torch for CUDA)
+"""
 
 import importlib
+import sys
 
 import torch
-from accelerate import Accelerator
-from transformers import LlamaConfig, LlamaForCausalLM
+
+variant, cuda = sys.argv[1], torch.version.cuda
+if (variant == "cpu") != (cuda is None):
+    built = f"for CUDA {cuda}" if cuda else "for the CPU"
+    sys.exit(
+        f"torch {torch.__version__} is built {built}, not VARIANT={variant}: name an index that has it, TORCH_INDEX="
+    )
 
 PACKAGES = (
     "datasets safetensors tokenizers numpy scipy pandas pyarrow matplotlib pydantic yaml jaxtyping einops jinja2 rich "
@@ -13,6 +22,9 @@ PACKAGES = (
 
 for name in PACKAGES.split():
     importlib.import_module(name)
+
+from accelerate import Accelerator  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 torch.manual_seed(0)
 model = LlamaForCausalLM(

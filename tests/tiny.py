@@ -29,8 +29,9 @@ from kvpipe.data.corpus import generate
 from kvpipe.data.encoding import Encoding, encode_records
 from kvpipe.data.records import Reading
 from kvpipe.experiment.paths import Paths
-from kvpipe.models.folders import build_model, train_tokenizer
+from kvpipe.models.folders import build_model
 from kvpipe.models.pretrain import tokenizer_texts
+from kvpipe.models.tokenizers import train_tokenizer
 from kvpipe.steps.inputs import Inputs
 from kvpipe.steps.make import make
 

@@ -82,7 +82,7 @@ def save(repo: str, folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from kvpipe.config import TokenizerRecipe
-    from kvpipe.models.folders import train_tokenizer
+    from kvpipe.models.tokenizers import train_tokenizer
 
     texts = [str(row) for preset in DATA.values() for row in data_zoo.rows(preset, "train", 0)]
     owner = repo.split("/")[0]

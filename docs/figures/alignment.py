@@ -17,8 +17,9 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from kvpipe.config import load
 from kvpipe.data.corpus import generate
-from kvpipe.models.folders import load_tokenizer, train_tokenizer
+from kvpipe.models.folders import load_tokenizer
 from kvpipe.models.pretrain import tokenizer_texts
+from kvpipe.models.tokenizers import train_tokenizer
 from kvpipe.tokens.matrix import encode
 from kvpipe.tokens.show import alignment_rows, visible
 

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache
@@ -92,15 +92,18 @@ class Recorder:
 
     Tensors keep their graph. One recorder serves any number of steps: each forward replaces the record of the
     last one, and recomputation in the backward pass of gradient checkpointing is not recorded. `model` is a
-    causal language model or its decoder, also inside DDP, FSDP or peft. With `hidden`, hidden states are kept too.
+    causal language model or its decoder, also inside DDP, FSDP or peft. With `hidden`, hidden states are kept too; with
+    `layers`, keys and values of these layers alone, and no queries.
     """
 
-    def __init__(self, model: nn.Module, hidden: bool = False):
+    def __init__(self, model: nn.Module, hidden: bool = False, layers: Sequence[int] | None = None):
         self.model = model
         config: Any = getattr(model, "config", None) or getattr(model.module, "config", None)  # DDP has none of its own
         self.config: PretrainedConfig = config.get_text_config(decoder=True)
         self.geometry = kv_geometry(self.config)
         self.ropes = Rope.of_layers(self.config)
+        self.layers = tuple(range(self.geometry.layers)) if layers is None else tuple(layers)
+        self._all = layers is None
         self._switches = any(rope.long_context is not None for rope in self.ropes)
         by_own_length(model)
         self._through_cache = not hasattr(modeling_module(self.config), "ALL_ATTENTION_FUNCTIONS")
@@ -170,9 +173,11 @@ class Recorder:
                 f"{self._name} layer {layer} ran without gradient inside a forward with gradient: reentrant gradient "
                 "checkpointing cuts recorded keys and values from the graph. Enable it with use_reentrant=False"
             )
+        if layer not in self.layers:
+            return
         if layer in self._record:
             raise RuntimeError(f"{self._name} layer {layer} attended twice in one forward: its keys are not one tensor")
-        self._record[layer] = entry
+        self._record[layer] = entry if self._all else entry._replace(query=None)
 
     @property
     def _name(self) -> str:
@@ -181,7 +186,7 @@ class Recorder:
     def _layers(self) -> list[_Layer]:
         """The record, complete and as the config promises, or an error that says what is not."""
         layers, kv_heads, head_dim = self.geometry
-        missing = [layer for layer in range(layers) if layer not in self._record]
+        missing = [layer for layer in self.layers if layer not in self._record]
         if missing:
             route = " This family is recorded through its cache, which gradient checkpointing drops: switch it off."
             raise RuntimeError(
@@ -189,14 +194,14 @@ class Recorder:
                 "while the recorder is entered; layers without attention (state-space, linear) have none to record."
                 + (route if self._through_cache else "")
             )
-        record = [self._record[layer] for layer in range(layers)]
+        record = [self._record[layer] for layer in self.layers]
         if any(entry.key.device != record[0].key.device for entry in record):  # layers spread over devices
             record = [entry.to(record[0].key.device) for entry in record]
         if self.config.model_type == "falcon" and record[0].key.shape[1] > kv_heads:  # repeated for each query head
             group = record[0].key.shape[1] // kv_heads
             record = [e._replace(key=e.key[:, ::group], value=e.value[:, ::group]) for e in record]
         value_dim = getattr(self.config, "v_head_dim", None) or head_dim
-        for layer, entry in enumerate(record):
+        for layer, entry in zip(self.layers, record, strict=True):
             for name, tensor, dim in (("keys", entry.key, head_dim), ("values", entry.value, value_dim)):
                 if tensor.shape[1] != kv_heads or tensor.shape[3] != dim:
                     raise ValueError(
@@ -207,11 +212,11 @@ class Recorder:
 
     @property
     def sees_queries(self) -> bool:
-        """False for families that are recorded through their cache: keys and values alone pass there."""
-        return not self._through_cache
+        """False for families that are recorded through their cache, where keys and values alone pass, and with `layers`."""
+        return self._all and not self._through_cache
 
     def kv(self, positions: Int[Tensor, "*batch time"] | None = None) -> KV:
-        """Unrotated keys, and values, of every layer, with their graph.
+        """Unrotated keys, and values, of every layer (of `layers`, in their order), with their graph.
 
         `positions`: (batch, time) or (time,); by default the `position_ids` of the forward, else 0, 1, 2, …. Raises
         RuntimeError for layers that were not recorded, ValueError for shapes that the config does not promise.
@@ -220,12 +225,26 @@ class Recorder:
         keys = self._unrotate([entry.key for entry in record], positions)
         return KV(keys, torch.stack([entry.value for entry in record]))
 
+    def rows(
+        self, mask: Bool[Tensor, "batch time"]
+    ) -> tuple[Float[Tensor, "row layer head dim"], Float[Tensor, "row layer head dim"]]:
+        """`kv` of the unmasked tokens alone, one after the other, made layer by layer: of no other copy there is more."""
+        record, ropes = self._layers(), [self.ropes[layer] for layer in self.layers]
+        keys, values = (x.new_empty(int(mask.sum()), len(record), x.shape[1], x.shape[3]) for x in record[0][1:])
+        mask, positions = mask.to(keys.device), self._positions_of(record[0].key, None)
+        for place, (entry, rope) in enumerate(zip(record, ropes, strict=True)):
+            for out, x in ((keys, rope.unrotate(entry.key, positions)), (values, entry.value)):
+                out[:, place] = rearrange(x, "batch head time dim -> batch time head dim")[mask]
+        return keys, values
+
     def queries(
         self, positions: Int[Tensor, "*batch time"] | None = None
     ) -> Float[Tensor, "layer batch query_head time dim"]:
         """Unrotated queries of every layer, with their graph. `positions` as in `kv`."""
         if not self.sees_queries:
-            raise ValueError(f"{self._name} is recorded through its cache, which never sees the queries")
+            raise ValueError(
+                f"{self._name} is recorded through its cache or for some layers alone: no queries are kept"
+            )
         return self._unrotate([entry.query for entry in self._layers() if entry.query is not None], positions)
 
     def hidden_states(self) -> Float[Tensor, "layer batch time width"]:
@@ -236,17 +255,18 @@ class Recorder:
         return torch.stack([state.to(states[0].device) for state in states])
 
     def _unrotate(self, per_layer: list[Tensor], positions: Tensor | None) -> Tensor:
-        if positions is None:
-            positions = self._positions
-        if positions is None:
-            positions = torch.arange(per_layer[0].shape[2])
-        positions = positions.to(per_layer[0].device)
-        if any(rope is not self.ropes[0] for rope in self.ropes):
-            return torch.stack([r.unrotate(k, positions) for r, k in zip(self.ropes, per_layer, strict=True)])
+        positions, ropes = self._positions_of(per_layer[0], positions), [self.ropes[layer] for layer in self.layers]
+        if any(rope is not ropes[0] for rope in ropes):
+            return torch.stack([r.unrotate(k, positions) for r, k in zip(ropes, per_layer, strict=True)])
         # one rotary embedding: one call for all layers
         folded = rearrange(per_layer, "layer batch head time dim -> batch (layer head) time dim")
-        unrotated = self.ropes[0].unrotate(folded, positions)
+        unrotated = ropes[0].unrotate(folded, positions)
         return rearrange(unrotated, "batch (layer head) time dim -> layer batch head time dim", layer=len(per_layer))
+
+    def _positions_of(self, like: Tensor, positions: Tensor | None) -> Tensor:
+        """The given positions, else those of the forward, else 0, 1, 2, …"""
+        given = self._positions if positions is None else positions
+        return torch.arange(like.shape[2], device=like.device) if given is None else given.to(like.device)
 
 
 class _RecordingCache(DynamicCache):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,21 +17,24 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int, Int64
+from jaxtyping import Float, Int64
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kvpipe.cache.capture import Recorder, kv_geometry
+from kvpipe.cache.capture import kv_geometry
+from kvpipe.cache.forward import Keep, TeacherRows, forward_batches
+from kvpipe.cache.forward import forward_rows as forward_rows
+from kvpipe.cache.rowfile import Progress, RowFile
 from kvpipe.config import StoreConfig
-from kvpipe.data.batches import collate
-from kvpipe.data.encoding import Encoding, concatenated_ranges
-from kvpipe.experiment.files import GB, content_digest, read_json, save_tensors, verify, write_json
+from kvpipe.data.encoding import Encoding
+from kvpipe.experiment.files import GB, content_digest, read_json, verify, write_json
 from kvpipe.experiment.paths import INDEX
 from kvpipe.experiment.sizes import estimate_bytes as estimate_bytes
-from kvpipe.models.likelihood import PIECE, token_nll
 
-VERSION = 1
+VERSION = 2
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
+FIDELITY_ROWS = 512
+"""Tokens of a shard's first example in which the stored cache is compared with the exact one."""
 
 
 # ---------------------------------------------------------------- storage types
@@ -46,10 +48,11 @@ def pack(x: Float[Tensor, "row layer head dim"], dtype: str) -> dict[str, Tensor
         packed, carrier = {"": x.to(DTYPES[dtype])}, ""
     else:
         # divided by the scale as it is stored; the clamp keeps it off zero, fp16's smallest number is 2⁻²⁴
+        x = x.float()
         scale = (x.abs().amax(-1, keepdim=True) / 127).clamp(min=2**-24).half()
         packed = {"": (x / scale.float()).round().clamp(-127, 127).to(torch.int8), ".scale": scale.squeeze(-1)}
         carrier = ".scale"
-    if not packed[carrier].isfinite().all():
+    if not torch.stack(packed[carrier].aminmax()).isfinite().all():  # one pass, which a NaN comes through
         raise ValueError(
             f"teacher KV: the largest number is {x.abs().max().item():.3g}, which store.dtype {dtype} does not hold; "
             "set bf16 if it is finite, else look for the overflow in the teacher"
@@ -96,6 +99,10 @@ class StoreKey:
     dtype: str
     top_logits: int
     shards: int
+    nll: bool = True
+    """Whether the teacher's nats of every token are kept (`select` fusion); with `top_logits` alone it needs its head."""
+    states: bool = False
+    """Whether the final states are kept, in bf16: `FullKL` makes the whole vocabulary's logits of them."""
     version: int = VERSION
 
     def as_dict(self) -> dict[str, Any]:
@@ -134,26 +141,61 @@ def shard_bounds(examples: int, shards: int, shard: int) -> tuple[int, int]:
 def build_shard(
     model, encoding: Encoding, key: StoreKey, config: StoreConfig, shard: int, path: Path, pad_id: int
 ) -> None:
-    """Run the teacher over one shard's examples and write it; a finished shard with the same key is kept."""
+    """Run the teacher over one shard's examples, written batch by batch; a finished shard with the same key is kept.
+
+    Memory is the teacher's and one batch's (`forward.ROOM`), however large the shard.
+
+    Raises:
+        OSError: the disk is full or refuses, or another process is building the same shard.
+    """
     if _shard_key(path) == {**key.as_dict(), "shard": shard}:
         print(f"{path}: already there")
         return
     first, last = shard_bounds(len(encoding), config.shards, shard)
-    examples = np.arange(first, last)
-    found = forward_rows(model, encoding, examples, key.layers, config.batch_size, pad_id, key.top_logits)
-    tensors = {"nll": found.nll}
-    for name, exact in (("keys", found.keys), ("values", found.values)):
-        tensors |= {f"{name}{suffix}": tensor for suffix, tensor in pack(exact, key.dtype).items()}
-    if found.top_ids is not None and found.top_logprobs is not None:
-        tensors |= {"top_ids": found.top_ids, "top_logprobs": found.top_logprobs}
-    sample = slice(0, int(encoding.offsets[first + 1] - encoding.offsets[first]))
-    stored = [_unpacked(tensors, name, sample) for name in ("keys", "values")]
-    fidelity = attention_cosine(found.keys[sample], found.values[sample], *stored)
-    metadata = {"key": json.dumps({**key.as_dict(), "shard": shard}), "fidelity": json.dumps(fidelity)}
+    offsets = encoding.offsets[first : last + 1] - encoding.offsets[first]
+    keep, sample, fidelity = Keep(key.layers, key.nll, key.top_logits, key.states), slice(0, FIDELITY_ROWS), 1.0
+    geometry = kv_geometry(model.config)
+    said = [
+        f"{estimate_bytes(config, geometry, layers, int(offsets[-1]), key.top_logits) / GB:.3f} GB for {layers} layers"
+        for layers in sorted({len(key.layers), geometry.layers})
+    ]
+    print(f"{path}: {offsets[-1]:,} tokens, layers {list(key.layers)}; {', '.join(said)}", flush=True)
+    progress = Progress(path.name, int(offsets[-1]))
     try:
-        save_tensors(tensors, path, metadata)
+        with RowFile(path) as file:
+            for members, found in forward_batches(
+                model, encoding, np.arange(first, last), keep, config.batch_size, pad_id
+            ):
+                tensors = _packed(found, key.dtype)
+                if not progress.done:
+                    columns = {name: (x.dtype, (int(offsets[-1]), *x.shape[1:])) for name, x in tensors.items()}
+                    file.begin(columns, {"key": json.dumps({**key.as_dict(), "shard": shard})})
+                at = 0
+                for member in members:
+                    rows = slice(at, at := at + int(offsets[member + 1] - offsets[member]))
+                    for name, tensor in tensors.items():
+                        file.write(name, int(offsets[member]), tensor[rows])
+                    if member == 0:
+                        exact = (found.keys[rows][sample].float(), found.values[rows][sample].float())
+                        stored = [_unpacked(tensors, name, rows)[sample] for name in ("keys", "values")]
+                        fidelity = attention_cosine(*exact, *stored)
+                progress.add(at)
+            file.finish({"fidelity": json.dumps(fidelity)})
+    except BlockingIOError as error:
+        raise OSError(f"{path}: {error}. Leave this shard to it") from None
     except OSError as error:
-        raise OSError(f"{error}. Free some space; finished shards are kept") from error
+        raise OSError(f"{path} could not be written: {error}. Free some space; finished shards are kept") from error
+
+
+def _packed(found: TeacherRows, dtype: str) -> dict[str, Tensor]:
+    """The columns of a shard, in their storage types."""
+    tensors = found.named()
+    for name in ("keys", "values"):
+        exact = tensors.pop(name)
+        tensors |= {f"{name}{suffix}": x for suffix, x in pack(exact, dtype).items()} if exact.shape[1] else {}
+    if found.states is not None:
+        tensors["states"] = found.states.to(torch.bfloat16)
+    return tensors
 
 
 def _unpacked(tensors: dict[str, Tensor], name: str, rows) -> Tensor:
@@ -171,80 +213,6 @@ def _shard_key(path: Path) -> dict | None:
         return {"unreadable": str(error)}
 
 
-@dataclass(frozen=True)
-class TeacherRows:
-    """What one teacher says about the tokens of some examples, row by row."""
-
-    keys: Float[Tensor, "row layer head dim"]
-    values: Float[Tensor, "row layer head dim"]
-    nll: Float[Tensor, "row"]
-    """−log p of the token itself, nats; 0 for the first of an example."""
-    top_ids: Int[Tensor, "row top"] | None = None
-    """Most likely *next* tokens."""
-    top_logprobs: Float[Tensor, "row top"] | None = None
-
-
-@torch.no_grad()
-def forward_rows(
-    model,
-    encoding: Encoding,
-    examples: Int64[np.ndarray, "example"],
-    layers: Sequence[int],
-    batch_size: int,
-    pad_id: int,
-    top: int = 0,
-) -> TeacherRows:
-    """Some layers for the rows of some examples, in their order; with `top`, also that many next tokens."""
-    device = next(model.parameters()).device
-    lengths = encoding.lengths[examples]
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    total = int(starts[-1])
-    _, heads, dim = kv_geometry(model.config)
-    out = TeacherRows(
-        keys=torch.empty(total, len(layers), heads, dim),
-        values=torch.empty(total, len(layers), heads, dim),
-        nll=torch.empty(total),
-        top_ids=torch.empty(total, top, dtype=torch.int32) if top else None,
-        top_logprobs=torch.empty(total, top, dtype=torch.float16) if top else None,
-    )
-    order = np.argsort(lengths, kind="stable")
-    with Recorder(model) as recorder:
-        for members in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
-            batch = collate(encoding, examples[members], pad_id).to(device)
-            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-            kv = recorder.kv()
-            valid = batch.mask
-            rows = torch.from_numpy(concatenated_ranges(starts[members], starts[members + 1]))
-            for target, tensor in ((out.keys, kv.keys), (out.values, kv.values)):
-                picked = rearrange(tensor[list(layers)], "layer batch head time dim -> batch time layer head dim")
-                target[rows] = picked[valid].float().cpu()
-            nll, ids, logprobs = _next_tokens(logits, batch.labels, top)
-            out.nll[rows] = nll[valid].cpu()
-            if out.top_ids is not None and out.top_logprobs is not None:
-                out.top_ids[rows] = ids[valid].int().cpu()
-                out.top_logprobs[rows] = logprobs[valid].half().cpu()
-    return out
-
-
-def _next_tokens(
-    logits: Float[Tensor, "batch time vocab"], labels: Int64[Tensor, "batch time"], top: int
-) -> tuple[Float[Tensor, "batch time"], Int64[Tensor, "batch time top"], Float[Tensor, "batch time top"]]:
-    """Nats of every token, and the `top` most likely next ones: ids and log-probabilities.
-
-    Piece by piece over time: in float32 the logits of 32K positions and 152k tokens are 20 GB, each copy again.
-    """
-    nll, ids, logprobs = [], [], []
-    size = max(1, PIECE // (logits.shape[0] * logits.shape[2]))
-    for start in range(0, logits.shape[1], size):
-        first = max(0, start - 1)  # a token is scored by the position before it
-        stop = start + size
-        nll.append(token_nll(logits[:, first:stop], labels[:, first:stop])[:, start - first :])
-        best = logits[:, start:stop].float().log_softmax(-1).topk(top, dim=-1) if top else None
-        ids.append(best.indices if best else labels.new_zeros(*nll[-1].shape, 0))
-        logprobs.append(best.values if best else nll[-1].new_zeros(*nll[-1].shape, 0))
-    return torch.cat(nll, 1), torch.cat(ids, 1), torch.cat(logprobs, 1)
-
-
 def write_index(folder: Path, key: StoreKey, shards: list[Path]) -> None:
     """`index.json`: the key, the checksum of every shard, bytes per token and the measured fidelity.
 
@@ -259,7 +227,7 @@ def write_index(folder: Path, key: StoreKey, shards: list[Path]) -> None:
             raise ValueError(f"{path}: built for {found}, expected {key.as_dict()}; delete it and build it again")
         with safe_open(path, framework="pt") as handle:
             fidelity.append(json.loads(handle.metadata()["fidelity"]))
-            rows += handle.get_slice("nll").get_shape()[0]
+            rows += handle.get_slice(next(iter(handle.keys()))).get_shape()[0]
         entries.append(
             {
                 "file": path.relative_to(folder).as_posix(),
@@ -312,19 +280,21 @@ class Store:
                 raise ValueError(f"{path} is another store's shard, or another shard of this one: {fix}")
             with safe_open(path, framework="pt") as handle:
                 self._shards.append({name: handle.get_tensor(name) for name in handle.keys()})  # noqa: SIM118
+        rows = [len(next(iter(shard.values()))) for shard in self._shards]
+        self._bounds = np.concatenate([[0], np.cumsum(rows)])
 
     def rows(self, name: str, rows: Int64[Tensor, "row"] | None = None) -> Tensor:
-        """The given global rows (all by default) of `keys` and `values` (float32), `nll`, `top_ids` or `top_logprobs`."""
+        """The given global rows (all by default) of `keys` and `values` (float32), `nll`, `top_ids`, `top_logprobs` or
+        `states`."""
         if name not in self._shards[0]:
             raise KeyError(f"{self.folder}: no {name}; has {sorted(self._shards[0])}. Build the store again with it")
         if rows is None:
             return torch.cat([_unpacked(s, name, slice(None)) if _is_cache(name) else s[name] for s in self._shards])
-        bounds = np.concatenate([[0], np.cumsum([len(shard["nll"]) for shard in self._shards])])
-        shard_of = np.searchsorted(bounds, rows.numpy(), side="right") - 1
+        shard_of = np.searchsorted(self._bounds, rows.numpy(), side="right") - 1
         out = None
         for number in np.unique(shard_of) if len(rows) else (0,):
             here = torch.from_numpy(shard_of == number)
-            local = rows[here] - int(bounds[number])
+            local = rows[here] - int(self._bounds[number])
             shard = self._shards[number]
             found = _unpacked(shard, name, local) if _is_cache(name) else shard[name][local]
             if len(found) == len(rows):

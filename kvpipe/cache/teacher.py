@@ -14,9 +14,11 @@ from torch import Tensor
 from kvpipe.align.time import gather_time, weight_mask
 from kvpipe.align.timemap import TimeMap
 from kvpipe.cache.capture import Recorder, kv_geometry
-from kvpipe.cache.store import Store, forward_rows
+from kvpipe.cache.forward import forward_rows
+from kvpipe.cache.store import Store
 from kvpipe.data.batches import collate
 from kvpipe.data.encoding import Encoding, concatenated_ranges
+from kvpipe.models.head import Head, final_states
 
 Cache = Float[Tensor, "row layer head dim"]
 
@@ -62,7 +64,7 @@ class HiddenRows:
     """What enters each layer, in the place of its keys and values (one head as wide as the model): for similarity."""
 
     def __init__(self, model, encoding: Encoding, pad_id: int):
-        self.model, self.encoding, self.pad_id = model, encoding, pad_id
+        self.model, self.encoding, self.pad_id, self.head = model, encoding, pad_id, Head.of(model)
         self.layers = tuple(range(kv_geometry(model.config).layers))
 
     @torch.no_grad()
@@ -70,7 +72,8 @@ class HiddenRows:
         """Hidden states from one forward, twice."""
         batch = collate(self.encoding, examples, self.pad_id).to(next(self.model.parameters()).device)
         with Recorder(self.model, hidden=True) as recorder:
-            self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+            final_states(self.model, self.head, **inputs)
         hidden = rearrange(recorder.hidden_states(), "layer batch time width -> batch time layer 1 width")[batch.mask]
         hidden = hidden.float().cpu()
         return hidden, hidden

@@ -29,6 +29,7 @@ def doctor(
 ) -> None:
     """Say what would fail before anything starts."""
     from kvpipe import doctor
+    from kvpipe.experiment.files import write_text
 
     work = doctor.Workload(*given.load(), profile)
     if probe:
@@ -37,7 +38,7 @@ def doctor(
         work = replace(work, profile=written.parent)
     findings = doctor.examine(work)
     if out is not None:
-        doctor.write(findings, out)
+        write_text(out, doctor.as_json(findings) + "\n")
     say(doctor.as_json(findings) if as_json else doctor.show(findings), err=probe)
     if any(finding.status == doctor.FAIL for finding in findings):
         raise typer.Exit(1)

@@ -74,7 +74,7 @@ def entries(node: Any, counted: dict[int, float] | None = None) -> float:
 def _bounded(node: Any) -> None:
     if entries(node) > ENTRIES:
         raise ValueError(
-            f"it has more than {ENTRIES:,} entries when its aliases (*name) are written out; expected a configuration"
+            f"more than {ENTRIES:,} entries with all aliases (*name) written out; expected a configuration"
         )
 
 
@@ -127,9 +127,7 @@ def read(path: str | Path) -> dict:
     try:
         values = _yaml(path.read_bytes().decode(), str(path))
     except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path}: byte {error.start} is not UTF-8 text; expected YAML in UTF-8: save it so, or name another file"
-        ) from None
+        raise ConfigError(f"{path}: byte {error.start} is not UTF-8 text; save it as UTF-8") from None
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{path}: no such configuration file; name yours with --config, or run this in kvpipe's own folder, where "

@@ -75,14 +75,10 @@ class Config(Section):
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds: {self.seeds} holds a seed twice")
         if not self._controls():
-            raise ValueError(
-                "arms: no arm has role control, which every contrast needs: name the one that learns alone"
-            )
+            raise ValueError("arms: no arm has role control, which every contrast needs: name the one without teachers")
         control, *others = self._controls()
         for name in others:
-            raise ValueError(
-                f"arms.{name}.role: control; {control!r} has role control, and no other arm: every contrast is against it"
-            )
+            raise ValueError(f"arms.{name}.role: control; {control!r} has role control, and no other arm has it")
         named = {"stats.headline": [self.stats.headline] if self.stats.headline else []}
         named |= {f"stats.contrasts[{i}]": pair for i, pair in enumerate(self.stats.contrasts)}
         for path, names in named.items():
@@ -133,10 +129,11 @@ class Config(Section):
                     )
         # bases first: the arm that is named is the one that wrote the mistake, not one that inherits it
         for name in sorted(self.arms, key=lambda name: len(_chain(name, self.arms))):
-            self._fits_the_rest(f"arms.{name}.set", self.arm(name), sorted(tasks))
+            self._fits_the_rest(name, self.arm(name), sorted(tasks))
         return self
 
-    def _fits_the_rest(self, path: str, arm: Arm, tasks: list[str]) -> None:
+    def _fits_the_rest(self, name: str, arm: Arm, tasks: list[str]) -> None:
+        path = f"arms.{name}.set"
         for i, teacher in enumerate(arm.teachers):
             _known(f"{path}.teachers[{i}]", teacher, self.models)
             if teacher == self.student:
@@ -144,20 +141,14 @@ class Config(Section):
         first, last = (seed + arm.seed_offset for seed in (min(self.seeds), max(self.seeds)))
         if not 0 <= first <= last < 2**32:
             raise ValueError(
-                f"{path}.seed_offset: {arm.seed_offset} makes seeds {first} to {last}; they lie between 0 and 2**32 - 1"
+                f"{path}.seed_offset: {arm.seed_offset} makes seeds {first} to {last}, not in 0 to 2**32 - 1"
             )
         if self.train.steps * arm.step_factor > 10**9:
             raise ValueError(f"{path}.step_factor: {arm.step_factor:g} times train.steps is beyond 1,000,000,000 steps")
-        if arm.loss.skip_sink >= self.train.max_length:
-            raise ValueError(
-                f"{path}.loss.skip_sink: {arm.loss.skip_sink} leaves nothing of a text of at most "
-                f"{self.train.max_length} tokens (train.max_length)"
-            )
+        if arm.loss.skip_sink >= (longest := self.train.max_length):
+            raise ValueError(f"{path}.loss.skip_sink: {arm.loss.skip_sink} leaves nothing of at most {longest} tokens")
         if arm.loss.kind == "logit_kd" and not self.store.top_logits:
-            raise ValueError(
-                f"store.top_logits: 0 keeps none of the next tokens that arm {path.split('.')[1]!r} (loss.kind: logit_kd) "
-                "learns from; set 1 or more"
-            )
+            raise ValueError(f"store.top_logits: 0 keeps nothing for arm {name!r} (loss.kind: logit_kd); set 1 or more")
         for task in arm.fuse.weights:
             _known(f"{path}.fuse.weights.{task}", task, [*tasks, "default"])
         missing = [task for task in tasks if task not in arm.fuse.weights]

@@ -123,10 +123,7 @@ def encode_texts(
             if twice:
                 doubled[key].append(name)
         if max_length is not None and len(these) > max_length:
-            raise ValueError(
-                f"record {name!r} has {len(these)} tokens, train.max_length is {max_length}: "
-                "raise it or shorten the record"
-            )
+            raise ValueError(f"record {name!r} has {len(these)} tokens, train.max_length is {max_length}: raise it")
         ids.append(these)
         spans.append(span)
         segments.append(token_segments(torch.from_numpy(span), text.boundaries))

@@ -52,10 +52,7 @@ def render(record: Record, template: Template, reading: Reading = "student") -> 
     reasoning, template_of = record.reasoning, template.of(record.task)
     if reading == "own":
         if record.teacher_reasoning is None:
-            raise ValueError(
-                f"record {record.id!r} has no teacher_reasoning, which time.text: own needs; "
-                "add the column or set time.text: student"
-            )
+            raise ValueError(f"record {record.id!r} has no teacher_reasoning: add the column or set time.text: student")
         reasoning = record.teacher_reasoning
     return Segmented(
         prompt=template_of.prompt.format(prompt=record.prompt),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import cos, pi
-from typing import Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from einops import rearrange, reduce
@@ -18,6 +18,7 @@ from jaxtyping import Float, Integer, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
+from kvpipe.models.head import Head
 from kvpipe.models.likelihood import wide
 
 
@@ -146,12 +147,12 @@ def relation_loss(
 
 
 def logit_kd_loss(
-    student_logits: Float[Tensor, "batch time vocab"],
-    top_ids: Integer[Tensor, "batch time k"],
-    top_logprobs: Float[Tensor, "batch time k"],
-    mask: Shaped[Tensor, "batch time"],
+    student_logits: Float[Tensor, "*row vocab"],
+    top_ids: Integer[Tensor, "*row k"],
+    top_logprobs: Float[Tensor, "*row k"],
+    mask: Shaped[Tensor, "*row"],
     temperature: float | int = 1.0,
-) -> Float[Tensor, "batch time"]:
+) -> Float[Tensor, "*row"]:
     """KL(teacher ‖ student) over the teacher's top tokens that the student has too, and one bucket for all the rest.
 
     `top_ids` are *student* ids, −1 where the teacher's token has no student twin; `top_logprobs` are the teacher's
@@ -177,13 +178,162 @@ def logit_kd_loss(
 
 
 def _merged_twins(
-    ids: Integer[Tensor, "batch time k"], log_probs: Float[Tensor, "batch time k"]
-) -> tuple[Integer[Tensor, "batch time k"], Float[Tensor, "batch time k"]]:
+    ids: Integer[Tensor, "*row k"], log_probs: Float[Tensor, "*row k"]
+) -> tuple[Integer[Tensor, "*row k"], Float[Tensor, "*row k"]]:
     """Entries with the same id added into the first of them; the later ones become −1."""
     same = (ids[..., :, None] == ids[..., None, :]) & (ids >= 0)[..., None, :]
     total = log_probs[..., None, :].masked_fill(~same, -torch.inf).logsumexp(-1)
     repeated = same.tril(-1).any(-1)
     return ids.masked_fill(repeated, -1), total
+
+
+LEAST = 256
+"""Rows of a piece where the head trains: its gradient is added to once a piece, which is as much work as so many rows."""
+
+
+@runtime_checkable
+class RowLoss(Protocol):
+    """A loss of every row's logits and its gradient by them, both in float32 (or wider), for a slice of the rows."""
+
+    def __call__(
+        self, logits: Float[Tensor, "row vocab"], rows: slice
+    ) -> tuple[Float[Tensor, "row"], Float[Tensor, "row vocab"]]:
+        """The loss unreduced; the gradient is the caller's to write on."""
+        ...
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """−log p of the targets, nats."""
+
+    targets: Integer[Tensor, "row"]
+
+    def __call__(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """p − onehot is the gradient."""
+        log_probs, at = logits.log_softmax(-1), self.targets[rows, None].long()
+        nll = -log_probs.gather(-1, at)
+        return nll[:, 0], log_probs.exp_().scatter_add_(-1, at, torch.full_like(nll, -1.0))
+
+
+@dataclass(frozen=True)
+class FullKL:
+    """τ² · KL(teacher ‖ student) at temperature τ over the whole vocabulary, from the teacher's final states.
+
+    The teacher's head is in the dtype of its states. Of vocabularies that are padded to different sizes the first `cut`
+    words are compared, as distributions over these alone.
+    """
+
+    head: Head
+    states: Float[Tensor, "row width"]
+    temperature: float | int = 1.0
+    cut: int | None = None
+
+    def __call__(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """τ · (p_student − p_teacher) is the gradient."""
+        theirs = wide(self.head.logits(self.states[rows]))[:, : self.cut]
+        teacher = (theirs / self.temperature).log_softmax(-1)
+        student = (logits[:, : self.cut] / self.temperature).log_softmax(-1)
+        probability = teacher.exp()
+        divergence = (probability * (teacher - student)).sum(-1) * self.temperature**2
+        gradient = torch.zeros_like(logits)
+        gradient[:, : self.cut] = student.exp_().sub_(probability).mul_(self.temperature)
+        return divergence, gradient
+
+
+@dataclass(frozen=True)
+class TopKL:
+    """`logit_kd_loss`, whose gradient autograd forms."""
+
+    ids: Integer[Tensor, "row k"]
+    log_probs: Float[Tensor, "row k"]
+    mask: Shaped[Tensor, "row"]
+    temperature: float | int = 1.0
+
+    def __call__(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """Loss and gradient."""
+        with torch.enable_grad():
+            logits = logits.detach().requires_grad_()
+            loss = logit_kd_loss(logits, self.ids[rows], self.log_probs[rows], self.mask[rows], self.temperature)
+            (gradient,) = torch.autograd.grad(loss.sum(), logits)
+        return loss.detach(), gradient
+
+
+def head_losses(
+    head: Head,
+    states: Float[Tensor, "row width"],
+    losses: Mapping[str, tuple[RowLoss, Float[Tensor, "row"]]],
+    weights: Mapping[str, float],
+) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+    """Losses on the head's logits without ever holding (row × vocabulary): the gradient is formed in the forward pass.
+
+    Every loss is given a weight per row: its value is the sum of row weight · loss (so 1/count for a mean, 0 where masked).
+    Rows of weight 0 everywhere are best left out by the caller.
+
+    Args:
+        head: the student's; where its weight does not require a gradient, none is formed.
+        states: the final states, in the dtype in which the head computes, with their graph.
+        losses: name → loss and its row weights; they and what a loss holds are constants.
+        weights: name → λ. A loss of weight 0 is computed and adds no gradient.
+
+    Returns:
+        The weighted sum of all values, whose backward reaches states and head (once; not twice differentiable), and each
+        value without its graph.
+    """
+    names = list(losses)
+    total, *values = _InPieces.apply(states, head.weight, head.bias, head, losses, weights)  # type: ignore[no-untyped-call]
+    return total, dict(zip(names, values, strict=True))
+
+
+class _InPieces(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor | None, bias: Tensor | None, head: Head, losses: Any, weights: Any
+    ) -> Any:
+        """Values, and the gradients of their weighted sum, piece by piece."""
+        number, cast, sources = wide(states[:0]).dtype, head.cast(states.dtype), (states, weight, bias)
+        grads = [
+            torch.zeros_like(x, dtype=states.dtype if x is states else number) if x is not None and needed else None
+            for x, needed in zip(sources, ctx.needs_input_grad, strict=False)
+        ]
+        by_states, by_weight, by_bias = grads
+        values = [torch.zeros((), dtype=number, device=states.device) for _ in losses]
+        with torch.autocast(states.device.type, enabled=False):
+            for piece in head.pieces(states, 1 if by_weight is None else LEAST):
+                raw = cast.raw(states[piece])
+                logits, gradient = wide(cast.finished(raw)), None
+                for value, (name, (loss, row_weights)) in zip(values, losses.items(), strict=True):
+                    each, by_logits = loss(logits, piece)
+                    shares = row_weights[piece].to(number)
+                    value += (each * shares).sum()
+                    if weights[name] != 0 and any(ctx.needs_input_grad):
+                        by_logits = by_logits.mul_((weights[name] * shares)[:, None])
+                        gradient = by_logits if gradient is None else gradient.add_(by_logits)
+                if gradient is None:
+                    continue
+                if head.softcap is not None:
+                    gradient.mul_(1 - (logits / head.softcap).square_())
+                by_raw = (gradient if head.scale == 1 else gradient.mul_(head.scale)).to(raw.dtype)
+                if by_states is not None:
+                    by_states[piece] = by_raw if cast.weight is None else by_raw @ cast.weight
+                if by_weight is not None:
+                    by_weight.add_(by_raw.mT @ states[piece])
+                if by_bias is not None:
+                    by_bias.add_(by_raw.sum(0, dtype=number))
+        ctx.grads, ctx.dtypes = grads, [None if x is None else x.dtype for x in sources]
+        ctx.mark_non_differentiable(*values)
+        ctx.set_materialize_grads(False)
+        return sum(weights[name] * value for name, value in zip(losses, values, strict=True)), *values
+
+    @staticmethod
+    def backward(ctx: Any, by_total: Tensor | None, *_: Any) -> Any:
+        """What the forward has formed, times what comes from above."""
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            raise RuntimeError("head_losses: its backward runs once; call it again for a second gradient")
+        if by_total is None:
+            return (None,) * 6
+        scaled = (None if g is None else g.mul_(by_total).to(d) for g, d in zip(grads, ctx.dtypes, strict=True))
+        return (*scaled, None, None, None)
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,9 @@ from kvpipe.doctor.settings import check_arms, check_packages, check_sandbox
 from kvpipe.doctor.sources import check_sources
 from kvpipe.doctor.storage import check_storage
 from kvpipe.doctor.workload import Workload
-from kvpipe.experiment.files import write_text
 from kvpipe.experiment.launch import in_job
 
-__all__ = ["FAIL", "OK", "WARNING", "Finding", "Workload", "as_json", "examine", "probe", "show", "write"]
+__all__ = ["FAIL", "OK", "WARNING", "Finding", "Workload", "as_json", "examine", "probe", "show"]
 
 _Check = Callable[[Workload], Iterator[Finding]]
 CHECKS: dict[str, _Check] = {
@@ -83,9 +82,4 @@ def show(findings: list[Finding]) -> str:
 
 def as_json(findings: list[Finding]) -> str:
     """The findings as one JSON document."""
-    return json.dumps({"findings": [asdict(f) for f in findings]}, indent=2)
-
-
-def write(findings: list[Finding], out: Path) -> None:
-    """The findings as JSON."""
-    write_text(out, as_json(findings) + "\n")
+    return json.dumps({"findings": [asdict(finding) for finding in findings]}, indent=2)

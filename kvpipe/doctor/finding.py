@@ -21,30 +21,23 @@ class Finding:
     fix: str = ""
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a program printed, and its exit status."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def last_line(self) -> str:
-        """The last line of its complaint, or of its output."""
-        lines = (self.err.strip() or self.out.strip()).splitlines()
-        return lines[-1].strip() if lines else f"exit status {self.code}, no message"
+Answer = subprocess.CompletedProcess[str]
 
 
 def ask(*command: str, patience: float | None = None, stdin: str | None = None) -> Answer:
     """Run a program; exit status 127 where it is not on the PATH, 124 where it does not answer in time."""
     if shutil.which(command[0]) is None:
-        return Answer(127, "", f"{command[0]} is not on the PATH")
+        return Answer(command, 127, "", f"{command[0]} is not on the PATH")
     limit = PATIENCE if patience is None else patience
     try:
-        done = subprocess.run(command, input=stdin, capture_output=True, text=True, errors="replace", timeout=limit)
+        return subprocess.run(command, input=stdin, capture_output=True, text=True, errors="replace", timeout=limit)
     except subprocess.TimeoutExpired:
-        return Answer(124, "", f"{command[0]} gave no answer within {limit:g} s")
+        return Answer(command, 124, "", f"{command[0]} gave no answer within {limit:g} s")
     except OSError as error:  # not executable, wrong architecture, DOS line ends behind #!
-        return Answer(126, "", str(error))
-    return Answer(done.returncode, done.stdout, done.stderr)
+        return Answer(command, 126, "", str(error))
+
+
+def last_line(answer: Answer) -> str:
+    """The last line of a program's complaint, or of its output."""
+    lines = (answer.stderr.strip() or answer.stdout.strip()).splitlines()
+    return lines[-1].strip() if lines else f"exit status {answer.returncode}, no message"

@@ -26,7 +26,7 @@ def check_gpu(work: Workload) -> Iterator[Finding]:
     """Findings on this machine's first GPU; none where there is none and none is named."""
     device, seen = work.config.train.device, None if in_job() else nvidia()
     if seen is not None:
-        yield from judge(seen | {"torch_cuda": torch_cuda()}, work.config, "on this machine")
+        yield from judge_gpu(seen | {"torch_cuda": torch_cuda()}, work.config, "on this machine")
     elif device.startswith("cuda") and not in_job():
         fix = "train.device: auto (or cpu); on a cluster the jobs have the GPU, not the login node"
         yield Finding("GPU", FAIL, f"train.device is {device}, nvidia-smi shows no GPU here", fix)
@@ -41,20 +41,20 @@ def torch_cuda() -> str | None:
     return found[1] if found else None
 
 
-def judge(seen: dict[str, Any], config: Config, where: str) -> Iterator[Finding]:
+def judge_gpu(seen: dict[str, Any], config: Config, where: str) -> Iterator[Finding]:
     """Findings on one GPU, as `kvpipe.doctor.look` describes it."""
     cuda, (driver, *_) = seen.get("torch_cuda"), [*_numbers(seen["driver"]), 0]
     shown = f"{seen['name']} {where}, driver {seen['driver']}, torch for CUDA {cuda or '(none)'}"
     least = DRIVERS.get(_numbers(cuda)[0], 0) if cuda else 0
+    # `device: auto` trains all the same, on the CPU
+    status = FAIL if config.train.device.startswith("cuda") else WARNING
     if cuda is None:
-        # `device: auto` trains all the same
-        status = FAIL if config.train.device.startswith("cuda") else WARNING
         fix = "VARIANT=cuda make image, or install a CUDA build of torch"
         yield Finding("GPU", status, f"{shown}: it would train on the CPU", fix)
     elif driver < least:
         fix = f"ask for nodes with driver {least} or later"
         fix += f", or an image for CUDA 12: {OLDER}" if driver >= DRIVERS[12] and least > DRIVERS[12] else ""
-        yield Finding("GPU", FAIL, f"{shown}, which needs driver {least}", fix)
+        yield Finding("GPU", status, f"{shown}, which needs driver {least}", fix)
     else:
         yield Finding("GPU", OK, shown)
     if config.train.precision == "bf16" and (_numbers(seen["capability"]) or BF16) < BF16:

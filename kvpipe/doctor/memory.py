@@ -77,15 +77,13 @@ def needs(work: Workload, gpus: Callable[[str], int]) -> Iterator[Need]:
     host = {pair: need for pair in work.missing_stores if (need := work.pass_bytes(*pair)) is not None}
     if host:
         largest = max(host, key=host.__getitem__)
-        whole = {pair: float(work.pass_bytes(*pair, on_gpu=True) or 0) for pair in host if not _sharded(work, pair[0])}
+        whole = {
+            pair: float(work.pass_bytes(*pair, on_gpu=True) or 0) for pair in host if not work.loading(pair[0]).sharded
+        }
         at = max(whole, key=whole.__getitem__) if whole else largest
         about = f"the largest, {'/'.join(largest)}"
         fix = f"models.{at[0]}.load: {{dtype: bf16}} or {{quantize: int8}}, or a lower store.batch_size"
         yield Need(rule, "teacher KV", about, BASE + host[largest], whole.get(at), fix)
-
-
-def _sharded(work: Workload, teacher: str) -> bool:
-    return work.loading(teacher).sharded
 
 
 def _training(work: Workload, student: Shape, gpus: int) -> Need:

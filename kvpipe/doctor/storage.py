@@ -55,11 +55,11 @@ def _room(name: str, room: float, need: float, detail: str) -> Finding:
 def quota_left(folder: Path) -> float | None:
     """Bytes until the hard limit by `lfs quota` or `quota`; None where neither knows of one."""
     user = getpass.getuser()
-    device = ask("df", "--output=source", str(folder)).out.split()[-1:]
+    device = ask("df", "--output=source", str(folder)).stdout.split()[-1:]
     # both print filesystem, used, quota, limit in kB, `*` behind what is over its quota; -p: every column is there
     for command in (("lfs", "quota", "-q", "-u", user, str(folder)), ("quota", "-w", "-p", "-u", user)):
         # lfs breaks the line behind a mount point of more than 15 characters
-        text = re.sub(r"^([ \t]*/\S+)[ \t]*\n", r"\1 ", ask(*command).out, flags=re.MULTILINE)
+        text = re.sub(r"^([ \t]*/\S+)[ \t]*\n", r"\1 ", ask(*command).stdout, flags=re.MULTILINE)
         for line in text.splitlines():
             name, *columns = line.replace("*", "").split() or [""]
             holds = command[0] == "lfs" or [name] == device

@@ -23,6 +23,7 @@ from kvpipe.config import (
 from kvpipe.experiment.paths import SPLITS, Paths
 from kvpipe.experiment.plan import Dag
 from kvpipe.experiment.sizes import Shape, count_parameters, estimate_bytes, shape, teacher_pass_bytes
+from kvpipe.models.headers import read_config
 from kvpipe.models.hub import candidates, missing_bytes
 
 SAMPLE = 100
@@ -63,10 +64,10 @@ class Workload:
     def folder(self, name: str) -> Path | None:
         """Where a model's files are on this machine; None while they are not."""
         model = self.config.models[name]
-        elsewhere = Path(model.path) if isinstance(model, LocalModel) else None
-        elsewhere = self.copy_of(model) if isinstance(model, HubModel) else elsewhere
-        folders = [folder for folder in (self.paths.model(name), elsewhere) if folder is not None]
-        return next((folder for folder in folders if (folder / "config.json").is_file()), None)
+        copy = self.copy_of(model) if isinstance(model, HubModel) else None
+        copy = Path(model.path) if isinstance(model, LocalModel) else copy
+        folders = (self.paths.model(name), copy)
+        return next((folder for folder in folders if folder and (folder / "config.json").is_file()), None)
 
     def copy_of(self, model: HubModel) -> Path | None:
         """A complete copy of a locked model in a library or the machine's cache, by the sizes of its files: reading them
@@ -77,9 +78,7 @@ class Workload:
         folders = candidates(model.repo, pinned, self.config.libraries)
         try:
             return next((folder for folder in folders if not missing_bytes(folder, pinned.files)), None)
-        except (
-            ModuleNotFoundError
-        ):  # huggingface_hub alone knows where the machine's cache is; a login node may lack it
+        except ModuleNotFoundError:  # a login node may lack huggingface_hub, which knows where the cache is
             return None
 
     def shape(self, name: str) -> Shape | None:
@@ -89,8 +88,7 @@ class Workload:
             return self.shape(model.like)
         if folder is not None:
             try:
-                values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-                return shape(values, parameters=count_parameters(folder))
+                return shape(read_config(folder), parameters=count_parameters(folder))
             except (OSError, ValueError):  # damaged: a finding of its own
                 return None
         recipe = model if isinstance(model, ScratchModel) else getattr(model, "recipe", None)

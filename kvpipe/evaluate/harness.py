@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +41,9 @@ def run_tasks(folder: Path, config: EvaluateConfig, device: str, trust: bool = F
         manager = TaskManager(include_path=folder_of_tasks)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
-        where = f" or in {folder_of_tasks}" if folder_of_tasks else "; set evaluate.lm_eval_folder for your own"
+        place = f" or in {folder_of_tasks}" if folder_of_tasks else "; set evaluate.lm_eval_folder for your own"
         raise ValueError(
-            f"evaluate.lm_eval_tasks: no task {', '.join(unknown)} in lm_eval {lm_eval.__version__}{where}"
+            f"evaluate.lm_eval_tasks: no task {', '.join(unknown)} in lm_eval {lm_eval.__version__}{place}"
         )
     # loaded here: the package would draw missing weights at random, and build a tokenizer by the model's type
     model = HFLM(
@@ -82,9 +81,3 @@ def _item(sample: dict[str, Any]) -> dict[str, Any]:
         "target": sample["target"],
         "answer": sample["filtered_resps"],
     }
-
-
-def write(result: dict[str, Any], out: Path) -> None:
-    """The result as JSON."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")

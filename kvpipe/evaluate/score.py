@@ -18,7 +18,7 @@ from kvpipe.data.records import Record
 from kvpipe.evaluate.choices import choice_encoding, choice_nll, chosen
 from kvpipe.evaluate.generate import check_length, context_length, generate
 from kvpipe.evaluate.sandbox.run import Outcome, run_all
-from kvpipe.evaluate.scorers.answers import extract, is_correct
+from kvpipe.evaluate.scorers.answers import extract, is_correct, judge_of
 from kvpipe.experiment.files import folder_digest
 from kvpipe.models.folders import load_model, load_tokenizer
 from kvpipe.models.likelihood import Scores, score, score_long, scoring_batches
@@ -45,6 +45,7 @@ def evaluate(
     return table
 
 
+JUDGES = "judges"
 GENERATED = ("exact", "number", "math", "code")
 """Scorers that read a continuation of the prompt."""
 
@@ -74,7 +75,7 @@ def evaluate_model(
     Columns: id, task, nll (nats, reasoning + answer), tokens, bytes, nll_all, tokens_all, bytes_all (all text), correct
     (None under scorer none), prediction (the extracted answer, the chosen choice, or None), reference, text (what was
     generated). Where a task is multiple choice: choice_nll (nats of each choice); where one is code: outcome (passed, failed,
-    timeout or killed) and outcome_detail.
+    timeout or killed) and outcome_detail. `attrs["judges"]`, which Parquet keeps: task → who judged its answers.
 
     Raises:
         ValueError: something that the model cannot read, or (`context` strict) was not trained to; before any forward.
@@ -105,7 +106,10 @@ def evaluate_model(
     if any(verdict.outcome is not None for verdict in verdicts):
         columns["outcome"] = [verdict.outcome and verdict.outcome.status for verdict in verdicts]
         columns["outcome_detail"] = [verdict.outcome and verdict.outcome.detail for verdict in verdicts]
-    return pd.DataFrame(columns)
+    table = pd.DataFrame(columns)
+    scorers = {record.task: config.of(record.task).scorer for record in records}
+    table.attrs[JUDGES] = {task: judge_of(scorer) for task, scorer in scorers.items() if scorer != "none"}
+    return table
 
 
 def check(model, tokenizer, records, template: Template, config: EvaluateConfig, context: Literal["warn", "strict"]):

@@ -98,7 +98,9 @@ def meet(device: str) -> None:
         store.wait([f"kvpipe/{other}" for other in range(size)], timedelta(seconds=limit))
     except (OSError, RuntimeError, ValueError) as error:
         said = str(error).splitlines()[0]
-        raise ConfigError(launch.alone(os.environ, f"not all of them came within {limit:g} s ({said})")) from error
+        raise ConfigError(
+            launch.stray_variables(os.environ, f"not all of them came within {limit:g} s ({said})")
+        ) from error
     store.set_timeout(torch.distributed.constants.default_pg_timeout)
     backend = "gloo" if device == "cpu" else "nccl"
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size)

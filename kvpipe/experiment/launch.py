@@ -95,10 +95,10 @@ def check_environment(environment: Mapping[str, str]) -> None:
     several = environment.get("WORLD_SIZE", "") not in ("", "1") or environment.get("LOCAL_RANK", "") not in ("", "-1")
     absent = [name for name in LAUNCHER if not environment.get(name)]
     if several and absent:
-        raise ValueError(alone(environment, f"no {', '.join(absent)}"))
+        raise ValueError(stray_variables(environment, f"no {', '.join(absent)}"))
 
 
-def alone(environment: Mapping[str, str], problem: str) -> str:
+def stray_variables(environment: Mapping[str, str], problem: str) -> str:
     """The message for a process whose launcher's variables promise others that are not there."""
     said = [name for name in LAUNCHER if environment.get(name)]
     return (

@@ -17,7 +17,7 @@ HISTORY, COST, STUDENT = "history.jsonl", "cost.json", "model"
 SPLITS = ("train", "validation", "test")
 SOURCES = "sources.json"
 """Beside the splits: where their records come from and what was left out."""
-ARMS, CONTRASTS = "arms.csv", "contrasts.csv"
+ARMS, CONTRASTS, PAIRS = "arms.csv", "contrasts.csv", "pairs.csv"
 """Tables of statistics, of scores and of costs."""
 
 
@@ -126,7 +126,8 @@ class Paths:
     @property
     def tables(self) -> list[Path]:
         """All tables of statistics."""
-        return [folder / name for folder in (self.stats, self.costs) for name in (ARMS, CONTRASTS)]
+        both = [folder / name for folder in (self.stats, self.costs) for name in (ARMS, CONTRASTS)]
+        return [*both, self.stats / PAIRS]
 
     @property
     def audit(self) -> Path:

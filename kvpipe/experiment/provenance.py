@@ -65,7 +65,7 @@ def git_commit() -> str | None:
         if commit.returncode != 0:
             return os.environ.get("KVPIPE_GIT_COMMIT")
         dirty = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
-    except FileNotFoundError:
+    except OSError:  # no git, or a folder of the PATH that may not be read
         return os.environ.get("KVPIPE_GIT_COMMIT")
     return commit.stdout.strip() + ("+changes" if dirty else "")
 

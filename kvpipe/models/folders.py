@@ -1,24 +1,20 @@
-"""Models step: every source becomes a Hugging Face folder with a manifest; loading and saving such folders."""
+"""Hugging Face folders with a manifest: made from every source, loaded, saved."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import shutil
-from collections.abc import Iterable
 from hashlib import sha256
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
-from tokenizers import models as tokenizer_models
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from kvpipe.align.regime import by_own_length
-from kvpipe.config import Loading, TokenizerRecipe
+from kvpipe.config import Loading
 from kvpipe.experiment.files import digest_of, read_json, set_mode, verify, write_json
 from kvpipe.experiment.paths import MANIFEST
 from kvpipe.experiment.sizes import read_header
@@ -31,12 +27,12 @@ from kvpipe.models.headers import (
     read_config,
     tensor_problems,
 )
+from kvpipe.models.tokenizers import fingerprint
 
 # bars of "loading weights" say nothing in a log file; problems are raised, not logged
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
 
-END, PAD, BEGIN, UNKNOWN = "<|endoftext|>", "<|pad|>", "<s>", "<unk>"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPANIONS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
@@ -47,104 +43,6 @@ COPY_LIMIT = 1 << 30
 """Local folders below this many bytes are copied; larger ones are linked."""
 
 
-# ---------------------------------------------------------------- tokenizers
-def train_tokenizer(recipe: TokenizerRecipe, texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Train a tokenizer of one of the three families on texts; deterministic."""
-    return {"byte_bpe": _byte_bpe, "unigram": _unigram, "metaspace_bpe": _metaspace_bpe}[recipe.kind](recipe, texts)
-
-
-def _byte_bpe(recipe: TokenizerRecipe, texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(tokenizer_models.BPE())
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    digits = [pre_tokenizers.Digits(individual_digits=True)] if recipe.split_digits else []
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, byte_level])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=recipe.vocab_size,
-        special_tokens=[END, PAD],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
-
-
-def _sentencepiece_like(tokenizer: Tokenizer, recipe: TokenizerRecipe) -> PreTrainedTokenizerFast:
-    """▁ for spaces, newlines as pieces of their own, bytes as <0xNN>, <s> in front: the Llama-2 family's habits."""
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(" ", "▁")])
-    pieces: list[Any] = [pre_tokenizers.Split(Regex("\n"), "isolated")]
-    if recipe.split_digits:
-        pieces.append(pre_tokenizers.Digits(individual_digits=True))
-    pieces.append(pre_tokenizers.Split("▁", "merged_with_next"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(pieces)
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    begin = tokenizer.token_to_id(BEGIN)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BEGIN} $A", pair=f"{BEGIN} $A {BEGIN} $B", special_tokens=[(BEGIN, begin)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BEGIN, eos_token=END, pad_token=PAD, unk_token=UNKNOWN
-    )
-
-
-_SPECIALS = [UNKNOWN, BEGIN, END, PAD]
-_BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-
-
-def _marked(texts: Iterable[str], split_digits: bool) -> Iterable[str]:
-    return (text.replace(" ", "▁") for text in texts)
-
-
-def _unigram(recipe: TokenizerRecipe, texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    room = recipe.vocab_size - len(_SPECIALS) - len(_BYTES)
-    if room < 1:
-        raise ValueError(f"tokenizer.vocab_size {recipe.vocab_size}: unigram with byte fallback needs more than 260")
-    learner = Tokenizer(tokenizer_models.Unigram())
-    learner.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex("\n"), "removed"),
-            pre_tokenizers.Digits(individual_digits=recipe.split_digits),
-            pre_tokenizers.Split("▁", "merged_with_next"),
-        ]
-    )
-    trainer = trainers.UnigramTrainer(vocab_size=room, show_progress=False, unk_token=UNKNOWN, special_tokens=[UNKNOWN])
-    learner.train_from_iterator(_marked(texts, recipe.split_digits), trainer)
-    found = [(p, round(s, 9)) for p, s in json.loads(learner.to_str())["model"]["vocab"] if p != UNKNOWN]
-    # pieces of one score come in the order of a hash map, which differs from run to run
-    pieces = sorted(found, key=lambda piece: (-piece[1], piece[0]))
-    # byte pieces and specials carry no score of their own: they are reached by fallback or by name only
-    vocab = [(token, 0.0) for token in [*_SPECIALS, *_BYTES]] + pieces[:room]
-    tokenizer = Tokenizer(tokenizer_models.Unigram(vocab, unk_id=0, byte_fallback=True))
-    tokenizer.add_special_tokens(_SPECIALS)
-    return _sentencepiece_like(tokenizer, recipe)
-
-
-def _metaspace_bpe(recipe: TokenizerRecipe, texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    learner = Tokenizer(tokenizer_models.BPE(unk_token=UNKNOWN))
-    learner.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex("\n"), "removed"),
-            pre_tokenizers.Digits(individual_digits=recipe.split_digits),
-            pre_tokenizers.Split("▁", "merged_with_next"),
-        ]
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=recipe.vocab_size - len(_BYTES), special_tokens=_SPECIALS, show_progress=False
-    )
-    learner.train_from_iterator(_marked(texts, recipe.split_digits), trainer)
-    learned = json.loads(learner.to_str())["model"]
-    # bytes are pieces and not special tokens: those would be matched in a text, and be left out when it is decoded
-    pieces = [p for p in sorted(learned["vocab"], key=learned["vocab"].__getitem__) if p not in _SPECIALS]
-    vocab = {token: index for index, token in enumerate(dict.fromkeys([*_SPECIALS, *_BYTES, *pieces]))}
-    merges = [tuple(merge) for merge in learned["merges"]]
-    tokenizer = Tokenizer(
-        tokenizer_models.BPE(vocab=vocab, merges=merges, unk_token=UNKNOWN, byte_fallback=True, fuse_unk=True)
-    )
-    tokenizer.add_special_tokens(_SPECIALS)
-    return _sentencepiece_like(tokenizer, recipe)
-
-
-# ---------------------------------------------------------------- folders
 def recorded(folder: Path) -> dict[str, Any]:
     """What the folder's manifest says of its source and of loading it; empty where there is no manifest."""
     path = folder / MANIFEST
@@ -199,10 +97,7 @@ def load_tokenizer(folder: Path, trust: bool = False) -> Any:
         raise ValueError(f"{folder}: only a slow tokenizer is there; kvpipe needs tokenizer.json for byte spans")
     if tokenizer.pad_token_id is None:  # as Llama-3 ships; padding is masked, any token will do
         if tokenizer.eos_token_id is None:
-            raise ValueError(
-                f"{folder}: its tokenizer has no pad token and no end-of-text token: name them in tokenizer_config.json "
-                "(pad_token, eos_token)"
-            )
+            raise ValueError(f"{folder}: tokenizer_config.json names no pad token and no end-of-text token: name one")
         tokenizer.pad_token = tokenizer.eos_token
     known = recorded(folder).get("tokenizer")
     if known is not None and known != fingerprint(tokenizer):
@@ -218,26 +113,6 @@ def has_tokenizer_code(folder: Path) -> bool:
     """Whether a folder's tokenizer is code of its own, which runs only where the configuration trusts it."""
     settings = folder / "tokenizer_config.json"
     return settings.is_file() and "auto_map" in read_json(settings, "copy or download it again")
-
-
-FINGERPRINT = (
-    "What is 17 + 25?\nIt's 42, isn't it? WE'LL see: 1234567890 3.14159 1,000,000\n#### 42",
-    "  two   three    four     \t\ttabs\r\n\r\n\n\n \n trailing   ",
-    "def add(x, y):\n\tif x != y:\n        return x**2 // y  # sum\n    print(f'{x:>8}', [1, 22, 333])\n",
-    "Zażółć gęślą jaźń, naïve café — e\u0301 ﬁ ① ½ “quotes” … ͏ \u200b\ufeff",
-    "日本語のトークン化は難しい。我们使用模型，12个。 한국어 문장입니다. مرحبا بالعالم Привет, мир! שלום",
-    "😀👍🏽 👩‍👩‍👧🇩🇪 ▁▁ Ġ <0x0A> \x00\x1b",
-    "camelCase snake_case SCREAMING_CASE https://a.b/c?d=e&f=%20 a@b.c \\frac{1}{2} $x^2$ <b>&amp;</b>",
-    "<s></s><unk><|endoftext|><|im_start|>user\nhi<|im_end|><bos><eos><|eot_id|>[INST] x [/INST]",
-)
-"""Texts on which tokenizers that differ in splits, normaliser, digits, spaces, bytes or added tokens differ in ids."""
-
-
-def fingerprint(tokenizer: Any) -> str:
-    """Hash of the ids that a tokenizer gives to fixed texts, with and without its special tokens, and of its special ids."""
-    ids = [tokenizer(list(FINGERPRINT), add_special_tokens=special)["input_ids"] for special in (True, False)]
-    named = [tokenizer.bos_token_id, tokenizer.eos_token_id]
-    return sha256(json.dumps([ids, named]).encode()).hexdigest()
 
 
 def load_config(folder: Path, trust: bool = False) -> Any:
@@ -316,8 +191,7 @@ def check_placement(folder: Path, places: dict[str, Any]) -> None:
 def _quantization(folder: Path, load: Loading) -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModuleNotFoundError(
-            f"{folder}: load.quantize {load.quantize} needs the package bitsandbytes, which is not installed: pip install "
-            "bitsandbytes, or set models.<name>.load.quantize: none"
+            f"{folder}: load.quantize {load.quantize} needs the package bitsandbytes; or set it to none"
         )
     from transformers import BitsAndBytesConfig
 
@@ -404,13 +278,13 @@ def save_model(model: PreTrainedModel, source: Path, out: Path) -> None:
 
 def weights_dtype(folder: Path) -> torch.dtype:
     """The floating type that most of a folder's weights have; float32 where they have none that a student trains in."""
-    counts = {"F32": 0, "BF16": 0, "F16": 0}
+    types = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    counts = dict.fromkeys(types, 0)
     for path in folder.glob("*.safetensors"):
-        for entry in read_header(path)[0].values():
-            if entry["dtype"] in counts:
-                counts[entry["dtype"]] += prod(entry["shape"])
-    most = max(counts, key=counts.__getitem__)  # of equals the first
-    return {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[most]
+        for dtype, shape in read_header(path).values():
+            if dtype in counts:
+                counts[dtype] += prod(shape)
+    return types[max(counts, key=counts.__getitem__)]  # of equals the first
 
 
 def link_folder(files: list[Path], out: Path) -> None:

@@ -16,6 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from kvpipe.experiment.files import read_json
 from kvpipe.experiment.sizes import read_header, tensors
 
@@ -28,33 +30,10 @@ LISTED = 3
 SUPPORTED = "kvpipe distils causal language models whose layers all have full, sliding or grouped-query attention"
 ATTENTION = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
 """Kinds of layers that have keys and values for each position and head."""
-HYBRID = {
-    *("bailing_hybrid", "bamba", "falcon_h1", "granitemoehybrid", "jamba", "kimi_linear", "lfm2", "lfm2_moe", "lfm3"),
-    *(
-        "minimax",
-        "nemotron_h",
-        "olmo_hybrid",
-        "qwen3_5",
-        "qwen3_5_moe",
-        "qwen3_5_moe_text",
-        "qwen3_5_text",
-        "qwen3_next",
-    ),
-    *("qwen4_exp", "qwen4_exp_text", "recurrent_gemma", "zamba", "zamba2", "zaya", "inkling_text", "inkling2_text"),
-}
-"""Model types with other layers beside attention, where config.json does not list the layers."""
-STATE_SPACE = {"falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm"}
-LATENT = {
-    *("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4", "dots3_note", "dots3_note_text"),
-    *("glm4_moe_lite", "glm_moe_dsa", "hy_v4", "longcat_flash", "minicpm3", "youtu"),
-}
-ENCODERS = {
-    *("albert", "bert", "big_bird", "camembert", "convbert", "data2vec-text", "deberta", "deberta-v2", "distilbert"),
-    *("electra", "ernie", "esm", "eurobert", "flaubert", "fnet", "funnel", "ibert", "layoutlm", "layoutlmv3"),
-    *("longformer", "luke", "megatron-bert", "mobilebert", "modernbert", "mpnet", "mra", "nomic_bert", "nystromformer"),
-    *("rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "squeezebert", "xlm", "xlm-roberta"),
-    *("xlm-roberta-xl", "xmod", "yoso"),
-}
+UNSUPPORTED: dict[str, list[str]] = yaml.safe_load(
+    Path(__file__).with_name("unsupported.yaml").read_text(encoding="utf-8")
+)
+"""Model types that cannot be distilled, by what they are; where config.json says it, they need not be listed."""
 OTHER_HEADS = ("ForMaskedLM", "Classification", "ForQuestionAnswering", "ForMultipleChoice", "RewardModel")
 HELD = {"mxfp4", "bitsandbytes"}
 """Quantised weights that transformers itself unpacks, and those of `models.<name>.load.quantize`."""
@@ -81,7 +60,7 @@ def no_language_model(values: dict[str, Any]) -> str | None:
             f"its weights are quantised by {method} (config.json: quantization_config), which is not read here: use the "
             "model before quantisation, and models.<name>.load.quantize: int8 or int4 for a smaller one"
         )
-    if kind in ENCODERS and not values.get("is_decoder"):
+    if kind in UNSUPPORTED["encoder"] and not values.get("is_decoder"):
         return f"model type '{kind}' is an encoder: it has no next-token logits and sees what follows. {SUPPORTED}"
     if values.get("is_encoder_decoder"):
         return f"model type '{kind}' is an encoder and a decoder. {SUPPORTED}"
@@ -104,20 +83,17 @@ def no_cache(values: dict[str, Any]) -> str | None:
     types = {kind, values.get("model_type")}
     listed = values.get("layer_types") or values.get("layers_block_type") or []
     others = [layer for layer, name in enumerate(listed) if name not in ATTENTION]
-    if types & STATE_SPACE:
+    if types & set(UNSUPPORTED["state_space"]):
         return f"model type '{kind}' has no attention, so no keys and values. {SUPPORTED}"
-    if values.get("kv_lora_rank") or types & LATENT:
-        return (
-            f"model type '{kind}' uses multi-head latent attention (MLA): one key part is shared by all heads and the "
-            f"rest is compressed. {SUPPORTED}"
-        )
+    if values.get("kv_lora_rank") or types & set(UNSUPPORTED["latent"]):
+        return f"model type '{kind}' has latent attention (MLA), one compressed key for all heads. {SUPPORTED}"
     if others:
         names = ", ".join(sorted({str(listed[layer]) for layer in others}))
         return (
             f"model type '{kind}' is a hybrid: {len(others)} of its {len(listed)} layers ({_few(map(str, others))}) are "
             f"{names}, without keys and values to distil. {SUPPORTED}"
         )
-    if types & HYBRID and not listed:
+    if types & set(UNSUPPORTED["hybrid"]) and not listed:
         return f"model type '{kind}' is a hybrid: not all of its layers are attention alone. {SUPPORTED}"
     return None
 
@@ -161,10 +137,8 @@ def file_problems(folder: Path, needed: tuple[str, ...] = NEEDED) -> list[str]:
 def whole(path: Path) -> bool:
     """Whether a safetensors file is as long as its header says; reads the header only."""
     try:
-        header, begin = read_header(path)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        return path.stat().st_size == begin + end
-    except (OSError, ValueError, KeyError):
+        return read_header(path) is not None
+    except (OSError, ValueError):
         return False
 
 

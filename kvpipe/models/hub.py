@@ -71,7 +71,7 @@ def hub_errors(what: str, repo: str, revision: str) -> Iterator[None]:
     except errors.RepositoryNotFoundError as error:
         seen = "" if token() else " (HF_TOKEN is not set)"
         raise HubError(
-            f"{name} does not exist, or is private and not shown to you{seen}; correct its name or set HF_TOKEN"
+            f"{name} does not exist, or is private and not shown to you{seen}; correct it or set HF_TOKEN"
         ) from error
     except errors.HfHubHTTPError as error:
         if error.response is not None and error.response.status_code == 401:
@@ -127,7 +127,7 @@ def resolve(what: str, model: HubModel) -> LockedRepo:
     if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
         has = ", ".join(sorted(entry.rfilename for entry in info.siblings or [])[:12])
         raise HubError(
-            f"{what}: {model.repo} has no config.json or no model*.safetensors (it has {has}); pickled weights are not loaded"
+            f"{what}: {model.repo} has no config.json or no model*.safetensors (only {has}); pickled weights are not loaded"
         )
     if not any(name in files for name in TOKENIZERS):
         raise HubError(
@@ -323,9 +323,7 @@ def fetch(name: str, model: HubModel, config: Config, out: Path, log=print) -> P
     """
     what = f"models.{name}"
     if model.pin not in config.lock:
-        raise HubError(
-            f"{what}: {model.pin} is not locked to a commit. Run `kvpipe lock` with this configuration {NETWORK}"
-        )
+        raise HubError(f"{what}: {model.pin} is not locked to a commit. Run `kvpipe lock` {NETWORK}")
     pinned = config.lock[model.pin]
     if not missing_bytes(out, pinned.files) and not wrong_files(out, pinned.files):
         return out

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from kvpipe.align.regime import by_own_length, of_length
 from kvpipe.data.batches import IGNORE, Batch, collate
 from kvpipe.data.encoding import Encoding
+from kvpipe.models.head import Head, final_states
 
-PIECE = 1 << 28
-"""Logits that are looked at side by side: 1 GB in float32."""
+TOKENS = 8192
+"""Tokens, padding counted, that are read at once where no single text is longer."""
 CHUNK = 1024
 """Tokens of a window that are read at once."""
 
@@ -39,17 +40,16 @@ def token_nll(
     return F.pad(rearrange(nll, "(batch time) -> batch time", batch=len(labels)), (1, 0))
 
 
-def token_nll_by_pieces(
-    logits: Float[Tensor, "batch time vocab"], labels: Integer[Tensor, "batch time"], piece: int = PIECE
-) -> Float[Tensor, "batch time"]:
-    """`token_nll`, the same numbers, of at most `piece` logits at a time: each of its two copies in float32 would be
-    20 GB for 64 texts of 500 tokens and 152k words."""
-    size = max(1, piece // (logits.shape[0] * logits.shape[2]))
-    parts = []
-    for start in range(0, logits.shape[1], size):
-        first, stop = max(0, start - 1), start + size  # a token is scored by the position before it
-        parts.append(token_nll(logits[:, first:stop], labels[:, first:stop])[:, start - first :])
-    return torch.cat(parts, 1)
+@torch.no_grad()
+def nll_of_states(
+    head: Head, states: Float[Tensor, "row width"], targets: Integer[Tensor, "row"]
+) -> Float[Tensor, "row"]:
+    """−log p of each target in nats, from the final state that predicts it; of the logits a piece is held at a time."""
+    head = head.cast(states.dtype)
+    nll = torch.zeros(len(states), dtype=wide(states[:0]).dtype, device=states.device)
+    for piece in head.pieces(states):
+        nll[piece] = F.cross_entropy(wide(head.logits(states[piece])), targets[piece].long(), reduction="none")
+    return nll
 
 
 @dataclass(frozen=True)
@@ -68,16 +68,34 @@ class Scores:
         return float(self.nll.sum() / self.tokens.sum())
 
 
+def groups(
+    lengths: Int64[np.ndarray, "example"], size: int, tokens: int, longest_first: bool = False
+) -> list[Int64[np.ndarray, "batch"]]:
+    """Numbers of all examples, sorted by length, in groups of at most `size` and of at most `tokens` with their padding.
+
+    An example of more tokens than that is a group of its own.
+    """
+    order = np.argsort(lengths, kind="stable")
+    out: list[list[int]] = []
+    for example in order[::-1] if longest_first else order:
+        longest = max(int(lengths[example]), int(lengths[out[-1][0]])) if out else 0
+        if not out or len(out[-1]) == size or (len(out[-1]) + 1) * longest > tokens:
+            out.append([])
+        out[-1].append(int(example))
+    return [np.array(group, dtype=np.int64) for group in out]
+
+
 def scoring_batches(
     encoding: Encoding, pad_id: int, batch_size: int, examples: Int64[np.ndarray, "example"] | None = None
 ) -> list[Batch]:
-    """Every example (or those given) once, sorted by length, with labels on tokens that have bytes."""
-    order = np.argsort(encoding.lengths, kind="stable")
-    if examples is not None:
-        order = order[np.isin(order, examples)]
+    """Every example (or those given) once, sorted by length, with labels on tokens that have bytes.
+
+    A batch has at most `batch_size` examples, and fewer where they would be more than `TOKENS` tokens.
+    """
+    chosen = np.arange(len(encoding)) if examples is None else np.unique(examples)
     batches = []
-    for start in range(0, len(order), batch_size):
-        batch = collate(encoding, order[start : start + batch_size], pad_id)
+    for group in groups(encoding.lengths[chosen], batch_size, TOKENS):
+        batch = collate(encoding, chosen[group], pad_id)
         for row, example in enumerate(batch.examples):
             empty = np.diff(encoding.spans[encoding.rows(example)], axis=1)[:, 0] == 0
             batch.labels[row, : len(empty)][torch.from_numpy(empty)] = IGNORE
@@ -91,11 +109,15 @@ def score(model, encoding: Encoding, batches: list[Batch]) -> Scores:
     device = next(model.parameters()).device
     training = by_own_length(model).training
     model.eval()
-    scores = empty_scores(encoding)
+    scores, head = empty_scores(encoding), Head.of(model)
     for batch in batches:
         moved = batch.to(device)
-        logits = model(input_ids=moved.input_ids, attention_mask=moved.attention_mask, use_cache=False).logits
-        losses = token_nll_by_pieces(logits, moved.labels).double().cpu()
+        inputs = {"input_ids": moved.input_ids, "attention_mask": moved.attention_mask, "use_cache": False}
+        states, _ = final_states(model, head, **inputs)
+        scored = moved.labels[:, 1:] != IGNORE
+        losses = torch.zeros(batch.labels.shape, dtype=torch.float64)
+        nll = nll_of_states(head, states[:, :-1][scored], moved.labels[:, 1:][scored])
+        losses[:, 1:][scored.cpu()] = nll.double().cpu()
         counted = batch.predicted
         starts = torch.from_numpy(encoding.segments[batch.examples, 0, 1])
         completion = counted & (torch.arange(losses.shape[1])[None] >= starts[:, None])
@@ -126,14 +148,14 @@ def windowed_nll(
 
     Window k reads the tokens from k · stride to k · stride + window. A token is predicted in the first window that reads
     all before it from the window's start: every token once, from at least min(its position, window − stride + 1) tokens.
-    A window is read in chunks on a KV cache, so that logits of one chunk are all that is held of them.
+    A window is read in chunks on a KV cache, and of logits a piece is all that is held.
 
     Raises:
         ValueError: no 1 ≤ stride ≤ window.
     """
     if not 1 <= stride <= window:
         raise ValueError(f"a stride of {stride} needs a window of at least as much, got {window}")
-    device = next(model.parameters()).device
+    device, head = next(model.parameters()).device, Head.of(model)
     tokens = torch.from_numpy(ids).to(device)
     out = np.zeros(len(ids))
     scored = 0  # the last token that has been predicted
@@ -142,13 +164,12 @@ def windowed_nll(
         with of_length(model, max(stop - start, 1)):
             for first in range(start, stop, chunk):
                 last = min(first + chunk, stop)
-                result = model(input_ids=tokens[None, first:last], past_key_values=cache, use_cache=True)
+                inputs = {"input_ids": tokens[None, first:last], "past_key_values": cache, "use_cache": True}
+                states, result = final_states(model, head, **inputs)
                 cache = result.past_key_values
                 new = max(first, scored)
                 if new < last:
-                    nll = torch.nn.functional.cross_entropy(
-                        result.logits[0, new - first :].float(), tokens[new + 1 : last + 1], reduction="none"
-                    )
+                    nll = nll_of_states(head, states[0, new - first :], tokens[new + 1 : last + 1])
                     out[new + 1 : last + 1] = nll.double().cpu().numpy()
         scored = stop
         if stop == len(ids) - 1:

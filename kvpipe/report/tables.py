@@ -11,8 +11,9 @@ import pandas as pd
 
 from kvpipe.config import Arm
 from kvpipe.experiment.paths import SPLITS
-from kvpipe.report.collect import HIGHER_IS_BETTER, UNTRAINED, Results
+from kvpipe.report.collect import HIGHER_IS_BETTER, Results
 from kvpipe.report.wording import DASH, METRIC_NAMES, VERDICTS, number, p_value, shown, signed
+from kvpipe.stats.scores import UNTRAINED
 
 RESULT_COLUMNS = {
     "bits_per_byte": "",

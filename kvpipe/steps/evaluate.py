@@ -11,8 +11,9 @@ import torch
 
 from kvpipe.evaluate import harness, score
 from kvpipe.experiment import device
+from kvpipe.experiment.files import write_json
 from kvpipe.experiment.outofmemory import explained
-from kvpipe.stats.tables import CELL, cell_of
+from kvpipe.stats.scores import CELL, cell_of
 from kvpipe.steps.inputs import Inputs, trusts_folder
 
 
@@ -60,7 +61,7 @@ def score_tasks(inputs: Inputs, folder: Path, out: Path) -> Iterator[str]:
     torch.set_num_threads(config.train.threads)
     trust = trusts_folder(config, inputs.paths, folder)
     result = harness.run_tasks(folder, config.evaluate, device.resolve_device(config.train.device), trust)
-    harness.write(result, out)
+    write_json(out, result, indent=1, default=str)
     for task, found in result["tasks"].items():
         yield f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in found["metrics"].items())
 

@@ -12,7 +12,6 @@ from kvpipe.models import hub
 from kvpipe.models.folders import (
     build_model,
     fetch_local,
-    fingerprint,
     link_folder,
     load_tokenizer,
     randomise,
@@ -21,6 +20,7 @@ from kvpipe.models.folders import (
 )
 from kvpipe.models.headers import file_problems, misfit, no_cache, no_language_model, read_config
 from kvpipe.models.pretrain import pretrain, student_tokenizer
+from kvpipe.models.tokenizers import fingerprint
 from kvpipe.steps.inputs import Inputs
 from kvpipe.steps.make import run
 

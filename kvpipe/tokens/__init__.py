@@ -1,15 +1,5 @@
 """Tokenizations of one text, byte by byte."""
 
-from importlib import import_module
+from kvpipe import lazily
 
-# imported when asked for: torch takes seconds
-_HOME = {
-    "encode": "kvpipe.tokens.spans",
-    "overlap": "kvpipe.tokens.matrix",
-}
-
-
-def __getattr__(name: str):
-    if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily(__name__, encode="spans", overlap="matrix")

@@ -7,7 +7,6 @@ of; a card shows those of exactly its own.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,21 +14,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
+from jinja2 import Environment
 
 from kvpipe.config import LOSS_ON, Arm, HubData
 from kvpipe.config.errors import printable
-from kvpipe.experiment.files import GB, folder_digest, write_text
+from kvpipe.experiment.files import GB, folder_digest, read_json, write_text
 from kvpipe.experiment.paths import ARMS, CONTRASTS, COST, SPLITS, STUDENT, Paths
 from kvpipe.experiment.plan import Dag
 from kvpipe.experiment.steps import Train
 from kvpipe.models import hub
+from kvpipe.stats.metrics import METRICS
 
-METRICS = {
-    "bits_per_byte": "bits per byte",
-    "log_perplexity": "log perplexity (nats per token)",
-    "accuracy": "accuracy",
-}
-"""Metrics of `stats/arms.csv` that a card shows: those of the model, not of its training."""
+ON_CARD = {name: metric for name, metric in METRICS.items() if metric.main}
+"""What a card shows of the tables: metrics of the model, not of its training."""
 SEVERAL = "licences-of-student-and-teachers"
 
 
@@ -44,7 +41,7 @@ def escaped(text: object) -> str:
 # ---------------------------------------------------------------- what is known of a model
 def _manifest(paths: Paths, name: str) -> dict[str, Any]:
     path = paths.manifest(name)
-    return json.loads(path.read_text(encoding="utf-8"))["source"] if path.is_file() else {}
+    return read_json(path, f"run `kvpipe models --name {name}`")["source"] if path.is_file() else {}
 
 
 def origin(dag: Dag, paths: Paths, name: str) -> str:
@@ -76,12 +73,6 @@ def license_of(dag: Dag, paths: Paths, name: str) -> str | None:
     return (metadata_load(card) or {}).get("license")
 
 
-def _licences(dag: Dag, paths: Paths, arm: Arm) -> dict[str, str | None]:
-    """Model → licence, of the teachers and of a student with weights of its own."""
-    made_here = dag.config.models[dag.config.student].source in ("scratch", "pretrain")
-    return {n: license_of(dag, paths, n) for n in ([] if made_here else [dag.config.student]) + arm.teachers}
-
-
 # ---------------------------------------------------------------- the card
 def card(dag: Dag, paths: Paths, arm_name: str, cell: Path) -> str:
     """The README.md of a trained cell's model.
@@ -96,37 +87,43 @@ def card(dag: Dag, paths: Paths, arm_name: str, cell: Path) -> str:
         ValueError: the cell was trained under another arm, whose teachers and licences are not those of `arm_name`, or
             under other settings than the configuration has now.
     """
-    arm = dag.arm(arm_name)
-    cost = json.loads((cell / COST).read_text(encoding="utf-8"))
+    arm, student = dag.arm(arm_name), dag.config.student
+    cost = read_json(cell / COST, "train the cell again")
     provenance = cost["provenance"]
     if provenance["arm"] != arm_name:
         raise ValueError(f"{cell} was trained under the arm {provenance['arm']!r}: --arm {provenance['arm']}")
-    settings = cost.get("settings")
-    if settings is not None and settings != Train(dag, paths).depends(arm=arm_name):
+    if cost.get("settings") not in (None, Train(dag, paths).depends(arm=arm_name)):
         raise ValueError(
             f"{cell} was trained under other settings than the configuration has now for the arm {arm_name!r}: give the "
             "configuration that it was trained with, or train it again"
         )
     digest = folder_digest(cell / STUDENT)
-    licences = _licences(dag, paths, arm)
-    parts = [
-        _front_matter(dag, paths, arm, licences),
-        f"# {arm_name}, seed {provenance['seed']}\n",
-        f"A student trained by kvpipe under the arm `{arm_name}`{f': {escaped(arm.label)}' if arm.label else ''}. It loads with "
-        "`AutoModelForCausalLM.from_pretrained` and needs nothing of kvpipe.\n",
-        "## Models\n",
-        _models(dag, paths, arm, licences),
-        "## Training data\n",
-        _data(dag, paths),
-        "## Training\n",
-        f"{cost['steps']} steps, {cost['tokens']:,} student tokens. Settings of the arm:\n",
-        f"```yaml\n{yaml.safe_dump(arm.model_dump(exclude={'role', 'label'}), sort_keys=False)}```\n",
-        "## Results\n",
-        _results(paths, arm, dag.config.control, provenance, digest),
-        "## Provenance\n",
-        _provenance(provenance, digest, cost.get("model", {})),
-    ]
-    return "\n".join(parts)
+    roles = {"student": student} | {f"teacher {i + 1}": name for i, name in enumerate(arm.teachers)}
+    # a student without weights of its own brings no licence
+    bare = dag.config.models[student].source in ("scratch", "pretrain")
+    licences = {n: license_of(dag, paths, n) for n in roles.values() if not (n == student and bare)}
+    commits = _commits(paths)
+    environment = Environment(trim_blocks=True, keep_trailing_newline=True)
+    template = environment.from_string(Path(__file__).with_suffix(".md.jinja").read_text(encoding="utf-8"))
+    return template.render(
+        e=escaped,
+        front=_front_matter(dag, paths, arm, {licence for licence in licences.values() if licence}),
+        arm_name=arm_name,
+        label=arm.label,
+        seed=provenance["seed"],
+        models=[(role, n, origin(dag, paths, n), licences.get(n)) for role, n in roles.items()],
+        licensed=any(licences.values()),
+        sources=[(s.task, _repo(s) or s.kind, commits.get(s.task)) for s in dag.config.data.sources],
+        loss_on=LOSS_ON[dag.config.train.loss_on],
+        splits={split: _counts(paths.data(split)) for split in SPLITS if paths.data(split).is_file()},
+        settings=yaml.safe_dump(arm.model_dump(exclude={"role", "label"}), sort_keys=False),
+        cost=cost,
+        digest=digest,
+        provenance=provenance,
+        packages=", ".join(f"{name} {version}" for name, version in provenance["packages"].items() if version),
+        control=dag.config.control,
+        **_results(dag, paths, arm, provenance, digest),
+    )
 
 
 def write_card(dag: Dag, paths: Paths, arm_name: str, cell: Path) -> Path:
@@ -136,33 +133,19 @@ def write_card(dag: Dag, paths: Paths, arm_name: str, cell: Path) -> Path:
     return path
 
 
-def _front_matter(dag: Dag, paths: Paths, arm: Arm, licences: dict[str, str | None]) -> str:
+def _front_matter(dag: Dag, paths: Paths, arm: Arm, licences: set[str]) -> str:
     from huggingface_hub import ModelCardData
 
-    known = {licence for licence in licences.values() if licence}
-    student = _manifest(paths, dag.config.student)
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        base_model=student.get("repo"),
-        license="other" if len(known) > 1 else next(iter(known), None),
-        license_name=SEVERAL if len(known) > 1 else None,
+        base_model=_manifest(paths, dag.config.student).get("repo"),
+        license="other" if len(licences) > 1 else next(iter(licences), None),
+        license_name=SEVERAL if len(licences) > 1 else None,
         datasets=[repo for source in dag.config.data.sources if (repo := _repo(source))] or None,
         tags=["kvpipe", "knowledge-distillation"] if arm.teachers else ["kvpipe"],
     )
-    return f"---\n{data.to_yaml()}\n---\n"
-
-
-def _models(dag: Dag, paths: Paths, arm: Arm, licences: dict[str, str | None]) -> str:
-    names = {"student": dag.config.student} | {f"teacher {i + 1}": name for i, name in enumerate(arm.teachers)}
-    rows = [
-        f"| {role} | {escaped(name)} | {escaped(origin(dag, paths, name))} | {escaped(licences.get(name) or 'not stated')} |"
-        for role, name in names.items()
-    ]
-    table = "| | name | origin | licence |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
-    if any(licences.values()):
-        table += "\nThe terms of every licence in the table carry over to this model.\n"
-    return table
+    return data.to_yaml()
 
 
 def _repo(source: Any) -> str | None:
@@ -170,95 +153,60 @@ def _repo(source: Any) -> str | None:
     return source.repo if isinstance(source, HubData) and not source.is_folder else None
 
 
-def _data(dag: Dag, paths: Paths) -> str:
-    commits = _commits(paths)
-    sources = "\n".join(
-        f"- {escaped(source.task)}: {escaped(_repo(source) or source.kind)}{escaped(commits.get(source.task, ''))}"
-        for source in dag.config.data.sources
-    )
-    counts = []
-    for split in SPLITS:
-        if paths.data(split).is_file():
-            tasks = pd.read_parquet(paths.data(split), columns=["task"]).task.value_counts(sort=False)
-            counts.append(f"| {split} | " + ", ".join(f"{n:,} {escaped(task)}" for task, n in tasks.items()) + " |")
-    sources += f"\n- cross-entropy on {LOSS_ON[dag.config.train.loss_on]}"
-    return f"{sources}\n\n| split | records |\n|---|---|\n" + "\n".join(counts) + "\n"
+def _counts(path: Path) -> dict[str, int]:
+    """Task → records of a split."""
+    return pd.read_parquet(path, columns=["task"]).task.value_counts(sort=False).to_dict()
 
 
 def _commits(paths: Paths) -> dict[str, str]:
     """Task → the commits of its data set, as the data step found them; files and embedded tasks have none."""
-    path = paths.sources
     found: dict[str, list[str]] = {}
-    for origin in json.loads(path.read_text(encoding="utf-8"))["sources"] if path.is_file() else []:
-        if "commit" in origin and origin["commit"] not in found.setdefault(origin["task"], []):
-            found[origin["task"]].append(origin["commit"])
-    return {task: f" at {', '.join(commits)}" for task, commits in found.items()}
+    for source in read_json(paths.sources, "run `kvpipe data`")["sources"] if paths.sources.is_file() else []:
+        if "commit" in source:
+            found.setdefault(source["task"], []).append(source["commit"])
+    return {task: ", ".join(dict.fromkeys(commits)) for task, commits in found.items()}
 
 
-def _results(paths: Paths, arm: Arm, control: str, provenance: dict[str, Any], digest: str) -> str:
+def _results(dag: Dag, paths: Paths, arm: Arm, provenance: dict[str, Any], digest: str) -> dict[str, Any]:
     """Scores of this very model, and of its arm where it was one of those that the statistics are of."""
     name, seed = provenance["arm"], provenance["seed"]
     own, means = _read(paths.arm_table(name), "model"), _read(paths.stats / ARMS, "models")
-    scored = len(own[own.seed == seed]) + len(means[means.arm == name]) > 0
-    own = own[(own.seed == seed) & (own.model == digest)].set_index("task")
-    means = means[(means.arm == name) & means.metric.isin(list(METRICS)) & means.models.str.contains(digest, na=False)]
-    means = means.set_index(["metric", "task"])
-    if own.empty and means.empty:
-        again = f" The scores in the results are of other weights than these ({digest})." if scored else ""
-        return f"Not evaluated yet.{again}\n"
-    rows = dict.fromkeys([*means.index, *((metric, task) for metric in METRICS for task in own.index)])
-    lines = []
-    for metric, task in rows:
-        value = own[metric].get(task, np.nan)
-        found = f"{value:.4g}" if np.isfinite(value) else "–"
+    own, means = own[own.seed == seed], means[(means.arm == name) & means.metric.isin(list(ON_CARD))]
+    scored = len(own) + len(means) > 0
+    own = own[own.model == digest].set_index("task")
+    means = means[means.models.str.contains(digest, na=False)].set_index(["metric", "task"])
+    scores = []
+    for metric, task in dict.fromkeys([*means.index, *((name, task) for name in ON_CARD for task in own.index)]):
+        value, show = own[metric].get(task, np.nan), ON_CARD[metric].shown
+        here, of_arm = f"{show(value):.4g}" if np.isfinite(value) else "–", "–"
         if (metric, task) in means.index:
-            mean = means.loc[metric, task]
-            lines.append(
-                f"| {METRICS[metric]} | {escaped(task)} | {found} | {mean['mean']:.4g} ({mean.low:.4g}, {mean.high:.4g}) |"
-            )
-        elif found != "–":
-            lines.append(f"| {METRICS[metric]} | {escaped(task)} | {found} | – |")
-    text = "On held-out items: this model"
-    if not means.empty:
+            mean, low, high = (show(means.loc[metric, task][key]) for key in ("mean", "low", "high"))
+            of_arm = f"{mean:.4g} ({low:.4g}, {high:.4g})"
+        if (here, of_arm) != ("–", "–"):
+            scores.append((ON_CARD[metric].title, task, here, of_arm))
+    count, contrasts = "", []
+    if len(means):
         count = f"{int(means.n_seeds.max())} seeds (this model is one of them) and {int(means.n_items.max()):,} items"
-        text += f", and mean and interval of its arm over {count}"
-    text += ":\n\n| metric | task | this model | arm (interval) |\n|---|---|---|---|\n" + "\n".join(lines) + "\n"
     path = paths.stats / CONTRASTS
-    if arm.teachers and path.is_file() and not means.empty:
-        text += _against(control, pd.read_csv(path), name)
-    return text
+    if arm.teachers and len(means) and path.is_file():
+        table = pd.read_csv(path)
+        of = (table.arm == name) & (table.reference == dag.config.control) & table.metric.isin(list(ON_CARD))
+        for row in table[of].itertuples():
+            metric = ON_CARD[row.metric]
+            change, low, high = (metric.factor * x for x in (row.estimate, row.difference_low, row.difference_high))
+            difference = f"{change:+.4g} ({low:+.4g}, {high:+.4g})"
+            if metric.scale == "logged":
+                difference = f"{row.ratio:.4g} × ({row.ratio_low:.4g}, {row.ratio_high:.4g})"
+            tested = np.isfinite(row.p_dunnett)
+            contrasts.append((metric.title, row.task, *((difference, f"{row.p_dunnett:.3g}") if tested else "––")))
+    return {"scores": scores, "scored": scored, "count": count, "contrasts": contrasts}
 
 
 def _read(path: Path, models: str) -> pd.DataFrame:
     """A table with the digests of the models that it is of; without a row where it is not there."""
-    columns = ["arm", "seed", "task", "metric", *METRICS, models]
+    columns = ["arm", "seed", "task", "metric", *ON_CARD, models]
     table = pd.read_csv(path, dtype={models: str}) if path.is_file() else pd.DataFrame(columns=columns)
     return table if models in table else table.assign(**{models: ""})
-
-
-def _against(control: str, contrasts: pd.DataFrame, arm_name: str) -> str:
-    kept = (contrasts.arm == arm_name) & (contrasts.reference == control) & contrasts.metric.isin(list(METRICS))
-    lines = [
-        f"| {METRICS[row.metric]} | {escaped(row.task)} | {row.estimate:+.4g} ({row.low:+.4g}, {row.high:+.4g}) "
-        f"| {row.p_holm:.3g} |"
-        for row in contrasts[kept].itertuples()
-    ]
-    if not lines:
-        return ""
-    head = "| metric | task | difference | p (Holm) |\n|---|---|---|---|\n"
-    return f"\nAgainst {control}, the same student without teachers:\n\n" + head + "\n".join(lines) + "\n"
-
-
-def _provenance(provenance: dict[str, Any], digest: str, trained: dict[str, Any]) -> str:
-    packages = ", ".join(f"{name} {version}" for name, version in provenance["packages"].items() if version)
-    said = f", in {trained['dtype']}" if trained else ""
-    if trained and trained["digest"] != digest:
-        said += f". **Its files were changed after training**, which wrote {trained['digest']}"
-    return (
-        f"- Model: {digest} (digest of weights, config and tokenizer){said}\n"
-        f"- Code: kvpipe, commit {provenance['git_commit']}\n- Configuration: {provenance['config_hash']}\n"
-        f"- Packages: {packages}; Python {provenance['python']}\n- Container: {provenance['container'] or 'none'}\n"
-    )
 
 
 # ---------------------------------------------------------------- the hub

@@ -6,13 +6,17 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import encoded
 
-from kvpipe.cache import store
+from kvpipe.cache import forward, rowfile, store
 from kvpipe.cache.capture import capture, kv_geometry
+from kvpipe.cache.forward import next_tokens
+from kvpipe.cache.rowfile import RowFile
 from kvpipe.cache.store import Store, StoreKey, attention_cosine, forward_rows, pack, shard_bounds, unpack, write_index
 from kvpipe.config import StoreConfig
+from kvpipe.models import head
 from kvpipe.models.folders import load_model
 
 ROW, LAYER, HEAD, DIM = 11, 3, 2, 14
@@ -46,7 +50,7 @@ def build(teacher, folder, key, batch_size=7):
 @pytest.fixture(scope="module")
 def live(teacher):
     model, encoding, pad = teacher
-    return forward_rows(model, encoding, np.arange(len(encoding)), key_of().layers, 64, pad, TOP)
+    return forward_rows(model, encoding, np.arange(len(encoding)), key_of().layers, 64, pad, TOP, nll=True)
 
 
 # ---------------------------------------------------------------- storage types
@@ -144,7 +148,7 @@ def test_batch_size_and_order_do_not_change_rows(teacher, live):
     examples = np.array([9, 2, 20, 4])
     rows = np.concatenate([np.arange(len(encoding.ids))[encoding.rows(e)] for e in examples])
     for batch_size in (1, 3):
-        found = forward_rows(model, encoding, examples, key_of().layers, batch_size, pad)
+        found = forward_rows(model, encoding, examples, key_of().layers, batch_size, pad, nll=True)
         for name in ("keys", "values", "nll"):
             torch.testing.assert_close(getattr(found, name), getattr(live, name)[rows], atol=2e-4, rtol=1e-4)
 
@@ -256,20 +260,111 @@ def test_the_index_is_readable_and_names_what_is_missing(teacher, tmp_path):
 
 
 def test_next_tokens_piece_by_piece_are_those_of_the_whole(monkeypatch):
-    """The oracle is one log-softmax over everything."""
-    logits, labels = torch.randn(3, 7, 11), torch.randint(11, (3, 7))
-    labels[1, 5:] = -100
-    logprobs = logits.log_softmax(-1)
-    expected = torch.zeros(3, 7)
-    for b in range(3):
-        for t in range(1, 7):
-            if labels[b, t] >= 0:
-                expected[b, t] = -logprobs[b, t - 1, labels[b, t]]
+    """The oracle is one log-softmax over everything, and the text's own tokens."""
+    states, ids, first = torch.randn(12, 11), torch.randint(11, (12,)), torch.tensor([0, 5, 6])
+    logprobs = states.log_softmax(-1)
+    expected = torch.stack([-logprobs[i - 1, ids[i]] if i not in first else torch.zeros(()) for i in range(12)])
     best = logprobs.topk(4, dim=-1)
-    for piece in (1, 3 * 11, 3 * 11 * 2, 3 * 11 * 7, 10**6):
-        monkeypatch.setattr(store, "PIECE", piece)
-        nll, ids, values = store._next_tokens(logits, labels, 4)
+    for piece in (1, 11, 11 * 5, 10**6):
+        monkeypatch.setattr(head, "PIECE", piece)
+        nll, found, values = next_tokens(head.Head(), states, ids, first, 4)
         torch.testing.assert_close(nll, expected)
-        assert torch.equal(ids, best.indices)
+        assert torch.equal(found, best.indices)
         torch.testing.assert_close(values, best.values)
-        assert store._next_tokens(logits, labels, 0)[1].shape == (3, 7, 0)
+        assert next_tokens(head.Head(), states, ids, first, 0)[1].shape == (12, 0)
+
+
+# ---------------------------------------------------------------- what is computed
+def test_no_logits_are_made_where_nothing_of_them_is_kept(teacher, tmp_path, monkeypatch):
+    def none(self, raw):
+        raise AssertionError(f"logits of {len(raw)} rows")
+
+    model = teacher[0]
+    found = head.Head.of(model)
+    monkeypatch.setattr(head.Head, "of", classmethod(lambda cls, model: found))
+    monkeypatch.setattr(head.Head, "raw", none)
+    vocab = []
+    hook = model.get_output_embeddings().register_forward_hook(lambda _m, _i, out: vocab.append(out.numel()))
+    build(teacher, tmp_path, key_of(top_logits=0, nll=False))
+    hook.remove()
+    assert vocab and not any(vocab)
+    assert set(load_file(tmp_path / "shard-00000.safetensors")) == {"keys", "values"}
+    with pytest.raises(AssertionError, match="logits"):
+        build(teacher, tmp_path, key_of(top_logits=0))
+
+
+def test_final_states_give_the_logits_of_the_whole_vocabulary(teacher, tmp_path):
+    model, encoding, _ = teacher
+    build(teacher, tmp_path, key_of(top_logits=0, states=True))
+    found = Store(tmp_path)
+    states = found.rows("states", torch.arange(encoding.offsets[5], encoding.offsets[6])).float()
+    with torch.no_grad():
+        expected = model(torch.from_numpy(encoding.ids[encoding.rows(5)])[None]).logits[0]
+    divergence = torch.nn.functional.kl_div(
+        head.Head.of(model).logits(states).log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="none"
+    ).sum(-1)
+    assert divergence.abs().max() < 1e-4, "bf16 of the states alone is between them"
+
+
+def test_batches_are_sized_by_tokens(teacher, monkeypatch):
+    """As many as there is room for, padding counted, and the longest texts first."""
+    model, encoding, pad = teacher
+    longest = int(encoding.lengths.max())
+    sizes = []
+    hook = model.register_forward_pre_hook(
+        lambda _m, _a, kwargs: sizes.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    numbers = forward.batch_tokens(model, head.Head.of(model), 3)
+    assert numbers == forward.MOST["cpu"], "a tiny model has room for all that is useful"
+    monkeypatch.setitem(forward.MOST, "cpu", 3 * longest)
+    sizes.clear()
+    list(forward.forward_batches(model, encoding, np.arange(len(encoding)), forward.Keep((0,)), 99, pad))
+    hook.remove()
+    sizes = sizes[1:]  # the first looks at the head
+    assert sizes[0] == (3, longest) and all(rows * time <= 3 * longest for rows, time in sizes)
+    assert [time for _, time in sizes] == sorted((time for _, time in sizes), reverse=True)
+    monkeypatch.setitem(forward.ROOM, "cpu", 1e5)
+    few, all_layers = (forward.batch_tokens(model, head.Head.of(model), n) for n in (1, 5))
+    assert all_layers < few < 3 * longest
+    assert forward.batch_tokens(model, head.Head(), 1) < few, "logits count where the head is unknown"
+
+
+def test_a_shard_is_one_process_s(teacher, tmp_path):
+    """Another that builds it is refused and leaves it whole."""
+    path = tmp_path / "shard-00000.safetensors"
+    with RowFile(path), pytest.raises(OSError, match=r"shard-00000.*another process"):
+        build(teacher, tmp_path, key_of())
+    build(teacher, tmp_path, key_of())
+    assert Store(tmp_path).layers == (0, 2, 4)
+
+
+def test_rows_may_be_written_in_any_order(tmp_path):
+    columns = {"a": (torch.bfloat16, (7, 3)), "b": (torch.int8, (7,)), "c": (torch.float32, (7, 2, 2))}
+    expected = {"a": torch.randn(7, 3).bfloat16(), "b": torch.arange(7).to(torch.int8), "c": torch.randn(7, 2, 2)}
+    path = tmp_path / "rows.safetensors"
+    with RowFile(path) as file:
+        file.begin(columns, {"known": "before"})
+        for rows in (slice(4, 7), slice(0, 1), slice(1, 4)):
+            for name, tensor in expected.items():
+                file.write(name, rows.start, tensor[rows])
+        assert not path.exists()
+        file.finish({"late": "after"})
+    for name, tensor in load_file(path).items():
+        assert torch.equal(tensor, expected[name])
+    with safe_open(path, framework="pt") as handle:
+        assert handle.metadata() == {"known": "before", "late": "after"}
+    with pytest.raises(RuntimeError, match="no more"), RowFile(path):
+        raise RuntimeError("no more")
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.safetensors"]
+
+
+def test_progress_says_how_long_it_will_take(capsys, monkeypatch):
+    clock = iter([0.0, 4.0, 16.0, 40.0])
+    monkeypatch.setattr(rowfile.time, "monotonic", lambda: next(clock))
+    progress = rowfile.Progress("shard", 4000)
+    for tokens in (400, 1200, 2400):
+        progress.add(tokens)
+    assert capsys.readouterr().out.splitlines() == [
+        "shard: 1,600 of 4,000 tokens, 100 tokens/s, 24 s left",
+        "shard: 4,000 of 4,000 tokens, 100 tokens/s, 0 s left",
+    ]

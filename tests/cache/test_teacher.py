@@ -6,7 +6,7 @@ import torch
 from tiny import build, encoded
 
 from kvpipe.align.timemap import build_time_map
-from kvpipe.cache import store
+from kvpipe.cache import forward
 from kvpipe.cache.teacher import AlignedTeacher, LiveRows, StoredRows, spread
 from kvpipe.config import TimeConfig
 from kvpipe.models.folders import load_model, load_tokenizer
@@ -100,13 +100,13 @@ def test_live_rows_read_no_more_texts_at_once_than_the_store_does(tmp_path, monk
     changed = {"store": {"mode": "live", "batch_size": 3}, "arms.one.set.fit": {"method": "pca", "examples": 8}}
     work = build(tmp_path, changed)
     read = []
-    collate = store.collate
+    collate = forward.collate
 
     def counted(encoding, examples, pad_id):
         read.append(len(examples))
         return collate(encoding, examples, pad_id)
 
-    monkeypatch.setattr(store, "collate", counted)
+    monkeypatch.setattr(forward, "collate", counted)
     prepare(work, "one", log=lambda *_: None)
     assert read[-3:] == [3, 3, 2] and max(read) == 3
 

@@ -23,7 +23,7 @@ cd "$cache"
 content() {
     case $1 in
         login) cat "$checkout/requirements.lock" "$checkout/containers/login.txt" | sha256sum ;;
-        wheelhouse) sha256sum < "$checkout/requirements.lock" ;;
+        wheelhouse) sha256sum < "$checkout/containers/image.lock" ;;
         *) echo complete ;;
     esac
 }
@@ -86,7 +86,7 @@ build_base() {
 
 build_wheelhouse() {
     begin wheelhouse
-    WHEELHOUSE="$cache/wheelhouse" PYTHON="$python" "$checkout/containers/image.sh" wheelhouse
+    VARIANT=cpu WHEELHOUSE="$cache/wheelhouse" PYTHON="$python" "$checkout/containers/image.sh" wheelhouse
     chmod -R a+rX wheelhouse
     done_with wheelhouse
 }

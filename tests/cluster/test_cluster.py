@@ -30,6 +30,8 @@ def test_dag_in_the_container_gives_the_results_of_a_local_run(site):
     digest = next((site.outside / "containers").glob("*.sha256")).read_text().split()[0]
     assert provenance["container"] == f"sha256:{digest}"
     assert provenance["host"] == "localhost", "the cell did not run on the cluster's node"
+    log = (site.outside / "results/logs/train" / CELL[0] / f"seed{CELL[1]}.log").read_text(encoding="utf-8")
+    assert "this job has GPUs (SLURM_" in log and "trains on the CPU" in log, "its GPU is a name, and torch sees none"
 
 
 def test_dos_line_ends_are_refused_as_documented(cluster):

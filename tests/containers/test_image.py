@@ -3,10 +3,12 @@
 import os
 import shutil
 import subprocess
+import sys
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 APPTAINER = """#!/bin/sh
@@ -19,7 +21,7 @@ echo "an image" > "$before"
 @pytest.fixture
 def checkout(tmp_path):
     (tmp_path / "containers").mkdir()
-    for name in ("containers/image.sh", "containers/kvpipe.def", "requirements.lock"):
+    for name in ("containers/image.sh", "containers/kvpipe.def", "containers/image.lock"):
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "apptainer").write_text(APPTAINER, encoding="utf-8")
     (tmp_path / "apptainer").chmod(0o755)
@@ -38,10 +40,10 @@ def add_wheel(checkout: Path) -> None:
 
 
 def test_name_is_the_hash_of_lock_and_definition(checkout):
-    content = (checkout / "requirements.lock").read_bytes() + (checkout / "containers/kvpipe.def").read_bytes()
+    content = (checkout / "containers/image.lock").read_bytes() + (checkout / "containers/kvpipe.def").read_bytes()
     first = image(checkout, "name").stdout
     assert first == f"containers/kvpipe-cpu-{sha256(content).hexdigest()[:12]}.sif\n"
-    for name in ("requirements.lock", "containers/kvpipe.def"):
+    for name in ("containers/image.lock", "containers/kvpipe.def"):
         with (checkout / name).open("a", encoding="utf-8") as handle:
             handle.write("# more\n")
         second = image(checkout, "name").stdout
@@ -137,3 +139,48 @@ def test_what_is_missing_is_said(checkout, arguments, wheels, apptainer, said):
     assert done.returncode != 0
     assert said in done.stderr
     assert not (checkout / "containers" / "kvpipe.sif").exists()
+
+
+# ---------------------------------------------------------------- which build of torch
+PIP = """#!/bin/sh
+for word; do last=$word; done
+echo "$last" >> asked
+case $last in $REFUSED) exit 1 ;; esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("variant", "refused", "asked"),
+    [
+        ("cuda", "none", ["torch==T"]),
+        ("cpu", "none", ["torch==T+cpu"]),
+        ("cpu", "torch*+cpu", ["torch==T+cpu", "torch==T"]),
+    ],
+)
+def test_a_cpu_build_is_asked_for_by_its_name_where_the_index_has_it(checkout, variant, refused, asked):
+    (checkout / "pip").write_text(PIP, encoding="utf-8")
+    (checkout / "pip").chmod(0o755)
+    done = image(checkout, "wheelhouse", VARIANT=variant, PYTHON="./pip", WHEELHOUSE=".", REFUSED=refused)
+    assert done.returncode == 0, done.stderr
+    (torch,) = [x for x in (ROOT / "containers/image.lock").read_text().splitlines() if x.startswith("torch==")]
+    found = (checkout / "asked").read_text(encoding="utf-8").splitlines()
+    assert found == [*(word.replace("torch==T", torch) for word in asked), "containers/image.lock"]
+
+
+def test_an_image_with_another_build_of_torch_fails_its_test():
+    other = "cpu" if torch.version.cuda else "cuda"
+    line = [sys.executable, str(ROOT / "containers" / "selftest.py"), other]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and f"not VARIANT={other}: name an index that has it" in done.stderr
+
+
+def test_what_the_image_is_named_by_has_no_tools_for_development():
+    """A formatter's new version would rename it, and run everything again."""
+    names = {line.split("==")[0] for line in (ROOT / "containers/image.lock").read_text().splitlines()}
+    assert not names & {"ruff", "mypy", "pytest", "black", "snakefmt", "pre-commit", "import-linter"}
+    assert {"torch", "transformers", "accelerate", "snakemake", "sentencepiece"} <= names
+
+
+def test_modules_of_the_host_do_not_come_before_the_images_packages():
+    definition = (ROOT / "containers" / "kvpipe.def").read_text(encoding="utf-8")
+    assert "unset PYTHONPATH" in definition.partition("%environment")[2].partition("%runscript")[0]

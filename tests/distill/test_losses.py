@@ -17,7 +17,7 @@ from kvpipe.distill.losses import (
     relation_loss,
     target_std,
 )
-from kvpipe.models.likelihood import token_nll, token_nll_by_pieces
+from kvpipe.models.likelihood import token_nll
 
 LAYER, BATCH, HEAD, TIME, DIM, VOCAB = 5, 2, 3, 7, 4, 13
 
@@ -132,14 +132,6 @@ def test_token_nll_scores_each_token_by_the_logits_before_it():
                 row = logits[b, t - 1].double()
                 expected = math.log(sum(math.exp(v) for v in row)) - float(row[labels[b, t]])
                 assert float(nll[b, t]) == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_token_nll_by_pieces_is_the_same_to_the_bit(dtype):
-    logits, labels = 9 * torch.randn(3, 7, 1009).to(dtype), torch.randint(1009, (3, 7))
-    labels[1, 3] = -100
-    for piece in (1, 3 * 1009, 2 * 3 * 1009, 5 * 3 * 1009 + 1, 10**9):
-        assert torch.equal(token_nll_by_pieces(logits, labels, piece), token_nll(logits, labels))
 
 
 def test_token_nll_mean_is_the_loss_of_transformers():

@@ -1,14 +1,12 @@
 """Fixtures of a site and of profiles; the extra for clusters is found here whether it is installed or not."""
 
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
+from installed import write_metadata
 from site_fakes import VERSIONS, Site
 from tiny import ALPHA, save_teacher
-
-from kvpipe.experiment.provenance import PACKAGE
 
 PROFILE = """
 executor: slurm
@@ -28,16 +26,9 @@ def site(tmp_path, monkeypatch, request):
 
 @pytest.fixture(scope="session", autouse=True)
 def extra(tmp_path_factory):
-    """What pip writes of plugins/cluster: its requirements and its entry point, from its own pyproject.toml."""
-    project = tomllib.loads((PACKAGE.parent / "plugins/cluster/pyproject.toml").read_text(encoding="utf-8"))["project"]
+    """The extra's entry point, whether it is installed or not."""
     folder = tmp_path_factory.mktemp("site-packages")
-    info = folder / "kvpipe_cluster-0.1.0.dist-info"
-    info.mkdir()
-    needed = "".join(f"Requires-Dist: {line}\n" for line in project["dependencies"])
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: 0.1.0\n{needed}")
-    groups = project["entry-points"].items()
-    lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in found.items()) for group, found in groups]
-    (info / "entry_points.txt").write_text("".join(lines))
+    write_metadata(folder)
     sys.path.insert(0, str(folder))
     yield
     sys.path.remove(str(folder))

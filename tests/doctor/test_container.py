@@ -1,6 +1,7 @@
 """Apptainer and the image: each finding is produced by what it warns of."""
 
 import json
+import subprocess
 from hashlib import sha256
 from pathlib import Path
 
@@ -12,10 +13,10 @@ from kvpipe.config import load
 from kvpipe.doctor import Workload
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.provenance import PACKAGE
-from kvpipe_cluster.container import LABEL, check_container
+from kvpipe_cluster.container import LABEL, LOOK, check_container
 
 EMBEDDED = PACKAGE.parent / "config" / "config.yaml"
-LOCK = sha256((PACKAGE.parent / "requirements.lock").read_bytes()).hexdigest()
+LOCK = sha256((PACKAGE.parent / "containers" / "image.lock").read_bytes()).hexdigest()
 # words that Apptainer uses where an image does not start, and a word of the fix
 SYMPTOMS = [
     (
@@ -86,6 +87,22 @@ def test_an_image_that_hangs(site, image, profile, monkeypatch):
     monkeypatch.setattr("kvpipe_cluster.container.START", 0.3)
     site.apptainer(start="exec sleep 60")
     assert "no answer within 0.3 s" in found(profile())["image"].detail
+
+
+@pytest.mark.parametrize("variable", ["PYTHONPATH", "TMPDIR"])
+def test_variables_of_the_login_node_that_do_harm_in_the_image(site, image, profile, variable):
+    site.apptainer(start=f"echo {variable}=/apps/x", labels=json.dumps({LABEL: LOCK}))
+    finding = found(profile())[f"{variable} in the image"]
+    assert finding.status == "warning" and f"unset {variable}" in finding.fix
+
+
+def test_what_is_asked_of_the_image_about_variables(tmp_path):
+    """The lines themselves, in a shell."""
+    for environment, said in (({}, ""), ({"PYTHONPATH": "/x", "TMPDIR": str(tmp_path)}, "PYTHONPATH=/x\n")):
+        done = subprocess.run(["bash", "-c", LOOK], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout == said
+    gone = {"TMPDIR": str(tmp_path / "none")}
+    assert subprocess.run(["bash", "-c", LOOK], env=gone, capture_output=True, text=True).stdout.startswith("TMPDIR=")
 
 
 def test_an_image_of_another_lock(site, image, profile):

@@ -99,10 +99,9 @@ def test_findings_are_shown_with_their_fix_and_counted():
     ]
 
 
-def test_findings_are_written_as_json(tmp_path):
+def test_findings_are_json_too():
     findings = [doctor.Finding("a", "warning", "so", "do this")]
-    doctor.write(findings, tmp_path / "new" / "doctor.json")
-    assert json.loads((tmp_path / "new" / "doctor.json").read_text()) == {"findings": [vars(findings[0])]}
+    assert json.loads(doctor.as_json(findings)) == {"findings": [vars(findings[0])]}
 
 
 def test_damaged_files_are_findings_and_stop_no_other_check(saved, laptop, tmp_path):
@@ -484,7 +483,7 @@ SEEN = {"name": "Tesla V100", "driver": "470.82.01", "capability": "7.0", "memor
 
 
 def judged(saved, overrides=None, **changes):
-    return {f.name: f for f in gpu.judge(SEEN | changes, config(saved, overrides), "here")}
+    return {f.name: f for f in gpu.judge_gpu(SEEN | changes, config(saved, overrides), "here")}
 
 
 def test_a_gpu_that_fits(saved):
@@ -493,12 +492,12 @@ def test_a_gpu_that_fits(saved):
 
 def test_a_driver_older_than_the_images_cuda(saved):
     finding = judged(saved, torch_cuda="12.8")["GPU"]
-    assert finding.status == "would fail"
+    assert finding.status == "warning", "device: auto trains on the CPU"
+    assert judged(saved, {"train.device": "cuda"}, torch_cuda="12.8")["GPU"].status == "would fail"
     assert "driver 470.82.01, torch for CUDA 12.8, which needs driver 525" in finding.detail
     assert judged(saved, torch_cuda="12.8", driver="525.60.13")["GPU"].status == "ok"
     assert "make image" not in finding.fix, "torch for CUDA 11 is older than the lock"
     finding = judged(saved, torch_cuda="13.0", driver="575.1")["GPU"]
-    assert finding.status == "would fail"
     assert "VARIANT=cu126 TORCH_INDEX=<torch's index for CUDA 12.6> make image" in finding.fix
 
 

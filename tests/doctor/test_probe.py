@@ -3,11 +3,14 @@
 import json
 
 import pytest
+import tiny
 import yaml
 from conftest import PROFILE
 from site_fakes import REFUSED, TAKEN
 from tiny import config
+from typer.testing import CliRunner
 
+from kvpipe.cli.app import app
 from kvpipe.doctor import Workload
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.provenance import PACKAGE
@@ -231,3 +234,18 @@ def test_the_script_runs_by_itself(tmp_path):
     done = subprocess.run([sys.executable, "-I", "-c", text], capture_output=True, text=True, check=True, cwd=tmp_path)
     seen = json.loads(done.stdout.removeprefix("kvpipe-probe "))
     assert {"host", "gpu", "torch", "cuda_visible_devices"} <= set(seen)
+
+
+def test_the_doctor_judges_the_profile_that_the_probe_wrote(site, cluster, profile, tmp_path):
+    """Not the one that it was given, whose cell asks for more than a node has; what is printed can be a file."""
+    cluster()
+    settings = tmp_path / "c.json"
+    settings.write_text(json.dumps(tiny.values(tmp_path)))
+    given = profile(PROFILE.replace("mem_mb: 9000", "mem_mb: 99000"))
+    options = ["--config", str(settings), "--results", str(site.results.root), "--profile", str(given)]
+    before = CliRunner().invoke(app, ["doctor", *options])
+    assert "would fail  requests: train: asks for 99000 MB" in before.stdout
+    done = CliRunner().invoke(app, ["doctor", *options, "--probe"])
+    assert yaml.safe_load(done.stdout)["set-resources"]["train"]["mem_mb"] == "min(2000 * attempt, 10000)"
+    assert "ok  requests: every rule's job fits" in done.stderr
+    assert "ok  GPU: NVIDIA A100-SXM4-80GB in job 41" in done.stderr

@@ -227,7 +227,7 @@ ANSWERS = {
         (404, "RepoNotFound", {}),
         (200, ""),
         "would fail",
-        "does not exist, or is private and not shown to you",
+        "does not exist, or is private (HF_TOKEN is not set)",
     ),
     "no such revision": ((404, "RevisionNotFound", {}), (200, ""), "would fail", "has no revision 'main'"),
     "broken": ((500, "", {}), (200, ""), "would fail", "the hub answers"),
@@ -235,7 +235,7 @@ ANSWERS = {
         (200, "", INFO | {"siblings": [FILE | {"rfilename": "pytorch_model.bin"}]}),
         (200, ""),
         "would fail",
-        "pickled weights are not loaded",
+        "no model*.safetensors",
     ),
     "slow tokenizer": ((200, "", SLOW), (200, ""), "warning", "no tokenizer.json"),
 }

@@ -37,8 +37,8 @@ from kvpipe_cluster.probing import ProbeError, probe
 from kvpipe_cluster.slurm import check_slurm
 
 DOCUMENT = PACKAGE.parent / "docs" / "troubleshooting.md"
-# provoked on a real cluster (tests/cluster/test_cluster.py)
-OTHERS = {"DOS line ends"}
+# provoked on a real cluster (tests/cluster/test_cluster.py), and where an image is asked for (tests/workflow/test_submission.py)
+OTHERS = {"DOS line ends", "The image is not there"}
 
 
 def entries() -> dict[str, str]:
@@ -127,7 +127,12 @@ def test_cluster(site, profile):
         assert matches(title, message), (title, message)
 
 
-IMAGE = {"The image does not start", "The image is older than the lock", "A space in the path of the checkout"}
+IMAGE = {
+    "A variable of the login node in the image",
+    "The image does not start",
+    "The image is older than the lock",
+    "A space in the path of the checkout",
+}
 
 
 def test_image(site, profile, tmp_path, monkeypatch):
@@ -139,6 +144,8 @@ def test_image(site, profile, tmp_path, monkeypatch):
     said = {"The image does not start": show([*check_container(work)])}
     site.apptainer(labels=json.dumps({LABEL: "0" * 64}))
     said["The image is older than the lock"] = show([*check_container(work)])
+    site.apptainer(start="echo PYTHONPATH=/apps/python")
+    said["A variable of the login node in the image"] = show([*check_container(work)])
     spaced = tmp_path / "my checkout"
     spaced.mkdir()
     monkeypatch.chdir(spaced)
@@ -192,7 +199,7 @@ GPUS = {
 def test_gpus(tmp_path, monkeypatch):
     settings = config(tmp_path, {"train.precision": "bf16"})
     seen = {"name": "V100", "driver": "470.1", "capability": "7.0", "torch_cuda": "12.8", "available": False}
-    judged = show([*gpu.judge(seen, settings, "in job 7")])
+    judged = show([*gpu.judge_gpu(seen, settings, "in job 7")])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     lines = []
     for name in device.JOB_GPUS:
@@ -353,7 +360,7 @@ def test_training(cell, capsys, monkeypatch, tmp_path):
     said["Out of memory while scoring"] = raised(go)
     monkeypatch.setattr(
         store,
-        "forward_rows",
+        "forward_batches",
         lambda *a: (_ for _ in ()).throw(
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
         ),

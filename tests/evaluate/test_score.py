@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from tiny import encoded
 
@@ -10,7 +11,7 @@ from kvpipe.config import EvaluateConfig, Template
 from kvpipe.data.records import Record
 from kvpipe.evaluate.choices import choice_nll
 from kvpipe.evaluate.score import evaluate, evaluate_model, program
-from kvpipe.evaluate.scorers.answers import extract, is_correct
+from kvpipe.evaluate.scorers.answers import extract, is_correct, judge_of
 from kvpipe.models.folders import load_model
 from kvpipe.models.likelihood import score, scoring_batches, windowed_nll
 
@@ -146,3 +147,15 @@ def test_code_without_tests_is_named(tiny):
     records = [replace(MIXED[3], tests=None)]
     with pytest.raises(ValueError, match="'p0' has no tests"):
         evaluate_model(tiny.student(0), tiny.student_tokenizer, records, TEMPLATE, SETTINGS)
+
+
+def test_scores_say_who_judged_them(tiny, tmp_path):
+    """Of each task; Parquet keeps it, so that a report can name the judge and its version."""
+    from importlib.metadata import version
+
+    folder, records = tiny.paths.model("alpha"), tiny.records("validation")
+    config = EvaluateConfig(max_new_tokens=2, tasks={"math": {"scorer": "math"}, "code": {"scorer": "none"}})
+    evaluate(folder, records, tiny.config.data.template, config, "cpu").to_parquet(tmp_path / "items.parquet")
+    judges = {"math": f"math-verify {version('math-verify')}"}
+    assert pd.read_parquet(tmp_path / "items.parquet").attrs["judges"] == judges
+    assert judge_of("number") != judge_of("exact") != judge_of("code")

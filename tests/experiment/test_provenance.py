@@ -114,7 +114,8 @@ def test_training_does_not_hang_on_what_comes_after_it():
 
 
 def test_statistics_hang_on_no_training_code():
-    assert provenance.reachable("kvpipe.stats.tables") == {"kvpipe.stats.tables", "kvpipe.stats.bootstrap"}
+    wing = {f"kvpipe.stats.{name}" for name in ("tables", "scores", "metrics", "dunnett", "bootstrap")}
+    assert provenance.reachable("kvpipe.stats.tables") == {*wing, "kvpipe.experiment.files"}
     assert "kvpipe.train.trainer" not in provenance.reachable("kvpipe.evaluate.score")
     assert "kvpipe.stats.bootstrap" not in provenance.reachable("kvpipe.evaluate.score")
 
@@ -159,3 +160,14 @@ def test_the_commit_says_whether_files_changed(tmp_path, monkeypatch):
         assert provenance.git_commit() == git("rev-parse", "HEAD") + "+changes"
     finally:
         provenance.git_commit.cache_clear()
+
+
+def test_no_git_behind_a_folder_that_may_not_be_read(package, monkeypatch):
+    """The system then says that it may not look, not that there is none."""
+
+    def refused(*arguments, **options):
+        raise PermissionError(13, "Permission denied: 'git'")
+
+    monkeypatch.setattr(provenance.subprocess, "run", refused)
+    monkeypatch.setenv("KVPIPE_GIT_COMMIT", "said by the login node")
+    assert provenance.git_commit() == "said by the login node"

@@ -34,7 +34,7 @@ def test_keys_and_values_take_what_the_model_has(name):
 def test_parameters_are_counted_from_the_headers(tiny):
     folder = tiny.paths.model("alpha")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    entries, _ = read_header(folder / "model.safetensors")
+    entries = read_header(folder / "model.safetensors")
     assert "__metadata__" not in entries
     assert count_parameters(folder) == sum(p.numel() for p in model.parameters())
 
@@ -42,5 +42,5 @@ def test_parameters_are_counted_from_the_headers(tiny):
 def test_a_header_that_is_no_mapping_is_named(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes((4).to_bytes(8, "little") + b"[1] " + bytes(8))
-    with pytest.raises(ValueError, match=r"model.safetensors: no header of a safetensors file"):
+    with pytest.raises(ValueError, match=r"model.safetensors is cut off, or no safetensors file"):
         read_header(path)

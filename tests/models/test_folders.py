@@ -20,9 +20,9 @@ from kvpipe.models.folders import (
     load_tokenizer,
     manifest_hash,
     randomise,
-    train_tokenizer,
     write_manifest,
 )
+from kvpipe.models.tokenizers import train_tokenizer
 from kvpipe.tokens.matrix import encode, token_bytes
 from kvpipe.tokens.vocabulary import same_tokens
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny import ALPHA, save_teacher
 from tokenizer_zoo import build as build_tokenizer
 
-from kvpipe.models.folders import fingerprint, load_model, load_tokenizer
+from kvpipe.models.folders import load_model, load_tokenizer
 from kvpipe.models.headers import (
     LAYER,
     causal_types,
@@ -20,6 +20,7 @@ from kvpipe.models.headers import (
     tensors,
     unembedded,
 )
+from kvpipe.models.tokenizers import fingerprint
 
 DAMAGE = {
     "torch.compile": lambda t: {f"_orig_mod.{k}": v for k, v in t.items()},

@@ -1,7 +1,5 @@
 """Likelihood: transformers' own loss on one example, whatever batch the example is in."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
@@ -10,9 +8,10 @@ from tiny import encoded
 from kvpipe.config import Template
 from kvpipe.data.encoding import encode_records
 from kvpipe.data.records import Record
-from kvpipe.models import likelihood
+from kvpipe.models import head, likelihood
 from kvpipe.models.folders import load_model
-from kvpipe.models.likelihood import empty_scores, score, score_long, scoring_batches, windowed_nll
+from kvpipe.models.head import Head
+from kvpipe.models.likelihood import empty_scores, groups, score, score_long, scoring_batches, windowed_nll
 
 
 @pytest.fixture(scope="module")
@@ -56,23 +55,41 @@ def test_batch_size_does_not_matter_and_every_example_is_scored_once(side):
     assert sorted(seen) == list(range(len(encoding)))
 
 
-def test_scores_hold_a_piece_of_the_logits_in_float32(side, monkeypatch):
-    """And are the same numbers, whatever its size."""
+@pytest.mark.parametrize("known", [True, False])
+def test_scores_hold_a_piece_of_the_logits(side, monkeypatch, known):
+    """And are the same numbers, whatever its size, and where the family's head is not known."""
     model, encoding = side
     batches = scoring_batches(encoding, 0, 4)
-    whole, seen, plain = score(model, encoding, batches), [], likelihood.token_nll
+    whole, seen, finished = score(model, encoding, batches), [], Head.finished
 
-    def watched(logits, labels):
-        seen.append(logits.numel())
-        return plain(logits, labels)
+    def watched(self, raw):
+        seen.append(raw.numel())
+        return finished(self, raw)
 
-    piece = 4 * model.config.vocab_size * 5
-    monkeypatch.setattr(likelihood, "token_nll", watched)
-    monkeypatch.setattr(likelihood, "token_nll_by_pieces", partial(likelihood.token_nll_by_pieces, piece=piece))
+    monkeypatch.setattr(head, "PIECE", 5 * model.config.vocab_size)
+    monkeypatch.setattr(Head, "finished", watched)
+    if not known:
+        monkeypatch.setattr(Head, "of", classmethod(lambda cls, model: cls()))
     pieces = score(model, encoding, batches)
-    # one position more: the one that predicts a piece's first token
-    assert max(seen) <= piece + 4 * model.config.vocab_size and len(seen) > len(batches)
-    assert (pieces.nll == whole.nll).all() and (pieces.nll_all == whole.nll_all).all()
+    assert max(seen) <= head.PIECE and len(seen) > 2 * len(batches)
+    for name in ("nll", "nll_all"):
+        np.testing.assert_allclose(getattr(pieces, name), getattr(whole, name), rtol=1e-5)
+
+
+def test_no_batch_is_larger_than_its_tokens(side, monkeypatch):
+    """But for one of a single text; each text once, the likest in length together."""
+    _, encoding = side
+    longest = int(encoding.lengths.max())
+    monkeypatch.setattr(likelihood, "TOKENS", 2 * longest)
+    batches = scoring_batches(encoding, 0, 64)
+    assert all(batch.input_ids.numel() <= 2 * longest for batch in batches)
+    assert sorted(np.concatenate([b.examples for b in batches])) == list(range(len(encoding)))
+    assert {len(group) for group in groups(encoding.lengths, 64, 1)} == {1}
+    for longest_first in (False, True):
+        found = groups(np.array([3, 9, 4, 9, 1, 8]), 2, 18, longest_first)
+        assert max(len(group) for group in found) == 2 and sum(map(len, found)) == 6
+        lengths = np.concatenate([np.array([3, 9, 4, 9, 1, 8])[group] for group in found])
+        assert (np.diff(lengths if not longest_first else lengths[::-1]) >= 0).all()
 
 
 def test_the_end_token_is_not_counted(tiny):

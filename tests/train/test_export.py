@@ -19,8 +19,9 @@ from kvpipe.data.records import render
 from kvpipe.doctor import FAIL, Workload
 from kvpipe.doctor.settings import check_arms
 from kvpipe.models import folders as models
-from kvpipe.models.folders import build_model, load_model, train_tokenizer
+from kvpipe.models.folders import build_model, load_model
 from kvpipe.models.pretrain import pretrain, tokenizer_texts
+from kvpipe.models.tokenizers import train_tokenizer
 from kvpipe.steps.inputs import Inputs
 from kvpipe.steps.layer_map import make_layer_map
 from kvpipe.steps.models import make_model

@@ -7,10 +7,14 @@ written anew by `KVPIPE_GOLDEN=write python -m pytest tests/workflow/test_submis
 import itertools
 import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from installed import PLUGIN, write_metadata
 from test_workflow import ROOT, copy, python  # noqa: F401
 
 from kvpipe.experiment.launch import command
@@ -31,7 +35,7 @@ echo "$*" | sed "s/ --wrap=.*//" >> "$RECORD"
 wc -l < "$RECORD"
 """
 CELLS = {
-    "several GPUs": ["gpu: 4", "nodes: 1"],
+    "several GPUs": ["gpu: 4", "nodes: 1", "cpus_per_gpu: 3"],
     "several nodes": ["gres: gpu:2", "nodes: 2", "mpi: srun", "tasks: 2", "tasks_per_gpu: 0"],
 }
 """Cells of docs/hpc.md: what stands in the profile in place of `gpu: 1`."""
@@ -68,10 +72,10 @@ def login(copy, tmp_path_factory):  # noqa: F811
     record = tools / "record"
     record.touch()
 
-    def run(*arguments: str, profile: str = "slurm"):
+    def run(*arguments: str, profile: str = "slurm", **variables: str):
         where = str(ROOT / "profiles" / profile)
-        path = f"{tools}:{os.environ['PATH']}"
-        return python(copy, "-m", "snakemake", "--profile", where, *arguments, PATH=path, RECORD=str(record))
+        variables |= {"PATH": f"{tools}:{os.environ['PATH']}", "RECORD": str(record)}
+        return python(copy, "-m", "snakemake", "--profile", where, *arguments, **variables)
 
     return copy, run, record
 
@@ -93,9 +97,9 @@ def lines_by_rule(record: Path, folder: Path) -> dict[str, str]:
 def with_resources(folder: Path, *lines: str) -> None:
     """The shipped profile with other lines in place of a cell's `gpu: 1`."""
     text = (ROOT / "profiles" / "slurm" / "config.yaml").read_text(encoding="utf-8")
-    new = "\n    ".join(["  train:", *lines])
-    assert "  train:\n    gpu: 1\n" in text
-    (folder / "config.yaml").write_text(text.replace("  train:\n    gpu: 1", new), encoding="utf-8")
+    assert "  train: {gpu: 1, " in text
+    text = text.replace("  train: {gpu: 1, ", f"  train: {{{', '.join(lines)}, ")
+    (folder / "config.yaml").write_text(text, encoding="utf-8")
 
 
 def test_sbatch_lines_are_the_golden_ones(login, tmp_path):
@@ -157,6 +161,70 @@ def test_a_cell_on_several_nodes_that_would_wait_for_ever_is_refused(login):
     done = login[1]("-n", "--set-resources", *resources, "--forceall", "--", "results/train/full/seed0/history.jsonl")
     assert done.returncode == 1
     assert "in the profile: mpi: srun, tasks: 2, tasks_per_gpu: 0" in done.stdout + done.stderr
+
+
+SITE = {
+    "make": "true",
+    "sbatch": 'case "$*" in *--comment*) exec "$STANDINS/sbatch" "$@" ;; *) echo 41 ;; esac',
+    # the probe asks for states, Snakemake for all jobs
+    "squeue": 'case "$*" in *%T\\|%r*) echo "COMPLETED|None" ;; *) exec "$STANDINS/squeue" ;; esac',
+    "sinfo": 'case "$*" in *%R*) echo "standard|up|64|256000|2-00:00:00|gpu:a100:4" ;; *) exec "$STANDINS/sinfo" ;; esac',
+    "scontrol": 'case "$*" in *partition*) echo "PartitionName=standard Default=YES" ;; *) exec "$STANDINS/scontrol" ;; esac',
+}
+
+
+def test_readmes_block_runs_as_it_is_printed(login, tmp_path):
+    """In one shell, from activation to the grid of cells; no line may fail. Only the waiting times are made shorter."""
+    folder, run, record = login
+    block = (ROOT / "README.md").read_text(encoding="utf-8").partition("## On a cluster")[2].split("```")[1]
+    assert "profiles/slurm" not in block, "the profile that the probe wrote is the one in use"
+    checkout = tmp_path / "kvpipe"
+    shutil.copytree(folder, checkout, ignore=shutil.ignore_patterns("results", ".snakemake"), symlinks=True)
+    shutil.copytree(ROOT / "profiles" / "slurm", checkout / "profiles" / "slurm")
+    (checkout / ".venv/bin").mkdir(parents=True)
+    (checkout / ".venv/bin/activate").write_text(f"PATH=$TOOLS:{Path(sys.executable).parent}:$PATH\n", encoding="utf-8")
+    for name, body in SITE.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    write_metadata(tmp_path / "site-packages")
+    own = tmp_path / "record"
+    own.touch()
+    plan = run("-n", "--forceall", "results/report.html")
+    made = re.findall(r"^    (?:output|benchmark): (.*)", plan.stdout, re.MULTILINE)
+    own.with_suffix(".outputs").write_text("\n".join(", ".join(made).split(", ")) + "\n", encoding="utf-8")
+    quick = (
+        r"sed -i 's/status-checks: 40/status-checks: 1/; s/latency-wait: 60/latency-wait: 1/' profiles/site/config.yaml"
+    )
+    # what the stand-in for a job has made is empty
+    lines = [
+        line.replace("kvpipe status", "find results -name cost.json -delete; kvpipe status")
+        for line in block.splitlines()
+    ]
+    lines = [f"{line}\n{quick}" if "--probe" in line else line for line in lines]
+    paths = f"{checkout}:{PLUGIN}:{tmp_path / 'site-packages'}"
+    variables = {"TOOLS": str(tmp_path), "STANDINS": str(record.parent), "RECORD": str(own), "PYTHONPATH": paths}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SNAKEMAKE", "KVPIPE", "SLURM"))}
+    done = subprocess.run(
+        ["bash", "-exc", "\n".join(lines)],
+        cwd=checkout,
+        env=environment | variables | {"PATH": f"{tmp_path}:{record.parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    cell = next(line for line in own.read_text(encoding="utf-8").splitlines() if "--comment rule_train_" in line)
+    assert "-p standard" in cell and "--gpus=1" in cell and "--cpus-per-gpu=3" in cell and "--requeue" in cell
+    assert "--mem 32000" not in cell, "as much as the doctor expects"
+    assert (checkout / "results" / "report.html").is_file()
+
+
+def test_an_image_that_is_not_there_is_refused_before_any_job(login, tmp_path):
+    done = login[1]("-n", "results/report.html", KVPIPE_IMAGE="nowhere.sif")
+    assert done.returncode == 1
+    entry = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8").partition("### The image is not there")[2]
+    message = entry.split("```")[1].splitlines()[2]
+    assert message.replace("image …", "image nowhere.sif") in done.stdout + done.stderr
 
 
 def test_every_line_of_the_profiles_says_why():

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from bench_teacher import losses_in_pieces, memory, pass_against_decoder
 from bench_training import CONFIG, ROOT, against_trainer, full_against_control, mixed_lengths, recorder_overhead
 from measure import Row, median
 from torch import Tensor
@@ -29,7 +30,7 @@ from kvpipe.data.records import render
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.provenance import describe
 from kvpipe.models.folders import load_tokenizer
-from kvpipe.stats.bootstrap import crossed_bootstrap_many
+from kvpipe.stats.bootstrap import Bootstrap
 from kvpipe.steps.inputs import Inputs
 from kvpipe.steps.train import prepare
 from kvpipe.tokens.matrix import encode, gather_form, overlap
@@ -72,7 +73,7 @@ def cka(repeats: int) -> list[Row]:
 def bootstrap(repeats: int) -> list[Row]:
     """13 arms × 10 seeds × 1,319 items, 10,000 resamples."""
     differences = np.random.default_rng(0).normal(size=(13, 10, 1319))
-    seconds = median(lambda: crossed_bootstrap_many(differences, n_resamples=10_000), repeats)
+    seconds = median(lambda: Bootstrap(differences, n_resamples=10_000).p(), repeats)
     return [
         Row(
             "crossed bootstrap, 13 × 10 × 1,319, 10,000 resamples",
@@ -190,6 +191,9 @@ def main() -> None:
         show(against_trainer(work, "the embedded experiment", repeats, block))
         show(against_trainer(mixed_lengths(Path(temporary) / "mixed"), "mixed length", repeats, block))
         show(recorder_overhead(work, repeats, block))
+        show(losses_in_pieces(repeats))
+        show(pass_against_decoder(None, min(repeats, 3), 4000))
+        show(memory(None, (1500, 4500, 9000)))
         show(alignment(work, seconds, tokens, repeats))
         show(bootstrap(repeats))
         show(cka(1 if arguments.quick else 3))

@@ -98,6 +98,11 @@ def code(step):
 # ---------------------------------------------------------------- before the first job
 APPTAINER = "apptainer" in {str(method) for method in workflow.deployment_settings.deployment_method}
 IN_IMAGE = f"apptainer exec --home $PWD {workflow.deployment_settings.apptainer_args} {IMAGE}" if APPTAINER else ""
+if APPTAINER and "://" not in IMAGE and not Path(IMAGE).exists():
+    raise WorkflowError(
+        f"the image {IMAGE} does not exist, and every job would fail: make image, or make image-offline; KVPIPE_IMAGE "
+        "names another one"
+    )
 
 
 def examine():

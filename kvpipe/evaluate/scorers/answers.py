@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
+from importlib.metadata import version
 
 from kvpipe.config import ScoringConfig
 from kvpipe.data.patterns import time_limit
@@ -117,6 +118,14 @@ def _stripped(answer: str, config: ScoringConfig, keep: str = "") -> str:
 
 
 # ---------------------------------------------------------------- the judge
+def judge_of(scorer: str) -> str:
+    """Who says under a scorer whether an answer is right; a package with its version."""
+    if scorer == "math":
+        return f"math-verify {version('math-verify')}"
+    own = {"exact": "kvpipe, as texts", "number": "kvpipe, as numbers", "code": "the records' tests"}
+    return own.get(scorer, "the model's likelihood")
+
+
 def is_correct(prediction: str | None, reference: str, config: ScoringConfig) -> bool:
     """Whether two answers are the same to the configured scorer: `math`, `number` (texts where one has no number), `exact`."""
     if prediction is None:

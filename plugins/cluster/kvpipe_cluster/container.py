@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kvpipe.config import Config, FileData, HubData, HubModel, LocalModel
 from kvpipe.doctor import FAIL, OK, WARNING, Finding, Workload
-from kvpipe.doctor.finding import Answer, ask
+from kvpipe.doctor.finding import Answer, ask, last_line
 from kvpipe.doctor.workload import data_files
 from kvpipe.experiment import launch
 from kvpipe.experiment.provenance import PACKAGE
@@ -23,7 +23,7 @@ from kvpipe_cluster.profile import profile_of
 IMAGE = "containers/kvpipe.sif"
 CACHES = ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")
 LABEL = "kvpipe.lock-sha256"
-"""The image's label that holds the hash of the lock file it was built from."""
+"""The image's label that holds the hash of the lock that it was built from."""
 LEAST = (1, 1)
 """Before Apptainer 1.1 images start only where it is installed setuid."""
 START = 60.0
@@ -88,10 +88,10 @@ def check_container(work: Workload) -> Iterator[Finding]:
 
 def _version(command: str) -> Finding:
     answer = ask(command, "--version")
-    said = answer.out.strip() if answer.code == 0 else ""
+    said = answer.stdout.strip() if answer.returncode == 0 else ""
     found = re.search(r"(\d+)\.(\d+)", said)
     if not found:
-        return Finding("apptainer", FAIL, f"{command} --version: {answer.last_line}", "module load apptainer")
+        return Finding("apptainer", FAIL, f"{command} --version: {last_line(answer)}", "module load apptainer")
     if said.startswith("apptainer") and (int(found[1]), int(found[2])) < LEAST:
         return Finding("apptainer", WARNING, f"{said} is older than 1.1", "module load a newer apptainer")
     return Finding("apptainer", OK, said)
@@ -101,14 +101,14 @@ def _image(work: Workload, command: str, image: Path, options: str) -> Iterator[
     # as Snakemake starts it; --home takes the place of the user's home
     start = (command, "exec", "--home", str(Path.cwd()), *shlex.split(options), str(image))
     started = ask(*start, "bash", "-c", LOOK, patience=START)
-    if started.code:
-        yield Finding("image", FAIL, f"{image} does not start: {started.last_line}", cure(started))
+    if started.returncode:
+        yield Finding("image", FAIL, f"{image} does not start: {last_line(started)}", cure(started))
         return
     yield Finding("image", OK, f"{image} starts")
-    if "PYTHONPATH=" in started.out:
+    if "PYTHONPATH=" in started.stdout:
         detail = "PYTHONPATH is set in the image: packages of a module come before the image's own"
         yield Finding("PYTHONPATH in the image", WARNING, detail, f"unset PYTHONPATH, or build the image anew: {BUILD}")
-    if "TMPDIR=" in started.out:
+    if "TMPDIR=" in started.stdout:
         detail = f"TMPDIR={os.environ.get('TMPDIR', '')} is no folder that can be written in the image"
         fix = "bind it by apptainer-args: --bind in the profile, or unset TMPDIR"
         yield Finding("TMPDIR in the image", WARNING, detail, fix)
@@ -142,7 +142,7 @@ def _seen(folders: dict[str, Path], start: tuple[str, ...], options: str) -> Ite
     if not nearest:
         return
     answer = ask(*start, "stat", "-c", "%d:%i %n", *map(str, dict.fromkeys(nearest.values())), patience=START)
-    said = set(answer.out.splitlines())
+    said = set(answer.stdout.splitlines())
     unseen = [f for f, path in nearest.items() if f"{path.stat().st_dev}:{path.stat().st_ino} {path}" not in said]
     # one line for all of them: a second one would take the place of the first
     line = " ".join([*filter(None, [options]), *(f"--bind {folder}" for folder in unseen)])
@@ -167,22 +167,22 @@ def _home(config: Config) -> Iterator[Finding]:
 def cure(answer: Answer) -> str:
     """What to do about an image that does not start, by what Apptainer said."""
     for symptom, fix in SYMPTOMS:
-        if re.search(symptom, answer.err + answer.out, flags=re.IGNORECASE):
+        if re.search(symptom, answer.stderr + answer.stdout, flags=re.IGNORECASE):
             return fix
     return "run it by hand: apptainer --debug exec containers/kvpipe.sif true"
 
 
 def _lock(command: str, image: Path) -> Iterator[Finding]:
-    lock, name = PACKAGE.parent / "requirements.lock", "image and lock"
+    lock, name = PACKAGE.parent / "containers" / "image.lock", "image and lock"
     if not lock.is_file():
         return
     answer = ask(command, "inspect", "--json", "--labels", str(image))
-    if answer.code:
-        detail = f"{command} inspect does not tell the image's labels: {answer.last_line}"
+    if answer.returncode:
+        detail = f"{command} inspect does not tell the image's labels: {last_line(answer)}"
         yield Finding(name, WARNING, detail, BUILD)
         return
     try:
-        labels = json.loads(answer.out)["data"]["attributes"]["labels"] or {}
+        labels = json.loads(answer.stdout)["data"]["attributes"]["labels"] or {}
     except (ValueError, KeyError, TypeError):
         labels = {}
     built, wanted = labels.get(LABEL), sha256(lock.read_bytes()).hexdigest()

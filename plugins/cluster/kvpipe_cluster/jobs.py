@@ -73,7 +73,7 @@ def check_gpu(work: Workload) -> Iterator[Finding]:
         fix = f"{NV}; nvidia-smi in a job outside the image must show the GPU"
         yield Finding("GPU", status, f"none was seen {where}", fix)
         return
-    for finding in gpu.judge(found, work.config, where):
+    for finding in gpu.judge_gpu(found, work.config, where):
         if finding.name == "GPU" and finding.status == OK and found.get("available") is False:
             fix = f"{NV}; is CUDA_VISIBLE_DEVICES empty in the job?"
             yield Finding("GPU", status, f"{finding.detail}, but torch sees no GPU", fix)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpipe.doctor import Workload, look
-from kvpipe.doctor.finding import ask
+from kvpipe.doctor.finding import ask, last_line
 from kvpipe.doctor.memory import needs
 from kvpipe.experiment.files import write_json, write_text
 from kvpipe_cluster.container import image_path, program
@@ -105,7 +105,7 @@ def _test(partition: Partition, account: str | None, *options: str) -> tuple[boo
     command = ["sbatch", "--test-only", f"--partition={partition.name}", "--ntasks=1", f"--time={_time(partition)}"]
     command += [f"--account={account}"] if account else []
     answer = ask(*command, *options, "--wrap=true")
-    return answer.code == 0, answer.last_line
+    return answer.returncode == 0, last_line(answer)
 
 
 def _time(partition: Partition) -> int:
@@ -164,9 +164,9 @@ def _run(site: Site, profile: Profile, out: Path, log: Callable[[str], None], wa
     options += [site.syntax.option] if site.syntax else []
     command = ["sbatch", "--parsable", "--job-name=kvpipe-probe", f"--output={folder}/%j.log", *options]
     answer = ask(*command, stdin=_script(profile))
-    if answer.code:
-        raise ProbeError(f"{shlex.join(command)}: {answer.last_line}")
-    job = answer.out.strip().split(";")[0]
+    if answer.returncode:
+        raise ProbeError(f"{shlex.join(command)}: {last_line(answer)}")
+    job = answer.stdout.strip().split(";")[0]
     if reason := _outside(profile):
         log(f"job {job} looks {reason}: its Python and torch are not those of the jobs")
     log(f"job {job} submitted, {MINUTES} minutes at most: {shlex.join(options)}")
@@ -204,7 +204,7 @@ def _await(job: str, log: Callable[[str], None], wait: float) -> str:
 def _state(job: str) -> tuple[str, str]:
     """(state, reason) by squeue; empty once the job has left it."""
     answer = ask("squeue", "--noheader", "--states=all", "--format=%T|%r", f"--jobs={job}")
-    line = answer.out.strip().splitlines()[0] if answer.code == 0 and answer.out.strip() else ""
+    line = answer.stdout.strip().splitlines()[0] if answer.returncode == 0 and answer.stdout.strip() else ""
     state, _, reason = line.partition("|")
     return state, reason
 

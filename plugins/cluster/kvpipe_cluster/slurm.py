@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from kvpipe.doctor import FAIL, OK, WARNING, Finding, Workload
-from kvpipe.doctor.finding import ask
+from kvpipe.doctor.finding import ask, last_line
 from kvpipe.experiment.launch import in_job
 from kvpipe_cluster.profile import Profile, Request, parse_gpus, profile_of
 
@@ -43,14 +43,14 @@ def check_slurm(work: Workload) -> Iterator[Finding]:
         yield Finding("slurm", OK, "inside a job or an image: the cluster is examined from the login node only")
         return
     version, config = ask("sbatch", "--version"), ask("scontrol", "show", "config")
-    if version.code == 127:
+    if version.returncode == 127:
         yield Finding("slurm", OK, "no sbatch on the PATH: jobs run on this machine")
-    elif config.code:
-        detail = f"{version.out.strip()}, but the controller does not answer: {config.last_line}"
+    elif config.returncode:
+        detail = f"{version.stdout.strip()}, but the controller does not answer: {last_line(config)}"
         yield Finding("slurm", FAIL, detail, "module load slurm, or ask the site: `scontrol ping` must say UP")
     else:
-        settings, partitions, profile = parse_config(config.out), read_partitions(), profile_of(work)
-        yield from _programs(version.out.strip())
+        settings, partitions, profile = parse_config(config.stdout), read_partitions(), profile_of(work)
+        yield from _programs(version.stdout.strip())
         yield from _status_command(settings, profile)
         yield from _account(settings, profile)
         yield from _preemption(settings, partitions, profile)
@@ -71,11 +71,11 @@ def read_partitions() -> list[Partition]:
     nodes = ask("sinfo", "--noheader", "--format", "%R|%a|%c|%m|%l|%G")
     described = ask("scontrol", "--oneliner", "show", "partition")
     more: dict[str, dict[str, str]] = {}
-    for line in described.out.splitlines():
+    for line in described.stdout.splitlines():
         pairs = dict(item.split("=", 1) for item in line.split() if "=" in item)
         more[pairs.get("PartitionName", "")] = pairs
     found: dict[str, Partition] = {}
-    for line in (line for line in nodes.out.splitlines() if line.count("|") == 5):
+    for line in (line for line in nodes.stdout.splitlines() if line.count("|") == 5):
         name, up, cpus, memory, limit, gres = line.strip().split("|")
         said = more.get(name, {})
         seen = found.get(name) or Partition(name, up == "up", 0, 0, parse_minutes(limit))
@@ -108,11 +108,11 @@ def parse_minutes(limit: str) -> int | None:
 # ---------------------------------------------------------------- findings
 def _programs(version: str) -> Iterator[Finding]:
     queue = ask("squeue", "--noheader", "--me")
-    if queue.code:
-        detail = f"{version}; squeue: {queue.last_line}"
+    if queue.returncode:
+        detail = f"{version}; squeue: {last_line(queue)}"
         yield Finding("slurm", FAIL, detail, "load the module that has the Slurm commands")
     else:
-        yield Finding("slurm", OK, f"{version}, {len(queue.out.splitlines())} jobs of yours in the queue")
+        yield Finding("slurm", OK, f"{version}, {len(queue.stdout.splitlines())} jobs of yours in the queue")
 
 
 def _status_command(config: dict[str, str], profile: Profile) -> Iterator[Finding]:

@@ -1,0 +1,146 @@
+"""A teacher's forward over texts: keys and values of some layers, nats, likeliest next tokens, final states; batch by batch.
+
+Texts of like length are read together, as many tokens at a time as fit into `ROOM`; of logits a piece is made where
+something of them is kept, and none where nothing is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, Int64
+from torch import Tensor
+
+from kvpipe.cache.capture import Recorder, kv_geometry
+from kvpipe.data.batches import collate
+from kvpipe.data.encoding import Encoding, concatenated_ranges
+from kvpipe.experiment.sizes import shape
+from kvpipe.models.head import Head, final_states
+from kvpipe.models.likelihood import groups, wide
+
+ROOM = {"cpu": 0.4e9, "cuda": 2e9}
+"""Bytes for a batch's activations and caches."""
+MOST = {"cpu": 2048, "cuda": 16384}
+"""Tokens of a batch, where there is room for so many: more are no faster."""
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What is kept of a forward."""
+
+    layers: tuple[int, ...] = ()
+    nll: bool = False
+    top: int = 0
+    states: bool = False
+
+
+@dataclass(frozen=True)
+class TeacherRows:
+    """What one teacher says about the tokens of some examples, row by row; None what was not asked for."""
+
+    keys: Float[Tensor, "row layer head dim"]
+    values: Float[Tensor, "row layer head dim"]
+    nll: Float[Tensor, "row"] | None = None
+    """−log p of the token itself, nats; 0 for the first of an example."""
+    top_ids: Int[Tensor, "row top"] | None = None
+    """Most likely *next* tokens."""
+    top_logprobs: Float[Tensor, "row top"] | None = None
+    states: Float[Tensor, "row width"] | None = None
+    """Final states: what the head makes the next token's logits of."""
+
+    def named(self) -> dict[str, Tensor]:
+        """Those that are there, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+
+def batch_tokens(model, head: Head, layers: int) -> int:
+    """Tokens that a batch may have: in a layer the widest activations, the kept layers' caches twice, and of a family
+    whose head is unknown its logits."""
+    kind = "cpu" if next(model.parameters()).device.type == "cpu" else "cuda"
+    found = shape(model.config.to_dict())
+    if found is None:
+        return MOST[kind]
+    width = 2 if model.dtype in (torch.bfloat16, torch.float16) else 4
+    numbers = 10 * found.hidden + 4 * found.intermediate + 4 * layers * found.kv_heads * found.head_dim
+    logits = found.vocab * (width + 8) if head.weight is None else 0
+    return max(1, min(MOST[kind], int(ROOM[kind] / (width * numbers + logits))))
+
+
+@torch.no_grad()
+def forward_batches(
+    model, encoding: Encoding, examples: Int64[np.ndarray, "example"], keep: Keep, batch_size: int, pad_id: int
+) -> Iterator[tuple[Int64[np.ndarray, "member"], TeacherRows]]:
+    """Batches, the longest texts first: places in `examples`, and their rows one after the other, in the model's dtype."""
+    device, head = next(model.parameters()).device, Head.of(model)
+    lengths = encoding.lengths[examples]
+    _, heads, dim = kv_geometry(model.config)
+    tokens = batch_tokens(model, head, len(keep.layers))
+    with Recorder(model, layers=keep.layers) as recorder:
+        for members in groups(lengths, batch_size, tokens, longest_first=True):
+            batch = collate(encoding, examples[members], pad_id).to(device)
+            inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+            states, _ = final_states(model, head, **inputs)
+            none = states.new_empty(int(lengths[members].sum()), 0, heads, dim)
+            keys, values = recorder.rows(batch.mask) if keep.layers else (none, none)
+            states = states[batch.mask]
+            found: dict[str, Tensor] = {}
+            if keep.nll or keep.top:
+                first = torch.from_numpy(np.cumsum(lengths[members]) - lengths[members])
+                nll, ids, logprobs = next_tokens(head, states, batch.input_ids[batch.mask], first, keep.top)
+                found |= {"nll": nll} if keep.nll else {}
+                found |= {"top_ids": ids.int(), "top_logprobs": logprobs.half()} if keep.top else {}
+            if keep.states:
+                found["states"] = states
+            yield members, TeacherRows(keys.cpu(), values.cpu(), **{name: x.cpu() for name, x in found.items()})
+
+
+def forward_rows(
+    model,
+    encoding: Encoding,
+    examples: Int64[np.ndarray, "example"],
+    layers: Sequence[int],
+    batch_size: int,
+    pad_id: int,
+    top: int = 0,
+    nll: bool = False,
+) -> TeacherRows:
+    """Some layers for the rows of some examples, in their order, float32; with `top`, also that many next tokens."""
+    lengths = encoding.lengths[examples]
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    out: dict[str, Tensor] = {}
+    for members, found in forward_batches(model, encoding, examples, Keep(tuple(layers), nll, top), batch_size, pad_id):
+        rows = torch.from_numpy(concatenated_ranges(starts[members], starts[members + 1]))
+        for name, tensor in found.named().items():
+            kind = torch.float32 if name in ("keys", "values") else tensor.dtype
+            out.setdefault(name, torch.empty(int(starts[-1]), *tensor.shape[1:], dtype=kind))[rows] = tensor.to(kind)
+    return TeacherRows(**out)
+
+
+def next_tokens(
+    head: Head,
+    states: Float[Tensor, "row width"],
+    ids: Int64[Tensor, "row"],
+    first: Int64[Tensor, "text"],
+    top: int,
+) -> tuple[Float[Tensor, "row"], Int64[Tensor, "row top"], Float[Tensor, "row top"]]:
+    """Nats of every token, and the `top` most likely next ones: ids and log-probabilities.
+
+    Rows are those of texts one after the other; `first` are the rows at which they begin, which nothing predicts.
+    """
+    head, rows = head.cast(states.dtype), len(states)
+    nll = torch.zeros(rows + 1, device=states.device)
+    best = ids.new_empty(rows, top), nll.new_empty(rows, top)
+    following = torch.cat([ids[1:], ids[:1]])
+    for piece in head.pieces(states):
+        logits = wide(head.logits(states[piece]))
+        total = logits.logsumexp(-1, keepdim=True)
+        # a token is scored by the row before it
+        nll[piece.start + 1 : piece.stop + 1] = (total - logits.gather(-1, following[piece, None]))[:, 0]
+        if top:
+            values, best[0][piece] = logits.topk(top, dim=-1)
+            best[1][piece] = values - total
+    nll[first.to(nll.device)] = 0
+    return nll[:-1], *best
