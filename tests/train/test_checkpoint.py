@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from tiny import build, config
 from torch import nn
@@ -317,15 +318,14 @@ def test_the_loss_scale_of_fp16_goes_on_where_it_was(stopped, monkeypatch, tmp_p
     """It follows from all steps before; a CPU has no fp16 training, but its scaler works."""
     folder, go = stopped
     shutil.rmtree(folder)
-    made, init_run = [], training.Loop.__init__
+    made, prepared = [], Accelerator.prepare
 
-    def scaled(run, *arguments):
-        init_run(run, *arguments)
-        run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
-        run.optimizer.scaler = run.accelerator.scaler
-        made.append(run.accelerator.scaler)
+    def scaled(accelerator, *arguments):
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+        made.append(accelerator.scaler)
+        return prepared(accelerator, *arguments)
 
-    monkeypatch.setattr(training.Loop, "__init__", scaled)
+    monkeypatch.setattr(Accelerator, "prepare", scaled)
     with interrupted(monkeypatch, 5):
         go()
     go()
