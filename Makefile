@@ -18,7 +18,7 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install login image wheelhouse image-offline lock report test test-slow test-lm-eval test-cluster torture study teachers bench compat lint format config clean
+.PHONY: help install login image wheelhouse image-offline lock report test test-slow test-lm-eval test-cluster torture study teachers bench compat validate-stats lint format config clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
@@ -93,6 +93,9 @@ teachers: $(STAMP)  ## train the embedded teachers again, into config/embedded
 
 bench: $(STAMP)  ## measure docs/benchmarks.md again
 	$(TOOL) tools/benchmarks/run.py
+
+validate-stats: $(STAMP)  ## the tables of docs/statistics.md: coverage, error, power by simulation; half an hour of one core
+	$(TOOL) tools/validate_stats.py --out docs/statistics.md
 
 compat: $(STAMP)  ## the tables of docs/method.md: architectures, rotary embeddings, tokenizers
 	$(TOOL) tools/compat.py

@@ -94,7 +94,7 @@ TWICE = {
         "Rows",
         "SHOWN",
     ),
-    *("Scores", "Targets", "UNTRAINED", "explained_variance", "fusion_weights", "generate"),
+    *("Scores", "Targets", "explained_variance", "fusion_weights", "generate"),
     *("number", "run", "write"),
 }
 """Names that still have two homes. The list may only become shorter: take off what has one home now."""

@@ -234,14 +234,17 @@ class EvaluateConfig(ScoringConfig):
 class StatsConfig(Section):
     """Intervals and tests."""
 
-    resamples: Count = 1000
-    """Bootstrap resamples of seeds × items."""
     confidence: Annotated[float, Field(gt=0.5, lt=1), NUMBER] = 0.95
     """Confidence of the intervals."""
+    margin: Annotated[float, Field(gt=0), NUMBER] = 0.25
+    """A null counts as no better than control where the interval of its bits per byte, as a ratio to control's, lies above
+    1 / (1 + margin); as equal to it where it lies below 1 + margin too. Set it before the run."""
+    resamples: Count = 1000
+    """Resamples of seeds × items, of the bootstrap that stands beside the primary method."""
     seed: Seed = 0
     """Seed of the bootstrap."""
     power: Annotated[float, Field(gt=0, lt=1), NUMBER] = 0.8
-    """Power at which the minimum detectable effect is stated."""
+    """Probability of finding an effect at which the smallest one is stated."""
     headline: Name | None = None
     """Arm that the report is about: its conclusions come first, and it is compared with every baseline. None takes the
     last experiment."""

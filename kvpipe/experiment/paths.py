@@ -17,7 +17,7 @@ HISTORY, COST, STUDENT = "history.jsonl", "cost.json", "model"
 SPLITS = ("train", "validation", "test")
 SOURCES = "sources.json"
 """Beside the splits: where their records come from and what was left out."""
-ARMS, CONTRASTS = "arms.csv", "contrasts.csv"
+ARMS, CONTRASTS, PAIRS = "arms.csv", "contrasts.csv", "pairs.csv"
 """Tables of statistics, of scores and of costs."""
 
 
@@ -43,6 +43,10 @@ class Paths:
     def sources(self) -> Path:
         """Where the records come from and what was left out."""
         return self.root / "data" / SOURCES
+
+    def encoding(self, model: str, split: str, reading: str) -> Path:
+        """A split as a model's tokens, of one reading."""
+        return self.root / "encoding" / model / f"{split}-{reading}.safetensors"
 
     def store(self, teacher: str, reading: str) -> Path:
         """Teacher KV store of one reading."""
@@ -122,7 +126,8 @@ class Paths:
     @property
     def tables(self) -> list[Path]:
         """All tables of statistics."""
-        return [folder / name for folder in (self.stats, self.costs) for name in (ARMS, CONTRASTS)]
+        both = [folder / name for folder in (self.stats, self.costs) for name in (ARMS, CONTRASTS)]
+        return [*both, self.stats / PAIRS]
 
     @property
     def audit(self) -> Path:

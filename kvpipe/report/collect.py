@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from math import isfinite
 from pathlib import Path
@@ -11,19 +10,18 @@ from typing import Any
 
 import pandas as pd
 
-from kvpipe.distill.build import Workspace
+from kvpipe.config import Config
+from kvpipe.data.records import Record, read_records
 from kvpipe.experiment.files import read_json
-from kvpipe.experiment.paths import ARMS, CONTRASTS
+from kvpipe.experiment.paths import ARMS, CONTRASTS, Paths
+from kvpipe.experiment.plan import Dag
+from kvpipe.models.folders import load_tokenizer
+from kvpipe.stats.scores import UNTRAINED, read_history
 
 ROLES = ("control", "experiment", "ablation", "baseline", "null")
-UNTRAINED = "untrained"
 HIGHER_IS_BETTER = {"accuracy"}
 """All other metrics are losses, sizes or times."""
 ARM_COLUMNS = ["arm", "metric", "task", "mean", "low", "high", "n_seeds", "n_items"]
-CONTRAST_COLUMNS = [
-    *("arm", "reference", "metric", "task", "estimate", "low", "high", "low_corrected", "high_corrected"),
-    *("p", "p_bonferroni", "p_holm", "effect_size", "mde", "n_seeds", "n_items"),
-]
 
 
 @dataclass(frozen=True)
@@ -97,10 +95,17 @@ class Results:
     The statistics are required; of everything else an absent file gives None (or leaves a cell out), and `absent` says so.
     """
 
-    def __init__(self, work: Workspace):
-        self.work = work
-        self.config, self.paths, self.dag = work.config, work.paths, work.dag
-        self.control, self.headline = work.config.control, work.config.headline
+    def __init__(self, config: Config, paths: Paths):
+        self.config, self.paths, self.dag = config, paths, Dag(config)
+        self.control, self.headline = config.control, config.headline
+
+    def records(self, split: str) -> list[Record]:
+        """Records of a split."""
+        return read_records(self.paths.data(split))
+
+    def tokenizer(self, model: str) -> Any:
+        """A model's tokenizer."""
+        return load_tokenizer(self.paths.model(model), self.config.trusts(model))
 
     # ------------------------------------------------------------ tables
     @cached_property
@@ -112,7 +117,7 @@ class Results:
     @cached_property
     def contrasts(self) -> dict[tuple[str, str, str, str], Contrast]:
         """(arm, reference, metric, task) → contrast, in the order of the tables."""
-        table = self._tables(CONTRASTS, CONTRAST_COLUMNS)
+        table = self._tables(CONTRASTS, [field.name for field in fields(Contrast)])
         found = (Contrast(**row) for row in table.to_dict("records"))
         return {(c.arm, c.reference, c.metric, c.task): c for c in found}
 
@@ -149,12 +154,9 @@ class Results:
         """arm → seed → history of the cells that have one."""
         out: dict[str, dict[int, History]] = {}
         for arm, seed in self.dag.cells:
-            path = self.paths.history(arm, seed)
-            if path.is_file():
-                lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-                validation = [line for line in lines if "validation_loss" in line]
-                steps = [line for line in lines if "validation_loss" not in line]
-                out.setdefault(arm, {})[seed] = History(pd.DataFrame(steps), pd.DataFrame(validation))
+            history = read_history(self.paths, arm, seed)
+            if history is not None:
+                out.setdefault(arm, {})[seed] = History(*history)
         return out
 
     @cached_property

@@ -11,8 +11,9 @@ import pandas as pd
 
 from kvpipe.config import Arm
 from kvpipe.experiment.paths import SPLITS
-from kvpipe.report.collect import HIGHER_IS_BETTER, UNTRAINED, Results
+from kvpipe.report.collect import HIGHER_IS_BETTER, Results
 from kvpipe.report.wording import DASH, METRIC_NAMES, VERDICTS, number, p_value, shown, signed
+from kvpipe.stats.scores import UNTRAINED
 
 RESULT_COLUMNS = {
     "bits_per_byte": "",
@@ -103,7 +104,7 @@ def components(arm: Arm) -> dict[str, str]:
 
 def sizes(results: Results) -> list[dict[str, Any]]:
     """Examples of each split per task."""
-    counts = {split: pd.Series([r.task for r in results.work.records(split)]).value_counts() for split in SPLITS}
+    counts = {split: pd.Series([r.task for r in results.records(split)]).value_counts() for split in SPLITS}
     return [
         {"task": task, **{split: int(count.get(task, 0)) for split, count in counts.items()}} for task in results.tasks
     ]

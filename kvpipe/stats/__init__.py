@@ -1,4 +1,4 @@
-"""Intervals, contrasts, tables, audit."""
+"""Metrics, intervals, contrasts, tables, audit."""
 
 from kvpipe import lazily
 

@@ -1,145 +1,35 @@
-"""Per-item scores → tables: the arm over its seeds, intervals per arm, paired contrasts with corrections."""
+"""Scores → tables: the arm over its seeds, intervals per arm, contrasts with corrections, pairs of models."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
+from scipy import stats
 
 from kvpipe.config import Config, StatsConfig
-from kvpipe.experiment.paths import ARMS, CONTRASTS, COST, Paths
+from kvpipe.experiment.paths import ARMS, CONTRASTS, PAIRS, Paths
 from kvpipe.experiment.plan import Dag
-from kvpipe.stats.bootstrap import (
-    adjust,
-    adjusted_interval,
-    crossed_bootstrap,
-    effect_size,
-    minimum_detectable_effect,
-)
+from kvpipe.stats.bootstrap import Bootstrap, adjust, crossed_bootstrap, effect_size, item_variance
+from kvpipe.stats.dunnett import minimum_detectable, welch_dunnett
+from kvpipe.stats.metrics import METRICS, PRIMARY, Metric, area_under
+from kvpipe.stats.scores import ALL, ITEM_METRICS, Parts, Scores, read_cost, read_history, read_items, stratified
 
-ALL = "all"
-UNTRAINED = "untrained"
-ACCURACY = "accuracy"
-CELL = "cell"
-"""Attribute of a table of items: the arm and seed whose scores they are, None for a model that is no cell."""
-ITEM_METRICS: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
-    # the mean over items of these is the ratio of sums over a task: nats per byte of text, not the mean of ratios
-    "bits_per_byte": lambda d: d.nll / np.log(2) / d.bytes.mean(),
-    "log_perplexity": lambda d: d.nll / d.tokens.mean(),
-    ACCURACY: lambda d: d.correct.astype(float),
-    "bits_per_byte_all_text": lambda d: d.nll_all / np.log(2) / d.bytes_all.mean(),
-    "log_perplexity_all_text": lambda d: d.nll_all / d.tokens_all.mean(),
-}
-UNTESTED = {"tokens_to_control"}
-"""Metrics that are described and not tested: a seed that never gets there has no number, so that the failures would leave
-the comparison."""
-CURVE_METRICS = ("tokens_to_control", "validation_area")
-COST_METRICS = ("train_seconds", "peak_memory_bytes")
-
-
-# ---------------------------------------------------------------- reading
-def read_items(paths: Paths, arm: str, seeds: list[int]) -> pd.DataFrame:
-    """All items of an arm with columns `seed` and `model`, the digest of the weights; only cells that exist.
-
-    Raises:
-        ValueError: a number is not finite, or the scores are of another cell, or of other weights than it has now.
-    """
-    frames = []
-    for seed in seeds:
-        path, cell = paths.items(arm, seed), paths.cell(arm, seed)
-        if path.is_file():
-            items = _complete(_own(pd.read_parquet(path), path, arm, seed), path)
-            scored, trained = (
-                items.attrs.get("model", ""),
-                read_cost(paths, arm, seed).get("model", {}).get("digest", ""),
-            )
-            if scored and trained and scored != trained:
-                raise ValueError(
-                    f"{path} has the scores of a model {scored}, {cell} is {trained}: evaluate the cell again"
-                )
-            frames.append(items.assign(seed=seed, model=scored))
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame({"seed": [], "model": []})
-
-
-def cell_of(model: Path) -> dict[str, Any] | None:
-    """Arm and seed of the cell that a model folder belongs to; None for every other model."""
-    path = model.parent / COST
-    if not path.is_file():
-        return None
-    provenance = json.loads(path.read_text(encoding="utf-8")).get("provenance", {})
-    return {key: provenance.get(key) for key in ("arm", "seed")}
-
-
-def _own(items: pd.DataFrame, path: Path, arm: str, seed: int) -> pd.DataFrame:
-    """Items of another cell would pass for this one's. Tables of earlier versions do not say whose they are."""
-    if CELL in items.attrs and (cell := items.attrs.pop(CELL)) != {"arm": arm, "seed": seed}:
-        whose = f"arm {cell['arm']}, seed {cell['seed']}" if cell else "a model that is no cell"
-        raise ValueError(
-            f"{path}: these are the scores of {whose}, not of arm {arm}, seed {seed}; score the cell again"
-        )
-    return items
-
-
-def read_cost(paths: Paths, arm: str, seed: int) -> dict[str, Any]:
-    """What a cell cost; empty where it is not trained.
-
-    Raises:
-        ValueError: the file is no JSON object, or is another cell's.
-    """
-    path = paths.cost(arm, seed)
-    if not path.is_file():
-        return {}
-    try:
-        cost = json.loads(path.read_text(encoding="utf-8"))
-        provenance = cost.get("provenance", {})
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: not the JSON object that training writes ({error}); train the cell again") from None
-    if provenance.get("arm", arm) != arm or provenance.get("seed", seed) != seed:
-        whose = f"arm {provenance['arm']}, seed {provenance['seed']}"
-        raise ValueError(f"{path}: this is the cell of {whose}, not of arm {arm}, seed {seed}; train the cell again")
-    return cost
-
-
-def _complete(items: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """A number that is missing would pass for a missing cell."""
-    for column in items.select_dtypes("number"):
-        bad = items.id[~np.isfinite(items[column])]
-        if len(bad):
-            raise ValueError(f"{path}: {column} of item {bad.iloc[0]} is not finite ({len(bad)} items); score it again")
-    return items
-
-
-def read_curve(paths: Paths, arm: str, seed: int) -> pd.DataFrame:
-    """Validation losses of a cell: step, tokens, validation_loss."""
-    path = paths.history(arm, seed)
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return pd.DataFrame([line for line in lines if "validation_loss" in line])[["step", "tokens", "validation_loss"]]
-
-
-def tokens_to(curve: pd.DataFrame, target: float) -> float:
-    """Training tokens at which a validation curve first reaches a loss, between evaluations by linear interpolation.
-
-    NaN when it never does.
-    """
-    loss, tokens = curve.validation_loss.to_numpy(), curve.tokens.to_numpy(float)
-    below = np.flatnonzero(loss <= target)
-    if not below.size:
-        return float("nan")
-    i = int(below[0])
-    if i == 0:
-        return float(tokens[0])
-    share = (loss[i - 1] - target) / (loss[i - 1] - loss[i])
-    return float(tokens[i - 1] + share * (tokens[i] - tokens[i - 1]))
-
-
-def area_under(curve: pd.DataFrame) -> float:
-    """Mean validation loss over the training tokens (trapezoids): lower is faster."""
-    tokens = curve.tokens.to_numpy(float)
-    return float(np.trapezoid(curve.validation_loss, tokens) / (tokens[-1] - tokens[0]))
+Pairs = list[tuple[str, str]]
+CONTRAST_COLUMNS = [
+    "arm", "reference", "metric", "task", "estimate", "low", "high", "p", "p_bonferroni", "p_holm", "effect_size",
+    "n_seeds", "n_items", "low_corrected", "high_corrected", "family", "family_size", "missing_seeds",
+    "verdict", "scale", "df", "p_welch", "p_dunnett", "ratio", "ratio_low", "ratio_high", "ratio_low_plain",
+    "ratio_high_plain", "difference_low", "difference_high", "difference_low_plain", "difference_high_plain",
+    "effect_size_seeds", "mde", "mde_ratio",
+]  # fmt: skip
+"""`estimate` to `high_corrected` are of the plain difference and the crossed bootstrap; those after `verdict` are of the
+primary method, on the scale that their names say."""
+_TEXTS = {"arm", "reference", "metric", "task", "family", "verdict", "scale"}
 
 
 # ---------------------------------------------------------------- one arm
@@ -155,169 +45,48 @@ def arm_table(dag: Dag, paths: Paths, arm: str) -> pd.DataFrame:
     """One row per seed and task (and the macro average): the item metrics' means, and the cell's curve and size."""
     rows = []
     for seed in dag.config.seeds:
-        items = read_items(paths, arm, [seed])
-        if not len(items):
+        items, history = read_items(paths, arm, [seed]), read_history(paths, arm, seed)
+        if not len(items) or history is None:
             raise FileNotFoundError(f"{paths.items(arm, seed)} is missing: evaluate the cell first")
-        cost = read_cost(paths, arm, seed)
-        curve = read_curve(paths, arm, seed)
-        per_task = {task: {m: f(d).mean() for m, f in ITEM_METRICS.items()} for task, d in items.groupby("task")}
-        macro = {m: _macro([values[m] for values in per_task.values()]) for m in ITEM_METRICS}
-        for task, values in [*sorted(per_task.items()), (ALL, macro)]:
-            rows.append(
-                {
-                    "arm": arm,
-                    "seed": seed,
-                    "model": items.model.iloc[0],
-                    "task": task,
-                    "n_items": int((items.task == task).sum()) if task != ALL else len(items),
-                    **values,
-                    "final_validation_loss": curve.validation_loss.iloc[-1],
-                    "validation_area": area_under(curve),
-                    "steps": cost["steps"],
-                    "tokens": cost["tokens"],
-                }
-            )
+        cost, curve = read_cost(paths, arm, seed), history[1]
+        measured = {
+            task: {name: metric.measure(d).mean() for name, metric in ITEM_METRICS.items()}
+            for task, d in items.groupby("task")
+        }
+        # the mean over the tasks that have the metric: plain text, for one, has no accuracy
+        measured[ALL] = pd.DataFrame(measured).T.mean().to_dict()
+        for task, values in measured.items():
+            row = {"arm": arm, "seed": seed, "model": items.model.iloc[0], "task": task}
+            row |= {"n_items": len(items) if task == ALL else int((items.task == task).sum()), **values}
+            row |= {"final_validation_loss": curve.validation_loss.iloc[-1], "validation_area": area_under(curve)}
+            rows.append(row | {"steps": cost["steps"], "tokens": cost["tokens"]})
     return pd.DataFrame(rows)
 
 
-def _macro(means: list[float]) -> float:
-    """The mean over the tasks that have the metric: plain text, for one, has no accuracy."""
-    found = [mean for mean in means if not np.isnan(mean)]
-    return float(np.mean(found)) if found else float("nan")
-
-
-# ---------------------------------------------------------------- score matrices
-class Scores:
-    """Per metric and task, every arm's matrix (seed, item); NaN where a cell is missing."""
-
-    def __init__(self, dag: Dag, paths: Paths):
-        self.seeds = dag.config.seeds
-        self.arms = list(dag.arms)
-        items = {arm: read_items(paths, arm, self.seeds) for arm in self.arms}
-        # the weights that the scores are of, one digest a seed
-        self.models = {arm: " ".join(data.model.unique()).strip() for arm, data in items.items()}
-        present = [d for d in items.values() if len(d)]
-        if not present:
-            raise FileNotFoundError(f"no evaluated cell under {paths.root}")
-        ids = present[0].drop_duplicates("id").set_index("id").task
-        for arm, data in items.items():
-            _check_items(arm, data, ids)
-        self.tasks = sorted(ids.unique())
-        # answers of a task are scored in all cells or in none
-        scored = {task: any(d.correct[d.task == task].notna().any() for d in present) for task in self.tasks}
-        self.measured = {m: [t for t in self.tasks if m != ACCURACY or scored[t]] for m in ITEM_METRICS}
-        self.matrices: dict[tuple[str, str, str], np.ndarray] = {}
-        for arm, data in items.items():
-            for task in self.tasks:
-                order = ids[ids == task].index
-                for metric, function in ITEM_METRICS.items():
-                    self.matrices[arm, metric, task] = self._matrix(data, task, order, function)
-        self._curves(dag, paths)
-
-    def _matrix(self, data: pd.DataFrame, task: str, order: pd.Index, function) -> np.ndarray:
-        rows = []
-        for seed in self.seeds:
-            one = data[(data.seed == seed) & (data.task == task)] if len(data) else data
-            if not len(one):
-                rows.append(np.full(len(order), np.nan))
-                continue
-            values = pd.Series(function(one).to_numpy(float), index=one.id)
-            rows.append(values[order].to_numpy())
-        return np.array(rows)
-
-    def _curves(self, dag: Dag, paths: Paths) -> None:
-        def curve(arm: str, seed: int) -> pd.DataFrame | None:
-            found = paths.history(arm, seed).is_file()
-            return read_curve(paths, arm, seed) if found else None
-
-        control = {seed: curve(dag.config.control, seed) for seed in self.seeds}
-        for arm in self.arms:
-            reach, area = [], []
-            for seed in self.seeds:
-                own, reference = curve(arm, seed), control[seed]
-                if own is None or reference is None:
-                    reach.append(np.nan)
-                else:
-                    reach.append(tokens_to(own, reference.validation_loss.iloc[-1]))
-                area.append(np.nan if own is None else area_under(own))
-            self.matrices[arm, "tokens_to_control", ALL] = np.array(reach)[:, None]
-            self.matrices[arm, "validation_area", ALL] = np.array(area)[:, None]
-
-    def parts(self, arm: str, metric: str, task: str) -> list[np.ndarray]:
-        """Matrices whose means are averaged: the task's, or all tasks' for the macro average."""
-        if (arm, metric, task) in self.matrices:
-            return [self.matrices[arm, metric, task]]
-        return [self.matrices[arm, metric, one] for one in self.measured[metric]]
-
-    def matrix(self, arm: str, metric: str, task: str) -> np.ndarray:
-        """One matrix whose mean is the metric: tasks side by side, weighted so that each counts alike."""
-        parts = self.parts(arm, metric, task)
-        total = sum(p.shape[1] for p in parts)
-        return np.concatenate([p * (total / (len(parts) * p.shape[1])) for p in parts], axis=1)
-
-
-def _check_items(arm: str, data: pd.DataFrame, ids: pd.Series) -> None:
-    """Every cell has each item once, under its task: else scores could not be paired."""
-    expected = set(ids.items())
-    for seed, cell in data.groupby("seed"):
-        found = set(zip(cell.id, cell.task, strict=True))
-        if found != expected or len(cell) != len(expected):
-            odd = sorted(name for name, _ in found ^ expected) or sorted(cell.id[cell.id.duplicated()])
-            raise ValueError(
-                f"{arm}, seed {seed}: its items differ from those of the other cells in {len(odd)} places, e.g. "
-                f"{', '.join(odd[:3])}; evaluate all cells on one test split"
-            )
-
-
-def _measures(scores: Scores) -> list[tuple[str, str]]:
-    measured = [(m, t) for m, tasks in scores.measured.items() if tasks for t in (*tasks, ALL)]
-    return measured + [(m, ALL) for m in CURVE_METRICS]
-
-
-# ---------------------------------------------------------------- statistics
-def arms_table(scores: Scores, config: StatsConfig, untrained: pd.DataFrame | None) -> pd.DataFrame:
+# ---------------------------------------------------------------- every arm
+def arms_table(scores: Scores, measures: Pairs, config: StatsConfig) -> pd.DataFrame:
     """`arms.csv`: mean and interval of every arm, metric and task over seeds × items."""
-    rows = []
-    for arm in scores.arms:
-        for metric, task in _measures(scores):
-            row = _arm_row(arm, metric, task, scores.matrix(arm, metric, task), config)
-            rows.append(row | {"models": scores.models[arm]})
-    if untrained is not None:
-        for metric, function in ITEM_METRICS.items():
-            measured = untrained[untrained.task.isin(scores.measured[metric])]
-            per_task = {t: function(d).to_numpy(float)[None] for t, d in measured.groupby("task")}
-            if not per_task:
-                continue
-            for task, matrix in per_task.items():
-                rows.append(_arm_row(UNTRAINED, metric, task, matrix, config))
-            total = sum(m.shape[1] for m in per_task.values())
-            joined = [m * (total / (len(per_task) * m.shape[1])) for m in per_task.values()]
-            rows.append(_arm_row(UNTRAINED, metric, ALL, np.concatenate(joined, axis=1), config))
+    rows: list[dict[str, Any]] = []
+    for arm, models in scores.models.items():
+        for metric, task in measures:
+            if any((arm, metric, one) not in scores.matrices for one in scores.measured.get(metric, [task])):
+                continue  # the untrained student has no curve
+            matrix = stratified(scores.parts(arm, metric, task))
+            kept = matrix[np.isfinite(matrix).all(1)]
+            row = {"arm": arm, "metric": metric, "task": task, "mean": np.nan, "low": np.nan, "high": np.nan}
+            if len(kept):
+                row["mean"] = kept.mean()
+            if kept.size > 1:  # a single number has no interval
+                interval = crossed_bootstrap(kept, config.resamples, config.confidence, config.seed)
+                # nothing here is below 0 and no share above 1, whatever a symmetric interval says
+                row["low"], row["high"] = np.clip([interval.low, interval.high], 0, METRICS[metric].largest)
+            row |= {"n_seeds": len(kept), "n_items": matrix.shape[1], "missing_seeds": len(matrix) - len(kept)}
+            rows.append(row | {"models": models})
     return pd.DataFrame(rows)
 
 
-def _arm_row(arm: str, metric: str, task: str, matrix: np.ndarray, config: StatsConfig) -> dict:
-    kept = matrix[~np.isnan(matrix).any(1)]
-    row = {"arm": arm, "metric": metric, "task": task, "mean": np.nan, "low": np.nan, "high": np.nan}
-    if len(kept):
-        row["mean"] = kept.mean()
-        if kept.size > 1:  # a single number has no interval
-            interval = crossed_bootstrap(kept, config.resamples, config.confidence, config.seed)
-            # nothing here is below 0 and no share above 1, whatever a symmetric interval says
-            row["low"], row["high"] = np.clip([interval.low, interval.high], 0, _largest(metric))
-    return row | {
-        "n_seeds": len(kept),
-        "n_items": matrix.shape[1],
-        "missing_seeds": len(matrix) - len(kept),
-    }
-
-
-def _largest(metric: str) -> float:
-    """The largest value that a metric can have, and so the largest difference."""
-    return 1.0 if metric == ACCURACY else np.inf
-
-
-def families(config: Config) -> dict[str, list[tuple[str, str]]]:
+# ---------------------------------------------------------------- contrasts
+def families(config: Config) -> dict[str, Pairs]:
     """Question → its contrasts (arm, reference), in the order of the configuration; corrections go over a question's.
 
     Every experiment, null and baseline is compared with control; every experiment that is built on another one, and every
@@ -333,7 +102,7 @@ def families(config: Config) -> dict[str, list[tuple[str, str]]]:
             pairs.append((arm, base))
     pairs += [(headline, arm) for arm, role in roles.items() if headline and role == "baseline" and arm != headline]
     pairs += [(arm, reference) for arm, reference in config.stats.contrasts]
-    found: dict[str, list[tuple[str, str]]] = {}
+    found: dict[str, Pairs] = {}
     for arm, reference in dict.fromkeys(pairs):
         if arm == headline and roles[reference] == "baseline":
             question = f"{arm} against baselines"
@@ -346,100 +115,166 @@ def families(config: Config) -> dict[str, list[tuple[str, str]]]:
 
 
 def contrasts_table(
-    families: dict[str, list[tuple[str, str]]],
-    measures: list[tuple[str, str]],
-    matrix: Callable[[str, str, str], np.ndarray],
-    config: StatsConfig,
+    families: dict[str, Pairs], measures: Pairs, parts: Callable[[str, str, str], Parts], config: StatsConfig
 ) -> pd.DataFrame:
-    """`contrasts.csv`: paired differences with corrections over their family, of one metric and task.
+    """`contrasts.csv`: arm minus reference with corrections over their family, of one metric and task.
 
     A family holds the contrasts that are tested: those of two seeds or more that have all the seeds that were planned, of
-    a metric that is no `UNTESTED` one. Of every other the estimate is given, and no p, interval or family.
+    a metric that is tested. Of every other the estimate is given, and no p, interval or family.
     """
     rows = []
+    arms = dict.fromkeys(arm for pairs in families.values() for pair in pairs for arm in pair)
     for metric, task in measures:
+        scores = {arm: parts(arm, metric, task) for arm in arms}
         for name, pairs in families.items():
-            members = []
-            for arm, reference in pairs:
-                difference = matrix(arm, metric, task) - matrix(reference, metric, task)
-                members.append((arm, reference, difference[~np.isnan(difference).any(1)], len(difference)))
-            size = sum(_tested(metric, kept, seeds) for _, _, kept, seeds in members)
-            block = [_contrast_row(*member, metric, task, name, size, config) for member in members]
-            p = [row["p"] for row in block]
-            for row, bonferroni, holm in zip(block, adjust(p, "bonferroni"), adjust(p, "holm"), strict=True):
-                rows.append(row | {"p_bonferroni": bonferroni, "p_holm": holm})
-    return pd.DataFrame(rows, columns=COLUMNS)
+            rows += _family(METRICS[metric], task, name, pairs, scores, config)
+    table = pd.DataFrame(rows, columns=CONTRAST_COLUMNS)
+    return table.astype({c: float for c in CONTRAST_COLUMNS if c not in _TEXTS and not c.startswith("n_")})
 
 
-COLUMNS = [
-    "arm", "reference", "metric", "task", "estimate", "low", "high", "p", "p_bonferroni", "p_holm", "effect_size",
-    "n_seeds", "n_items", "low_corrected", "high_corrected", "mde", "family", "family_size", "missing_seeds",
-]  # fmt: skip
+def _family(
+    metric: Metric, task: str, name: str, pairs: Pairs, scores: dict[str, Parts], config: StatsConfig
+) -> list[dict[str, Any]]:
+    """Rows of one family."""
+    cells = {arm: np.mean([part.mean(axis=1) for part in parts], axis=0) for arm, parts in scores.items()}
+    rows: list[dict[str, Any]] = []
+    tested = []
+    for arm, reference in pairs:
+        difference = cells[arm] - cells[reference]
+        known, planned = int(np.isfinite(difference).sum()), len(difference)
+        row: dict[str, Any] = {"arm": arm, "reference": reference, "metric": metric.name, "task": task}
+        row |= {"scale": metric.scale, "verdict": "untested" if known else "missing", "family_size": 0}
+        row |= {"n_seeds": known, "n_items": sum(part.shape[1] for part in scores[arm])}
+        row |= {"missing_seeds": planned - known}
+        if known and (metric.tested or known == planned):
+            row["estimate"] = np.nanmean(difference)
+        # seeds that are lost may be lost for what they would have shown; one says nothing of others
+        comparable = np.isfinite(metric.transform([cells[arm], cells[reference]])).all()
+        if metric.tested and known == planned > 1 and comparable:
+            tested.append(row)
+        rows.append(row)
+    if tested:
+        kept = [(row["arm"], row["reference"]) for row in tested]
+        spreads = [metric.transform(c).var(ddof=1) for c in cells.values() if np.isfinite(metric.transform(c)).all()]
+        columns = _primary(metric, kept, cells, scores, float(np.mean(spreads)), config)
+        columns |= _bootstrapped(metric, kept, scores, config)
+        for row, found in zip(tested, pd.DataFrame(columns).to_dict("records"), strict=True):
+            row |= {"family": name, "family_size": len(kept), **found}
+    return rows
 
 
-def _tested(metric: str, kept: np.ndarray, seeds: int) -> bool:
-    """One seed says nothing of other seeds, and seeds that are lost may be lost for what they would have shown."""
-    return metric not in UNTESTED and len(kept) == seeds > 1
+def _primary(
+    metric: Metric,
+    pairs: Pairs,
+    cells: dict[str, NDArray[np.float64]],
+    scores: dict[str, Parts],
+    spread: float,
+    config: StatsConfig,
+) -> dict[str, NDArray]:
+    """Welch–Dunnett of one family: columns with an entry for each of its contrasts.
+
+    Args:
+        spread: variance of a cell over seeds on the metric's scale, pooled over arms.
+    """
+    both = np.array([[cells[arm], cells[reference]] for arm, reference in pairs])  # (contrast, side, seed)
+    scaled, means, seeds = metric.transform(both), both.mean(-1), both.shape[-1]
+    n_items = sum(part.shape[1] for part in scores[pairs[0][0]])
+    # d scale / d metric at the two means; of a share, not nearer to 0 or 1 than half an item
+    slopes = metric.slope(np.clip(means, 0.5 / n_items, 1 - 0.5 / n_items) if metric.scale == "arcsine" else means)
+
+    def items(factors: NDArray) -> NDArray:
+        """What the items add to the variance of each difference, the sides times factors (the delta method)."""
+        sides = [(scores[arm], scores[reference]) for arm, reference in pairs]
+        return np.array(
+            [
+                item_variance([f * a - g * r for a, r in zip(arm, reference, strict=True)])
+                for (f, g), (arm, reference) in zip(factors, sides, strict=True)
+            ]
+        )
+
+    # what all of a family share: its reference, or the arm that is compared with several
+    side = 1 if len({reference for _, reference in pairs}) == 1 else 0
+    found = welch_dunnett(scaled[0, side], scaled[:, 1 - side], items(1 / slopes))
+    shift, alpha = found.estimate * (2 * side - 1), 1 - config.confidence
+    p, tested = found.p(), np.isfinite(found.df)
+    better = (shift > 0) == metric.higher_is_better
+    within = scaled.var(-1, ddof=1)
+    columns: dict[str, Any] = {"df": found.df, "p_welch": found.p(family=False), "p_dunnett": p}
+    decided = np.where(better, "better", "worse")
+    columns["verdict"] = np.where(~tested, "constant", np.where(p < alpha, decided, "undecided"))
+    columns["effect_size_seeds"] = shift / np.sqrt(np.where(tested, within.mean(1), np.nan))
+    change = means[:, 0] - means[:, 1]
+    error = np.sqrt((metric.slope(means) ** 2 * within).sum(1) / seeds + items(np.ones_like(slopes)))
+    for end, family in (("", True), ("_plain", False)):
+        critical = found.critical(alpha, family)
+        for name, sign in (("low", -1), ("high", 1)):
+            bound = change + sign * critical * error
+            columns[f"difference_{name}{end}"] = np.clip(bound, -metric.largest, metric.largest)
+            if metric.is_ratio:
+                columns[f"ratio_{name}{end}"] = np.exp(shift + sign * critical * found.error)
+    least = minimum_detectable(spread, seeds, max(found.size, 1), alpha, config.power)
+    least *= 1 if metric.higher_is_better else -1
+    columns["mde"] = np.abs(metric.back(metric.transform(means[:, 1]) + least) - means[:, 1])
+    if metric.is_ratio:
+        columns |= {"ratio": np.exp(shift), "mde_ratio": np.exp(np.full(len(pairs), least))}
+    return columns
 
 
-def _contrast_row(
-    arm: str, reference: str, kept: np.ndarray, seeds: int, metric: str, task: str, name: str, size: int, config
-) -> dict:
-    row = {"arm": arm, "reference": reference, "metric": metric, "task": task, "family": None, "family_size": 0}
-    numbers = dict.fromkeys(
-        ("estimate", "low", "high", "p", "low_corrected", "high_corrected", "effect_size", "mde"), np.nan
-    )
-    if len(kept) and (metric not in UNTESTED or len(kept) == seeds):
-        numbers["estimate"] = kept.mean()
-    if _tested(metric, kept, seeds):
-        most = _largest(metric)
-        row |= {"family": name, "family_size": size}
-        plain = crossed_bootstrap(kept, config.resamples, config.confidence, config.seed)
-        corrected = adjusted_interval(kept, size, config.resamples, config.confidence, config.seed)
-        mde = minimum_detectable_effect(kept, (1 - config.confidence) / size, config.power)
-        bounds = {"low": plain.low, "high": plain.high}
-        bounds |= {"low_corrected": corrected.low, "high_corrected": corrected.high}
-        numbers = {
-            "estimate": plain.estimate,
-            "p": plain.p,
-            **{key: float(np.clip(bound, -most, most)) for key, bound in bounds.items()},
-            "effect_size": effect_size(kept),
-            "mde": mde if mde <= most else np.nan,  # no difference would be large enough
-        }
-    n_items = kept.shape[1]
-    return row | numbers | {"n_seeds": len(kept), "n_items": n_items, "missing_seeds": seeds - len(kept)}
+def _bootstrapped(metric: Metric, pairs: Pairs, scores: dict[str, Parts], config: StatsConfig) -> dict[str, NDArray]:
+    """Crossed bootstrap of the plain differences of one family, Bonferroni and Holm, as columns."""
+    differences = np.stack([stratified(scores[arm]) - stratified(scores[reference]) for arm, reference in pairs])
+    bootstrap = Bootstrap(differences, config.resamples, config.seed)
+    p = bootstrap.p()
+    bounds = [*bootstrap.interval(config.confidence), *bootstrap.interval(1 - (1 - config.confidence) / len(pairs))]
+    columns = dict(zip(("low", "high", "low_corrected", "high_corrected"), bounds, strict=True))
+    columns = {key: np.clip(bound, -metric.largest, metric.largest) for key, bound in columns.items()}
+    effects = np.array([effect_size(difference) for difference in differences])
+    return columns | {
+        "p": p,
+        "p_bonferroni": adjust(p, "bonferroni"),
+        "p_holm": adjust(p, "holm"),
+        "effect_size": effects,
+    }
+
+
+# ---------------------------------------------------------------- pairs of models
+def pairs_table(scores: Scores, pairs: Pairs, config: StatsConfig) -> pd.DataFrame:
+    """`pairs.csv`: one trained model against another of the same seed, on the same items.
+
+    McNemar's exact test of which answers are right, and a bootstrap over items of bits per byte. It says nothing of other
+    seeds, and so nothing of arms.
+    """
+    rows: list[dict[str, Any]] = []
+    for arm, reference in pairs:
+        for number, seed in enumerate(scores.seeds):
+            for task in scores.measured[PRIMARY.name]:
+                bits = np.subtract(*(scores.matrices[a, PRIMARY.name, task][number] for a in (arm, reference)))
+                if not np.isfinite(bits).all():
+                    continue
+                interval = crossed_bootstrap(bits[None], config.resamples, config.confidence, config.seed)
+                row = {"arm": arm, "reference": reference, "seed": seed, "task": task, "n_items": len(bits)}
+                row |= {"bits_per_byte": interval.estimate, "low": interval.low, "high": interval.high}
+                right = np.array([scores.matrices[a, "accuracy", task][number] for a in (arm, reference)])
+                if np.isfinite(right).all():
+                    only = int((right[0] > right[1]).sum()), int((right[0] < right[1]).sum())
+                    row |= {"right_only_arm": only[0], "right_only_reference": only[1]}
+                    row["p_mcnemar"] = stats.binomtest(only[0], sum(only)).pvalue if sum(only) else 1.0
+                rows.append(row)
+    columns = ["arm", "reference", "seed", "task", "n_items", "bits_per_byte", "low", "high"]
+    return pd.DataFrame(rows, columns=[*columns, "right_only_arm", "right_only_reference", "p_mcnemar"])
 
 
 # ---------------------------------------------------------------- the step
 def write_stats(dag: Dag, paths: Paths, untrained: Path | None) -> None:
     """`stats/` (the same in every run) and `cost/` (measured time and memory)."""
-    config = dag.config.stats
-    asked = families(dag.config)
-    scores = Scores(dag, paths)
-    base = pd.read_parquet(untrained) if untrained is not None else None
-    paths.stats.mkdir(parents=True, exist_ok=True)
-    arms_table(scores, config, base).to_csv(paths.stats / ARMS, index=False)
-    contrasts_table(asked, _measures(scores), scores.matrix, config).to_csv(paths.stats / CONTRASTS, index=False)
-
-    costs = _costs(dag, paths)
-    measures = [(metric, ALL) for metric in COST_METRICS]
-    paths.costs.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(
-        [
-            _arm_row(arm, metric, task, costs[arm, metric, task], config)
-            for arm in scores.arms
-            for metric, task in measures
-        ]
-    ).to_csv(paths.costs / ARMS, index=False)
-    contrasts_table(asked, measures, lambda *key: costs[key], config).to_csv(paths.costs / CONTRASTS, index=False)
-
-
-def _costs(dag: Dag, paths: Paths) -> dict[tuple[str, str, str], np.ndarray]:
-    out = {}
-    for arm in dag.arms:
-        found = []
-        for seed in dag.config.seeds:
-            found.append(read_cost(paths, arm, seed))
-        for metric in COST_METRICS:
-            out[arm, metric, ALL] = np.array([[cost.get(metric, np.nan)] for cost in found], dtype=float)
-    return out
+    config, scores = dag.config.stats, Scores(dag, paths)
+    if untrained is not None:
+        scores.add_untrained(pd.read_parquet(untrained))
+    for folder, measured in ((paths.stats, False), (paths.costs, True)):
+        folder.mkdir(parents=True, exist_ok=True)
+        measures = scores.measures(measured)
+        arms_table(scores, measures, config).to_csv(folder / ARMS, index=False)
+        contrasts_table(families(dag.config), measures, scores.parts, config).to_csv(folder / CONTRASTS, index=False)
+    named = [(dag.config.headline, dag.config.control)] if dag.config.headline else []
+    named += [(arm, reference) for arm, reference in config.contrasts]
+    pairs_table(scores, named, config).to_csv(paths.stats / PAIRS, index=False)

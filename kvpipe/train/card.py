@@ -21,14 +21,12 @@ from kvpipe.config.errors import printable
 from kvpipe.experiment.files import GB, folder_digest, read_json, write_text
 from kvpipe.experiment.paths import ARMS, CONTRASTS, COST, SPLITS, STUDENT, Paths
 from kvpipe.experiment.plan import Dag
+from kvpipe.experiment.steps import Train
 from kvpipe.models import hub
+from kvpipe.stats.metrics import METRICS
 
-METRICS = {
-    "bits_per_byte": "bits per byte",
-    "log_perplexity": "log perplexity (nats per token)",
-    "accuracy": "accuracy",
-}
-"""Metrics of `stats/arms.csv` that a card shows: those of the model, not of its training."""
+ON_CARD = {name: metric for name, metric in METRICS.items() if metric.main}
+"""What a card shows of the tables: metrics of the model, not of its training."""
 SEVERAL = "licences-of-student-and-teachers"
 
 
@@ -94,7 +92,7 @@ def card(dag: Dag, paths: Paths, arm_name: str, cell: Path) -> str:
     provenance = cost["provenance"]
     if provenance["arm"] != arm_name:
         raise ValueError(f"{cell} was trained under the arm {provenance['arm']!r}: --arm {provenance['arm']}")
-    if cost.get("settings") not in (None, dag.depends("train", arm=arm_name)):
+    if cost.get("settings") not in (None, Train(dag, paths).depends(arm=arm_name)):
         raise ValueError(
             f"{cell} was trained under other settings than the configuration has now for the arm {arm_name!r}: give the "
             "configuration that it was trained with, or train it again"
@@ -173,35 +171,40 @@ def _results(dag: Dag, paths: Paths, arm: Arm, provenance: dict[str, Any], diges
     """Scores of this very model, and of its arm where it was one of those that the statistics are of."""
     name, seed = provenance["arm"], provenance["seed"]
     own, means = _read(paths.arm_table(name), "model"), _read(paths.stats / ARMS, "models")
-    own, means = own[own.seed == seed], means[(means.arm == name) & means.metric.isin(list(METRICS))]
+    own, means = own[own.seed == seed], means[(means.arm == name) & means.metric.isin(list(ON_CARD))]
     scored = len(own) + len(means) > 0
     own = own[own.model == digest].set_index("task")
     means = means[means.models.str.contains(digest, na=False)].set_index(["metric", "task"])
     scores = []
-    for metric, task in dict.fromkeys([*means.index, *((metric, task) for metric in METRICS for task in own.index)]):
-        value = own[metric].get(task, np.nan)
-        here, of_arm = f"{value:.4g}" if np.isfinite(value) else "–", "–"
+    for metric, task in dict.fromkeys([*means.index, *((name, task) for name in ON_CARD for task in own.index)]):
+        value, show = own[metric].get(task, np.nan), ON_CARD[metric].shown
+        here, of_arm = f"{show(value):.4g}" if np.isfinite(value) else "–", "–"
         if (metric, task) in means.index:
-            mean = means.loc[metric, task]
-            of_arm = f"{mean['mean']:.4g} ({mean.low:.4g}, {mean.high:.4g})"
+            mean, low, high = (show(means.loc[metric, task][key]) for key in ("mean", "low", "high"))
+            of_arm = f"{mean:.4g} ({low:.4g}, {high:.4g})"
         if (here, of_arm) != ("–", "–"):
-            scores.append((METRICS[metric], task, here, of_arm))
+            scores.append((ON_CARD[metric].title, task, here, of_arm))
     count, contrasts = "", []
     if len(means):
         count = f"{int(means.n_seeds.max())} seeds (this model is one of them) and {int(means.n_items.max()):,} items"
     path = paths.stats / CONTRASTS
     if arm.teachers and len(means) and path.is_file():
         table = pd.read_csv(path)
-        of = (table.arm == name) & (table.reference == dag.config.control) & table.metric.isin(list(METRICS))
+        of = (table.arm == name) & (table.reference == dag.config.control) & table.metric.isin(list(ON_CARD))
         for row in table[of].itertuples():
-            difference = f"{row.estimate:+.4g} ({row.low:+.4g}, {row.high:+.4g})"
-            contrasts.append((METRICS[row.metric], row.task, difference, f"{row.p_holm:.3g}"))
+            metric = ON_CARD[row.metric]
+            change, low, high = (metric.factor * x for x in (row.estimate, row.difference_low, row.difference_high))
+            difference = f"{change:+.4g} ({low:+.4g}, {high:+.4g})"
+            if metric.scale == "logged":
+                difference = f"{row.ratio:.4g} × ({row.ratio_low:.4g}, {row.ratio_high:.4g})"
+            tested = np.isfinite(row.p_dunnett)
+            contrasts.append((metric.title, row.task, *((difference, f"{row.p_dunnett:.3g}") if tested else "––")))
     return {"scores": scores, "scored": scored, "count": count, "contrasts": contrasts}
 
 
 def _read(path: Path, models: str) -> pd.DataFrame:
     """A table with the digests of the models that it is of; without a row where it is not there."""
-    columns = ["arm", "seed", "task", "metric", *METRICS, models]
+    columns = ["arm", "seed", "task", "metric", *ON_CARD, models]
     table = pd.read_csv(path, dtype={models: str}) if path.is_file() else pd.DataFrame(columns=columns)
     return table if models in table else table.assign(**{models: ""})
 

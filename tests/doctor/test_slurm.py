@@ -9,6 +9,7 @@ from tiny import config
 
 from kvpipe.doctor import Workload
 from kvpipe.experiment.paths import Paths
+from kvpipe.experiment.provenance import PACKAGE
 from kvpipe_cluster.profile import Request, parse_gpus
 from kvpipe_cluster.slurm import check_slurm, parse_minutes, read_partitions, refusal
 
@@ -245,6 +246,15 @@ def test_rules_with_one_fault_are_one_finding(site, profile):
     (finding,) = [f for f in findings_on(profile(text)) if f.name == "requests"]
     assert finding.status == "would fail"
     assert finding.detail.startswith("train: asks for 20000 MB")
+
+
+def test_threads_of_the_configuration_are_cpus_of_the_job(site, tmp_path):
+    """The shipped rules and profile; a node of the site has two."""
+    shipped = PACKAGE.parent / "profiles" / "slurm"
+    work = Workload(config(tmp_path, {"train.threads": 3}), Paths(tmp_path / "results"), shipped)
+    (finding,) = [f for f in check_slurm(work) if f.name == "requests" and "CPUs" in f.detail]
+    assert {"train", "evaluate"} <= set(finding.detail.partition(":")[0].split(", "))
+    assert "asks for 3 CPUs, a node of partition gpu has 2" in finding.detail and "train.threads" in finding.fix
 
 
 def test_no_default_partition_and_none_named(site, profile):

@@ -14,7 +14,10 @@ from kvpipe.config import StatsConfig
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.plan import Dag
 from kvpipe.stats import tables
-from kvpipe.stats.bootstrap import adjusted_interval, crossed_bootstrap, effect_size, minimum_detectable_effect
+from kvpipe.stats.bootstrap import crossed_bootstrap, effect_size, item_variance
+from kvpipe.stats.dunnett import minimum_detectable, welch_dunnett
+from kvpipe.stats.metrics import METRICS, area_under, tokens_to
+from kvpipe.stats.scores import CELL, ITEM_METRICS, UNTRAINED, Scores, cell_of, stratified
 
 SEEDS = [4, 2, 9]
 ARMS = {
@@ -98,13 +101,24 @@ def brute(paths: Paths, arm: str, metric: str, task: str, seed: int) -> float:
     raise AssertionError(metric)
 
 
+def arms(scores: Scores, config, untrained: pd.DataFrame | None = None) -> pd.DataFrame:
+    if untrained is not None:
+        scores.add_untrained(untrained)
+    return tables.arms_table(scores, scores.measures(measured=False), config)
+
+
+def means(scores: Scores, arm: str, metric: str, task: str) -> np.ndarray:
+    """The metric of each seed."""
+    return stratified(scores.parts(arm, metric, task)).mean(1)
+
+
 # ---------------------------------------------------------------- arms
 def test_arms_are_ratios_of_sums_averaged_over_seeds_and_tasks(finished):
     dag, paths = finished
-    table = tables.arms_table(tables.Scores(dag, paths), dag.config.stats, None)
+    table = arms(Scores(dag, paths), dag.config.stats)
     assert list(table.columns)[: len(CONTRACT_ARMS)] == CONTRACT_ARMS
     assert not table.duplicated(["arm", "metric", "task"]).any()
-    for metric in tables.ITEM_METRICS:
+    for metric in ITEM_METRICS:
         for task in ("math", "code", "all"):
             for arm in ARMS:
                 row = table[(table.arm == arm) & (table.metric == metric) & (table.task == task)].iloc[0]
@@ -118,22 +132,38 @@ def test_arms_are_ratios_of_sums_averaged_over_seeds_and_tasks(finished):
 def test_the_macro_average_weighs_tasks_not_items(finished):
     """Seven items of math and three of code: both count one half."""
     dag, paths = finished
-    scores = tables.Scores(dag, paths)
-    for metric in tables.ITEM_METRICS:
-        per_task = [scores.matrix("full", metric, task).mean(1) for task in ITEMS]
-        np.testing.assert_allclose(scores.matrix("full", metric, "all").mean(1), np.mean(per_task, 0))
+    scores = Scores(dag, paths)
+    for metric in ITEM_METRICS:
+        per_task = [means(scores, "full", metric, task) for task in ITEMS]
+        np.testing.assert_allclose(means(scores, "full", metric, "all"), np.mean(per_task, 0))
 
 
 def test_items_are_matched_by_id_not_by_row(finished):
     """Every cell has an order of its own; a column is one item."""
     dag, paths = finished
-    scores = tables.Scores(dag, paths)
+    scores = Scores(dag, paths)
     order = pd.read_parquet(paths.items("control", SEEDS[0])).query("task == 'code'").id
     for arm in ARMS:
         for row, seed in enumerate(SEEDS):
-            by_id = pd.read_parquet(paths.items(arm, seed)).set_index("id").nll[order]
+            by_id = pd.read_parquet(paths.items(arm, seed)).set_index("id").loc[order]
+            np.testing.assert_array_equal(scores.matrices[arm, "accuracy", "code"][row], by_id.correct)
+            ratio = by_id.nll.sum() / by_id.tokens.sum()
             own = scores.matrices[arm, "log_perplexity", "code"][row]
-            np.testing.assert_allclose(own / own.sum(), by_id / by_id.sum())
+            np.testing.assert_allclose((own - ratio) * by_id.tokens.mean(), by_id.nll - ratio * by_id.tokens)
+            assert own.mean() == pytest.approx(ratio)
+
+
+def test_items_vary_as_the_ratio_of_sums_does(finished):
+    """The spread of what each item adds is that of the ratio, as a bootstrap of numerator and denominator has it."""
+    rng = np.random.default_rng(3)
+    bytes_ = rng.integers(20, 90, 400).astype(float)
+    table = pd.DataFrame({"nll": 0.4 * bytes_ + rng.normal(0, 1, 400), "bytes": bytes_})
+    values = METRICS["bits_per_byte"].measure(table)
+    drawn = [table.iloc[rng.integers(400, size=400)] for _ in range(3000)]
+    ratios = [d.nll.sum() / math.log(2) / d.bytes.sum() for d in drawn]
+    assert values.std() / 20 == pytest.approx(np.std(ratios), rel=0.05)
+    naive = table.nll / math.log(2) / table.bytes.mean()
+    assert naive.std() > 5 * values.std(), "as long items are longer, not worse"
 
 
 def test_one_arm_over_its_seeds(finished):
@@ -141,7 +171,7 @@ def test_one_arm_over_its_seeds(finished):
     table = tables.arm_table(dag, paths, "exp3")
     assert list(zip(table.seed, table.task, strict=True)) == [(s, t) for s in SEEDS for t in ("code", "math", "all")]
     for _, row in table.iterrows():
-        for metric in tables.ITEM_METRICS:
+        for metric in ITEM_METRICS:
             assert row[metric] == pytest.approx(brute(paths, "exp3", metric, row.task, row.seed))
         assert row.final_validation_loss == pytest.approx(3.0 - 0.1)
         assert (row.steps, row.tokens) == (10, 1000)
@@ -157,9 +187,9 @@ def test_one_arm_names_the_cell_that_is_missing(finished):
 def test_the_untrained_student_is_a_row_of_every_item_metric(finished):
     dag, paths = finished
     base = items(np.random.default_rng(8))
-    table = tables.arms_table(tables.Scores(dag, paths), dag.config.stats, base)
+    table = arms(Scores(dag, paths), dag.config.stats, base)
     own = table[table.arm == "untrained"].set_index(["metric", "task"])
-    assert len(own) == len(tables.ITEM_METRICS) * 3
+    assert len(own) == len(ITEM_METRICS) * 3
     per_task = [
         float(base[base.task == t].nll.sum() / base[base.task == t].bytes.sum() / math.log(2)) for t in ("code", "math")
     ]
@@ -175,42 +205,42 @@ def curve(*points):
 
 def test_tokens_to_interpolates_between_evaluations():
     falling = curve((0, 5.0), (300, 4.0), (600, 3.2), (1000, 3.0))
-    assert tables.tokens_to(falling, 4.5) == pytest.approx(150)
-    assert tables.tokens_to(falling, 3.6) == pytest.approx(450)
-    assert tables.tokens_to(falling, 3.2) == pytest.approx(600)
-    assert tables.tokens_to(falling, 6.0) == 0
-    assert math.isnan(tables.tokens_to(falling, 2.9))
+    assert tokens_to(falling, 4.5) == pytest.approx(150)
+    assert tokens_to(falling, 3.6) == pytest.approx(450)
+    assert tokens_to(falling, 3.2) == pytest.approx(600)
+    assert tokens_to(falling, 6.0) == 0
+    assert math.isnan(tokens_to(falling, 2.9))
     for target in np.linspace(3.0, 5.0, 23):
         expected = np.interp(-target, -falling.validation_loss, falling.tokens)
-        assert tables.tokens_to(falling, target) == pytest.approx(expected)
+        assert tokens_to(falling, target) == pytest.approx(expected)
     bumpy = curve((0, 5.0), (100, 3.0), (200, 4.0), (300, 2.0))
-    assert tables.tokens_to(bumpy, 3.5) == pytest.approx(75), "the first time counts"
+    assert tokens_to(bumpy, 3.5) == pytest.approx(75), "the first time counts"
 
 
 def test_area_is_the_mean_loss_over_tokens():
-    assert tables.area_under(curve((100, 3.0), (300, 3.0), (1000, 3.0))) == pytest.approx(3.0)
-    assert tables.area_under(curve((0, 4.0), (100, 2.0), (400, 2.0))) == pytest.approx((300 + 600) / 400)
+    assert area_under(curve((100, 3.0), (300, 3.0), (1000, 3.0))) == pytest.approx(3.0)
+    assert area_under(curve((0, 4.0), (100, 2.0), (400, 2.0))) == pytest.approx((300 + 600) / 400)
 
 
 def test_tokens_until_controls_final_loss(finished):
     dag, paths = finished
-    scores = tables.Scores(dag, paths)
+    scores = Scores(dag, paths)
     for number, arm in enumerate(ARMS):
-        found = scores.matrix(arm, "tokens_to_control", "all")
+        found = stratified(scores.parts(arm, "tokens_to_control", "all"))
         # losses 3.2 − s and 3.0 − s at 600 and 1000 tokens, where control ends at 3.0
         shift = 0.05 * number
         losses = [5.0, 4.0 - shift, 3.2 - shift, 3.0 - shift]
         expected = np.interp(-3.0, -np.array(losses), [0, 300, 600, 1000])
         np.testing.assert_allclose(found, np.full((3, 1), expected))
-    assert scores.matrix("control", "tokens_to_control", "all")[0, 0] == 1000
+    assert means(scores, "control", "tokens_to_control", "all")[0] == 1000
 
 
 # ---------------------------------------------------------------- contrasts
 def contrasts(finished) -> tuple[pd.DataFrame, tables.Scores]:
     dag, paths = finished
-    scores = tables.Scores(dag, paths)
-    measures = [(m, t) for m in tables.ITEM_METRICS for t in ("math", "code", "all")]
-    return tables.contrasts_table(tables.families(dag.config), measures, scores.matrix, dag.config.stats), scores
+    scores = Scores(dag, paths)
+    measures = [(m, t) for m in ITEM_METRICS for t in ("math", "code", "all")]
+    return tables.contrasts_table(tables.families(dag.config), measures, scores.parts, dag.config.stats), scores
 
 
 def test_families_are_every_arm_against_control_and_components_against_exp1(finished):
@@ -291,24 +321,105 @@ def test_estimates_are_differences_of_the_arms_means(finished):
         assert row.estimate == pytest.approx(np.mean(cells), abs=1e-12), (row.arm, row.metric, row.task)
 
 
-def test_intervals_and_p_are_the_bootstraps_and_corrections_statsmodels(finished):
+def test_the_columns_of_the_bootstrap_are_the_bootstraps_and_corrections_statsmodels(finished):
     table, scores = contrasts(finished)
     stats = finished[0].config.stats
     for (metric, task, _), family in table[table.task != "math"].groupby(["metric", "task", "family"]):
+        most = METRICS[metric].largest
         for _, row in family.iterrows():
-            difference = scores.matrix(row.arm, metric, task) - scores.matrix(row.reference, metric, task)
-            plain = crossed_bootstrap(difference, stats.resamples, stats.confidence, stats.seed)
-            most = 1 if metric == "accuracy" else math.inf
-            assert (row.low, row.high, row.p) == (max(plain.low, -most), min(plain.high, most), plain.p)
-            wide = adjusted_interval(difference, len(family), stats.resamples, stats.confidence, stats.seed)
-            assert (row.low_corrected, row.high_corrected) == (max(wide.low, -most), min(wide.high, most))
+            sides = (stratified(scores.parts(arm, metric, task)) for arm in (row.arm, row.reference))
+            difference = np.subtract(*sides)
+            plain, wide = (
+                crossed_bootstrap(difference, stats.resamples, confidence, stats.seed)
+                for confidence in (0.95, 1 - 0.05 / len(family))
+            )
+            assert (row.low, row.high, row.p) == pytest.approx((max(plain.low, -most), min(plain.high, most), plain.p))
+            assert (row.low_corrected, row.high_corrected) == pytest.approx(
+                (max(wide.low, -most), min(wide.high, most))
+            )
             assert row.low_corrected <= row.low <= row.high <= row.high_corrected
-            assert row.effect_size == effect_size(difference)
-            mde = minimum_detectable_effect(difference, 0.05 / len(family), stats.power)
-            # no accuracy differs by more than 1
-            assert row.mde == pytest.approx(mde) if mde <= 1 or metric != "accuracy" else math.isnan(row.mde)
+            assert row.effect_size == pytest.approx(effect_size(difference))
         for name in ("bonferroni", "holm"):
             np.testing.assert_allclose(family[f"p_{name}"], multipletests(family.p, method=name)[1])
+
+
+def test_the_primary_columns_are_welch_dunnett_on_the_metrics_scale(finished):
+    """Every formula of docs/statistics.md, from the cells."""
+    table, scores = contrasts(finished)
+    for (name, task, _), family in table.groupby(["metric", "task", "family"]):
+        metric, count = METRICS[name], len(family)
+        reference = family.reference.iloc[0]
+        cells = {arm: means(scores, arm, name, task) for arm in ARMS}
+        scale = {"log": np.log, "arcsine": lambda x: np.arcsin(np.sqrt(x)), "logged": lambda x: x}[metric.scale]
+        slope = {"log": lambda m: m, "arcsine": lambda m: 2 * np.sqrt(m * (1 - m)), "logged": lambda m: 1.0}[
+            metric.scale
+        ]
+        y = {arm: scale(cells[arm]) for arm in ARMS}
+        m = {arm: cells[arm].mean() for arm in ARMS}
+
+        def items(arm, f, g, reference=reference, name=name, task=task):
+            sides = zip(scores.parts(arm, name, task), scores.parts(reference, name, task), strict=True)
+            return item_variance([f * a - g * r for a, r in sides])
+
+        added = [items(arm, 1 / slope(m[arm]), 1 / slope(m[reference])) for arm in family.arm]
+        found = welch_dunnett(y[reference], [y[arm] for arm in family.arm], added)
+        least = minimum_detectable(np.mean([y[arm].var(ddof=1) for arm in ARMS]), 3, count)
+        assert set(family.scale) == {metric.scale}
+        for i, (_, row) in enumerate(family.iterrows()):
+            shift = y[row.arm].mean() - y[reference].mean()
+            assert row.df == pytest.approx(found.df[i]) and row.p_welch == pytest.approx(found.p(family=False)[i])
+            assert row.p_dunnett == pytest.approx(found.p()[i])
+            spread = np.sqrt((y[row.arm].var(ddof=1) + y[reference].var(ddof=1)) / 2)
+            assert row.effect_size_seeds == pytest.approx(shift / spread)
+            raw = sum(slope(m[arm]) ** 2 * y[arm].var(ddof=1) / 3 for arm in (row.arm, reference)) + items(
+                row.arm, 1.0, 1.0
+            )
+            for end, critical in (("", found.critical(0.05)[i]), ("_plain", found.critical(0.05, family=False)[i])):
+                bounds = np.array([-1, 1]) * critical
+                wanted = np.clip(row.estimate + bounds * np.sqrt(raw), -metric.largest, metric.largest)
+                assert (row[f"difference_low{end}"], row[f"difference_high{end}"]) == pytest.approx(tuple(wanted))
+                if metric.scale != "arcsine":
+                    ratios = np.exp(shift + bounds * found.error[i])
+                    assert (row[f"ratio_low{end}"], row[f"ratio_high{end}"]) == pytest.approx(tuple(ratios))
+            if metric.scale == "arcsine":
+                top = scale(m[reference])
+                expected = np.sin(top + least) ** 2 - m[reference] if top + least <= np.pi / 2 else math.nan
+                assert row.mde == pytest.approx(expected, nan_ok=True) and math.isnan(row.ratio)
+            else:
+                assert row.ratio == pytest.approx(np.exp(shift)) and row.mde_ratio == pytest.approx(np.exp(-least))
+            better = (shift > 0) == (metric.scale == "arcsine")
+            assert row.verdict == (("better" if better else "worse") if row.p_dunnett < 0.05 else "undecided")
+            alone = row.ratio_low <= 1 <= row.ratio_high if metric.is_ratio else row.verdict == "undecided"
+            assert (row.verdict == "undecided") == alone, "the interval and the verdict are one"
+
+
+def test_the_headline_against_baselines_is_one_family_that_shares_its_arm(finished, tmp_path):
+    """The arm that all contrasts have in common is the arm here, not the reference; only signs differ."""
+    dag, paths = finished
+    scores = Scores(dag, paths)
+    measures, stats = [("bits_per_byte", "all")], dag.config.stats
+    one = tables.contrasts_table({"a": [("full", "exp1"), ("full", "exp3")]}, measures, scores.parts, stats)
+    other = tables.contrasts_table({"a": [("exp1", "full"), ("exp3", "full")]}, measures, scores.parts, stats)
+    pd.testing.assert_series_equal(one.p_dunnett, other.p_dunnett)
+    np.testing.assert_allclose(one.ratio, 1 / other.ratio)
+    np.testing.assert_allclose(one.difference_low, -other.difference_high)
+
+
+def test_seeds_that_do_not_vary_are_said(finished):
+    """0% in every seed of both arms: no test, whatever the items do."""
+    _, paths = finished
+    for arm in ("control", "exp1"):
+        for seed in SEEDS:
+            rewritten(paths, arm, seed, lambda d: d.assign(correct=False))
+    table, _ = contrasts(finished)
+    row = table[(table.metric == "accuracy") & (table.task == "all")].set_index(["arm", "reference"])
+    constant = row.loc["exp1", "control"]
+    assert constant.verdict == "constant" and constant.estimate == 0
+    assert constant[["p_welch", "p_dunnett", "df", "difference_low", "effect_size_seeds"]].isna().all()
+    other = row.loc["exp3", "control"]
+    assert (
+        other.verdict != "constant" and np.isfinite(other[["p_dunnett", "difference_low", "mde"]].astype(float)).all()
+    )
 
 
 def test_a_difference_that_is_there_is_found_with_its_sign(finished):
@@ -326,6 +437,7 @@ def test_a_difference_that_is_there_is_found_with_its_sign(finished):
         assert math_bits.loc[pair].estimate == pytest.approx(shift / math.log(2) / sizes.mean())
         assert math_bits.loc[pair].high_corrected < 0
         assert math_bits.loc[pair].p_holm < 0.1
+        assert math_bits.loc[pair].ratio < 1
     assert math_bits.loc["null-shuffled", "control"].estimate == 0
     assert math_bits.loc["null-shuffled", "control"].p == 1
 
@@ -337,8 +449,8 @@ def test_missing_cells_are_shown_and_leave_the_family_of_those_that_are_there(fi
     for seed in SEEDS:
         paths.items("full", seed).unlink()
     table, scores = contrasts(finished)
-    arms = tables.arms_table(scores, dag.config.stats, None)
-    own = arms[arms.metric == "accuracy"].set_index(["arm", "task"])
+    found = arms(scores, dag.config.stats)
+    own = found[found.metric == "accuracy"].set_index(["arm", "task"])
     assert tuple(own.loc["exp3", "math"][["n_seeds", "missing_seeds"]]) == (2, 1)
     assert tuple(own.loc["full", "math"][["n_seeds", "missing_seeds"]]) == (0, 3)
     assert math.isnan(own.loc["full", "all"]["mean"])
@@ -349,7 +461,7 @@ def test_missing_cells_are_shown_and_leave_the_family_of_those_that_are_there(fi
     for pair, seeds in ((("exp1", "control"), 3), (("exp3", "exp1"), 2), (("full", "exp1"), 0)):
         assert (family.loc[pair].n_seeds, family.loc[pair].missing_seeds) == (seeds, 3 - seeds)
         assert family.loc[pair].n_items == 10
-        for column in ("p", "p_holm", "p_bonferroni", "low", "low_corrected", "mde"):
+        for column in ("p", "p_holm", "p_bonferroni", "low", "low_corrected", "p_dunnett", "difference_low"):
             assert math.isnan(family.loc[pair, column]) == (seeds < 3), column
         assert (family.loc[pair].family_size, pd.isna(family.loc[pair].family)) == (
             (1, False) if seeds == 3 else (0, True)
@@ -405,14 +517,13 @@ def test_bounds_stay_where_the_metric_can_be(finished):
         and row.low_corrected < 0
         and math.isnan(row.mde)
     )
-    arms = tables.arms_table(scores, finished[0].config.stats, None)
-    assert (arms.low >= 0).all()
+    assert (arms(scores, finished[0].config.stats).low >= 0).all()
 
 
 # ---------------------------------------------------------------- whose scores they are
 def stamped(paths: Paths, arm: str, seed: int, cell) -> None:
     table = pd.read_parquet(paths.items(arm, seed))
-    table.attrs[tables.CELL] = cell
+    table.attrs[CELL] = cell
     table.to_parquet(paths.items(arm, seed), index=False)
 
 
@@ -421,19 +532,19 @@ def test_the_scores_of_another_cell_are_refused(finished):
     for arm in ARMS:
         for seed in SEEDS:
             stamped(paths, arm, seed, {"arm": arm, "seed": seed})
-    tables.Scores(dag, paths)
+    Scores(dag, paths)
     one, two = paths.items("exp1", SEEDS[0]), paths.items("exp3", SEEDS[0])
     first, second = one.read_bytes(), two.read_bytes()
     one.write_bytes(second)
     two.write_bytes(first)
     with pytest.raises(ValueError, match=rf"{one}: these are the scores of arm exp3, seed {SEEDS[0]}, not of arm exp1"):
-        tables.Scores(dag, paths)
+        Scores(dag, paths)
     one.write_bytes(paths.items("exp1", SEEDS[1]).read_bytes())
     with pytest.raises(ValueError, match=rf"arm exp1, seed {SEEDS[1]}, not of arm exp1, seed {SEEDS[0]}"):
         tables.arm_table(dag, paths, "exp1")
     stamped(paths, "exp1", SEEDS[0], None)
     with pytest.raises(ValueError, match="scores of a model that is no cell"):
-        tables.Scores(dag, paths)
+        Scores(dag, paths)
 
 
 def test_the_cost_of_another_cell_is_refused(finished):
@@ -441,13 +552,13 @@ def test_the_cost_of_another_cell_is_refused(finished):
     path = paths.cell("exp1", SEEDS[0]) / "cost.json"
     own = json.loads(path.read_text())
     path.write_text(json.dumps(own | {"provenance": {"arm": "exp1", "seed": SEEDS[0]}}))
-    assert tables.cell_of(path.parent / "model") == {"arm": "exp1", "seed": SEEDS[0]}
+    assert cell_of(path.parent / "model") == {"arm": "exp1", "seed": SEEDS[0]}
     tables.write_stats(dag, paths, None)
     path.write_text(json.dumps(own | {"provenance": {"arm": "exp1", "seed": SEEDS[1]}}))
     with pytest.raises(ValueError, match=rf"{path}: this is the cell of arm exp1, seed {SEEDS[1]}"):
         tables.write_stats(dag, paths, None)
     path.write_text("")
-    with pytest.raises(ValueError, match=rf"{path}: not the JSON object"):
+    with pytest.raises(ValueError, match=rf"{path} is damaged .*: train the cell again"):
         tables.write_stats(dag, paths, None)
 
 
@@ -474,20 +585,20 @@ def test_other_items_in_a_cell_are_refused(finished, arm, change):
     dag, paths = finished
     rewritten(paths, arm, SEEDS[1], change)
     with pytest.raises(ValueError, match=r"items differ"):
-        tables.Scores(dag, paths)
+        Scores(dag, paths)
 
 
 def test_a_score_that_is_not_a_number_is_no_missing_cell(finished):
     dag, paths = finished
     rewritten(paths, "exp1", SEEDS[2], lambda d: d.assign(nll=d.nll.where(d.id != "m2")))
     with pytest.raises(ValueError, match=r"exp1.*seed9.*nll.*m2"):
-        tables.Scores(dag, paths)
+        Scores(dag, paths)
 
 
 def test_nothing_evaluated_is_an_error_that_says_where(tmp_path):
     dag = Dag(config(tmp_path))
     with pytest.raises(FileNotFoundError, match="evaluate"):
-        tables.Scores(dag, Paths(tmp_path / "results"))
+        Scores(dag, Paths(tmp_path / "results"))
 
 
 # ---------------------------------------------------------------- the step
@@ -501,7 +612,7 @@ def test_files_of_the_step_and_that_they_repeat(finished, tmp_path):
         tables.write_stats(dag, paths, base)
         contents.append({p.name: p.read_bytes() for p in sorted(paths.stats.iterdir())})
     assert contents[0] == contents[1]
-    assert set(contents[0]) == {"arms.csv", "contrasts.csv"}
+    assert set(contents[0]) == {"arms.csv", "contrasts.csv", "pairs.csv"}
     arms, pairs = (pd.read_csv(paths.stats / name) for name in ("arms.csv", "contrasts.csv"))
     assert list(arms.columns)[: len(CONTRACT_ARMS)] == CONTRACT_ARMS
     assert list(pairs.columns)[: len(CONTRACT_CONTRASTS)] == CONTRACT_CONTRASTS
@@ -517,8 +628,8 @@ def test_files_of_the_step_and_that_they_repeat(finished, tmp_path):
 
 def test_another_seed_of_the_bootstrap_moves_intervals_not_estimates(finished):
     dag, paths = finished
-    scores = tables.Scores(dag, paths)
-    one, two = (tables.arms_table(scores, StatsConfig(resamples=200, seed=seed), None) for seed in (0, 1))
+    scores = Scores(dag, paths)
+    one, two = (arms(scores, StatsConfig(resamples=200, seed=seed)) for seed in (0, 1))
     pd.testing.assert_series_equal(one["mean"], two["mean"])
     assert (one.low != two.low).any()
 
@@ -532,12 +643,12 @@ def test_a_task_without_scored_answers_has_no_accuracy(finished):
             table = pd.read_parquet(paths.items(arm, seed))
             table["correct"] = table["correct"].astype(object).where(table["task"] == "math", None)
             table.to_parquet(paths.items(arm, seed), index=False)
-    scores = tables.Scores(dag, paths)
+    scores = Scores(dag, paths)
     assert scores.measured["accuracy"] == ["math"] and scores.measured["bits_per_byte"] == ["code", "math"]
     untrained = pd.read_parquet(paths.items("control", SEEDS[0]))
-    table = tables.arms_table(scores, dag.config.stats, untrained).set_index(["arm", "metric", "task"])
+    table = arms(scores, dag.config.stats, untrained).set_index(["arm", "metric", "task"])
     assert ("full", "accuracy", "code") not in table.index and ("full", "bits_per_byte", "code") in table.index
-    for arm in ("full", tables.UNTRAINED):
+    for arm in ("full", UNTRAINED):
         assert table.loc[(arm, "accuracy", "all"), "mean"] == table.loc[(arm, "accuracy", "math"), "mean"]
     assert table.loc[("full", "accuracy", "all"), "n_seeds"] == 3
     one = tables.arm_table(dag, paths, "full").set_index(["seed", "task"])

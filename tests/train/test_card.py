@@ -21,9 +21,8 @@ from kvpipe.experiment.provenance import reachable
 from kvpipe.models.hub import HubError, is_model_file
 from kvpipe.stats import tables
 from kvpipe.steps.models import make_model
-from kvpipe.steps.prepare import prepare
+from kvpipe.steps.train import prepare, train_cell
 from kvpipe.train import card
-from kvpipe.train.trainer import train
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +48,7 @@ def trained(tmp_path_factory):
     make_model(work, "beta")
     prepare(work, "two", log=lambda line: None)
     cell = work.paths.cell("two", 0)
-    train(work, "two", 0, cell, folder / "checkpoints", log=lambda line: None)
+    train_cell(work, "two", 0, cell, folder / "checkpoints", log=lambda line: None)
     return work, cell
 
 
@@ -60,7 +59,7 @@ def evaluated(tmp_path):
     for arm in ("control", "one"):
         prepare(work, arm, log=lambda line: None)
         for seed in (0, 1):
-            train(work, arm, seed, work.paths.cell(arm, seed), tmp_path / "unused", log=lambda line: None)
+            train_cell(work, arm, seed, work.paths.cell(arm, seed), tmp_path / "unused", log=lambda line: None)
             score_cell(work, arm, seed)
     tabulate(work)
     return work
@@ -97,10 +96,12 @@ def test_a_card_has_the_scores_of_its_own_model(evaluated):
         right = {task: d.correct.mean() for task, d in items.groupby("task")}
         means = pd.read_csv(evaluated.paths.stats / "arms.csv").set_index(["arm", "metric", "task"])["mean"]
         text = results(evaluated, seed)
-        for name, key, found in (("bits per byte", "bits_per_byte", expected), ("accuracy", "accuracy", right)):
+        for name, key, found in (("bits per byte", "bits_per_byte", expected), ("accuracy, %", "accuracy", right)):
             found["all"] = sum(found.values()) / 2
             for task, value in found.items():
-                assert f"| {name} | {task} | {value:.4g} | {means['one', key, task]:.4g} (" in text
+                factor = 100 if key == "accuracy" else 1
+                own, mean = (factor * x for x in (value, means["one", key, task]))
+                assert f"| {name} | {task} | {own:.4g} | {mean:.4g} (" in text
         assert "over 2 seeds (this model is one of them) and 5 items" in text and "Against control" in text
 
 
@@ -108,7 +109,7 @@ def test_a_card_has_no_scores_of_other_weights(evaluated):
     """A cell trained anew has none until it is scored and put into the tables anew; its sister keeps its own."""
     sister, before = results(evaluated, 1), results(evaluated)
     cell = evaluated.paths.cell("one", 0)
-    train(
+    train_cell(
         evaluated, "one", 5, cell, evaluated.paths.root / "unused", log=lambda line: None
     )  # other weights in its place
     cost = json.loads((cell / "cost.json").read_text())
@@ -185,10 +186,15 @@ def statistics(work):
         "reference": "control",
         "metric": "bits_per_byte",
         "estimate": -0.375,
-        "low": -0.5,
-        "high": -0.25,
+        "difference_low": -0.5,
+        "difference_high": -0.25,
     }
-    contrasts = [{**contrast, "p_holm": 0.0123}, {**contrast, "reference": "one", "estimate": 6.5, "p_holm": 1.0}]
+    contrasts = [
+        {**contrast, "p_dunnett": 0.0123},
+        {**contrast, "reference": "one", "estimate": 6.5, "p_dunnett": 1.0},
+        {**contrast, "metric": "log_perplexity", "ratio": 0.7, "ratio_low": 0.6, "ratio_high": 0.8, "p_dunnett": 0.01},
+        {**contrast, "metric": "accuracy", "estimate": 0.25, "p_dunnett": 0.02},
+    ]
     pd.DataFrame(arms).to_csv(work.paths.stats / "arms.csv", index=False)
     pd.DataFrame(contrasts).to_csv(work.paths.stats / "contrasts.csv", index=False)
 
@@ -203,6 +209,8 @@ def test_a_card_before_and_after_the_statistics(trained):
     after = card.write_card(work.dag, work.paths, "two", cell).read_text()
     assert "| bits per byte | all | – | 1.5 (1.25, 1.75) |" in after
     assert "| bits per byte | all | -0.375 (-0.5, -0.25) | 0.0123 |" in after
+    assert "| perplexity, per token | all | 0.7 × (0.6, 0.8) | 0.01 |" in after
+    assert "| accuracy, % | all | +25 (-50, -25) | 0.02 |" in after
     assert not [words for words in ("Not evaluated", "9.875", "7.125", "6.5") if words in after]
     (work.paths.stats / "arms.csv").unlink()
     (work.paths.stats / "contrasts.csv").unlink()

@@ -16,6 +16,8 @@ from kvpipe.experiment.launch import in_job, processes
 from kvpipe.experiment.provenance import PACKAGE
 
 RULES = PACKAGE.parent / "workflow" / "rules"
+THREADS = "PLAN.config.train.threads"
+"""Threads of a rule, as it is written there."""
 DEFAULT = Path("profiles/slurm")
 """Read where no profile is named."""
 PROFILES = (Path(), Path("~/.config/snakemake").expanduser(), Path("/etc/xdg/snakemake"))
@@ -95,6 +97,8 @@ class Profile:
 
     file: Path | None
     settings: dict[str, Any] = field(default_factory=dict)
+    threads: int = 1
+    """Of the rules that compute, which have the configuration's: train.threads."""
 
     @property
     def attempts(self) -> range:
@@ -126,6 +130,9 @@ class Profile:
             found[rule] = {**found.get(rule, defaults), **values}
         for rule, count in _mapping(self.settings.get("set-threads")).items():
             found[rule] = {**found.get(rule, defaults), "threads": count}
+        for values in found.values():
+            if values.get("threads") == THREADS:
+                values["threads"] = self.threads
         return [Request(rule, values) for rule, values in found.items()]
 
     def of(self, rule: str) -> Request:
@@ -141,7 +148,8 @@ class Profile:
 
 def profile_of(work: Workload) -> Profile:
     """The profile that the experiment's jobs run by; the shipped one where none is named."""
-    return read_profile(DEFAULT if work.profile is None and DEFAULT.is_dir() else work.profile)
+    profile = read_profile(DEFAULT if work.profile is None and DEFAULT.is_dir() else work.profile)
+    return replace(profile, threads=work.config.train.threads)
 
 
 def read_profile(named: Path | None) -> Profile:
@@ -250,6 +258,6 @@ def _rules() -> dict[str, dict[str, Any]]:
             if named:
                 section = re.search(r"^ {4}resources:\n((?: {8}.*\n)+)", block, flags=re.MULTILINE)
                 pairs = re.findall(r"(\w+)\s*=\s*([^,\n]+)", section[1]) if section else []
-                threads = re.findall(r"^ {4}threads:\s*(\d+)", block, flags=re.MULTILINE)
+                threads = re.findall(r"^ {4}threads:\s*(\S+)", block, flags=re.MULTILINE)
                 found[named[1]] = {**_resources(dict(pairs)), **({"threads": threads[0]} if threads else {})}
     return found
