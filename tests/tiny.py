@@ -1,7 +1,7 @@
 """A tiny experiment, offline and made on the fly: two teachers with random weights, a student from scratch, 28 records.
 
-`build(folder)` gives a `Workspace` with data and models made; `kvpipe.steps.prepare.prepare(work, arm)` makes the rest of
-an arm (layer maps, stores, projectors). All sizes are odd and distinct, so that a swapped axis cannot pass:
+`build(folder)` gives the `Inputs` with data, models and tokens made; `kvpipe.steps.train.prepare(work, arm)` makes the
+rest of an arm (layer maps, stores, projectors). All sizes are odd and distinct, so that a swapped axis cannot pass:
 
 =========  ======  =======  ========  ==========================
 model      layers  KV heads head dim  tokenizer
@@ -25,14 +25,15 @@ from typing import Any
 import torch
 
 from kvpipe.config import Config, DataConfig, TokenizerRecipe, parse
-from kvpipe.data import build as data
 from kvpipe.data.corpus import generate
-from kvpipe.distill.build import Workspace
+from kvpipe.data.encoding import Encoding, encode_records
+from kvpipe.data.records import Reading
 from kvpipe.experiment.paths import Paths
 from kvpipe.models.folders import build_model
 from kvpipe.models.pretrain import tokenizer_texts
 from kvpipe.models.tokenizers import train_tokenizer
-from kvpipe.steps.models import make_model
+from kvpipe.steps.inputs import Inputs
+from kvpipe.steps.make import make
 
 DATA: dict[str, Any] = {
     "sources": [
@@ -164,16 +165,23 @@ def save_teacher(folder: Path, name: str, architecture: dict[str, Any], seed: in
     tokenizer.save_pretrained(folder)
 
 
+def encoded(work: Inputs, model: str, split: str, reading: Reading = "student") -> Encoding:
+    """A split as a model's tokens, of any reading, made here and now."""
+    student = model == work.config.student
+    return encode_records(work.records(split), work.tokenizer(model), work.config.data.template, reading, end=student)
+
+
 def build(
     folder: Path, overrides: dict[str, Any] | None = None, teachers: tuple[str, ...] = ("alpha", "beta")
-) -> Workspace:
-    """A workspace under `folder` with data and models made (about two seconds), nothing else."""
+) -> Inputs:
+    """The loaders of an experiment under `folder` with data, models and tokens made, nothing else."""
     paths = {name: folder / "teachers" / name for name in teachers}
     for seed, (name, path) in enumerate(paths.items()):
         save_teacher(path, name, TEACHERS[name], seed)
-    models = {f"models.{name}": {"source": "local", "path": str(path)} for name, path in paths.items()}
-    work = Workspace(config(folder, models | (overrides or {})), Paths(folder / "results"))
-    data.build(work.config.data, work.paths.data("train").parent)
-    for name in (*teachers, "student"):
-        make_model(work, name)
+    local = {f"models.{name}": {"source": "local", "path": str(path)} for name, path in paths.items()}
+    work = Inputs(config(folder, local | (overrides or {})), Paths(folder / "results"))
+    models = (*teachers, "student")
+    encode = work.steps["encode"]
+    texts = [file for job in encode.jobs() if job["model"] in models for file in encode.makes(**job).values()]
+    make(work, [*map(work.paths.manifest, models), *texts], log=lambda *_: None)
     return work

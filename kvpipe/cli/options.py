@@ -44,11 +44,21 @@ class Experiment:
         config, paths = self.load()
         return Dag(config), paths
 
-    def workspace(self):
-        """The loaders. torch and transformers take seconds to import: only steps that compute pay for them."""
-        from kvpipe.distill.build import Workspace
+    def known_model(self, name: str) -> str:
+        """The name, if the configuration has such a model."""
+        return self.plan()[0].known_model(name)
 
-        return Workspace(*self.load())
+    def inputs(self):
+        """The loaders. torch and transformers take seconds to import: only steps that compute pay for them."""
+        from kvpipe.steps.inputs import Inputs
+
+        return Inputs(*self.load())
+
+    def run(self, step: str, **job: str) -> None:
+        """Run one job of a step."""
+        from kvpipe.steps.make import run
+
+        run(self.inputs(), step, **job)
 
     def of(self, cell: Path | None) -> tuple[Config, Paths]:
         """The experiment that a cell belongs to: one of `kvpipe train --teacher` has it in its folder."""

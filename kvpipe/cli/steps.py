@@ -9,6 +9,9 @@ import typer
 
 from kvpipe.cli.options import CONFIG, ConfigFile, Experiment, Overrides, say, with_experiment, writable_file
 
+Reading = Annotated[
+    Literal["student", "own"], typer.Option(help="student: the student's text; own: the teacher's longer one.")
+]
 Teacher = Annotated[str, typer.Option(help="Name of the teacher.")]
 Items = Annotated[Path, typer.Option(help="Parquet file, one row per item.", callback=writable_file)]
 
@@ -16,12 +19,7 @@ Items = Annotated[Path, typer.Option(help="Parquet file, one row per item.", cal
 @with_experiment
 def data(given: Experiment) -> None:
     """Write the train, validation and test splits."""
-    from kvpipe.data.build import build
-    from kvpipe.experiment.made import note
-
-    dag, paths = given.plan()
-    build(dag.config.data, paths.data("train").parent)
-    note(dag, paths, "data")
+    given.run("data")
 
 
 @with_experiment
@@ -32,13 +30,18 @@ def models(
     ] = None,
 ) -> None:
     """Bring a model into its folder, with a manifest: on a login node, which reaches the hub."""
-    from kvpipe.steps.models import make_hub_models, make_model
+    from kvpipe.steps.models import make_hub_models
 
-    work = given.workspace()
     if name is None:
-        make_hub_models(work)
+        make_hub_models(given.inputs())
     else:
-        make_model(work, work.dag.known_model(name))
+        given.run("model", model=given.known_model(name))
+
+
+@with_experiment
+def encode(given: Experiment, model: Annotated[str, typer.Option(help="Name of the model.")], reading: Reading) -> None:
+    """Write the training and validation splits as a model's tokens."""
+    given.run("encode", model=given.known_model(model), reading=reading)
 
 
 def pretrain(
@@ -61,32 +64,22 @@ def pretrain(
 @with_experiment
 def layer_map(given: Experiment, teacher: Teacher) -> None:
     """Measure the similarity (CKA) of the student's and a teacher's layers."""
-    from kvpipe.steps.layer_map import make_layer_map
-
-    work = given.workspace()
-    make_layer_map(work, work.dag.known_model(teacher))
+    given.run("layer_map", teacher=given.known_model(teacher))
 
 
 @with_experiment
 def teacher_kv(
     given: Experiment,
     teacher: Teacher,
-    reading: Annotated[
-        Literal["student", "own"], typer.Option(help="student: the student's text; own: the teacher's longer one.")
-    ] = "student",
+    reading: Reading = "student",
     shard: Annotated[int | None, typer.Option(help="One shard; all of them and the index otherwise.")] = None,
-    index: Annotated[bool, typer.Option("--index", help="Only check the shards and write the index.")] = False,
 ) -> None:
-    """Compute and store a teacher's KV on the training split."""
-    from kvpipe.steps.teacher_kv import make_shard, make_store_index
-
-    work = given.workspace()
-    work.dag.known_model(teacher)
-    if not index:
-        for number in range(work.config.store.shards) if shard is None else [shard]:
-            make_shard(work, teacher, reading, number)
-    if index or shard is None:
-        make_store_index(work, teacher, reading)
+    """Compute and store a teacher's KV on the training split; finished shards are kept."""
+    job = {"teacher": given.known_model(teacher), "reading": reading}
+    if shard is None:
+        given.run("teacher_kv", **job)
+    else:
+        given.run("teacher_kv_shard", **job, shard=str(shard))
 
 
 @with_experiment
@@ -98,12 +91,10 @@ def fit(
     ] = None,
 ) -> None:
     """Fit the projectors of an arm, before training."""
-    from kvpipe.steps.fit import make_fit
-
-    work = given.workspace()
     if (arm is None) == (fit_id is None):
         raise typer.BadParameter("give either --arm or --fit")
-    make_fit(work, fit_id or work.dag.fit_id(work.dag.arm(arm or "")))
+    dag, _ = given.plan()
+    given.run("fit", fit=fit_id or dag.fit_id(dag.arm(arm or "")))
 
 
 @with_experiment
@@ -115,7 +106,7 @@ def lm_eval(
     """Score a model folder with lm-evaluation-harness on `evaluate.lm_eval_tasks`."""
     from kvpipe.steps.evaluate import score_tasks
 
-    for line in score_tasks(given.workspace(), model, out):
+    for line in score_tasks(given.inputs(), model, out):
         say(line)
 
 
@@ -124,7 +115,7 @@ def untrained(given: Experiment, out: Items) -> None:
     """Score the student before training (first seed): a row of the report's table."""
     from kvpipe.steps.evaluate import score_untrained
 
-    score_untrained(given.workspace(), out)
+    score_untrained(given.inputs(), out)
 
 
 @with_experiment
@@ -165,5 +156,5 @@ def config(
     write_docs(folder)
 
 
-_ALL = (data, models, layer_map, teacher_kv, fit, lm_eval, untrained, arm, audit, stats, pretrain, config)
+_ALL = (data, models, encode, layer_map, teacher_kv, fit, lm_eval, untrained, arm, audit, stats, pretrain, config)
 COMMANDS = {command.__name__.replace("_", "-"): command for command in _ALL}

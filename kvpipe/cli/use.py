@@ -13,7 +13,7 @@ from kvpipe.experiment.paths import STUDENT
 from kvpipe.experiment.plan import Dag
 
 ArmName = Annotated[str, typer.Option(help="Name of the arm.")]
-SeedNumber = Annotated[int, typer.Option(help="SeedNumber of the cell.")]
+SeedNumber = Annotated[int, typer.Option(help="Seed of the cell.")]
 CellFolder = Annotated[Path | None, typer.Option(help="Folder of the trained cell; under the results by default.")]
 
 
@@ -60,7 +60,7 @@ def lock(
 def train(
     given: Experiment,
     arm: Annotated[str | None, typer.Option(help="Name of the arm; with --teacher `distil` or `control`.")] = None,
-    seed: Annotated[int, typer.Option(help="SeedNumber of the cell.", min=0, max=2**32 - 1)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the cell.", min=0, max=2**32 - 1)] = 0,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the cell; under the results by default.", callback=writable_folder)
     ] = None,
@@ -82,7 +82,15 @@ def train(
     else:
         from kvpipe.steps.train import make_cell
 
-        make_cell(given.workspace(), arm, seed, out, checkpoints, made, log=say)
+        make_cell(given.inputs(), arm, seed, out, checkpoints, made, log=say)
+
+
+@with_experiment
+def prepare(given: Experiment, arm: ArmName) -> None:
+    """Make all that the cells of an arm read, where it is missing or stale."""
+    from kvpipe.steps.train import prepare
+
+    prepare(given.inputs(), arm, log=say)
 
 
 @with_experiment
@@ -94,12 +102,12 @@ def evaluate(
     split: Annotated[str, typer.Option(help="Split that is scored.")] = "test",
 ) -> None:
     """Score a model folder item by item: likelihood and greedy generation."""
-    from kvpipe.distill.build import Workspace
     from kvpipe.steps.evaluate import score_folder
+    from kvpipe.steps.inputs import Inputs
 
     if (model is None) == (cell is None):
         raise typer.BadParameter("give either --model or --cell")
-    say(score_folder(Workspace(*given.of(cell)), model or Path(cell or "") / STUDENT, split, out))
+    say(score_folder(Inputs(*given.of(cell)), model or Path(cell or "") / STUDENT, split, out))
 
 
 @with_experiment
@@ -136,8 +144,8 @@ def report(
     """Render the report."""
     from kvpipe.report.render import write_report
 
-    work = given.workspace()
-    write_report(work, out or work.paths.report)
+    config, paths = given.load()
+    write_report(config, paths, out or paths.report)
 
 
 @with_experiment
@@ -165,4 +173,4 @@ def publish(
     publish(Dag(config), paths, arm, cell or paths.cell(arm, seed), repo, private=not public, log=say)
 
 
-COMMANDS = {f.__name__: f for f in (doctor, lock, train, evaluate, status, align, report, card, publish)}
+COMMANDS = {f.__name__: f for f in (doctor, lock, prepare, train, evaluate, status, align, report, card, publish)}

@@ -155,6 +155,13 @@ class Config(Section):
         if arm.fuse.kind == "task" and missing and "default" not in arm.fuse.weights:
             raise ValueError(f"{path}.fuse.weights: no row for {missing} and no row 'default'")
 
+    def trusts(self, name: str) -> bool:
+        """Whether code from a model's repository may run: only the configuration can say so, no file of the model's."""
+        model = self.models[name]
+        if isinstance(model, RandomModel):
+            return self.trusts(model.like)
+        return isinstance(model, HubModel) and model.trust_remote_code
+
     @property
     def control(self) -> str:
         """Name of the arm of role control; where none says so, of the first that has neither a role nor a base."""

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from dataclasses import dataclass
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from itertools import pairwise
-from typing import SupportsIndex
+from pathlib import Path
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
 from jaxtyping import Int64
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kvpipe.config import Template
 from kvpipe.data.chat import carries_special, name_of, rendered, without_special
 from kvpipe.data.records import Reading, Record
+from kvpipe.experiment.files import save_tensors
 from kvpipe.tokens.matrix import encode
 from kvpipe.tokens.segments import Segmented, token_segments
 
 SEGMENTS = 3
+ARRAYS = ("ids", "spans", "offsets", "segments", "byte_segments", "segment_hashes")
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,47 @@ def encode_texts(
         segment_hashes=np.array(hashes, dtype=np.int64).reshape(len(texts), SEGMENTS),
         texts=tuple(stripped),
     )
+
+
+# ---------------------------------------------------------------- on disk
+def save_encoding(encoding: Encoding, path: Path, made_from: dict[str, Any]) -> None:
+    """Write an encoding and its texts as safetensors, with a checksum and what it was made from, as JSON."""
+    text = np.frombuffer("".join(text.text for text in encoding.texts).encode(), dtype=np.uint8)
+    arrays = {name: getattr(encoding, name) for name in ARRAYS} | {"text": text}
+    tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+    save_tensors(tensors, path, {"sha256": _checksum(arrays), "made_from": json.dumps(made_from)})
+
+
+def load_encoding(path: Path, made_from: dict[str, Any]) -> Encoding:
+    """What `save_encoding` has written.
+
+    Raises:
+        FileNotFoundError: it was not made.
+        ValueError: it is damaged, or was made from something else.
+    """
+    fix = f"run `kvpipe encode --model {path.parent.name} --reading {path.stem.partition('-')[2]}`"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: {fix} first")
+    try:
+        with safe_open(path, "np") as file:
+            arrays = {name: file.get_tensor(name) for name in (*ARRAYS, "text")}
+            known = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): {fix}") from error
+    before = json.loads(known.get("made_from", "{}"))
+    if other := sorted(key for key in made_from if made_from[key] != before.get(key)):
+        raise ValueError(f"{path} was made from another {', '.join(other)}: {fix}")
+    if known.get("sha256") != _checksum(arrays):
+        raise ValueError(f"{path} is damaged, its checksum is another: {fix}")
+    raw, texts, start = arrays.pop("text").tobytes(), [], 0
+    for segments in arrays["byte_segments"].tolist():
+        texts.append(Segmented(*(raw[start + first : start + stop].decode() for first, stop in segments)))
+        start += segments[-1][1]
+    return Encoding(**arrays, texts=tuple(texts))
+
+
+def _checksum(arrays: dict[str, np.ndarray]) -> str:
+    return sha256(b"".join(array.tobytes() for _, array in sorted(arrays.items()))).hexdigest()
 
 
 def prompt_ids(tokenizer, prompt: str, chat: bool = False) -> Int64[Tensor, "time"]:

@@ -40,7 +40,7 @@ class Term:
 
 
 @dataclass(frozen=True)
-class Step:
+class Terms:
     """The terms of one step, and numbers worth logging, computed only when asked for.
 
     Each is a sum and what it is divided by (on the CPU): those of a batch's parts are added before the division.
@@ -90,13 +90,13 @@ class Distiller(nn.Module):
 
     def terms(
         self, batch: Batch, target: Any, whole: Whole, logits: Tensor, recorder: Recorder, progress: tuple[int, int]
-    ) -> Step:
+    ) -> Terms:
         """A part's share of the loss terms of a batch; `progress` is (step, steps)."""
         raise NotImplementedError
 
     def forward(
         self, batch: Batch, logits: Tensor, hidden: Tensor | None, recorder: Recorder, progress: tuple[int, int]
-    ) -> Step:
+    ) -> Terms:
         """The loss terms of a batch in one part."""
         target = self.target(batch, self.read(batch), hidden, recorder)
         whole = self.whole(self.measure(batch, target)[None])
@@ -211,7 +211,7 @@ class KVDistiller(Distiller):
         targets: list[Targets],
         fusion: Fusion,
         tasks: np.ndarray,
-        teacher_losses: Float[Tensor, "teacher example"],
+        teacher_losses: Float[Tensor, "teacher example"] | None = None,
     ):
         super().__init__()
         self.arm, self.targets, self.tasks, self.teacher_losses = arm, targets, tasks, teacher_losses
@@ -242,7 +242,9 @@ class KVDistiller(Distiller):
             tasks=list(self.tasks[batch.examples]),
             queries=recorder.queries() if self.arm.fuse.kind == "attention" and recorder is not None else None,
             hidden=hidden,
-            teacher_losses=self.teacher_losses[:, batch.examples].to(device, self.unit.dtype),
+            teacher_losses=None
+            if self.teacher_losses is None
+            else self.teacher_losses[:, batch.examples].to(device, self.unit.dtype),
         )
         mask = batch.mask & present.any(0)
         mask[:, : self.arm.loss.skip_sink] = False
@@ -270,7 +272,7 @@ class KVDistiller(Distiller):
         logits: Tensor,
         recorder: Recorder,
         progress: tuple[int, int],
-    ) -> Step:
+    ) -> Terms:
         """Terms `k` and `v`, and `entropy` where it is weighted."""
         config, student = self.arm.loss, recorder.kv()
         own = {"k": student.keys, "v": student.values}
@@ -283,7 +285,7 @@ class KVDistiller(Distiller):
         if self.arm.fuse.entropy > 0:
             share, _ = position_entropy(target.fused.weights, target.present)
             terms["entropy"] = Term(-share.sum() / whole["choice"].clamp(min=1), self.arm.fuse.entropy)
-        return Step(terms, lambda: self._watch(batch, target, whole))
+        return Terms(terms, lambda: self._watch(batch, target, whole))
 
     @torch.no_grad()
     def _watch(self, batch: Batch, target: FusedTarget, whole: Whole) -> dict[str, tuple[float, float]]:
@@ -325,7 +327,7 @@ class LogitDistiller(Distiller):
 
     def terms(
         self, batch: Batch, target: Any, whole: Whole, logits: Tensor, recorder: Recorder, progress: tuple[int, int]
-    ) -> Step:
+    ) -> Terms:
         """Term `logit`."""
         table = self.arm.fuse.weights
         total = logits.new_zeros(())
@@ -335,17 +337,41 @@ class LogitDistiller(Distiller):
             rows = [table.get(task, table.get("default")) for task in self.tasks[batch.examples]]
             shares = loss.new_tensor([row[number] / sum(row) if row else 1 / len(self.entries) for row in rows])
             total = total + (loss * shares[:, None]).sum() / whole["tokens"]
-        return Step({"logit": Term(total, scheduled(self.arm.loss.weight, self.arm.loss.schedule, progress))}, dict)
+        return Terms({"logit": Term(total, scheduled(self.arm.loss.weight, self.arm.loss.schedule, progress))}, dict)
 
 
 @dataclass(frozen=True)
 class TopLogits:
-    """A teacher's most likely next tokens on the student's rows, as student ids (−1: no twin); masked where not aligned."""
+    """A teacher's most likely next tokens on the student's rows, as student ids (−1: it has none); masked where not
+    aligned."""
 
     ids: Int64[Tensor, "dst_row top"]
     logprobs: Float[Tensor, "dst_row top"]
     mask: Tensor
     offsets: np.ndarray
+
+    @classmethod
+    def on_student(
+        cls, ids: Tensor, logprobs: Tensor, pairs: Tensor, same: Int64[Tensor, "src_token"], offsets: np.ndarray
+    ) -> TopLogits:
+        """Carry a teacher's candidates to the student's rows.
+
+        Args:
+            ids: candidates of every teacher row, `(src_row, top)`.
+            logprobs: theirs.
+            pairs: (teacher row, student row) that have read the same bytes, `(pair, 2)`.
+            same: the student's id for each of the teacher's, or −1.
+            offsets: the student's examples.
+        """
+        src, dst = pairs[:, 0], pairs[:, 1]
+        rows, top = int(offsets[-1]), ids.shape[1]
+        out = cls(torch.full((rows, top), -1), torch.zeros(rows, top), torch.zeros(rows, dtype=torch.bool), offsets)
+        # a model may have more outputs than its tokenizer has tokens: those stand for nothing
+        found = ids[src].long()
+        out.ids[dst] = torch.where(found < len(same), same[found.clamp(max=len(same) - 1)], -1)
+        out.logprobs[dst] = logprobs[src].float()
+        out.mask[dst] = True
+        return out
 
     def padded(self, examples: np.ndarray, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """The rows of a batch, padded to `length`."""
@@ -381,7 +407,7 @@ class RelationDistiller(Distiller):
 
     def terms(
         self, batch: Batch, target: Aligned, whole: Whole, logits: Tensor, recorder: Recorder, progress: tuple[int, int]
-    ) -> Step:
+    ) -> Terms:
         """Terms `kk` and `vv`."""
         student = recorder.kv()
         mask = batch.mask & target.mask.to(logits.device)
@@ -391,7 +417,7 @@ class RelationDistiller(Distiller):
             teacher = theirs[:, :, -1].transpose(1, 2).to(logits.device, self.unit.dtype)
             loss = relation_loss(own[-1], teacher, mask, self.arm.loss.relation_heads)
             terms[name] = Term(masked_sum(loss, mask) / whole["counted"].clamp(min=1), weight)
-        return Step(terms, dict)
+        return Terms(terms, dict)
 
 
 def scheduled(weight: float, config: ScheduleConfig, progress: tuple[int, int]) -> float:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from einops import einsum, rearrange
 from jaxtyping import Float
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kvpipe.align.dim import ElasticBottleneck
@@ -14,6 +18,7 @@ from kvpipe.align.head import HeadMixer, grouped_average
 from kvpipe.align.layermap import KINDS, LayerPlan
 from kvpipe.cache.kv import KV
 from kvpipe.config import ProjectorConfig
+from kvpipe.experiment.files import content_digest, read_json, save_tensors, verify, write_json
 
 
 class Geometry(NamedTuple):
@@ -152,3 +157,41 @@ def build_projector(config: ProjectorConfig, geometry: Geometry, plan: LayerPlan
     if config.kind == "elastic":
         return ElasticProjector(geometry, plan, config, src_params)
     return HeadsProjector(geometry, plan)
+
+
+# ---------------------------------------------------------------- on disk
+def save_projectors(path: Path, teachers: list[str], projectors: Sequence[Projector], document: dict[str, Any]) -> None:
+    """Write all projectors of a fit to one file, with how they were fitted in its metadata and beside it as JSON."""
+    tensors = _named(teachers, projectors)
+    save_tensors({name: t.detach() for name, t in tensors.items()}, path, {"fit": json.dumps(document, sort_keys=True)})
+    document = {**document, "sha256": content_digest(path)}
+    write_json(path.with_suffix(".json"), document, sort_keys=True)
+
+
+def load_projectors(path: Path, teachers: list[str], projectors: Sequence[Projector]) -> None:
+    """Fill unfitted projectors from the file of their fit.
+
+    Raises:
+        FileNotFoundError: it was not made.
+        ValueError: it is damaged, or holds other tensors.
+    """
+    document, run = path.with_suffix(".json"), f"run `kvpipe fit --fit {path.stem}`"
+    for file in (path, document):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing: {run} first")
+    verify(path, read_json(document, run).get("sha256", ""), document, run)
+    tensors, expected = load_file(path), _named(teachers, projectors)
+    names = expected.keys() | tensors.keys()
+    other = sorted(n for n in names if n not in expected or n not in tensors or expected[n].shape != tensors[n].shape)
+    if other:
+        raise ValueError(f"{path} does not fit the arm {teachers}: tensors {other[:3]}; {run}")
+    for teacher, projector in zip(teachers, projectors, strict=True):
+        prefix = f"{teacher}/"
+        projector.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+
+
+def _named(teachers: list[str], projectors: Sequence[Projector]) -> dict[str, Tensor]:
+    both = zip(teachers, projectors, strict=True)
+    return {
+        f"{teacher}/{name}": tensor for teacher, projector in both for name, tensor in projector.state_dict().items()
+    }

@@ -44,6 +44,10 @@ class Paths:
         """Where the records come from and what was left out."""
         return self.root / "data" / SOURCES
 
+    def encoding(self, model: str, split: str, reading: str) -> Path:
+        """A split as a model's tokens, of one reading."""
+        return self.root / "encoding" / model / f"{split}-{reading}.safetensors"
+
     def store(self, teacher: str, reading: str) -> Path:
         """Teacher KV store of one reading."""
         return self.root / "teacher_kv" / teacher / reading

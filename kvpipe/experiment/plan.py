@@ -1,8 +1,4 @@
-"""Which artefacts a configuration implies, and which part of the configuration each depends on.
-
-The Snakefile asks here and nowhere else, so that a change of a setting reruns what depends on it and nothing more.
-No torch: this is imported while Snakemake parses.
-"""
+"""What a configuration implies: its cells, teachers, fits, and what each arm needs. No torch: Snakemake imports this."""
 
 from __future__ import annotations
 
@@ -12,9 +8,6 @@ from hashlib import sha256
 from typing import Any
 
 from kvpipe.config import Arm, Config, HubModel, RandomModel
-
-LM_EVAL = ("lm_eval_tasks", "lm_eval_folder", "lm_eval_limit")
-"""Keys of `evaluate` that only the step `lm_eval` reads."""
 
 
 def digest(value: Any, length: int = 8) -> str:
@@ -129,10 +122,6 @@ class Dag:
         model = self.config.models[name]
         return [model.like] if isinstance(model, RandomModel) else []
 
-    def model_reads_data(self, name: str) -> bool:
-        """Whether making the model reads the training split (a from-scratch student's tokenizer)."""
-        return self.config.models[name].source == "scratch"
-
     def model_source(self, name: str) -> dict[str, Any]:
         """The configuration of a model; a random one includes the model it copies."""
         model = self.config.models[name]
@@ -144,88 +133,3 @@ class Dag:
         if isinstance(model, RandomModel):
             out["like_model"] = self.model_source(model.like)
         return out
-
-    # ------------------------------------------------------------ what each step depends on
-    def depends(self, step: str, **wildcards: Any) -> str:
-        """The part of the configuration that a step depends on, as JSON: a Snakemake param.
-
-        Inputs of a step (models, data, …) are its file dependencies and are not repeated here.
-        """
-        return json.dumps(getattr(self, f"_depends_{step}")(**wildcards), sort_keys=True)
-
-    def _depends_models(self, model: str) -> dict:
-        source = self.model_source(model)
-        # a scratch student's tokenizer reads the training split rendered by the template
-        data = {"pretrain": self._depends_data(), "scratch": self.config.data.template.model_dump()}
-        return {"source": source, "data": data.get(source["source"])}
-
-    def _depends_data(self) -> dict:
-        # n-grams decide what is dropped; where they only refuse, the audit counts them again
-        unread = {"template", "context"} | (set() if self.config.data.leakage == "drop" else {"ngram"})
-        return self.config.data.model_dump(exclude=unread)
-
-    def _depends_teacher_kv(self, teacher: str) -> dict:
-        store = self.config.store.model_dump(exclude={"budget_gb", "batch_size", "mode"})
-        return {
-            "store": store,
-            "template": self.config.data.template.model_dump(),
-            # the layers follow from the arms' layer settings and the layer map (an input)
-            "layers": sorted({a.layer.model_dump_json() for a in self.arms.values() if teacher in a.teachers})
-            if self.config.store.layers == "needed"
-            else "all",
-        }
-
-    def _depends_layer_map(self) -> dict:
-        return {
-            "layer_map": self.config.layer_map.model_dump(),
-            "template": self.config.data.template.model_dump(),
-            "train": self.config.train.model_dump(include={"batch_size", "learning_rate", "loss_on"}),
-        }
-
-    def _depends_fit(self, fit: str) -> dict:
-        return {**self.fit_spec(self.fit_arm(fit)), "template": self.config.data.template.model_dump()}
-
-    def _depends_train(self, arm: str) -> dict:
-        train = self.config.train.model_dump(exclude={"device", "threads", "checkpoint_every", "hold_targets_gb"})
-        resolved = self.arm(arm)
-        return {
-            "arm": resolved.model_dump(exclude={"role", "label"}),
-            "train": train,
-            "template": self.config.data.template.model_dump(),
-            "store_mode": self.config.store.mode if resolved.teachers else None,
-        }
-
-    def _depends_evaluate(self) -> dict:
-        return {
-            "evaluate": self.config.evaluate.model_dump(
-                exclude={"batch_size": True, "sandbox": {"workers"}, **dict.fromkeys(LM_EVAL, True)}
-            ),
-            "template": self.config.data.template.model_dump(),
-        }
-
-    def _depends_lm_eval(self) -> dict:
-        return self.config.evaluate.model_dump(include=set(LM_EVAL))
-
-    def _depends_untrained(self) -> dict:
-        return {**self._depends_evaluate(), "seed": self.config.seeds[0]}
-
-    def _depends_arm(self) -> dict:
-        return {"seeds": self.config.seeds}
-
-    def _depends_stats(self) -> dict:
-        return {
-            "stats": self.config.stats.model_dump(),
-            "roles": {name: arm.role for name, arm in self.arms.items()},
-            "bases": {name: self.config.arms[name].base for name in self.arms},
-            "seeds": self.config.seeds,
-        }
-
-    def _depends_audit(self) -> dict:
-        return {"audit": self.config.audit.model_dump(), "ngram": self.config.data.ngram, "seeds": self.config.seeds}
-
-    def _depends_report(self) -> dict:
-        return {
-            "title": self.config.title,
-            "arms": {name: arm.model_dump() for name, arm in self.arms.items()},
-            "seeds": self.config.seeds,
-        }

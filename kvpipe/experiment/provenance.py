@@ -17,9 +17,12 @@ PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "nu
 UNHASHED = {
     "kvpipe.config",
     "kvpipe.experiment.paths",
+    "kvpipe.experiment.made",
     "kvpipe.experiment.plan",
+    "kvpipe.experiment.steps",
     "kvpipe.experiment.provenance",
     "kvpipe.train.card",
+    "kvpipe.steps.make",
     "kvpipe.cli.app",
     "kvpipe.cli.options",
     "kvpipe.cli.steps",

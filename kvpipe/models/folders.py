@@ -74,7 +74,7 @@ def load_tokenizer(folder: Path, trust: bool = False) -> Any:
 
     Args:
         folder: a model folder.
-        trust: run code that lies in it (`Workspace.trusts`). Never read from the folder, whose files come from others.
+        trust: run code that lies in it (`Config.trusts`). Never read from the folder, whose files come from others.
 
     Raises:
         ValueError: tokenizer.json is damaged, or needs code that is not trusted; it has no token to pad with; or it cuts

@@ -36,12 +36,12 @@ def token_alignment(results: Results) -> list[TokenPicture]:
     no test item is shown twice.
     """
     teachers = [t for t in results.judged_teachers if (results.paths.model(t) / "tokenizer.json").is_file()]
-    record = next(r for r in results.work.records("validation") if r.task == results.tasks[0])
+    record = next(r for r in results.records("validation") if r.task == results.tasks[0])
     mode = _mode(results)
-    student = results.work.student_tokenizer
+    student = results.tokenizer(results.config.student)
     out = []
     for teacher in teachers:
-        tokenizer = results.work.tokenizer(teacher)
+        tokenizer = results.tokenizer(teacher)
         out.append(TokenPicture(teacher, record.id, mode, _draw(results, record, tokenizer, student, teacher, mode)))
     return out
 

@@ -10,9 +10,12 @@ from typing import Any
 
 import pandas as pd
 
-from kvpipe.distill.build import Workspace
+from kvpipe.config import Config
+from kvpipe.data.records import Record, read_records
 from kvpipe.experiment.files import read_json
-from kvpipe.experiment.paths import ARMS, CONTRASTS, PAIRS
+from kvpipe.experiment.paths import ARMS, CONTRASTS, PAIRS, Paths
+from kvpipe.experiment.plan import Dag
+from kvpipe.models.folders import load_tokenizer
 from kvpipe.stats.metrics import METRICS
 from kvpipe.stats.scores import ALL, UNTRAINED, read_history
 
@@ -93,10 +96,17 @@ class Results:
     The statistics are required; of everything else an absent file gives None (or leaves a cell out), and `absent` says so.
     """
 
-    def __init__(self, work: Workspace):
-        self.work = work
-        self.config, self.paths, self.dag = work.config, work.paths, work.dag
-        self.control, self.headline = work.config.control, work.config.headline
+    def __init__(self, config: Config, paths: Paths):
+        self.config, self.paths, self.dag = config, paths, Dag(config)
+        self.control, self.headline = config.control, config.headline
+
+    def records(self, split: str) -> list[Record]:
+        """Records of a split."""
+        return read_records(self.paths.data(split))
+
+    def tokenizer(self, model: str) -> Any:
+        """A model's tokenizer."""
+        return load_tokenizer(self.paths.model(model), self.config.trusts(model))
 
     # ------------------------------------------------------------ tables
     @cached_property

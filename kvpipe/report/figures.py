@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from kvpipe.align.layermap import layer_plan
 from kvpipe.report.collect import ROLES, Contrast, Results
 from kvpipe.report.svg import DASHES, INK, PAPER, SERIES, SOFT, STAND_IN, WIDTH, Picture, inline, styled
 from kvpipe.report.wording import VERDICTS, listed, number
@@ -66,7 +67,8 @@ def forest(results: Results) -> Picture | None:
             axes.set_xlabel("ratio to the reference, log scale" if entry.is_ratio else f"difference in {entry.change}")
             if entry.is_ratio:
                 axes.set_xscale("log")
-                ticks_at = _log_ticks(*axes.get_xlim(), (1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9))
+                low, high = axes.get_xlim()
+                ticks_at = _log_ticks(low, high, (1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9))
                 axes.set_xticks(ticks_at, [f"{t:g}" for t in ticks_at])
                 axes.xaxis.set_minor_formatter(NullFormatter())
                 axes.set_xticks([], minor=True)
@@ -203,7 +205,7 @@ def layer_similarity(results: Results) -> Picture | None:
         for axes, (teacher, document, kind) in zip(grid.flat, panels, strict=False):
             matrix = np.array(document["similarity"][kind])
             image = axes.pcolormesh(matrix, cmap="cividis", vmin=0, vmax=highest, edgecolors="none")
-            _mark_layers(results, axes, teacher, kind, cell)
+            _mark_layers(results, axes, teacher, document, kind, cell)
             if cell > 0.3:
                 _annotate(axes, matrix, highest)
             axes.set_title(f"{teacher}: {kind}")
@@ -230,13 +232,14 @@ def _annotate(axes: Axes, matrix: np.ndarray, highest: float) -> None:
                   color="#000000" if value > 0.55 * highest else "#ffffff")  # fmt: skip
 
 
-def _mark_layers(results: Results, axes: Axes, teacher: str, kind: str, cell: float) -> None:
+def _mark_layers(results: Results, axes: Axes, teacher: str, document: dict, kind: str, cell: float) -> None:
     """Squares for layers chosen by similarity, a dot in the corner for proportional or listed ones."""
     chosen: dict[str, set[tuple[int, int]]] = {"square": set(), "dot": set()}
     for arm in results.dag.arms.values():
         if teacher not in arm.teachers or arm.loss.kind != "kv":
             continue
-        plan = results.work.plan(arm, teacher)
+        sizes = document["src_layers"], document["dst_layers"]
+        plan = layer_plan(arm.layer, *sizes, results.paths.layer_map(teacher))
         side = ("keys", "values").index(kind)
         mark = "square" if arm.layer.kind == "cka" else "dot"
         for layer, (index, beta) in enumerate(zip(plan.index[side].tolist(), plan.beta[side].tolist(), strict=True)):

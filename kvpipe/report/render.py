@@ -9,10 +9,10 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from kvpipe import __version__
-from kvpipe.config import LOSS_ON
+from kvpipe.config import LOSS_ON, Config
 from kvpipe.data.records import render
-from kvpipe.distill.build import Workspace
 from kvpipe.experiment.files import write_text
+from kvpipe.experiment.paths import Paths
 from kvpipe.report import figures, tables, wording
 from kvpipe.report.alignment import token_alignment
 from kvpipe.report.collect import ROLES, Results
@@ -29,11 +29,12 @@ ROLE_TEXTS = {
 }
 
 
-def write_report(work: Workspace, out: Path) -> None:
+def write_report(config: Config, paths: Paths, out: Path) -> None:
     """Write the report of a results folder.
 
     Args:
-        work: configuration and results; the statistics must be there, anything else that is absent is named in the text.
+        config: the experiment.
+        paths: its results; the statistics must be there, anything else that is absent is named in the text.
         out: the HTML file; everything is inside it (styles, figures), nothing is loaded from elsewhere.
 
     Raises:
@@ -42,7 +43,7 @@ def write_report(work: Workspace, out: Path) -> None:
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = resources.files("kvpipe.report").joinpath("template.html").read_text(encoding="utf-8")
-    text = environment.from_string(source).render(**content(Results(work)))
+    text = environment.from_string(source).render(**content(Results(config, paths)))
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, text)
 
@@ -124,7 +125,7 @@ def samples(results: Results) -> list[dict[str, Any]]:
     frames = {name: frame.set_index("id") for name, frame in found.items() if frame is not None}
     out = []
     for task in results.tasks:
-        for record in [r for r in results.work.records("test") if r.task == task][:SAMPLES_PER_TASK]:
+        for record in [r for r in results.records("test") if r.task == task][:SAMPLES_PER_TASK]:
             answers = [
                 {
                     "arm": name,

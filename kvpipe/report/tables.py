@@ -92,7 +92,7 @@ def components(arm: Arm) -> dict[str, str]:
 
 def sizes(results: Results) -> list[dict[str, Any]]:
     """Examples of each split per task."""
-    counts = {split: pd.Series([r.task for r in results.work.records(split)]).value_counts() for split in SPLITS}
+    counts = {split: pd.Series([r.task for r in results.records(split)]).value_counts() for split in SPLITS}
     return [
         {"task": task, **{split: int(count.get(task, 0)) for split, count in counts.items()}} for task in results.tasks
     ]

@@ -104,11 +104,11 @@ def train_direct(
 ) -> None:
     """Train one cell of `experiment` into `out`, which keeps what it was trained by."""
     # torch takes seconds to import, and `kept` is asked without
-    from kvpipe.distill.build import Workspace
+    from kvpipe.steps.inputs import Inputs
     from kvpipe.steps.train import make_cell
 
     config, paths = experiment(teachers, student, data, out, overrides)
-    make_cell(Workspace(config, paths), arm or ARM, seed, out, checkpoints, made, log)
+    make_cell(Inputs(config, paths), arm or ARM, seed, out, checkpoints, made, log)
     keep(config, paths, out)
 
 

@@ -9,17 +9,18 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from kvpipe.distill.build import Workspace
 from kvpipe.evaluate import harness, score
 from kvpipe.experiment import device
 from kvpipe.experiment.files import write_json
 from kvpipe.experiment.outofmemory import explained
 from kvpipe.stats.scores import CELL, cell_of
+from kvpipe.steps.inputs import Inputs, trusts_folder
 
 
-def score_folder(work: Workspace, folder: Path, split: str, out: Path) -> str:
+def score_folder(inputs: Inputs, folder: Path, split: str, out: Path) -> str:
     """Score a model folder on a split, one row per item; returns the line that says how it did."""
-    config, records, trust = work.config, work.records(split), work.trusts_folder(folder)
+    config, records = inputs.config, inputs.records(split)
+    trust = trusts_folder(config, inputs.paths, folder)
     torch.set_num_threads(config.train.threads)
     with explained("scoring", config.evaluate):
         table = score.evaluate(
@@ -37,16 +38,16 @@ def score_folder(work: Workspace, folder: Path, split: str, out: Path) -> str:
     return f"{split}: {len(table)} items, {bits:.4f} bits per byte of reasoning and answer{right}"
 
 
-def score_untrained(work: Workspace, out: Path) -> None:
+def score_untrained(inputs: Inputs, out: Path) -> None:
     """Score the student before training (first seed) on the test split."""
-    config = work.config
+    config = inputs.config
     torch.set_num_threads(config.train.threads)
-    student = work.student(config.seeds[0]).to(device.resolve_device(config.train.device)).eval()
+    student = inputs.student(config.seeds[0]).to(device.resolve_device(config.train.device)).eval()
     with explained("scoring", config.evaluate):
         table = score.evaluate_model(
             student,
-            work.student_tokenizer,
-            work.records("test"),
+            inputs.student_tokenizer,
+            inputs.records("test"),
             config.data.template,
             config.evaluate,
             context=config.data.context,
@@ -54,11 +55,11 @@ def score_untrained(work: Workspace, out: Path) -> None:
     _write(table, None, out)
 
 
-def score_tasks(work: Workspace, folder: Path, out: Path) -> Iterator[str]:
+def score_tasks(inputs: Inputs, folder: Path, out: Path) -> Iterator[str]:
     """Score a model folder with lm-evaluation-harness; a line for each task."""
-    config = work.config
+    config = inputs.config
     torch.set_num_threads(config.train.threads)
-    trust = work.trusts_folder(folder)
+    trust = trusts_folder(config, inputs.paths, folder)
     result = harness.run_tasks(folder, config.evaluate, device.resolve_device(config.train.device), trust)
     write_json(out, result, indent=1, default=str)
     for task, found in result["tasks"].items():

@@ -17,39 +17,41 @@ from kvpipe.cache.capture import Recorder
 from kvpipe.cache.kv import KV
 from kvpipe.cache.teacher import spread
 from kvpipe.data.batches import collate
-from kvpipe.distill import fit
-from kvpipe.distill.build import Workspace, save_projectors
-from kvpipe.experiment import made
+from kvpipe.distill import fit as fitting
+from kvpipe.distill.projectors import save_projectors
 from kvpipe.experiment.device import resolve_device
 from kvpipe.models.folders import has_weights
+from kvpipe.steps.inputs import Inputs
+from kvpipe.steps.projectors import unfitted
 
 
-def make_fit(work: Workspace, fit_id: str) -> None:
+def make_fit(inputs: Inputs, fit: str) -> None:
     """The projectors of all arms that share a fit."""
-    arm = work.dag.fit_arm(fit_id)
-    work.check(n for n, one in work.dag.arms.items() if work.dag.needs_fit(one) and work.dag.fit_id(one) == fit_id)
+    dag = inputs.dag
+    arm = dag.fit_arm(fit)
+    inputs.check(name for name, one in dag.arms.items() if dag.needs_fit(one) and dag.fit_id(one) == fit)
     # the fit sees the true pairs also for arms that shuffle them in training
-    teachers = [work.aligned_teacher(arm.model_copy(update={"shuffle_teacher": False}), t) for t in arm.teachers]
-    dst = work.student_encoding("train")
+    teachers = [inputs.aligned_teacher(arm.model_copy(update={"shuffle_teacher": False}), t) for t in arm.teachers]
+    dst = inputs.student_encoding("train")
     examples = spread(len(dst), arm.fit.examples)
     length = int(dst.lengths[examples].max())
     aligned = [teacher.aligned(examples, length) for teacher in teachers]
     mask = torch.stack([a.mask for a in aligned]).all(0)
-    rows = [fit.Rows(a.keys[mask], a.values[mask]) for a in aligned]
+    rows = [fitting.Rows(a.keys[mask], a.values[mask]) for a in aligned]
     student = queries = None
-    if has_weights(work.paths.model(work.config.student)):
-        queries, own, ropes, positions = _student_cache(work, examples, length)
-        student = fit.Rows(
+    if has_weights(inputs.paths.model(inputs.config.student)):
+        queries, own, ropes, positions = _student_cache(inputs, examples, length)
+        student = fitting.Rows(
             *(
                 rearrange(x, "layer batch head time dim -> batch time layer head dim")[mask]
                 for x in (own.keys, own.values)
             )
         )
     torch.manual_seed(arm.fit.seed)  # an elastic encoder begins with random weights
-    projectors = work.new_projectors(arm, [teacher.layers for teacher in teachers])
-    report = fit.fit(projectors, rows, arm.fit, student)
+    projectors = unfitted(inputs, arm, [teacher.layers for teacher in teachers])
+    report = fitting.fit(projectors, rows, arm.fit, student)
     document: dict[str, Any] = {
-        "fit": work.dag.fit_spec(arm),
+        "fit": dag.fit_spec(arm),
         "rows": int(mask.sum()),
         "explained_variance": dict(zip(arm.teachers, report.explained_variance, strict=True)),
     }
@@ -60,18 +62,17 @@ def make_fit(work: Workspace, fit_id: str) -> None:
             teacher: output_cosine(queries, own, target, ropes, mask, positions)
             for teacher, target in zip(arm.teachers, targets, strict=True)
         }
-    save_projectors(work.paths.projector(fit_id), arm.teachers, projectors, document)
-    made.note(work.dag, work.paths, "fit", fit_id)
+    save_projectors(inputs.paths.projector(fit), arm.teachers, projectors, document)
 
 
-def _student_cache(work: Workspace, examples: np.ndarray, length: int) -> tuple[Tensor | None, KV, list[Rope], Tensor]:
+def _student_cache(inputs: Inputs, examples: np.ndarray, length: int) -> tuple[Tensor | None, KV, list[Rope], Tensor]:
     """The pretrained student's queries (None where its family shows none) and cache on the examples, padded to `length`,
     its layers' rotary embeddings, and the positions `(batch, time)`."""
-    dst, pad_id = work.student_encoding("train"), work.student_tokenizer.pad_token_id
-    device = resolve_device(work.config.train.device)
-    model = work.student(0).to(device)
+    dst, pad_id = inputs.student_encoding("train"), inputs.student_tokenizer.pad_token_id
+    device = resolve_device(inputs.config.train.device)
+    model = inputs.student(0).to(device)
     parts: list[list[Tensor]] = []
-    size = work.config.store.batch_size
+    size = inputs.config.store.batch_size
     for some in (examples[i : i + size] for i in range(0, len(examples), size)):
         batch = collate(dst, some, pad_id).to(device)
         with torch.no_grad(), Recorder(model) as recorder:

@@ -12,29 +12,28 @@ from kvpipe.cache.capture import Recorder, kv_geometry
 from kvpipe.cache.teacher import AlignedTeacher, HiddenRows, LiveRows, RowSource, spread
 from kvpipe.config import TimeConfig
 from kvpipe.data.batches import collate, schedule
-from kvpipe.distill.build import Workspace
 from kvpipe.distill.losses import masked_mean
-from kvpipe.experiment import made
 from kvpipe.experiment.device import resolve_device
 from kvpipe.models.folders import has_weights
 from kvpipe.models.likelihood import token_nll
+from kvpipe.steps.inputs import Inputs
 
 
-def make_layer_map(work: Workspace, teacher: str) -> None:
+def make_layer_map(inputs: Inputs, teacher: str) -> None:
     """CKA of every student layer with every teacher layer on token-aligned rows of validation examples.
 
     A student from scratch has random layers, which resemble nothing: a copy is first trained for some steps on
     cross-entropy alone (seed 0, training split), as a stand-in for what its layers become.
     """
-    config = work.config.layer_map
-    work.check(work.dag.arms_of(teacher))
-    reference = _reference_student(work)
+    config = inputs.config.layer_map
+    inputs.check(inputs.dag.arms_of(teacher))
+    reference = _reference_student(inputs)
     device = next(reference.parameters()).device
-    model, pad_id = work.teacher_model(teacher), work.tokenizer(teacher).pad_token_id
-    src = work.teacher_encoding(teacher, "validation", "student")
-    dst = work.student_encoding("validation")
+    model, pad_id = inputs.teacher_model(teacher), inputs.tokenizer(teacher).pad_token_id
+    src = inputs.encoding(teacher, "validation")
+    dst = inputs.student_encoding("validation")
     time = build_time_map(TimeConfig(), src, dst)
-    size = work.config.store.batch_size
+    size = inputs.config.store.batch_size
     sources: dict[str, RowSource] = {
         "cache": LiveRows(model, src, tuple(range(kv_geometry(model.config).layers)), pad_id, size),
         "hidden": HiddenRows(model, src, pad_id),
@@ -44,7 +43,7 @@ def make_layer_map(work: Workspace, teacher: str) -> None:
     streams = {kind: StreamingCKA() for kind in layermap.MEASURED}
     rows = 0
     for chunk in (examples[i : i + size] for i in range(0, len(examples), size)):
-        batch = collate(dst, chunk, work.student_tokenizer.pad_token_id)
+        batch = collate(dst, chunk, inputs.student_tokenizer.pad_token_id)
         with torch.no_grad(), Recorder(reference, hidden=True) as recorder:
             moved = batch.to(device)
             reference(input_ids=moved.input_ids, attention_mask=moved.attention_mask, use_cache=False)
@@ -56,8 +55,7 @@ def make_layer_map(work: Workspace, teacher: str) -> None:
         streams["values"].update(_student_rows(kv.values, mask), _teacher_rows(theirs["cache"].values, mask))
         streams["hidden"].update(hidden[:, mask], _teacher_rows(theirs["hidden"].keys, mask))
     similarity = {kind: stream.compute() for kind, stream in streams.items()}
-    layermap.write_layer_map(work.paths.layer_map(teacher), teacher, similarity, rows)
-    made.note(work.dag, work.paths, "layer_map", teacher)
+    layermap.write_layer_map(inputs.paths.layer_map(teacher), teacher, similarity, rows)
 
 
 def _student_rows(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -68,17 +66,17 @@ def _teacher_rows(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return rearrange(x[mask], "row layer head dim -> layer row (head dim)")
 
 
-def _reference_student(work: Workspace):
-    device = resolve_device(work.config.train.device)
-    model = work.student(seed=0).to(device)
-    steps = work.config.layer_map.warmup_steps
-    if has_weights(work.paths.model(work.config.student)) or steps == 0:
+def _reference_student(inputs: Inputs):
+    device = resolve_device(inputs.config.train.device)
+    model = inputs.student(seed=0).to(device)
+    steps = inputs.config.layer_map.warmup_steps
+    if has_weights(inputs.paths.model(inputs.config.student)) or steps == 0:
         return model
-    encoding = work.student_encoding("train")
-    pad_id = work.student_tokenizer.pad_token_id
-    optimizer = torch.optim.AdamW(model.train().parameters(), lr=work.config.train.learning_rate, fused=True)
-    for examples in schedule(encoding.lengths, work.config.train.batch_size, steps, seed=0, by_length=True):
-        batch = collate(encoding, examples, pad_id, work.config.train.loss_on).to(device)
+    encoding = inputs.student_encoding("train")
+    pad_id = inputs.student_tokenizer.pad_token_id
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=inputs.config.train.learning_rate, fused=True)
+    for examples in schedule(encoding.lengths, inputs.config.train.batch_size, steps, seed=0, by_length=True):
+        batch = collate(encoding, examples, pad_id, inputs.config.train.loss_on).to(device)
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         masked_mean(token_nll(logits, batch.labels), batch.predicted).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

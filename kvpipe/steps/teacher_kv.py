@@ -4,30 +4,31 @@ from __future__ import annotations
 
 from kvpipe.cache import store
 from kvpipe.cache.capture import kv_geometry
-from kvpipe.distill.build import Workspace
-from kvpipe.experiment import made
 from kvpipe.experiment.outofmemory import explained
+from kvpipe.steps.inputs import Inputs
 
 
-def make_shard(work: Workspace, teacher: str, reading, shard: int) -> None:
-    """One shard of a teacher's store."""
-    config = work.config.store
-    work.check(work.dag.arms_of(teacher))
-    encoding = work.teacher_encoding(teacher, "train", reading)
-    key = work.store_key(teacher, reading)
-    path = work.paths.shard(teacher, reading, shard)
+def make_shard(inputs: Inputs, teacher: str, reading: str, shard: str) -> None:
+    """One shard of a teacher's store; a finished one is kept."""
+    config = inputs.config.store
+    inputs.check(inputs.dag.arms_of(teacher))
+    encoding = inputs.encoding(teacher, "train", reading)
+    key = inputs.store_key(teacher, reading)
+    path = inputs.paths.shard(teacher, reading, shard)
     path.parent.mkdir(parents=True, exist_ok=True)
     need = store.estimate_bytes(
-        config, kv_geometry(work.model_config(teacher)), len(key.layers), len(encoding.ids), key.top_logits
+        config, kv_geometry(inputs.model_config(teacher)), len(key.layers), len(encoding.ids), key.top_logits
     )
     store.check_budget(config, teacher, need, path.parent)
     with explained(f"running {teacher}", config):
-        model, pad_id = work.teacher_model(teacher), work.tokenizer(teacher).pad_token_id
-        store.build_shard(model, encoding, key, config, shard, path, pad_id)
+        model, pad_id = inputs.teacher_model(teacher), inputs.tokenizer(teacher).pad_token_id
+        store.build_shard(model, encoding, key, config, int(shard), path, pad_id)
 
 
-def make_store_index(work: Workspace, teacher: str, reading) -> None:
-    """The index of a store whose shards are there."""
-    shards = [work.paths.shard(teacher, reading, i) for i in range(work.config.store.shards)]
-    store.write_index(work.paths.store(teacher, reading), work.store_key(teacher, reading), shards)
-    made.note(work.dag, work.paths, "teacher_kv", teacher, reading)
+def make_store(inputs: Inputs, teacher: str, reading: str) -> None:
+    """A teacher's whole store: the shards that are not there yet, and their index."""
+    numbers = range(inputs.config.store.shards)
+    for shard in numbers:
+        make_shard(inputs, teacher, reading, str(shard))
+    shards = [inputs.paths.shard(teacher, reading, i) for i in numbers]
+    store.write_index(inputs.paths.store(teacher, reading), inputs.store_key(teacher, reading), shards)

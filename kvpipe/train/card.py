@@ -21,6 +21,7 @@ from kvpipe.config.errors import printable
 from kvpipe.experiment.files import GB, folder_digest, read_json, write_text
 from kvpipe.experiment.paths import ARMS, CONTRASTS, COST, SPLITS, STUDENT, Paths
 from kvpipe.experiment.plan import Dag
+from kvpipe.experiment.steps import Train
 from kvpipe.models import hub
 from kvpipe.stats.metrics import METRICS
 
@@ -91,7 +92,7 @@ def card(dag: Dag, paths: Paths, arm_name: str, cell: Path) -> str:
     provenance = cost["provenance"]
     if provenance["arm"] != arm_name:
         raise ValueError(f"{cell} was trained under the arm {provenance['arm']!r}: --arm {provenance['arm']}")
-    if cost.get("settings") not in (None, dag.depends("train", arm=arm_name)):
+    if cost.get("settings") not in (None, Train(dag, paths).depends(arm=arm_name)):
         raise ValueError(
             f"{cell} was trained under other settings than the configuration has now for the arm {arm_name!r}: give the "
             "configuration that it was trained with, or train it again"

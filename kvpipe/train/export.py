@@ -11,11 +11,13 @@ import numpy as np
 import torch
 
 from kvpipe.cache.teacher import spread
+from kvpipe.config import Template
 from kvpipe.data.encoding import Encoding, encode_records
-from kvpipe.distill.build import Workspace
+from kvpipe.data.records import Record
 from kvpipe.experiment.files import folder_digest
 from kvpipe.models.folders import load_model, load_tokenizer, save_model, weights_dtype
 from kvpipe.models.likelihood import score, scoring_batches
+from kvpipe.train.cell import Cell
 
 RECORDS = 8
 """Validation records that the saved folder is scored on."""
@@ -27,16 +29,22 @@ class SavedStudentDiffers(RuntimeError):
     """The folder that was written is not the model that was trained."""
 
 
-def export(work: Workspace, model, folder: Path, log=print) -> dict[str, Any]:
+def export(
+    cell: Cell, model, source: Path, folder: Path, records: list[Record], template: Template, trust: bool, log=print
+) -> dict[str, Any]:
     """Write the trained student to `folder`, which is there only once its content scores as the model in memory does.
 
     Adapters are merged. Weights are written in the type that the student's own folder has (float32 for one from scratch)
     and the files beside them, tokenizer first, as they lie there. The model is of no use afterwards.
 
     Args:
-        work: the experiment.
+        cell: gives the validation split as tokens.
         model: as trained, without wrappers of devices and precision.
+        source: the student's own folder.
         folder: where to; what is there is replaced.
+        records: of the validation split.
+        template: record → text.
+        trust: run code that lies in the folder.
         log: where plain lines go.
 
     Returns:
@@ -45,12 +53,11 @@ def export(work: Workspace, model, folder: Path, log=print) -> dict[str, Any]:
     Raises:
         SavedStudentDiffers: names both scores; the folder is kept as `<folder>.unchecked`.
     """
-    source, device = work.paths.model(work.config.student), next(model.parameters()).device
-    dtype, trust = weights_dtype(source), work.trusts(work.config.student)
+    device, dtype = next(model.parameters()).device, weights_dtype(source)
     begun = time.perf_counter()
-    encoding = work.student_encoding("validation")
+    encoding = cell.validation
     examples = spread(len(encoding), RECORDS)
-    in_memory = _nats(work, model, encoding, examples)
+    in_memory = _nats(cell, model, encoding, examples)
     spent = time.perf_counter() - begun
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
@@ -60,12 +67,12 @@ def export(work: Workspace, model, folder: Path, log=print) -> dict[str, Any]:
     model.to("cpu")  # makes room on the device for the one that is loaded now
 
     begun = time.perf_counter()
-    records = [record for i, record in enumerate(work.records("validation")) if i in examples]
-    again = encode_records(records, load_tokenizer(unchecked, trust), work.config.data.template, end=True)
+    records = [records[i] for i in examples]
+    again = encode_records(records, load_tokenizer(unchecked, trust), template, end=True)
     kept = np.concatenate([encoding.ids[encoding.rows(i)] for i in examples])
     if not np.array_equal(again.ids, kept):
         raise SavedStudentDiffers(f"{unchecked}: its tokenizer gives other ids than the student's own in {source}")
-    saved = _nats(work, load_model(unchecked, torch.float32, str(device), trust), again)
+    saved = _nats(cell, load_model(unchecked, torch.float32, str(device), trust), again)
     spent += time.perf_counter() - begun
     if not abs(saved - in_memory) <= TOLERANCE[dtype]:  # NaN fits no tolerance
         raise SavedStudentDiffers(
@@ -86,9 +93,9 @@ def export(work: Workspace, model, folder: Path, log=print) -> dict[str, Any]:
     }
 
 
-def _nats(work: Workspace, model, encoding: Encoding, examples: np.ndarray | None = None) -> float:
+def _nats(cell: Cell, model, encoding: Encoding, examples: np.ndarray | None = None) -> float:
     """Nats per token of the whole text of some examples."""
-    batches = scoring_batches(encoding, work.student_tokenizer.pad_token_id, work.config.evaluate.batch_size, examples)
+    batches = scoring_batches(encoding, cell.pad_id, cell.scoring.batch_size, examples)
     scores = score(model, encoding, batches)
     return float(scores.nll_all.sum() / scores.tokens_all.sum())
 

@@ -10,22 +10,23 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from kvpipe.config import LoraConfig
-from kvpipe.distill.build import Workspace
 
 KEY = "train.lora.target_modules"
 
 
-def check_lora(work: Workspace) -> None:
+def check_lora(config: LoraConfig, hf_config, trust: bool) -> None:
     """Refuse what `adapted` refuses, on a student without weights: before any teacher reads a text.
+
+    Args:
+        config: the adapters.
+        hf_config: the student's transformers config.
+        trust: run the code of its repository.
 
     Raises:
         ValueError: as `adapted`.
     """
-    config, student = work.config.train.lora, work.config.student
-    if config is not None:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(work.model_config(student), trust_remote_code=work.trusts(student))
-            adapted(model, config)
+    with torch.device("meta"):
+        adapted(AutoModelForCausalLM.from_config(hf_config, trust_remote_code=trust), config)
 
 
 def adapted(model: PreTrainedModel, config: LoraConfig):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tiny import encoded
 
 from kvpipe.align.layer import proportional_map
 from kvpipe.align.layermap import MEASURED, LayerPlan, layer_plan, write_layer_map
@@ -118,7 +119,7 @@ def test_the_step_measures_keys_values_and_hidden_states(tiny):
     from kvpipe.models.folders import load_model, load_tokenizer
 
     folder = tiny.paths.model(teacher)
-    model, encoding = load_model(folder), tiny.teacher_encoding(teacher, "validation", "student")
+    model, encoding = load_model(folder), encoded(tiny, teacher, "validation", "student")
     examples = spread(len(encoding), 3)
     rows, _ = HiddenRows(model, encoding, load_tokenizer(folder).pad_token_id).fetch(examples)
     ids = torch.from_numpy(encoding.ids[encoding.rows(examples[0])])[None]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import encoded
 
 from kvpipe.align.timemap import build_time_map, derangement
 from kvpipe.config import TimeConfig
@@ -305,7 +306,7 @@ def test_real_tokenizers(tiny):
     """The laws again on what the trained tokenizers give, with spaces as ▁, BOS and an end token."""
     dst = tiny.student_encoding("train")
     for reading, configs in (("student", [*OVERLAP, *SEGMENT]), ("own", [*SEGMENT, *ANCHORED])):
-        src = tiny.teacher_encoding("beta", "train", reading)
+        src = encoded(tiny, "beta", "train", reading)
         for config in configs:
             time = build_time_map(config, src, dst)
             check_rows(time, src, dst)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiny import encoded
 
 from kvpipe.cache import forward, rowfile, store
 from kvpipe.cache.capture import capture, kv_geometry
@@ -28,7 +29,7 @@ ERROR = {"bf16": 2**-8, "fp16": 2**-11, "int8": 0.5 / 127}
 def teacher(tiny):
     """Model, encoding and pad id of `beta`."""
     folder = tiny.paths.model("beta")
-    return load_model(folder), tiny.teacher_encoding("beta", "train", "student"), tiny.student_tokenizer.pad_token_id
+    return load_model(folder), encoded(tiny, "beta", "train", "student"), tiny.student_tokenizer.pad_token_id
 
 
 def key_of(dtype="bf16", shards=1, **changes):
@@ -114,13 +115,13 @@ def test_the_budget_is_checked_before_anything_is_written(tiny, tmp_path):
 def test_the_step_writes_nothing_over_budget(tiny, tmp_path):
     from tiny import config
 
-    from kvpipe.distill.build import Workspace
+    from kvpipe.steps.inputs import Inputs
     from kvpipe.steps.teacher_kv import make_shard
 
-    work = Workspace(config(tmp_path, {"store.budget_gb": 1e-6}), tiny.paths)
+    work = Inputs(config(tmp_path, {"store.budget_gb": 1e-6}), tiny.paths)
     path = work.paths.shard("alpha", "own", 0)
     with pytest.raises(RuntimeError, match=r"store\.budget_gb"):
-        make_shard(work, "alpha", "own", 0)
+        make_shard(work, "alpha", "own", "0")
     assert not path.exists()
 
 

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from tiny import build
+from tiny import build, encoded
 
 from kvpipe.align.timemap import build_time_map
 from kvpipe.cache import forward
 from kvpipe.cache.teacher import AlignedTeacher, LiveRows, StoredRows, spread
 from kvpipe.config import TimeConfig
 from kvpipe.models.folders import load_model, load_tokenizer
-from kvpipe.steps.prepare import prepare
+from kvpipe.steps.train import prepare
 from kvpipe.tokens.matrix import overlap
 
 LAYERS = (1, 3, 4)
@@ -19,7 +19,7 @@ LAYERS = (1, 3, 4)
 @pytest.fixture(scope="module")
 def sides(tiny):
     folder = tiny.paths.model("beta")
-    src = tiny.teacher_encoding("beta", "train", "student")
+    src = encoded(tiny, "beta", "train", "student")
     live = LiveRows(load_model(folder), src, LAYERS, load_tokenizer(folder).pad_token_id, 4)
     return live, src, tiny.student_encoding("train")
 
@@ -85,7 +85,7 @@ def test_a_shuffled_example_is_the_other_ones_cache(sides):
 
 def test_stored_and_live_rows_agree(tiny):
     prepare(tiny, "two", log=lambda *_: None)
-    src = tiny.teacher_encoding("alpha", "train", "student")
+    src = encoded(tiny, "alpha", "train", "student")
     folder = tiny.paths.model("alpha")
     stored = StoredRows(tiny.store("alpha", "student"), src.offsets)
     live = LiveRows(load_model(folder), src, stored.layers, load_tokenizer(folder).pad_token_id, 4)

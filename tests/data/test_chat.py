@@ -15,15 +15,14 @@ from kvpipe.data import build as data
 from kvpipe.data.chat import end_of_turn, rendered
 from kvpipe.data.encoding import encode_records, prompt_ids
 from kvpipe.data.records import Record, read_records, write_records
-from kvpipe.distill.build import Workspace
 from kvpipe.evaluate.choices import choice_nll
 from kvpipe.evaluate.generate import generate
 from kvpipe.evaluate.score import evaluate_model
 from kvpipe.experiment.paths import Paths
 from kvpipe.models.folders import build_model
+from kvpipe.steps.inputs import Inputs
 from kvpipe.steps.models import make_model
-from kvpipe.steps.prepare import prepare
-from kvpipe.train import trainer as training
+from kvpipe.steps.train import prepare, train_cell
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -302,12 +301,12 @@ def chat_cell(tmp_path_factory):
         tokenizer.save_pretrained(folder / name)
     models = {f"models.{n}": {"source": "local", "path": str(folder / n)} for n in ("alpha", "beta", "student")}
     live = {"data.template": {"chat_template": True}, "train.loss_on": "completion"}
-    work = Workspace(config(folder, models | live), Paths(folder / "results"))
+    work = Inputs(config(folder, models | live), Paths(folder / "results"))
     data.build(work.config.data, work.paths.data("train").parent)
     for name in ("alpha", "beta", "student"):
         make_model(work, name)
     prepare(work, "two", log=quiet)
-    training.train(work, "two", 0, folder / "out", folder / "checkpoints", log=quiet)
+    train_cell(work, "two", 0, folder / "out", folder / "checkpoints", log=quiet)
     return work, folder / "out"
 
 

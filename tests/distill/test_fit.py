@@ -305,7 +305,7 @@ def test_heads_are_left_at_their_start_and_reported():
 
 def test_the_step_does_not_depend_on_the_random_state_it_starts_with(tiny):
     from kvpipe.steps.fit import make_fit
-    from kvpipe.steps.prepare import prepare
+    from kvpipe.steps.train import prepare
 
     elastic = {fit: arm for fit, arm in tiny.dag.fits.items() if arm.fit.method == "reconstruct"}
     assert elastic

@@ -10,10 +10,12 @@ from tiny import ARMS, build, config
 from kvpipe.cache.capture import Recorder
 from kvpipe.config import LossConfig, ScheduleConfig
 from kvpipe.data.batches import collate
-from kvpipe.distill.build import Workspace
 from kvpipe.distill.objectives import HeldTargets, ProjectedTargets, build_targets
 from kvpipe.models.folders import load_model
-from kvpipe.steps.prepare import prepare
+from kvpipe.steps.inputs import Inputs
+from kvpipe.steps.objective import load_objective, teacher_losses, top_logits
+from kvpipe.steps.projectors import fitted
+from kvpipe.steps.train import prepare
 
 EXAMPLES = np.array([3, 17, 8, 26, 0])
 QUIET = lambda *_: None  # noqa: E731
@@ -73,7 +75,7 @@ def by_hand(own, target, mask, scaled):
 def test_held_targets_are_the_projected_ones(work, arm):
     arm = work.dag.arm(arm)
     teacher = work.aligned_teacher(arm, "alpha")
-    projector = work.projectors(arm, [t.layers for t in (work.aligned_teacher(arm, n) for n in arm.teachers)])[0]
+    projector = fitted(work, arm, [t.layers for t in (work.aligned_teacher(arm, n) for n in arm.teachers)])[0]
     held, live = (build_targets(teacher, projector, True, room) for room in (1e9, 0.0))
     assert isinstance(held, HeldTargets) and isinstance(live, ProjectedTargets)
     lengths = work.student_encoding("train").lengths[EXAMPLES]
@@ -91,8 +93,8 @@ def test_held_targets_are_the_projected_ones(work, arm):
 
 def test_a_trainable_projector_is_never_held(work):
     arm = work.dag.arm("joint")
-    assert all(isinstance(t, ProjectedTargets) for t in work.distiller(arm, 0).targets)
-    assert all(isinstance(t, HeldTargets) for t in work.distiller(work.dag.arm("two"), 0).targets)
+    assert all(isinstance(t, ProjectedTargets) for t in load_objective(work, arm, 0).targets)
+    assert all(isinstance(t, HeldTargets) for t in load_objective(work, work.dag.arm("two"), 0).targets)
 
 
 # ---------------------------------------------------------------- keys and values
@@ -100,7 +102,7 @@ def test_a_trainable_projector_is_never_held(work):
 def test_terms_are_the_loss_by_hand(work, scaled):
     loss = LossConfig(kind="kv", lambda_k=0.5, lambda_v=3.0, scale="std" if scaled else "none")
     arm = work.dag.arm("task").model_copy(update={"loss": loss})
-    distiller = work.distiller(arm, 0)
+    distiller = load_objective(work, arm, 0)
     found = run(work, distiller)
     fetched = [t.fetch(EXAMPLES, found.batch.input_ids.shape[1]) for t in distiller.targets]
     present = torch.stack([mask for _, mask in fetched]).float()
@@ -124,7 +126,7 @@ def test_terms_are_the_loss_by_hand(work, scaled):
 
 @pytest.mark.parametrize("name", ["one", "attention", "select", "own", "shuffled", "position", "cka", "elastic"])
 def test_masked_positions_contribute_nothing(work, name):
-    distiller = work.distiller(work.dag.arm(name), 0)
+    distiller = load_objective(work, work.dag.arm(name), 0)
     found = run(work, distiller)
     present = torch.stack([t.fetch(EXAMPLES, found.batch.input_ids.shape[1])[1] for t in distiller.targets]).any(0)
     counted = found.batch.mask & present
@@ -136,7 +138,7 @@ def test_masked_positions_contribute_nothing(work, name):
 
 
 def test_a_student_that_has_the_targets_has_no_loss(work):
-    distiller = work.distiller(work.dag.arm("one"), 0)
+    distiller = load_objective(work, work.dag.arm("one"), 0)
     batch = collate(work.student_encoding("train"), EXAMPLES, 0)
     kv, _ = distiller.targets[0].fetch(EXAMPLES, batch.input_ids.shape[1])
     step = distiller(batch, torch.zeros(5, 1, 1), None, Given(kv), (0, 10))
@@ -146,7 +148,7 @@ def test_a_student_that_has_the_targets_has_no_loss(work):
 def test_skipped_positions_and_layers_and_the_schedule(work):
     schedule = ScheduleConfig(kind="linear", final=0.5)
     loss = LossConfig(kind="kv", lambda_k=0, lambda_v=2.0, skip_sink=4, layers=[2, 0], schedule=schedule)
-    distiller = work.distiller(work.dag.arm("one").model_copy(update={"loss": loss}), 0)
+    distiller = load_objective(work, work.dag.arm("one").model_copy(update={"loss": loss}), 0)
     found = run(work, distiller, progress=(5, 10))
     assert set(found.step.terms) == {"v"}
     assert found.step.terms["v"].weight == pytest.approx(1.5)
@@ -156,13 +158,13 @@ def test_skipped_positions_and_layers_and_the_schedule(work):
 
 
 def test_gradients_reach_trainable_projectors_only(work):
-    frozen = work.distiller(work.dag.arm("two").model_copy(), 0)
+    frozen = load_objective(work, work.dag.arm("two").model_copy(), 0)
     assert not [p for p in frozen.parameters() if p.requires_grad]
     teacher = work.aligned_teacher(work.dag.arm("one"), "alpha")
-    (projector,) = work.projectors(work.dag.arm("one"), [teacher.layers])
+    (projector,) = fitted(work, work.dag.arm("one"), [teacher.layers])
     not_held = build_targets(teacher, projector, True, 0.0)
     assert list(not_held.parameters()) and not any(p.requires_grad for p in not_held.parameters())
-    joint = work.distiller(work.dag.arm("joint"), 0)
+    joint = load_objective(work, work.dag.arm("joint"), 0)
     found = run(work, joint)
     (found.step.terms["k"].value + found.step.terms["v"].value).backward()
     gradients = [p.grad for p in joint.parameters() if p.requires_grad]
@@ -177,23 +179,23 @@ def test_a_shuffled_arm_reads_another_example_of_the_task_by_the_seed(work):
         assert (source != np.arange(len(source))).all() and (tasks[source] == tasks).all()
     assert (first != second).any()
     own, shuffled = (
-        run(work, work.distiller(work.dag.arm(name), 0)).step.terms["k"].value for name in ("two", "shuffled")
+        run(work, load_objective(work, work.dag.arm(name), 0)).step.terms["k"].value for name in ("two", "shuffled")
     )
     assert own != shuffled
 
 
 def test_selection_follows_the_teachers_losses(work):
     arm = work.dag.arm("select")
-    losses = work.teacher_losses(arm)
+    losses = teacher_losses(work, arm)
     for row, name in enumerate(arm.teachers):
-        encoding = work.teacher_encoding(name, "train", "student")
+        encoding = work.encoding(name, "train", "student")
         model = load_model(work.paths.model(name))
         for example in (0, 20):
             ids = torch.from_numpy(encoding.ids[encoding.rows(example)])[None]
             with torch.no_grad():
                 expected = model(input_ids=ids, labels=ids).loss * (ids.shape[1] - 1)
             assert losses[row, example] == pytest.approx(expected.item(), rel=1e-3)
-    watched = divided(run(work, work.distiller(arm, 0)).step)
+    watched = divided(run(work, load_objective(work, arm, 0)).step)
     best = losses[:, EXAMPLES].argmin(0)
     tasks = [work.records("train")[e].task for e in EXAMPLES]
     for task in set(tasks):
@@ -204,7 +206,7 @@ def test_selection_follows_the_teachers_losses(work):
 
 
 def test_control_adds_nothing(work):
-    assert work.distiller(work.dag.arm("control"), 0) is None
+    assert load_objective(work, work.dag.arm("control"), 0) is None
 
 
 # ---------------------------------------------------------------- baselines
@@ -224,7 +226,7 @@ def selfsame(tmp_path_factory):
     build(folder)
     vocabulary = load_model(folder / "teachers" / "alpha").config.vocab_size
     overrides = {"models.student": teacher, "arms": arms, "store.top_logits": vocabulary, "store.dtype": "fp16"}
-    work = Workspace(config(folder, overrides), build(folder / "again", overrides).paths)
+    work = Inputs(config(folder, overrides), build(folder / "again", overrides).paths)
     prepare(work, "relation", log=QUIET)
     prepare(work, "logit", log=QUIET)
     return work
@@ -232,7 +234,7 @@ def selfsame(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["logit", "relation"])
 def test_a_model_has_nothing_to_learn_from_itself(selfsame, name):
-    distiller = selfsame.distiller(selfsame.dag.arm(name), 0)
+    distiller = load_objective(selfsame, selfsame.dag.arm(name), 0)
     own = run(selfsame, distiller, load_model(selfsame.paths.model("student")))
     other = run(selfsame, distiller, load_model(selfsame.paths.model("student")).apply(_jitter))
     assert own.step.terms and other.step.terms.keys() == own.step.terms.keys()
@@ -247,9 +249,8 @@ def _jitter(module):
 
 
 def test_logits_are_compared_where_both_have_read_the_same_bytes(work):
-    arm = work.dag.arm("logit")
-    src, dst = work.teacher_encoding("beta", "train", "student"), work.student_encoding("train")
-    entry = work.top_logits(arm, "beta")
+    src, dst = work.encoding("beta", "train", "student"), work.student_encoding("train")
+    entry = top_logits(work, "beta")
     for example in (2, 19):
         ends = set(src.spans[src.rows(example)][:, 1].tolist())
         rows = dst.spans[dst.rows(example)]
@@ -267,7 +268,7 @@ def test_logit_weights_follow_the_task_table(work):
     values = []
     for row in ([0.6, 0.4], [1.0, 0.0], [0.0, 1.0]):
         fuse = arm.fuse.model_copy(update={"weights": {"default": row}})
-        distiller = work.distiller(arm.model_copy(update={"fuse": fuse}), 0)
+        distiller = load_objective(work, arm.model_copy(update={"fuse": fuse}), 0)
         values.append(run(work, distiller).step.terms["logit"].value)
     torch.testing.assert_close(values[0], 0.6 * values[1] + 0.4 * values[2])
     assert values[1] != values[2]

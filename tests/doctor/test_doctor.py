@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import PROFILE
 from site_fakes import environment_without_cluster
-from tiny import build, config
+from tiny import build, config, encoded
 
 from kvpipe import doctor
 from kvpipe.config import TrainConfig
@@ -333,7 +333,7 @@ def test_store_sizes_are_about_those_of_the_stores(tmp_path):
     guessed = Workload(work.config, Paths(tmp_path / "nothing"))
     for teacher in ("alpha", "beta"):
         for reading in ("student", "own"):
-            rows = len(work.teacher_encoding(teacher, "train", reading).ids)
+            rows = len(encoded(work, teacher, "train", reading).ids)
             assert rows / 1.6 < guessed.tokens(teacher, reading) < rows * 1.6
 
 

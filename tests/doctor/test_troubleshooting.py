@@ -17,7 +17,6 @@ from tiny import build, config, values
 from kvpipe.align.layermap import layer_plan
 from kvpipe.cache import store
 from kvpipe.config import EvaluateConfig, LayerConfig, StoreConfig, TrainConfig, load
-from kvpipe.distill.build import Workspace
 from kvpipe.distill.losses import check_finite
 from kvpipe.doctor import Workload as Examined
 from kvpipe.doctor import gpu, show
@@ -28,7 +27,9 @@ from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.provenance import PACKAGE
 from kvpipe.models.limits import Limits
 from kvpipe.steps import teacher_kv
-from kvpipe.steps.prepare import prepare
+from kvpipe.steps.encode import make_encoding
+from kvpipe.steps.inputs import Inputs
+from kvpipe.steps.train import prepare, train_cell
 from kvpipe.train import checkpoint, export
 from kvpipe.train import trainer as training
 from kvpipe_cluster.container import LABEL, check_container
@@ -286,7 +287,7 @@ def cell(tmp_path, monkeypatch):
     def go(overrides=None):
         settings = config(tmp_path, {"train.checkpoint_every": 2} | (overrides or {}))
         folders = tmp_path / "out", tmp_path / "checkpoints"
-        training.train(Workspace(settings, work.paths), "one", 0, *folders, log=lambda _: None)
+        train_cell(Inputs(settings, work.paths), "one", 0, *folders, log=lambda _: None)
 
     def at(step, error):
         rate = training.learning_rate
@@ -321,12 +322,12 @@ def file_limit(call, *arguments, **options) -> str:
 def test_training(cell, capsys, monkeypatch, tmp_path):
     work, go, at = cell
     said = {}
-    small = Workspace(config(tmp_path, {"store.budget_gb": 1e-9}), work.paths)
-    said["The store is larger than its budget"] = raised(teacher_kv.make_shard, small, "alpha", "student", 0)
+    small = Inputs(config(tmp_path, {"store.budget_gb": 1e-9}), work.paths)
+    said["The store is larger than its budget"] = raised(teacher_kv.make_shard, small, "alpha", "student", "0")
     shard = work.paths.shard("alpha", "student", 0)
     before = shard.read_bytes()
     shard.unlink()
-    said["Disk or quota full while a store is built"] = file_limit(teacher_kv.make_shard, work, "alpha", "student", 0)
+    said["Disk or quota full while a store is built"] = file_limit(teacher_kv.make_shard, work, "alpha", "student", "0")
     assert not list(shard.parent.glob("*.partial"))
     shard.write_bytes(before)
 
@@ -365,20 +366,19 @@ def test_training(cell, capsys, monkeypatch, tmp_path):
         ),
     )
     shard.unlink()
-    said["Out of memory while a teacher runs"] = raised(teacher_kv.make_shard, work, "alpha", "student", 0)
+    said["Out of memory while a teacher runs"] = raised(teacher_kv.make_shard, work, "alpha", "student", "0")
     said["NaN"] = raised(check_finite, {"k": torch.tensor(float("nan"))}, 7)
     said["The layer map is missing"] = raised(
         layer_plan, LayerConfig(kind="cka"), 4, 3, tmp_path / "layer_map" / "alpha.json"
     )
-    long = Workspace(config(tmp_path, {"train.max_length": 5}), work.paths)
-    said["A text is too long"] = raised(long.student_encoding, "train")
+    long = Inputs(config(tmp_path, {"train.max_length": 5}), work.paths)
+    said["A text is too long"] = raised(make_encoding, long, "student", "student")
     for title, limits in (
         ("A token has no embedding", Limits("'alpha'", 5, None, False)),
         ("A text is longer than a model reads", Limits("'alpha'", 999, 5, False, "strict")),
     ):
-        short = Workspace(config(tmp_path), work.paths)
-        short._limits["alpha"] = limits
-        said[title] = raised(short.teacher_encoding, "alpha", "train", "student")
+        texts = work.encoding("alpha", "train"), work.records("train"), work.tokenizer("alpha")
+        said[title] = raised(limits.check, *texts)
     written = values(tmp_path)
     written["train"]["step"] = written["train"].pop("steps")
     path = tmp_path / "config.yaml"

@@ -1,13 +1,16 @@
 """lm-evaluation-harness: the same items, the same figures. What needs the package is skipped where it is not installed."""
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 import yaml
 
 from kvpipe.config import EvaluateConfig, parse
 from kvpipe.evaluate import harness
+from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.plan import Dag
+from kvpipe.experiment.steps import table
 
 needs_lm_eval = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason='lm_eval is not installed: pip install "kvpipe[lm-eval]"'
@@ -45,7 +48,9 @@ def test_only_its_own_step_depends_on_the_harness_s_settings():
     minimal = {"student": "s", "models": {"s": {"source": "scratch", "architecture": {}}}, "arms": {"control": {}}}
     data = {"sources": [{"kind": "files", "task": "t", "train": "a", "validation": "a", "test": "a"}]}
     plain, more = (
-        Dag(parse({**minimal, "data": data, "evaluate": {"lm_eval_tasks": tasks}})) for tasks in ([], ["arc_easy"])
+        table(Dag(parse({**minimal, "data": data, "evaluate": {"lm_eval_tasks": tasks}})), Paths(Path("results")))
+        for tasks in ([], ["arc_easy"])
     )
-    assert plain.depends("evaluate") == more.depends("evaluate")
-    assert plain.depends("lm_eval") != more.depends("lm_eval")
+    cell = {"arm": "control", "seed": "0"}
+    assert plain["evaluate"].depends(**cell) == more["evaluate"].depends(**cell)
+    assert plain["lm_eval"].depends(**cell) != more["lm_eval"].depends(**cell)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from tiny import encoded
 
 from kvpipe.config import EvaluateConfig, Template
 from kvpipe.data.records import Record
@@ -24,7 +25,7 @@ def test_one_row_per_item_with_its_own_scores(tiny, tmp_path):
     assert table["id"].tolist() == [record.id for record in records]
     assert table["task"].tolist() == [record.task for record in records]
     assert table["reference"].tolist() == [record.answer for record in records]
-    encoding = tiny.teacher_encoding("beta", "test", "student")
+    encoding = encoded(tiny, "beta", "test", "student")
     scores = score(load_model(folder), encoding, scoring_batches(encoding, 0, 1))
     assert table["nll"].tolist() == pytest.approx(scores.nll.tolist(), rel=1e-4)
     assert table["bytes"].tolist() == scores.bytes.tolist()

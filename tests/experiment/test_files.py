@@ -59,16 +59,15 @@ def test_what_a_cell_leaves_can_be_read_by_others(umask, tmp_path):
     from tiny import build
 
     from kvpipe.steps.models import make_model
-    from kvpipe.steps.prepare import prepare
-    from kvpipe.train.trainer import train
+    from kvpipe.steps.train import prepare, train_cell
 
     work = build(tmp_path, {"models.noise": {"source": "random", "like": "alpha"}, "train.steps": 2})
     make_model(work, "noise")
     prepare(work, "one", log=lambda line: None)
-    train(work, "one", 0, work.paths.cell("one", 0), tmp_path / "checkpoints", log=lambda line: None)
+    train_cell(work, "one", 0, work.paths.cell("one", 0), tmp_path / "checkpoints", log=lambda line: None)
     files = [path for path in work.paths.root.rglob("*") if path.is_file()]
     tensors = {path.relative_to(work.paths.root).parts[0] for path in files if path.suffix == ".safetensors"}
-    assert tensors == {"models", "teacher_kv", "projector", "train"}
+    assert tensors == {"models", "encoding", "teacher_kv", "projector", "train"}
     assert not [path for path in files if path.stat().st_mode & 0o777 != 0o644]
 
 

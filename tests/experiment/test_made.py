@@ -12,14 +12,16 @@ from tiny import build
 from kvpipe.align.layermap import layer_plan
 from kvpipe.cache.store import Store
 from kvpipe.config import Config, LayerConfig
-from kvpipe.distill.build import Workspace
 from kvpipe.experiment.files import content_digest
 from kvpipe.models.folders import load_model, load_tokenizer
 from kvpipe.report.status import cell as cell_of
-from kvpipe.steps.prepare import prepare
+from kvpipe.steps.inputs import Inputs
+from kvpipe.steps.projectors import fitted
+from kvpipe.steps.train import prepare
 from kvpipe.train import checkpoint
 
-BELOW_MODEL = ["layer map of alpha", "KV of alpha", "fit"]
+BELOW = {"encode student", "layer_map alpha", "teacher_kv alpha", "fit"}
+"""What reads the student's tokenizer; below alpha there is `encode alpha` in place of the student's."""
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +47,13 @@ def work(made, tmp_path):
     first = made.paths.root.parent
     first.rename(first.with_name("aside"))
     (tmp_path / "x").rename(first)
-    yield Workspace(made.config, made.paths)
+    yield Inputs(made.config, made.paths)
     shutil.rmtree(first)
     first.with_name("aside").rename(first)
 
 
-def again(work: Workspace, **settings) -> list[str]:
-    """What is made again, with dotted settings (`__` for the dot) over the configuration."""
+def again(work: Inputs, **settings) -> set[str]:
+    """What is made again, as a step and its model, with dotted settings (`__` for the dot) over the configuration."""
     values = work.config.model_dump(mode="json", exclude_unset=True)
     for key, value in settings.items():
         *parents, last = key.split("__")
@@ -60,8 +62,8 @@ def again(work: Workspace, **settings) -> list[str]:
             place = place.setdefault(parent, {})
         place[last] = value
     said: list[str] = []
-    prepare(Workspace(Config.model_validate(values), work.paths), "mine", log=said.append)
-    return [line.split(" …")[0] for line in said]
+    prepare(Inputs(Config.model_validate(values), work.paths), "mine", log=said.append)
+    return {"fit" if line.startswith("fit ") else " ".join(line.split(" …")[0].split()[:2]) for line in said}
 
 
 def retrained(folder):
@@ -72,46 +74,46 @@ def retrained(folder):
 
 
 def test_nothing_changed_makes_nothing(work):
-    assert again(work) == []
+    assert again(work) == set()
 
 
 def test_other_data_make_all_that_reads_them(work):
     # the student is from scratch: its tokenizer reads the training split
-    assert again(work, data__seed=5) == ["data", "model student", *BELOW_MODEL]
-    assert again(work, data__seed=5) == []
+    assert again(work, data__seed=5) == {"data", "model student", "encode alpha", *BELOW}
+    assert again(work, data__seed=5) == set()
 
 
 def test_another_template_keeps_the_data(work):
-    assert again(work, data__template={"answer": "{answer} ."}) == ["model student", *BELOW_MODEL]
+    assert again(work, data__template={"answer": "{answer} ."}) == {"model student", "encode alpha", *BELOW}
 
 
 def test_a_teacher_retrained_in_place_is_taken_anew(work):
     folder = work.paths.root.parent / "teachers" / "alpha"
     before = Store(work.paths.store("alpha", "student")).rows("nll")
     retrained(folder)
-    assert again(work) == ["model alpha", *BELOW_MODEL]
+    assert again(work) == {"model alpha", "encode alpha", *BELOW} - {"encode student"}
     assert not torch.equal(Store(work.paths.store("alpha", "student")).rows("nll"), before)
     (copied,), (own,) = (list(f.glob("*.safetensors")) for f in (work.paths.model("alpha"), folder))
     assert copied.read_bytes() == own.read_bytes()
-    assert again(work) == []
+    assert again(work) == set()
 
 
 def test_another_path_with_the_same_content_makes_the_model_alone_and_what_reads_its_manifest(work):
     shutil.copytree(work.paths.root.parent / "teachers" / "alpha", work.paths.root.parent / "other")
     found = again(work, models__alpha__path=str(work.paths.root.parent / "other"))
-    assert found[0] == "model alpha" and "data" not in found and "model student" not in found
+    assert "model alpha" in found and not found & {"data", "model student", "encode student"}
 
 
 def test_layer_settings_and_the_fit_reach_what_follows_them(work):
     arm = work.config.arms["mine"].model_dump(exclude_unset=True)
-    assert again(work, layer_map={"examples": 4, "warmup_steps": 2}) == ["layer map of alpha", "fit"]
+    assert again(work, layer_map={"examples": 4, "warmup_steps": 2}) == {"layer_map alpha", "fit"}
     other = {**arm, "set": arm["set"] | {"fit.method": "random"}}
-    assert again(work, layer_map={"examples": 4, "warmup_steps": 2}, arms__mine=other) == ["fit"]
+    assert again(work, layer_map={"examples": 4, "warmup_steps": 2}, arms__mine=other) == {"fit"}
 
 
 def test_a_record_that_is_gone_makes_it_again(work):
     shutil.rmtree(work.paths.root / "made")
-    assert again(work) == ["data", "model student", "model alpha", *BELOW_MODEL]
+    assert again(work) == {"data", "model student", "model alpha", "encode alpha", *BELOW}
 
 
 def test_a_retrained_cell_with_its_old_scores_is_not_done(tmp_path, made):
@@ -145,10 +147,10 @@ def empty(path) -> None:
 def test_a_damaged_projector_is_named_with_its_fit(work, damage):
     arm = work.dag.arm("mine")
     layers = [Store(work.paths.store("alpha", "student")).layers]
-    work.projectors(arm, layers)
+    fitted(work, arm, layers)
     damage(work.paths.projector(work.dag.fit_id(arm)))
     with pytest.raises(ValueError, match=r"projector/alpha\S+safetensors is damaged.*run `kvpipe fit --fit alpha"):
-        work.projectors(arm, layers)
+        fitted(work, arm, layers)
 
 
 def test_a_projector_of_another_teacher_is_refused(work):
@@ -158,7 +160,7 @@ def test_a_projector_of_another_teacher_is_refused(work):
     document = json.loads(path.with_suffix(".json").read_text())
     path.with_suffix(".json").write_text(json.dumps(document | {"sha256": content_digest(path)}))
     with pytest.raises(ValueError, match=r"does not fit the arm \['alpha'\]: tensors \['alpha/bias'"):
-        work.projectors(arm, [Store(work.paths.store("alpha", "student")).layers])
+        fitted(work, arm, [Store(work.paths.store("alpha", "student")).layers])
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "one row", "another number"])

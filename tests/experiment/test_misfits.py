@@ -4,15 +4,15 @@ import pytest
 from tiny import build, config
 
 from kvpipe.config import ConfigError
-from kvpipe.distill.build import Workspace
 from kvpipe.doctor import Workload
 from kvpipe.doctor.settings import check_arms
 from kvpipe.experiment.misfits import misfits
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.plan import Dag
 from kvpipe.experiment.sizes import shape
-from kvpipe.steps.prepare import prepare
+from kvpipe.steps.inputs import Inputs
 from kvpipe.steps.teacher_kv import make_shard
+from kvpipe.steps.train import prepare
 
 # tiny: the student has 3 layers, alpha 4 (vocabulary 330), beta 5 (2 heads of 14, vocabulary 340)
 CASES = {
@@ -39,14 +39,14 @@ def place(tmp_path_factory):
     return folder
 
 
-def workspace(place, overrides) -> Workspace:
-    return Workspace(config(place, overrides), Paths(place / "results"))
+def workspace(place, overrides) -> Inputs:
+    return Inputs(config(place, overrides), Paths(place / "results"))
 
 
 @each
 def test_what_does_not_fit_is_refused_before_any_teacher_reads(place, overrides, said):
     work = workspace(place, mine() | overrides)
-    for step in (lambda: prepare(work, "mine"), lambda: make_shard(work, "alpha", "student", 0)):
+    for step in (lambda: prepare(work, "mine"), lambda: make_shard(work, "alpha", "student", "0")):
         with pytest.raises(ConfigError) as caught:
             step()
         assert said in str(caught.value)

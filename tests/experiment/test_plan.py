@@ -1,6 +1,7 @@
 """What depends on what: a change reaches the steps it concerns and no others."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from tiny import ARMS, config
 from kvpipe.config import load, parse
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.plan import Dag, digest
+from kvpipe.experiment.steps import table
 
 SHIPPED = load(Path(__file__).parents[2] / "config" / "config.yaml")
 
@@ -23,18 +25,22 @@ def changed(overrides) -> Dag:
 
 
 def params(dag: Dag) -> dict[tuple, str]:
-    """Every param of every job."""
-    out = {("train", arm): dag.depends("train", arm=arm) for arm in dag.arms}
-    out |= {("fit", arm): dag.depends("fit", fit=dag.fit_id(a)) for arm, a in dag.arms.items() if dag.needs_fit(a)}
-    out |= {("models", m): dag.depends("models", model=m) for m in dag.config.models}
-    out |= {("teacher_kv", t): dag.depends("teacher_kv", teacher=t) for t in dag.teachers}
-    steps = ("data", "layer_map", "evaluate", "untrained", "arm", "stats", "audit", "report")
-    return out | {(step,): dag.depends(step) for step in steps}
+    """Every param of every job; those of a fit under the names of its arms, those of a cell for the first seed."""
+    out = {}
+    for name, step in table(dag, Paths(Path("results"))).items():
+        for job in step.jobs():
+            names = [job["arm"]] if name == "train" else list(job.values())
+            out[name, *names] = step.depends(**job)
+    for arm, resolved in dag.arms.items():
+        if dag.needs_fit(resolved):
+            out["fit", arm] = out["fit", dag.fit_id(resolved)]
+    return {key: value for key, value in out.items() if not (key[0] == "fit" and key[1] in dag.fits)}
 
 
 def reached(overrides) -> set[str]:
     before, after = params(Dag(SHIPPED)), params(changed(overrides))
-    return {"/".join(key) for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+    found = {key for key in before.keys() & after.keys() if before[key] != after[key]}
+    return {"/".join(key if key[0] in ("train", "fit") else key[:1]) for key in found}
 
 
 def arm_with(name, **more):
@@ -84,7 +90,8 @@ CHANGES = {
     "a seed": ({"seeds": [0, 1, 2, 3, 4]}, {"arm", "stats", "audit", "report"}),
     "resamples": ({"stats.resamples": 7}, {"stats"}),
     "the audit": ({"audit.tolerance": 0.5}, {"audit"}),
-    "generation": ({"evaluate.max_new_tokens": 3}, {"evaluate", "untrained"}),
+    "generation": ({"evaluate.max_new_tokens": 3}, {"evaluate", "untrained", "teacher_quality"}),
+    "the context": ({"data.context": "strict"}, {"encode"}),
     "the title": ({"title": "other"}, {"report"}),
     "how a run is stored": ({"train.checkpoint_every": 3, "train.device": "cpu", "train.threads": 2}, set()),
 }
@@ -118,7 +125,8 @@ def test_stores_of_needed_layers_depend_on_the_arms_layers():
     assert {k for k in before if before[k] != after.get(k)} == {
         ("train", "exp3"),
         ("fit", "exp3"),
-        ("teacher_kv", "math"),
+        ("teacher_kv", "math", "student"),
+        ("teacher_kv", "math", "own"),
         ("report",),
     }
 
@@ -139,9 +147,10 @@ def test_needs_of_the_tiny_arms(tmp_path):
 def test_models_that_depend_on_others(shipped, tmp_path):
     assert shipped.model_needs("math-random") == ["math"]
     assert shipped.model_needs("math") == []
-    assert not [m for m in shipped.config.models if shipped.model_reads_data(m)]
     scratch = Dag(config(tmp_path))
-    assert [m for m in scratch.config.models if scratch.model_reads_data(m)] == ["student"]
+    paths = Paths(tmp_path)
+    steps = {m: table(scratch, paths)["model"].needs(model=m) for m in scratch.config.models}
+    assert [m for m, needs in steps.items() if paths.data("train") in needs] == ["student"]
     assert shipped.model_source("math-random")["like_model"]["path"] == "config/embedded/math"
 
 
@@ -170,3 +179,23 @@ def test_paths_are_distinct_and_under_the_root(tmp_path):
 def test_digest_ignores_the_order_of_keys():
     assert digest({"a": 1, "b": [1, 2]}) == digest({"b": [1, 2], "a": 1}) != digest({"a": 1, "b": [2, 1]})
     assert len(digest(1, 12)) == 12
+
+
+# ---------------------------------------------------------------- the table
+def test_every_file_that_a_step_reads_is_made_by_one_other(shipped, tmp_path):
+    steps = table(shipped, Paths(tmp_path))
+    makers = [path for step in steps.values() for path in step.files()]
+    assert len(makers) == len(set(makers)), "no two jobs write one file"
+    order = {path: number for number, step in enumerate(steps.values()) for path in step.files()}
+    for number, step in enumerate(steps.values()):
+        for job in step.jobs():
+            for path in step.needs(**job):
+                assert order[path] <= number, f"{path} is made by a later step"
+
+
+def test_every_step_is_a_rule_and_its_function_is_there(shipped, tmp_path):
+    rules = "".join(path.read_text() for path in (Path(__file__).parents[2] / "workflow" / "rules").glob("*.smk"))
+    for name, step in table(shipped, Paths(tmp_path)).items():
+        assert f"rule {name}:" in rules
+        module, _, function = step.run.partition(":")
+        assert callable(getattr(import_module(module), function))

@@ -10,7 +10,6 @@ from tiny import STUDENT
 
 import kvpipe.models.folders as models
 from kvpipe.config import TokenizerRecipe
-from kvpipe.distill.build import token_twins
 from kvpipe.models.folders import (
     build_model,
     check_placement,
@@ -25,6 +24,7 @@ from kvpipe.models.folders import (
 )
 from kvpipe.models.tokenizers import train_tokenizer
 from kvpipe.tokens.matrix import encode, token_bytes
+from kvpipe.tokens.vocabulary import same_tokens
 
 TEXTS = [
     "Ann has 12 cats\nand 345 dogs.\n#### 357\n",
@@ -96,7 +96,7 @@ def families():
 @pytest.mark.parametrize("dst", KINDS)
 def test_twins_spell_the_same_bytes(families, src, dst):
     src, dst = families[src], families[dst]
-    twins = token_twins(src, dst)
+    twins = same_tokens(src, dst)
     src_bytes, dst_bytes = token_bytes(src), token_bytes(dst)
     assert twins[src.eos_token_id] == dst.eos_token_id
     for index, twin in enumerate(twins.tolist()):
@@ -114,7 +114,7 @@ def test_twins_spell_the_same_bytes(families, src, dst):
 
 def test_twins_of_the_same_tokenizer_are_the_identity(families):
     for tokenizer in families.values():
-        twins = token_twins(tokenizer, tokenizer)
+        twins = same_tokens(tokenizer, tokenizer)
         for text in TEXTS[:3]:
             ids = np.array(tokenizer(text, add_special_tokens=False).input_ids)
             assert (twins[ids] == ids).all()
@@ -123,7 +123,7 @@ def test_twins_of_the_same_tokenizer_are_the_identity(families):
 def test_a_twin_is_the_token_that_the_student_would_use(families):
     """`Ġcat` is `▁cat`, and `A` is the piece, not the byte <0x41>."""
     src, dst = families["byte_bpe"], families["metaspace_bpe"]
-    twins = token_twins(src, dst)
+    twins = same_tokens(src, dst)
     names = {src.convert_ids_to_tokens(i): dst.convert_ids_to_tokens(int(t)) for i, t in enumerate(twins) if t >= 0}
     assert names["Ġcat"] == "▁cat" and names["A"] == "A" and names["Ċ"] == "<0x0A>" and names["Ġ"] == "▁"
 

@@ -15,6 +15,7 @@ from kvpipe.config import HubModel, LockedFile, LockedRepo, load, lock_path, par
 from kvpipe.experiment.files import digest_of
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.plan import Dag
+from kvpipe.experiment.steps import Model
 from kvpipe.models import hub as hub_module
 from kvpipe.models.folders import write_manifest
 from kvpipe.models.hub import (
@@ -30,6 +31,11 @@ from kvpipe.models.hub import (
 
 REPO = "owner/alpha"
 BARE = {"config.json": b"{}", "tokenizer.json": b"{}"}
+
+
+def model_of(config, name: str) -> str:
+    """What a model depends on."""
+    return Model(Dag(config), Paths(Path("results"))).depends(model=name)
 
 
 @pytest.fixture(scope="module")
@@ -378,15 +384,15 @@ def test_the_lock_is_part_of_the_configuration(tmp_path):
     settings["models"]["alpha"] = {"source": "hub", "repo": REPO}
     path = tmp_path / "my.yaml"
     path.write_text(yaml.safe_dump(settings))
-    unlocked = Dag(load(path)).depends("models", model="alpha")
+    unlocked = model_of(load(path), "alpha")
     files = {"config.json": LockedFile(size=2, digest="git:00")}
     write_lock(lock_path(path), {f"{REPO}@main": LockedRepo(commit="b" * 40, files=files)})
     write_lock(lock_path(path), {"owner/other@main": LockedRepo(commit="c" * 40, files=files)})
     assert lock_path(path).name == "my.lock.yaml"
     config = load(path)
     assert {pin: repo.commit[0] for pin, repo in config.lock.items()} == {f"{REPO}@main": "b", "owner/other@main": "c"}
-    assert Dag(config).depends("models", model="alpha") != unlocked
-    assert Dag(config).depends("models", model="student") == Dag(load(path)).depends("models", model="student")
+    assert model_of(config, "alpha") != unlocked
+    assert model_of(config, "student") == model_of(load(path), "student")
     over = tmp_path / "over.yaml"
     over.write_text(yaml.safe_dump({"lock": {f"{REPO}@main": {"commit": "d" * 40}}}))
     assert load([path, over]).lock[f"{REPO}@main"].commit == "d" * 40

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from tiny import encoded
 
 from kvpipe.config import Template
 from kvpipe.data.encoding import encode_records
@@ -15,7 +16,7 @@ from kvpipe.models.likelihood import empty_scores, groups, score, score_long, sc
 
 @pytest.fixture(scope="module")
 def side(tiny):
-    return load_model(tiny.paths.model("beta")), tiny.teacher_encoding("beta", "validation", "student")
+    return load_model(tiny.paths.model("beta")), encoded(tiny, "beta", "validation", "student")
 
 
 def transformers_nll(model, ids, first):

@@ -18,8 +18,10 @@ from kvpipe.data.records import Record
 from kvpipe.evaluate.score import evaluate
 from kvpipe.models.folders import recorded, write_manifest
 from kvpipe.models.limits import Limits
+from kvpipe.steps.encode import make_encoding
 from kvpipe.steps.layer_map import make_layer_map
 from kvpipe.steps.teacher_kv import make_shard
+from kvpipe.steps.train import load_cell
 
 RECORDS = [Record("r0", "math", "2 + 2", "", "4"), Record("r1", "math", "1 + 2 + 3 + 4", "so 10", "10")]
 SETTINGS = EvaluateConfig(batch_size=3, max_new_tokens=5)
@@ -150,23 +152,22 @@ def changed(folder: Path, **values) -> None:
     write_manifest(folder, recorded(folder)["source"])
 
 
-@pytest.mark.parametrize("step", ["layer map", "store", "training", "validation"])
-def test_every_step_refuses_ids_without_an_embedding(tmp_path, step, no_forward):
+@pytest.mark.parametrize("model", ["alpha", "student"])
+def test_ids_without_an_embedding_are_refused_before_anything_reads_them(tmp_path, model, no_forward):
     """As in a published folder whose tokenizer grew: the model's rows end before a token of the data."""
     work = build(tmp_path)
-    name = work.config.student if step in ("training", "validation") else "alpha"
-    config = json.loads((work.paths.model(name) / "config.json").read_text())
-    changed(work.paths.model(name), vocab_size=config["vocab_size"] - 40)
+    config = json.loads((work.paths.model(model) / "config.json").read_text())
+    changed(work.paths.model(model), vocab_size=config["vocab_size"] - 40)
     with pytest.raises(
-        ValueError, match=rf"model '{name}': token \d+ of record '.+' is '.+', id \d+, but its embedding has"
+        ValueError, match=rf"model '{model}': token \d+ of record '.+' is '.+', id \d+, but its embedding has"
     ):
-        if step == "layer map":
-            work.teacher_encoding("alpha", "validation", "student")
-            make_layer_map(work, "alpha")
-        elif step == "store":
-            make_shard(work, "alpha", "student", 0)
-        else:
-            work.student_encoding("train" if step == "training" else "validation")
+        make_encoding(work, model, "student")
+    # and the tokens that were made before belong to another model
+    steps = [lambda: make_layer_map(work, "alpha"), lambda: load_cell(work, "one", 0)]
+    steps += [lambda: make_shard(work, "alpha", "student", "0")] if model == "alpha" else []
+    for step in steps:
+        with pytest.raises(ValueError, match=rf"encoding/{model}/\w+-student.safetensors was made from another model"):
+            step()
 
 
 @pytest.mark.parametrize("context", ["warn", "strict"])
@@ -175,9 +176,9 @@ def test_a_teacher_that_reads_past_its_context(tmp_path, context):
     changed(work.paths.model("alpha"), max_position_embeddings=5)
     if context == "strict":
         with pytest.raises(ValueError, match=r"model 'alpha': record '.+' has .* more than the 5 .* data.context"):
-            work.teacher_encoding("alpha", "train", "student")
+            work.encoding("alpha", "train", "student")
         return
     with pytest.warns(UserWarning, match="model 'alpha': .* more than the 5") as said:
-        work.teacher_encoding("alpha", "train", "student")
-        work.teacher_encoding("alpha", "validation", "student")
+        work.encoding("alpha", "train", "student")
+        work.encoding("alpha", "validation", "student")
     assert len([w for w in said if "model 'alpha'" in str(w.message)]) == 1

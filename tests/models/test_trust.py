@@ -13,14 +13,13 @@ from typer.testing import CliRunner
 from kvpipe.cli import app as cli
 from kvpipe.config import LockedFile, parse
 from kvpipe.data import build as data
-from kvpipe.distill.build import Workspace
 from kvpipe.experiment.files import digest_of
 from kvpipe.experiment.paths import Paths
 from kvpipe.models.folders import load_config, load_model, load_tokenizer
 from kvpipe.models.hub import is_model_file
+from kvpipe.steps.inputs import Inputs, trusts_folder
 from kvpipe.steps.models import make_model
-from kvpipe.steps.prepare import prepare
-from kvpipe.train.trainer import train
+from kvpipe.steps.train import prepare, train_cell
 
 CODE = """
 from pathlib import Path
@@ -96,10 +95,10 @@ def experiment(folder: Path, trust: bool):
     }
     config = folder / "my.json"
     config.write_text(json.dumps(settings))
-    return Workspace(parse(settings), Paths(folder / "results")), config
+    return Inputs(parse(settings), Paths(folder / "results")), config
 
 
-def evaluate(config: Path, work: Workspace, model: Path):
+def evaluate(config: Path, work: Inputs, model: Path):
     options = ["--model", model, "--config", config, "--results", work.paths.root, "--out", config.parent / "x.parquet"]
     return CliRunner().invoke(cli.app, ["evaluate", *map(str, options)])
 
@@ -108,13 +107,13 @@ def test_a_model_that_the_configuration_trusts_works_in_every_step(tmp_path):
     work, config = experiment(tmp_path, trust=True)
     prepare(work, "cka", log=lambda line: None)
     cell = work.paths.cell("cka", 0)
-    train(work, "cka", 0, cell, tmp_path / "checkpoints", log=lambda line: None)
+    train_cell(work, "cka", 0, cell, tmp_path / "checkpoints", log=lambda line: None)
     assert type(work.teacher_model("beta")).__name__ == type(work.student(0, "random")).__name__ == "Own"
     for model in (work.paths.model("alpha"), work.paths.model("beta"), cell / "model"):
         done = evaluate(config, work, model)
         assert done.exit_code == 0, (model, done.output, done.exception)
     for other in (tmp_path / "shared" / "owner" / "own", tmp_path):
-        assert not work.trusts_folder(other), "not the configuration's own folders"
+        assert not trusts_folder(work.config, work.paths, other), "not the configuration's own folders"
 
 
 def test_a_model_that_it_does_not_trust_runs_nothing(tmp_path):
@@ -134,5 +133,5 @@ def test_a_model_that_it_does_not_trust_runs_nothing(tmp_path):
 
 def test_a_local_model_is_never_trusted(tmp_path):
     work = build(tmp_path)
-    assert not any(work.trusts(name) for name in work.config.models)
-    assert not work.trusts_folder(work.paths.model("alpha"))
+    assert not any(work.config.trusts(name) for name in work.config.models)
+    assert not trusts_folder(work.config, work.paths, work.paths.model("alpha"))

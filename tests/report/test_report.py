@@ -17,16 +17,15 @@ import yaml
 
 from kvpipe.config import load
 from kvpipe.data import build as data
-from kvpipe.distill.build import Workspace
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.plan import digest
-from kvpipe.report import figures, tables, wording
-from kvpipe.report.collect import Results
-from kvpipe.report.render import SAMPLES_PER_TASK, provenance, samples, write_report
+from kvpipe.report import collect, figures, render, tables, wording
+from kvpipe.report.render import SAMPLES_PER_TASK, provenance, samples
 from kvpipe.stats.metrics import METRICS as ENTRIES
 from kvpipe.stats.metrics import Metric
 from kvpipe.stats.scores import ITEM_METRICS
 from kvpipe.stats.tables import write_stats
+from kvpipe.steps.inputs import Inputs
 from kvpipe.steps.models import make_model
 
 ROOT = Path(__file__).parents[2]
@@ -50,11 +49,19 @@ SHIFT = {
 """How an arm's score differs from control's, as a share of it; negative is better."""
 
 
-def workspace(root: Path, *overrides: str, config: Path = ROOT / "config/config.yaml") -> Workspace:
+def workspace(root: Path, *overrides: str, config: Path = ROOT / "config/config.yaml") -> Inputs:
     tasks = [f"{{kind: embedded, task: {task}, train: 40, validation: 9, test: 11}}" for task in ("math", "code")]
     settings = [f"data.sources=[{', '.join(tasks)}]", "stats.resamples=1000", "seeds=[0, 1, 2]"]
     settings += [f"models.{name}.path={ROOT}/config/embedded/{name}" for name in ("math", "code")]
-    return Workspace(load(config, [*settings, *overrides]), Paths(root))
+    return Inputs(load(config, [*settings, *overrides]), Paths(root))
+
+
+def write_report(work: Inputs, out: Path) -> None:
+    render.write_report(work.config, work.paths, out)
+
+
+def Results(work: Inputs) -> collect.Results:
+    return collect.Results(work.config, work.paths)
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -62,7 +69,7 @@ def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value))
 
 
-def fake_results(work: Workspace, text: str = "3 + 4 = 7.\n#### 7\n") -> None:
+def fake_results(work: Inputs, text: str = "3 + 4 = 7.\n#### 7\n") -> None:
     """Real data and models; all later artefacts invented, in the formats of the steps that write them."""
     rng = np.random.default_rng(5)
     data.build(work.config.data, work.paths.data("train").parent)
@@ -95,7 +102,7 @@ def fake_results(work: Workspace, text: str = "3 + 4 = 7.\n#### 7\n") -> None:
     write_json(work.paths.root / "doctor.json", {"findings": [finding]})
 
 
-def fake_stats(work: Workspace, nan: tuple[str, str] | None = None, **shift: float) -> None:
+def fake_stats(work: Inputs, nan: tuple[str, str] | None = None, **shift: float) -> None:
     """The tables as `shift` (arm with _ for -) has it; `nan`: an (arm, metric) without a value."""
     share = SHIFT | {name.replace("_", "-"): value for name, value in shift.items()}
     for folder, metrics in ((work.paths.stats, METRICS), (work.paths.costs, COST)):
@@ -133,7 +140,7 @@ def fake_stats(work: Workspace, nan: tuple[str, str] | None = None, **shift: flo
         pd.DataFrame(contrasts).to_csv(folder / "contrasts.csv", index=False)
 
 
-def fake_cell(work: Workspace, name: str, seed: int, rng: np.random.Generator) -> None:
+def fake_cell(work: Inputs, name: str, seed: int, rng: np.random.Generator) -> None:
     arm, folder = work.dag.arms[name], work.paths.cell(name, seed)
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
@@ -173,7 +180,7 @@ def finished(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def work(finished, tmp_path) -> Workspace:
+def work(finished, tmp_path) -> Inputs:
     """A copy that a test may change."""
     shutil.copytree(finished, tmp_path / "results", symlinks=True)
     return workspace(tmp_path / "results")
@@ -185,13 +192,13 @@ def whole(finished) -> str:
     return report(workspace(finished))
 
 
-def report(work: Workspace) -> str:
+def report(work: Inputs) -> str:
     out = work.paths.root / "report.html"
     write_report(workspace(work.paths.root), out)
     return out.read_text(encoding="utf-8")
 
 
-def leads(work: Workspace, *overrides: str) -> dict[str, str]:
+def leads(work: Inputs, *overrides: str) -> dict[str, str]:
     """Lead of every conclusion → its tone."""
     return {s.lead: s.tone for s in wording.conclusions(Results(workspace(work.paths.root, *overrides)))}
 

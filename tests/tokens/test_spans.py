@@ -11,8 +11,8 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from kvpipe.distill.build import token_twins
 from kvpipe.tokens.matrix import Tokens, encode, token_bytes
+from kvpipe.tokens.vocabulary import same_tokens
 
 ADVERSARIAL = {
     "empty": "",
@@ -354,7 +354,7 @@ def test_runs_of_spaces_have_counterparts_in_a_byte_level_vocabulary():
     byte_level = FAMILIES["gpt2"].build()
     byte_level.add_tokens([AddedToken(" " * n, normalized=False) for n in range(2, 9)])  # as GPT-NeoX and Phi have them
     other, gemma = PreTrainedTokenizerFast(tokenizer_object=byte_level), build("gemma3")
-    twins, spelled = token_twins(gemma, other), token_bytes(other)
+    twins, spelled = same_tokens(gemma, other), token_bytes(other)
     for n in range(2, 9):
         counterpart = twins[gemma.convert_tokens_to_ids("▁" * n)]
         assert counterpart >= 0 and spelled[counterpart] == b" " * n

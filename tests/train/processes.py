@@ -14,9 +14,9 @@ import torch
 from tiny import config
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from kvpipe.distill.build import Workspace
 from kvpipe.experiment.paths import Paths
-from kvpipe.train import trainer as training
+from kvpipe.steps import train as step
+from kvpipe.steps.inputs import Inputs
 
 
 def cells(folder: Path, out: Path, overrides: dict[str, Any], arms: list[str], double: bool) -> None:
@@ -24,11 +24,19 @@ def cells(folder: Path, out: Path, overrides: dict[str, Any], arms: list[str], d
 
     With `double`, the student and all that trains or is computed beside it are in float64.
     """
-    work = Workspace(config(folder, overrides), Paths(folder / "results"))
+    work = Inputs(config(folder, overrides), Paths(folder / "results"))
+    loaded = step.load_objective
     if double:
-        student, distiller = Workspace.student, Workspace.distiller
+        student = Inputs.student
         work.student = lambda *args: student(work, *args).double()  # type: ignore[method-assign]
-        work.distiller = lambda *args: distiller(work, *args).double()  # type: ignore[union-attr,method-assign]
+        step.load_objective = lambda *args: loaded(*args).double()  # type: ignore[union-attr]
+    try:
+        _train(work, out, arms)
+    finally:
+        step.load_objective = loaded
+
+
+def _train(work: Inputs, out: Path, arms: list[str]) -> None:
     for arm in arms:
         steps: list[list[torch.Tensor]] = []
 
@@ -38,7 +46,7 @@ def cells(folder: Path, out: Path, overrides: dict[str, Any], arms: list[str], d
 
         hook = register_optimizer_step_pre_hook(keep)
         try:
-            training.train(work, arm, 0, out / arm, out / f"{arm}.checkpoints", log=lambda *_: None)
+            step.train_cell(work, arm, 0, out / arm, out / f"{arm}.checkpoints", log=lambda *_: None)
         finally:
             hook.remove()
         if int(os.environ.get("RANK", "0")) == 0:

@@ -21,9 +21,8 @@ from kvpipe.experiment.provenance import reachable
 from kvpipe.models.hub import HubError, is_model_file
 from kvpipe.stats import tables
 from kvpipe.steps.models import make_model
-from kvpipe.steps.prepare import prepare
+from kvpipe.steps.train import prepare, train_cell
 from kvpipe.train import card
-from kvpipe.train.trainer import train
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +48,7 @@ def trained(tmp_path_factory):
     make_model(work, "beta")
     prepare(work, "two", log=lambda line: None)
     cell = work.paths.cell("two", 0)
-    train(work, "two", 0, cell, folder / "checkpoints", log=lambda line: None)
+    train_cell(work, "two", 0, cell, folder / "checkpoints", log=lambda line: None)
     return work, cell
 
 
@@ -60,7 +59,7 @@ def evaluated(tmp_path):
     for arm in ("control", "one"):
         prepare(work, arm, log=lambda line: None)
         for seed in (0, 1):
-            train(work, arm, seed, work.paths.cell(arm, seed), tmp_path / "unused", log=lambda line: None)
+            train_cell(work, arm, seed, work.paths.cell(arm, seed), tmp_path / "unused", log=lambda line: None)
             score_cell(work, arm, seed)
     tabulate(work)
     return work
@@ -110,7 +109,7 @@ def test_a_card_has_no_scores_of_other_weights(evaluated):
     """A cell trained anew has none until it is scored and put into the tables anew; its sister keeps its own."""
     sister, before = results(evaluated, 1), results(evaluated)
     cell = evaluated.paths.cell("one", 0)
-    train(
+    train_cell(
         evaluated, "one", 5, cell, evaluated.paths.root / "unused", log=lambda line: None
     )  # other weights in its place
     cost = json.loads((cell / "cost.json").read_text())

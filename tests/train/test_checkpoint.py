@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from tiny import build, config
 from torch import nn
 
-from kvpipe.distill.build import Workspace
 from kvpipe.experiment.files import content_digest
-from kvpipe.steps.prepare import prepare
+from kvpipe.steps.inputs import Inputs
+from kvpipe.steps.train import prepare, train_cell
 from kvpipe.train import checkpoint
 from kvpipe.train import trainer as training
 
@@ -62,7 +63,8 @@ sys.path.insert(0, sys.argv[1])
 import tiny
 from kvpipe.train import checkpoint
 from kvpipe.train import trainer as train
-from kvpipe.distill.build import Workspace
+from kvpipe.steps.inputs import Inputs
+from kvpipe.steps.train import train_cell
 from kvpipe.experiment.paths import Paths
 
 root, settings, arm, seed, jobs = Path(sys.argv[2]), *json.loads(sys.argv[3])
@@ -96,8 +98,8 @@ def run(name, number, where, when):
     if where != "call":
         module, function = {"step": (train, "learning_rate"), "save": (checkpoint, "save_tensors")}[where]
         setattr(module, function, deadly(getattr(module, function), number, when))
-    work = Workspace(tiny.config(root, settings), Paths(root / "results"))
-    train.train(work, arm, seed, root / name / "out", root / name / "checkpoints", log=lambda line: None)
+    work = Inputs(tiny.config(root, settings), Paths(root / "results"))
+    train_cell(work, arm, seed, root / name / "out", root / name / "checkpoints", log=lambda line: None)
     sys.setprofile(None)
     if name == "whole":
         total.write_text(str(count[0]))
@@ -213,9 +215,9 @@ def stopped(tiny, tmp_path, monkeypatch):
 
     def go(overrides=None, arm="two", seed=0, log=lambda _: None):
         settings = {"train.checkpoint_every": 2} | (overrides or {})
-        work = Workspace(config(tiny.paths.root.parent, settings), tiny.paths)
+        work = Inputs(config(tiny.paths.root.parent, settings), tiny.paths)
         prepare(work, arm, log=lambda _: None)
-        training.train(work, arm, seed, tmp_path / "out", tmp_path / "checkpoints", log=log)
+        train_cell(work, arm, seed, tmp_path / "out", tmp_path / "checkpoints", log=log)
         return tmp_path / "out"
 
     with interrupted(monkeypatch, 5):
@@ -302,28 +304,28 @@ def test_another_teacher_is_refused(tmp_path, monkeypatch):
     prepare(work, "one", log=lambda _: None)
     folders = tmp_path / "out", tmp_path / "checkpoints"
     with interrupted(monkeypatch, 3):
-        training.train(work, "one", 0, *folders, log=lambda _: None)
+        train_cell(work, "one", 0, *folders, log=lambda _: None)
     projector = work.paths.projector(work.dag.fit_id(work.dag.arm("one")))
     save_file({k: v + 1 for k, v in load_file(projector).items()}, projector)
     document = projector.with_suffix(".json")  # fitted again, from another teacher
     refitted = json.loads(document.read_text()) | {"sha256": content_digest(projector)}
     document.write_text(json.dumps(refitted))
     with pytest.raises(checkpoint.CheckpointMismatch, match="projector"):
-        training.train(work, "one", 0, *folders, log=lambda _: None)
+        train_cell(work, "one", 0, *folders, log=lambda _: None)
 
 
 def test_the_loss_scale_of_fp16_goes_on_where_it_was(stopped, monkeypatch, tmp_path):
     """It follows from all steps before; a CPU has no fp16 training, but its scaler works."""
     folder, go = stopped
     shutil.rmtree(folder)
-    made, init_run = [], training._Run.__init__
+    made, prepared = [], Accelerator.prepare
 
-    def scaled(run, *arguments):
-        init_run(run, *arguments)
-        run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
-        made.append(run.accelerator.scaler)
+    def scaled(accelerator, *arguments):
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+        made.append(accelerator.scaler)
+        return prepared(accelerator, *arguments)
 
-    monkeypatch.setattr(training._Run, "__init__", scaled)
+    monkeypatch.setattr(Accelerator, "prepare", scaled)
     with interrupted(monkeypatch, 5):
         go()
     go()

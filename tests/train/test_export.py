@@ -16,16 +16,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from kvpipe.config import DataConfig, Recipe
 from kvpipe.data.corpus import generate
 from kvpipe.data.records import render
-from kvpipe.distill.build import Workspace
 from kvpipe.doctor import FAIL, Workload
 from kvpipe.doctor.settings import check_arms
 from kvpipe.models import folders as models
 from kvpipe.models.folders import build_model, load_model
 from kvpipe.models.pretrain import pretrain, tokenizer_texts
 from kvpipe.models.tokenizers import train_tokenizer
+from kvpipe.steps.inputs import Inputs
 from kvpipe.steps.layer_map import make_layer_map
 from kvpipe.steps.models import make_model
-from kvpipe.steps.prepare import prepare
+from kvpipe.steps.train import prepare, train_cell
 from kvpipe.train import export
 from kvpipe.train import trainer as training
 from kvpipe.train.export import SavedStudentDiffers
@@ -55,15 +55,15 @@ def save_student(folder: Path, dtype: torch.dtype, tied: bool, pad: bool) -> Non
     (folder / "notes.txt").write_text("private\n")
 
 
-def experiment(folder: Path, dtype=torch.float32, tied=True, pad=True, **overrides) -> Workspace:
+def experiment(folder: Path, dtype=torch.float32, tied=True, pad=True, **overrides) -> Inputs:
     save_student(folder / "mine", dtype, tied, pad)
     student = {"models.student": {"source": "local", "path": str(folder / "mine")}}
     return build(folder, STEPS | student | overrides)
 
 
-def run(work: Workspace, folder: Path, arm: str = "control", seed: int = 0) -> Path:
+def run(work: Inputs, folder: Path, arm: str = "control", seed: int = 0) -> Path:
     prepare(work, arm, log=lambda line: None)
-    training.train(work, arm, seed, folder / "out", folder / "checkpoints", log=lambda line: None)
+    train_cell(work, arm, seed, folder / "out", folder / "checkpoints", log=lambda line: None)
     return folder / "out"
 
 
@@ -270,7 +270,7 @@ def test_one_command_gives_one_student(tmp_path, arm):
     weights = []
     for before in (1, 22, 333):
         torch.manual_seed(before), np.random.seed(before), random.seed(before)
-        cell = run(Workspace(work.config, work.paths), tmp_path / str(before), arm)
+        cell = run(Inputs(work.config, work.paths), tmp_path / str(before), arm)
         weights.append((cell / "model" / "model.safetensors").read_bytes())
     assert len(set(weights)) == 1
     assert (run(work, tmp_path / "other", arm, seed=1) / "model" / "model.safetensors").read_bytes() != weights[0]

@@ -14,8 +14,7 @@ from tiny import build
 
 from kvpipe.data.records import read_records
 from kvpipe.evaluate.score import evaluate
-from kvpipe.steps.prepare import prepare
-from kvpipe.train import trainer as training
+from kvpipe.steps.train import prepare, train_cell
 
 DEVICES = [
     "cpu",
@@ -38,7 +37,7 @@ def device(request):
 def train(work, folder, log=quiet):
     """A cell of the arm `two`; accelerate keeps device and precision for a whole process, which here has several cells."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    training.train(work, "two", 0, folder, folder.with_name(f"{folder.name}.checkpoints"), log=log)
+    train_cell(work, "two", 0, folder, folder.with_name(f"{folder.name}.checkpoints"), log=log)
     AcceleratorState._reset_state(reset_partial_state=True)
 
 

@@ -7,8 +7,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import build
 
-from kvpipe.steps.prepare import prepare
-from kvpipe.train import trainer as training
+from kvpipe.steps.train import prepare, train_cell
 
 NAMES = ("alpha", "beta", "gamma")
 FUSIONS = {
@@ -45,7 +44,7 @@ def cell(work, tmp_path):
     def train(kind: str, names) -> tuple[list[dict], dict[str, torch.Tensor]]:
         arm = f"{kind}-{'-'.join(names)}"
         prepare(work, arm, log=lambda *_: None)
-        training.train(work, arm, 0, tmp_path / arm, tmp_path / f"{arm}-checkpoints", log=lambda *_: None)
+        train_cell(work, arm, 0, tmp_path / arm, tmp_path / f"{arm}-checkpoints", log=lambda *_: None)
         history = [json.loads(line) for line in (tmp_path / arm / "history.jsonl").read_text().splitlines()]
         return [line for line in history if "ce" in line], load_file(tmp_path / arm / "model" / "model.safetensors")
 

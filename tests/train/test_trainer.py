@@ -18,11 +18,12 @@ from tiny import build, config
 from kvpipe.data.batches import schedule
 from kvpipe.data.records import render
 from kvpipe.distill import objectives as distill
-from kvpipe.distill.build import Workspace
 from kvpipe.distill.losses import NonFiniteLossError
 from kvpipe.models.folders import load_model
 from kvpipe.models.likelihood import score, scoring_batches
-from kvpipe.steps.prepare import prepare
+from kvpipe.steps.inputs import Inputs
+from kvpipe.steps.train import prepare, train_cell
+from kvpipe.train import step as batch_step
 from kvpipe.train import trainer as training
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "loss_curve.json"
@@ -36,10 +37,10 @@ def quiet(*_):
 class Cell:
     """A trained cell and what it wrote."""
 
-    def __init__(self, work: Workspace, arm: str, folder: Path, seed: int = 0):
+    def __init__(self, work: Inputs, arm: str, folder: Path, seed: int = 0):
         prepare(work, arm, log=quiet)
         self.work, self.out, self.checkpoints = work, folder / "out", folder / "checkpoints"
-        training.train(work, arm, seed, self.out, self.checkpoints, log=quiet)
+        train_cell(work, arm, seed, self.out, self.checkpoints, log=quiet)
 
     @property
     def history(self) -> list[dict]:
@@ -63,7 +64,7 @@ def cell(tiny, tmp_path):
     count = iter(range(100))
 
     def make(arm: str, overrides: dict | None = None, seed: int = 0) -> Cell:
-        work = Workspace(config(tiny.paths.root.parent, EVERY_STEP | (overrides or {})), tiny.paths)
+        work = Inputs(config(tiny.paths.root.parent, EVERY_STEP | (overrides or {})), tiny.paths)
         return Cell(work, arm, tmp_path / str(next(count)), seed)
 
     return make
@@ -169,7 +170,7 @@ def test_stored_and_live_teachers_teach_the_same(tmp_path, dtype, tolerance):
     work = build(tmp_path, EVERY_STEP | {"store.dtype": dtype})
     stored = Cell(work, "own", tmp_path / "stored")
     live_config = config(tmp_path, EVERY_STEP | {"store.dtype": dtype, "store.mode": "live"})
-    live = Cell(Workspace(live_config, work.paths), "own", tmp_path / "live")
+    live = Cell(Inputs(live_config, work.paths), "own", tmp_path / "live")
     assert live.weights != stored.weights, "the store rounds: equality would mean that live was not live"
     for key in ("ce", "k", "v", "validation_loss"):
         assert live.curve(key) == pytest.approx(stored.curve(key), rel=tolerance), key
@@ -320,14 +321,14 @@ def test_nan_in_a_term_stops_with_step_and_term(cell, monkeypatch, tmp_path):
 
 def test_a_gradient_that_is_not_finite_is_not_applied(cell, monkeypatch, tmp_path):
     """The loss may be finite where its gradient is not: the weights would be lost, and saved."""
-    real, calls = training.token_nll, iter(range(1000))
+    real, calls = batch_step.token_nll, iter(range(1000))
 
     def poisoned(logits, labels):
         if next(calls) == 4:
             logits.register_hook(lambda gradient: gradient * float("inf"))
         return real(logits, labels)
 
-    monkeypatch.setattr(training, "token_nll", poisoned)
+    monkeypatch.setattr(batch_step, "token_nll", poisoned)
     with pytest.raises(NonFiniteLossError, match=r"step 5: .*gradient"):
         cell("control", {"train.checkpoint_every": 1})
     assert max(p.name for p in tmp_path.glob("*/checkpoints/*")) == "step-00000004"

@@ -1,6 +1,7 @@
 """The objective is the batch's: micro-batches and processes are ways to compute it, and change no term or gradient."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,12 @@ from tiny import build, config
 
 from kvpipe.cache.teacher import LiveRows
 from kvpipe.config import ConfigError
-from kvpipe.distill.build import Workspace
 from kvpipe.distill.losses import NonFiniteLossError
 from kvpipe.experiment.device import check_precision, without_environment
 from kvpipe.experiment.paths import Paths
-from kvpipe.steps.prepare import prepare
+from kvpipe.steps import train as cell_step
+from kvpipe.steps.inputs import Inputs
+from kvpipe.steps.train import prepare, train_cell
 from kvpipe.train import trainer as training
 
 SETTINGS = {
@@ -130,7 +132,7 @@ def test_a_live_teacher_reads_every_micro_batch_once(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------- several processes
 SCRIPT = """
-import json, os, signal, sys
+import json, os, shutil, signal, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 import processes
@@ -139,7 +141,7 @@ from kvpipe.train import trainer as training
 given = json.loads(sys.argv[2])
 rank = int(os.environ["RANK"])
 begun = []
-real = training._Run._step
+real = training.Loop._step
 
 def step(run, number, recorder):
     begun.append(number)
@@ -148,9 +150,9 @@ def step(run, number, recorder):
     return real(run, number, recorder)
 
 removed = []
-rmtree = training.shutil.rmtree
-training._Run._step = step
-training.shutil.rmtree = lambda *args, **options: (removed.append(str(args[0])), rmtree(*args, **options))
+rmtree = shutil.rmtree
+training.Loop._step = step
+shutil.rmtree = lambda *args, **options: (removed.append(str(args[0])), rmtree(*args, **options))
 try:
     processes.cells(Path(given["folder"]), Path(given["out"]), given["overrides"], given["arms"], False)
 finally:
@@ -170,7 +172,7 @@ def test_two_processes_go_on_where_a_signal_to_one_of_them_stopped_both(folder, 
     changed = overrides(
         {"train.steps": 4, "arms.dropped": {"base": "moving", "set": {"projector.dropout": 0.2}}, "train.batch_size": 4}
     )
-    prepare(Workspace(config(folder, changed), Paths(folder / "results")), "dropped", log=lambda *_: None)
+    prepare(Inputs(config(folder, changed), Paths(folder / "results")), "dropped", log=lambda *_: None)
     whole = pair(tmp_path, folder, tmp_path / "whole", changed, "dropped")
     stopped = pair(tmp_path, folder, tmp_path / "parts", changed, "dropped", kill=1)
     assert [p.returncode for p in stopped] == [training.EXIT_INTERRUPTED] * 2, stopped[0].stderr
@@ -191,11 +193,11 @@ def test_two_processes_go_on_where_a_signal_to_one_of_them_stopped_both(folder, 
 
 def test_checkpoints_are_deleted_after_the_result_is_written(folder, tmp_path, monkeypatch):
     order = []
-    monkeypatch.setattr(training._Run, "write", lambda run, out: order.append("write"))
+    monkeypatch.setattr(cell_step, "write_cell", lambda *_: order.append("write"))
     monkeypatch.setattr(Accelerator, "wait_for_everyone", lambda *_: order.append("wait"))
-    monkeypatch.setattr(training.shutil, "rmtree", lambda *_, **__: order.append("delete"))
-    work = Workspace(config(folder, overrides({})), Paths(folder / "results"))
-    training.train(work, "control", 0, tmp_path / "out", tmp_path / "kept", log=lambda *_: None)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: order.append("delete"))
+    work = Inputs(config(folder, overrides({})), Paths(folder / "results"))
+    train_cell(work, "control", 0, tmp_path / "out", tmp_path / "kept", log=lambda *_: None)
     assert order == ["write", "wait", "delete"]
 
 
@@ -218,9 +220,9 @@ def test_fp16_on_a_cpu_is_refused(folder):
     with pytest.raises(ConfigError, match="fp16, which nothing computes on a CPU"):
         check_precision("fp16", "cpu")
     if not torch.cuda.is_available():
-        work = Workspace(config(folder, overrides({"train.precision": "fp16"})), Paths(folder / "results"))
+        work = Inputs(config(folder, overrides({"train.precision": "fp16"})), Paths(folder / "results"))
         with pytest.raises(ConfigError, match="fp16, which nothing computes on a CPU"):
-            training.train(work, "control", 0, folder / "fp16", folder / "fp16.checkpoints", log=lambda *_: None)
+            train_cell(work, "control", 0, folder / "fp16", folder / "fp16.checkpoints", log=lambda *_: None)
 
 
 def test_accelerates_variables_have_no_effect(folder, tmp_path):
@@ -258,22 +260,22 @@ def test_a_validation_loss_that_is_not_finite_ends_the_cell(folder, tmp_path, mo
         return scores
 
     monkeypatch.setattr(training, "score", scored)
-    work = Workspace(config(folder, overrides({})), Paths(folder / "results"))
+    work = Inputs(config(folder, overrides({})), Paths(folder / "results"))
     with pytest.raises(NonFiniteLossError, match=f"the validation loss after step {step} is nan"):
-        training.train(work, "control", 0, tmp_path / "out", tmp_path / "kept", log=lambda *_: None)
+        train_cell(work, "control", 0, tmp_path / "out", tmp_path / "kept", log=lambda *_: None)
     assert not (tmp_path / "out").exists() and not (tmp_path / "kept").exists()
 
 
 def test_a_projectors_gradient_that_is_not_finite_is_not_applied(folder, tmp_path, monkeypatch):
-    real = Workspace.distiller
+    real = cell_step.load_objective
 
     def poisoned(*args):
         distiller = real(*args)
         next(p for p in distiller.parameters() if p.requires_grad).register_hook(lambda g: g * float("nan"))
         return distiller
 
-    monkeypatch.setattr(Workspace, "distiller", poisoned)
-    work = Workspace(config(folder, overrides({"train.checkpoint_every": 1})), Paths(folder / "results"))
+    monkeypatch.setattr(cell_step, "load_objective", poisoned)
+    work = Inputs(config(folder, overrides({"train.checkpoint_every": 1})), Paths(folder / "results"))
     with pytest.raises(NonFiniteLossError, match=r"step 1: .*gradient of projectors and fusion"):
-        training.train(work, "joint", 0, tmp_path / "out", tmp_path / "kept", log=lambda *_: None)
+        train_cell(work, "joint", 0, tmp_path / "out", tmp_path / "kept", log=lambda *_: None)
     assert not list(tmp_path.glob("kept/step-*"))

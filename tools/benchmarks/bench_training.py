@@ -25,10 +25,11 @@ from kvpipe.cache.capture import Recorder
 from kvpipe.config import load
 from kvpipe.data.corpus import generate
 from kvpipe.data.records import write_records
-from kvpipe.distill.build import Workspace
+from kvpipe.experiment.attempts import Attempt
 from kvpipe.experiment.paths import Paths
-from kvpipe.steps.prepare import prepare
-from kvpipe.train.trainer import _Run, peak_memory
+from kvpipe.steps.inputs import Inputs
+from kvpipe.steps.train import load_cell, prepare
+from kvpipe.train.trainer import Loop, peak_memory
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "config" / "config.yaml"
@@ -37,10 +38,10 @@ CONFIG = ROOT / "config" / "config.yaml"
 class Cell:
     """A cell's own training loop, step by step."""
 
-    def __init__(self, work: Workspace, arm: str):
-        self.run = _Run(work, arm, 0, work.paths.root / "unused", print)
-        self.run.model, self.run.optimizer = self.run.accelerator.prepare(self.run.model, self.run.optimizer)
-        self.recorder = Recorder(self.run.model) if self.run.distiller is not None else None
+    def __init__(self, work: Inputs, arm: str):
+        unused = work.paths.root / "unused"
+        self.run = Loop(load_cell(work, arm, 0), unused, Attempt(unused, "cpu", 1))
+        self.recorder = Recorder(self.run.cell.student) if self.run.objective is not None else None
         self.step = 0
 
     def steps(self, number: int) -> None:
@@ -60,7 +61,7 @@ class Cell:
         return self.run.counters.tokens, self.run.counters.padded_tokens
 
 
-def full_against_control(work: Workspace, repeats: int, block: int) -> tuple[list[Row], float, float]:
+def full_against_control(work: Inputs, repeats: int, block: int) -> tuple[list[Row], float, float]:
     """Rows, and control's seconds and tokens per step."""
     cells = {arm: Cell(work, arm) for arm in ("control", "full")}
     times: dict[str, list[float]] = {arm: [] for arm in cells}
@@ -103,7 +104,7 @@ def high_water() -> int:
     return peak_memory(torch.device("cpu"))
 
 
-def print_memory(work: Workspace, arm: str, steps: int) -> None:
+def print_memory(work: Inputs, arm: str, steps: int) -> None:
     """Peak resident bytes of this process with its setup, and of the steps alone where the system can tell."""
     cell = Cell(work, arm)
     cell.steps(5)
@@ -114,7 +115,7 @@ def print_memory(work: Workspace, arm: str, steps: int) -> None:
     print(max(setup, high_water()), high_water())
 
 
-def memory_of(work: Workspace, arm: str, steps: int) -> tuple[int, int]:
+def memory_of(work: Inputs, arm: str, steps: int) -> tuple[int, int]:
     """`print_memory` of a fresh process."""
     command = [sys.executable, __file__, str(work.paths.root), arm, str(steps)]
     last = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
@@ -122,9 +123,9 @@ def memory_of(work: Workspace, arm: str, steps: int) -> tuple[int, int]:
     return whole, steps_alone
 
 
-def mixed_lengths(root: Path) -> Workspace:
+def mixed_lengths(root: Path) -> Inputs:
     """Control's experiment on problems of 1 to 6 operations, so that texts differ in length as those of GSM8K do."""
-    work = Workspace(load(CONFIG), Paths(root))
+    work = Inputs(load(CONFIG), Paths(root))
     for split, count in (("train", 300), ("validation", 10), ("test", 10)):
         records = []
         for difficulty in range(1, 7):
@@ -136,7 +137,7 @@ def mixed_lengths(root: Path) -> Workspace:
     return work
 
 
-def against_trainer(work: Workspace, texts: str, repeats: int, block: int) -> list[Row]:
+def against_trainer(work: Inputs, texts: str, repeats: int, block: int) -> list[Row]:
     """Control's loop against the Trainer of transformers: same student, examples, batch size and optimizer.
 
     The Trainer logs, saves and evaluates nothing meanwhile; control's own loop logs as in a run.
@@ -170,7 +171,7 @@ def against_trainer(work: Workspace, texts: str, repeats: int, block: int) -> li
     return rows
 
 
-def trainer_rates(work: Workspace, sampling: str, steps: int) -> tuple[float, float]:
+def trainer_rates(work: Inputs, sampling: str, steps: int) -> tuple[float, float]:
     """All and useful tokens per second of `Trainer`, without its first steps."""
     torch.use_deterministic_algorithms(False)
     config, encoding, skipped = work.config.train, work.student_encoding("train"), 5
@@ -204,7 +205,7 @@ def trainer_rates(work: Workspace, sampling: str, steps: int) -> tuple[float, fl
     return float(counted[0]), float(counted[1])
 
 
-def recorder_overhead(work: Workspace, repeats: int, block: int) -> list[Row]:
+def recorder_overhead(work: Inputs, repeats: int, block: int) -> list[Row]:
     """The student's forward and backward with and without a recorder that gives its cache to a loss."""
     model = work.student(0).train()
     ids = torch.randint(3, model.config.vocab_size, (work.config.train.batch_size, 96))
@@ -228,4 +229,4 @@ def recorder_overhead(work: Workspace, repeats: int, block: int) -> list[Row]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     os.chdir(ROOT)  # the configuration's paths are relative to it
-    print_memory(Workspace(load(CONFIG), Paths(Path(sys.argv[1]))), sys.argv[2], int(sys.argv[3]))
+    print_memory(Inputs(load(CONFIG), Paths(Path(sys.argv[1]))), sys.argv[2], int(sys.argv[3]))

@@ -27,12 +27,12 @@ from torch import Tensor
 
 from kvpipe.config import load
 from kvpipe.data.records import render
-from kvpipe.distill.build import Workspace
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.provenance import describe
 from kvpipe.models.folders import load_tokenizer
 from kvpipe.stats.bootstrap import Bootstrap
-from kvpipe.steps.prepare import prepare
+from kvpipe.steps.inputs import Inputs
+from kvpipe.steps.train import prepare
 from kvpipe.tokens.matrix import encode, gather_form, overlap
 
 SHORT, LONG = 8192, 32768
@@ -84,7 +84,7 @@ def bootstrap(repeats: int) -> list[Row]:
     ]
 
 
-def alignment(work: Workspace, step_seconds: float, step_tokens: float, repeats: int) -> list[Row]:
+def alignment(work: Inputs, step_seconds: float, step_tokens: float, repeats: int) -> list[Row]:
     """Token alignment of one long text, student and teacher `math`: growth with length, and share of a step."""
     student, teacher = work.student_tokenizer, load_tokenizer(work.paths.model("math"))
     text = "".join(render(r, work.config.data.template).text for r in work.records("train"))
@@ -175,7 +175,7 @@ def main() -> None:
     torch.set_num_threads(1)
     os.chdir(ROOT)  # the configuration's paths are relative to it
     with tempfile.TemporaryDirectory() as temporary:
-        work = Workspace(load(CONFIG), Paths(arguments.results or Path(temporary)))
+        work = Inputs(load(CONFIG), Paths(arguments.results or Path(temporary)))
         rows: list[Row] = []
 
         def show(more: list[Row]) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 from kvpipe import config as configuration
 from kvpipe.experiment import launch
 from kvpipe.experiment.plan import Dag, digest
-from kvpipe.experiment.paths import SPLITS, Paths
+from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.provenance import code_hash, git_commit
+from kvpipe.experiment.steps import table
 
 # a file given with --configfile takes the place of the embedded experiment, it is not laid over it
 if not workflow.config_settings.configfiles:
@@ -28,8 +29,8 @@ except configuration.ConfigError as error:
     raise WorkflowError(str(error))
 
 PATHS = Paths(Path(os.environ.get("KVPIPE_RESULTS", "results")))
+STEPS = table(PLAN, PATHS)
 IMAGE = launch.image_path(os.environ.get("KVPIPE_IMAGE", "containers/kvpipe.sif"))
-SEEDS = PLAN.config.seeds
 
 # Jobs read the configuration from a file named by its content (KVPIPE_CONFIG): a change of config.yaml while a run
 # is under way cannot reach jobs that start later. It is no param: only the settings a step reads make it run again.
@@ -57,26 +58,41 @@ if git_commit():
 
 wildcard_constraints:
     arm="|".join(PLAN.arms),
-    seed="|".join(map(str, SEEDS)),
+    seed="|".join(map(str, PLAN.config.seeds)),
     model="|".join(PLAN.config.models),
     teacher="|".join(PLAN.teachers) or "none",
     reading="student|own",
     shard=r"\d+",
 
 
-# ---------------------------------------------------------------- params: what a step depends on beside its inputs
-def settings_of(step, *names):
-    """The part of the configuration that a step reads, for the given wildcards."""
+# ---------------------------------------------------------------- the table of steps, as rules read it
+def needs(step):
+    """What a job reads."""
 
     def of(wildcards):
-        return PLAN.depends(step, **{name: wildcards[name] for name in names})
+        return STEPS[step].needs(**{name: wildcards[name] for name in STEPS[step].wildcards})
 
     return of
 
 
-def code_of(step):
+def makes(step):
+    """What a job writes; a name without an ending is a folder's."""
+    files = STEPS[step].makes(**{name: f"{{{name}}}" for name in STEPS[step].wildcards})
+    return {name: path if path.suffix else directory(path) for name, path in files.items()}
+
+
+def settings(step):
+    """The part of the configuration that a job depends on beside its inputs."""
+
+    def of(wildcards):
+        return STEPS[step].depends(**{name: wildcards[name] for name in STEPS[step].wildcards})
+
+    return of
+
+
+def code(step):
     """Hash of the code behind a step."""
-    return code_hash(f"kvpipe.{step}")
+    return code_hash(STEPS[step].hashed)
 
 
 # ---------------------------------------------------------------- before the first job
@@ -123,73 +139,3 @@ def cell_launcher(wildcards, resources):
     """One process, or accelerate's launcher."""
     launch.check_nodes(resources)
     return launch.command(*launch.processes(resources), container=IN_IMAGE)
-
-
-# ---------------------------------------------------------------- inputs
-def model_inputs(wildcards):
-    return [PATHS.manifest(m) for m in PLAN.model_needs(wildcards.model)] + (
-        [PATHS.data("train")] if PLAN.model_reads_data(wildcards.model) else []
-    )
-
-
-def teacher_inputs(teacher, reading):
-    files = [PATHS.manifest(teacher), PATHS.manifest(PLAN.config.student), PATHS.data("train")]
-    if PLAN.store_needs_layer_map(teacher):
-        files.append(PATHS.layer_map(teacher))
-    return files
-
-
-def shard_inputs(wildcards):
-    return teacher_inputs(wildcards.teacher, wildcards.reading)
-
-
-def index_inputs(wildcards):
-    """Shards are jobs of their own only when there are several."""
-    files = teacher_inputs(wildcards.teacher, wildcards.reading)
-    shards = PLAN.config.store.shards
-    if shards > 1:
-        files += [PATHS.shard(wildcards.teacher, wildcards.reading, i) for i in range(shards)]
-    return files
-
-
-def arm_inputs(arm):
-    files = [PATHS.manifest(t) for t in arm.teachers]
-    if PLAN.uses_store(arm):
-        files += [PATHS.store_index(t, arm.time.text) for t in arm.teachers]
-    if PLAN.needs_layer_map(arm):
-        files += [PATHS.layer_map(t) for t in arm.teachers]
-    return files
-
-
-def fit_inputs(wildcards):
-    return [PATHS.manifest(PLAN.config.student), PATHS.data("train"), *arm_inputs(PLAN.fit_arm(wildcards.fit))]
-
-
-def train_inputs(wildcards):
-    arm = PLAN.arm(wildcards.arm)
-    files = [PATHS.manifest(PLAN.config.student), PATHS.data("train"), PATHS.data("validation"), *arm_inputs(arm)]
-    if PLAN.needs_fit(arm):
-        files.append(PATHS.projector(PLAN.fit_id(arm)))
-    return files
-
-
-def items_of(arms):
-    return [PATHS.items(a, s) for a in arms for s in SEEDS]
-
-
-def histories_of(arms):
-    return [file(a, s) for a in arms for s in SEEDS for file in (PATHS.history, PATHS.cost)]
-
-
-def arm_cells(wildcards):
-    return items_of([wildcards.arm]) + histories_of([wildcards.arm])
-
-
-def lm_eval_results():
-    """Of every cell, where tasks are configured."""
-    return [PATHS.lm_eval(a, s) for a, s in PLAN.cells] if PLAN.config.evaluate.lm_eval_tasks else []
-
-
-def judged_teachers():
-    """Teachers with weights that mean something."""
-    return [t for t in PLAN.teachers if PLAN.config.models[t].source != "random"]

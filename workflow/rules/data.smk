@@ -1,6 +1,6 @@
 rule data:
     output:
-        [PATHS.data(split) for split in SPLITS],
+        **makes("data"),
     log:
         PATHS.log("data"),
     benchmark:
@@ -9,7 +9,7 @@ rule data:
         mem_mb=4000,
         runtime=30,
     params:
-        settings=settings_of("data"),
-        code=code_of("data.build"),
+        settings=settings("data"),
+        code=code("data"),
     shell:
         "python -m kvpipe data > {log} 2>&1"

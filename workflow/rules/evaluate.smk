@@ -1,9 +1,8 @@
 rule evaluate:
     input:
-        model=PATHS.student("{arm}", "{seed}"),
-        data=PATHS.data("test"),
+        needs("evaluate"),
     output:
-        PATHS.items("{arm}", "{seed}"),
+        **makes("evaluate"),
     log:
         PATHS.log("evaluate/{arm}/seed{seed}"),
     benchmark:
@@ -13,17 +12,18 @@ rule evaluate:
         mem_mb=8000,
         runtime=120,
     params:
-        settings=settings_of("evaluate"),
-        code=code_of("evaluate.score"),
+        settings=settings("evaluate"),
+        code=code("evaluate"),
+        model=str(PATHS.student("{arm}", "{seed}")),
     shell:
-        "python -m kvpipe evaluate --model {input.model} --out {output} > {log} 2>&1"
+        "python -m kvpipe evaluate --model {params.model} --out {output} > {log} 2>&1"
 
 
 rule lm_eval:
     input:
-        PATHS.student("{arm}", "{seed}"),
+        needs("lm_eval"),
     output:
-        PATHS.lm_eval("{arm}", "{seed}"),
+        **makes("lm_eval"),
     log:
         PATHS.log("lm_eval/{arm}/seed{seed}"),
     benchmark:
@@ -33,18 +33,18 @@ rule lm_eval:
         mem_mb=16000,
         runtime=240,
     params:
-        settings=settings_of("lm_eval"),
-        code=code_of("evaluate.harness"),
+        settings=settings("lm_eval"),
+        code=code("lm_eval"),
+        model=str(PATHS.student("{arm}", "{seed}")),
     shell:
-        "python -m kvpipe lm-eval --model {input} --out {output} > {log} 2>&1"
+        "python -m kvpipe lm-eval --model {params.model} --out {output} > {log} 2>&1"
 
 
 rule teacher_quality:
     input:
-        PATHS.manifest("{teacher}"),
-        PATHS.data("test"),
+        needs("teacher_quality"),
     output:
-        PATHS.teacher_quality("{teacher}"),
+        **makes("teacher_quality"),
     log:
         PATHS.log("teacher_quality/{teacher}"),
     benchmark:
@@ -54,8 +54,8 @@ rule teacher_quality:
         mem_mb=16000,
         runtime=240,
     params:
-        settings=settings_of("evaluate"),
-        code=code_of("evaluate.score"),
+        settings=settings("teacher_quality"),
+        code=code("teacher_quality"),
         model=subpath(input[0], parent=True),
     shell:
         "python -m kvpipe evaluate --model {params.model} --out {output} > {log} 2>&1"
@@ -63,10 +63,9 @@ rule teacher_quality:
 
 rule untrained:
     input:
-        PATHS.manifest(PLAN.config.student),
-        PATHS.data("test"),
+        needs("untrained"),
     output:
-        PATHS.untrained,
+        **makes("untrained"),
     log:
         PATHS.log("evaluate/untrained"),
     benchmark:
@@ -76,17 +75,17 @@ rule untrained:
         mem_mb=8000,
         runtime=120,
     params:
-        settings=settings_of("untrained"),
-        code=code_of("evaluate.score"),
+        settings=settings("untrained"),
+        code=code("untrained"),
     shell:
         "python -m kvpipe untrained --out {output} > {log} 2>&1"
 
 
 rule arm:
     input:
-        arm_cells,
+        needs("arm"),
     output:
-        PATHS.arm_table("{arm}"),
+        **makes("arm"),
     log:
         PATHS.log("arms/{arm}"),
     benchmark:
@@ -95,7 +94,7 @@ rule arm:
         mem_mb=2000,
         runtime=10,
     params:
-        settings=settings_of("arm"),
-        code=code_of("stats.tables"),
+        settings=settings("arm"),
+        code=code("arm"),
     shell:
         "python -m kvpipe arm --arm {wildcards.arm} > {log} 2>&1"

@@ -1,11 +1,8 @@
 rule audit:
     input:
-        items_of(PLAN.arms),
-        histories_of(PLAN.arms),
-        PATHS.data("train"),
-        PATHS.data("test"),
+        needs("audit"),
     output:
-        PATHS.audit,
+        **makes("audit"),
     log:
         PATHS.log("audit"),
     benchmark:
@@ -14,19 +11,17 @@ rule audit:
         mem_mb=4000,
         runtime=30,
     params:
-        settings=settings_of("audit"),
-        code=code_of("stats.audit"),
+        settings=settings("audit"),
+        code=code("audit"),
     shell:
         "python -m kvpipe audit > {log} 2>&1"
 
 
 rule stats:
     input:
-        items_of(PLAN.arms),
-        histories_of(PLAN.arms),
-        untrained=PATHS.untrained,
+        needs("stats"),
     output:
-        PATHS.tables,
+        **makes("stats"),
     log:
         PATHS.log("stats"),
     benchmark:
@@ -35,23 +30,16 @@ rule stats:
         mem_mb=4000,
         runtime=30,
     params:
-        settings=settings_of("stats"),
-        code=code_of("stats.tables"),
+        settings=settings("stats"),
+        code=code("stats"),
+        untrained=str(PATHS.untrained),
     shell:
-        "python -m kvpipe stats --untrained {input.untrained} > {log} 2>&1"
+        "python -m kvpipe stats --untrained {params.untrained} > {log} 2>&1"
 
 
 rule report:
     input:
-        PATHS.tables,
-        PATHS.audit,
-        items_of(PLAN.arms),
-        histories_of(PLAN.arms),
-        [PATHS.arm_table(arm) for arm in PLAN.arms],
-        lm_eval_results(),
-        [PATHS.fit_report(fit) for fit in PLAN.fits],
-        [PATHS.teacher_quality(teacher) for teacher in judged_teachers()],
-        [PATHS.layer_map(teacher) for teacher in PLAN.mapped_teachers],
+        needs("report"),
     output:
         report(PATHS.report, caption="../report/report.rst", category="Report"),
     log:
@@ -62,7 +50,7 @@ rule report:
         mem_mb=4000,
         runtime=30,
     params:
-        settings=settings_of("report"),
-        code=code_of("report.render"),
+        settings=settings("report"),
+        code=code("report"),
     shell:
         "python -m kvpipe report --out {output} > {log} 2>&1"

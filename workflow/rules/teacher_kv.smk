@@ -1,11 +1,8 @@
 rule layer_map:
     input:
-        PATHS.manifest("{teacher}"),
-        PATHS.manifest(PLAN.config.student),
-        PATHS.data("train"),
-        PATHS.data("validation"),
+        needs("layer_map"),
     output:
-        PATHS.layer_map("{teacher}"),
+        **makes("layer_map"),
     log:
         PATHS.log("layer_map/{teacher}"),
     benchmark:
@@ -14,17 +11,17 @@ rule layer_map:
         mem_mb=16000,
         runtime=60,
     params:
-        settings=settings_of("layer_map"),
-        code=code_of("steps.layer_map"),
+        settings=settings("layer_map"),
+        code=code("layer_map"),
     shell:
         "python -m kvpipe layer-map --teacher {wildcards.teacher} > {log} 2>&1"
 
 
 rule teacher_kv_shard:
     input:
-        shard_inputs,
+        needs("teacher_kv_shard"),
     output:
-        PATHS.shard("{teacher}", "{reading}", "{shard}"),
+        **makes("teacher_kv_shard"),
     log:
         PATHS.log("teacher_kv/{teacher}-{reading}-{shard}"),
     benchmark:
@@ -33,8 +30,8 @@ rule teacher_kv_shard:
         mem_mb=16000,
         runtime=240,
     params:
-        settings=settings_of("teacher_kv", "teacher"),
-        code=code_of("steps.teacher_kv"),
+        settings=settings("teacher_kv_shard"),
+        code=code("teacher_kv_shard"),
     shell:
         "python -m kvpipe teacher-kv --teacher {wildcards.teacher} --reading {wildcards.reading}"
         " --shard {wildcards.shard} > {log} 2>&1"
@@ -42,9 +39,9 @@ rule teacher_kv_shard:
 
 rule teacher_kv:
     input:
-        index_inputs,
+        needs("teacher_kv"),
     output:
-        PATHS.store_index("{teacher}", "{reading}"),
+        **makes("teacher_kv"),
     log:
         PATHS.log("teacher_kv/{teacher}-{reading}"),
     benchmark:
@@ -53,18 +50,17 @@ rule teacher_kv:
         mem_mb=16000,
         runtime=240,
     params:
-        settings=settings_of("teacher_kv", "teacher"),
-        code=code_of("steps.teacher_kv"),
+        settings=settings("teacher_kv"),
+        code=code("teacher_kv"),
     shell:
         "python -m kvpipe teacher-kv --teacher {wildcards.teacher} --reading {wildcards.reading} > {log} 2>&1"
 
 
 rule fit:
     input:
-        fit_inputs,
+        needs("fit"),
     output:
-        PATHS.projector("{fit}"),
-        PATHS.fit_report("{fit}"),
+        **makes("fit"),
     log:
         PATHS.log("fit/{fit}"),
     benchmark:
@@ -73,7 +69,7 @@ rule fit:
         mem_mb=16000,
         runtime=60,
     params:
-        settings=settings_of("fit", "fit"),
-        code=code_of("steps.fit"),
+        settings=settings("fit"),
+        code=code("fit"),
     shell:
         "python -m kvpipe fit --fit {wildcards.fit} > {log} 2>&1"

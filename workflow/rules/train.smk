@@ -1,10 +1,8 @@
 rule train:
     input:
-        train_inputs,
+        needs("train"),
     output:
-        model=directory(PATHS.student("{arm}", "{seed}")),
-        history=PATHS.history("{arm}", "{seed}"),
-        cost=PATHS.cost("{arm}", "{seed}"),
+        **makes("train"),
     log:
         PATHS.log("train/{arm}/seed{seed}"),
     benchmark:
@@ -16,8 +14,8 @@ rule train:
         mem_mb=16000,
         runtime=720,
     params:
-        settings=settings_of("train", "arm"),
-        code=code_of("train.trainer"),
+        settings=settings("train"),
+        code=code("train"),
         # not outputs: Snakemake deletes those of a job that failed, and a run goes on from its checkpoint
         cell=subpath(output.history, parent=True),
         checkpoints=str(PATHS.checkpoints("{arm}", "{seed}")),

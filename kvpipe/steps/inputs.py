@@ -1,0 +1,189 @@
+"""Finished artefacts of an experiment, each loaded once, when it is first asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+
+from kvpipe.align.layermap import LayerPlan, layer_plan
+from kvpipe.align.timemap import build_time_map, derangement
+from kvpipe.cache.capture import kv_geometry
+from kvpipe.cache.store import Store, StoreKey
+from kvpipe.cache.teacher import AlignedTeacher, LiveRows, StoredRows
+from kvpipe.config import Arm, Config, ConfigError, ScratchModel
+from kvpipe.data.encoding import Encoding, load_encoding
+from kvpipe.data.records import Record, read_records
+from kvpipe.experiment.device import resolve_device
+from kvpipe.experiment.files import content_digest
+from kvpipe.experiment.misfits import misfits
+from kvpipe.experiment.paths import Paths
+from kvpipe.experiment.plan import Dag
+from kvpipe.experiment.sizes import shape
+from kvpipe.experiment.steps import table
+from kvpipe.models.folders import build_model, load_config, load_model, load_tokenizer, manifest_hash, random_model
+
+
+class Inputs:
+    """The loaders of one experiment. What they give is shared: nobody changes it."""
+
+    def __init__(self, config: Config, paths: Paths):
+        self.config, self.paths, self.dag = config, paths, Dag(config)
+        self.steps = table(self.dag, paths)
+        # kept for as long as these loaders are
+        for name in ("records", "tokenizer", "model_config", "encoding", "store", "teacher_model"):
+            setattr(self, name, cache(getattr(self, name)))
+
+    # ------------------------------------------------------------ texts
+    def records(self, split: str) -> list[Record]:
+        """Records of a split."""
+        return read_records(self.paths.data(split))
+
+    @cached_property
+    def tasks(self) -> np.ndarray:
+        """The task of every training example."""
+        return np.array([record.task for record in self.records("train")])
+
+    def encoding(self, model: str, split: str, reading: str = "student") -> Encoding:
+        """A split as a model's tokens; the student's end with an end-of-text token."""
+        origin = self.origin_of_tokens(model, split, reading)
+        return load_encoding(self.paths.encoding(model, split, reading), origin)
+
+    def origin_of_tokens(self, model: str, split: str, reading: str) -> dict[str, Any]:
+        """What a split's tokens are made from; those of something else are refused."""
+        return {
+            "model": manifest_hash(self.paths.model(model)),
+            "data": content_digest(self.paths.data(split)),
+            **self.steps["encode"].settings(model=model, reading=reading),
+        }
+
+    def student_encoding(self, split: str) -> Encoding:
+        """A split as the student's tokens."""
+        return self.encoding(self.config.student, split)
+
+    def training_examples(self, arm: Arm) -> np.ndarray:
+        """Numbers of the training examples that the arm's cells see: of each task the first `examples`."""
+        rank = pd.Series(self.tasks).groupby(self.tasks).cumcount().to_numpy()
+        return np.flatnonzero(rank < (len(rank) if arm.examples is None else arm.examples))
+
+    # ------------------------------------------------------------ models
+    def tokenizer(self, name: str) -> Any:
+        """A model's tokenizer."""
+        return load_tokenizer(self.paths.model(name), self.config.trusts(name))
+
+    @property
+    def student_tokenizer(self) -> Any:
+        """The student's."""
+        return self.tokenizer(self.config.student)
+
+    def model_config(self, name: str) -> Any:
+        """A model's transformers config."""
+        return load_config(self.paths.model(name), self.config.trusts(name))
+
+    def student(self, seed: int, init: Literal["student", "random"] = "student") -> Any:
+        """The student before training, a new one at every call: its pretrained weights, or drawn by the seed."""
+        folder, trust = self.paths.model(self.config.student), self.config.trusts(self.config.student)
+        source = self.config.models[self.config.student]
+        if isinstance(source, ScratchModel):
+            return build_model(source.architecture, self.student_tokenizer, seed)
+        if init == "random":
+            return random_model(folder, seed, trust=trust)
+        return load_model(folder, dtype=torch.float32, trust=trust)
+
+    def teacher_model(self, teacher: str) -> Any:
+        """A teacher on the device that its steps run on, held as its `load` says."""
+        device = resolve_device(self.config.train.device)
+        return load_model(self.paths.model(teacher), device=device, trust=self.config.trusts(teacher))
+
+    def check(self, arms: Iterable[str]) -> None:
+        """Refuse arms that ask for what their models or the training texts do not have, before anything is computed.
+
+        Raises:
+            ConfigError: one line per setting.
+        """
+        names = list(arms)
+        files = {name: self.paths.model(name) / "config.json" for name in self.config.models}
+        found = {n: shape(json.loads(f.read_text(encoding="utf-8"))) for n, f in files.items() if f.is_file()}
+        lines = misfits(self.dag, {name: one for name, one in found.items() if one is not None}, names)
+        for name in names:
+            arm = self.dag.arms[name]
+            if arm.loss.kind == "kv" and arm.loss.skip_sink:
+                longest = int(self.student_encoding("train").lengths[self.training_examples(arm)].max())
+                if arm.loss.skip_sink >= longest:
+                    what = f"{arm.loss.skip_sink} leaves nothing: the longest training text has {longest} tokens"
+                    lines.append(f"arms.{name}.set.loss.skip_sink: {what}")
+        if lines:
+            raise ConfigError("\n".join(lines))
+
+    # ------------------------------------------------------------ teachers
+    def plan(self, arm: Arm, teacher: str) -> LayerPlan:
+        """Layers of a teacher for an arm, counted in the teacher's own layers."""
+        src, dst = (kv_geometry(self.model_config(name)).layers for name in (teacher, self.config.student))
+        return layer_plan(arm.layer, src, dst, self.paths.layer_map(teacher))
+
+    def stored_layers(self, teacher: str) -> tuple[int, ...]:
+        """Layers that a store of this teacher keeps: all, or those that some arm needs."""
+        if self.config.store.layers == "all":
+            return tuple(range(kv_geometry(self.model_config(teacher)).layers))
+        arms = (self.dag.arms[name] for name in self.dag.arms_of(teacher))
+        return tuple(sorted({layer for arm in arms for layer in self.needed_layers(arm, teacher)}))
+
+    def needed_layers(self, arm: Arm, teacher: str) -> tuple[int, ...]:
+        """Layers of a teacher that an arm looks at."""
+        if arm.loss.kind == "relation":  # compares the last layers, whatever the plan
+            return (kv_geometry(self.model_config(teacher)).layers - 1,)
+        return tuple(self.plan(arm, teacher).src_layers)
+
+    def store_key(self, teacher: str, reading: str) -> StoreKey:
+        """What a store's content depends on."""
+        return StoreKey(
+            model=manifest_hash(self.paths.model(teacher)),
+            data=content_digest(self.paths.encoding(teacher, "train", reading)),
+            layers=self.stored_layers(teacher),
+            reading=reading,
+            dtype=self.config.store.dtype,
+            top_logits=self.config.store.top_logits,
+            shards=self.config.store.shards,
+        )
+
+    def store(self, teacher: str, reading: str) -> Store:
+        """A finished store.
+
+        Raises:
+            ValueError: it was built from something else.
+        """
+        store = Store(self.paths.store(teacher, reading))
+        expected = self.store_key(teacher, reading).as_dict()
+        differing = [k for k, v in expected.items() if store.index["key"].get(k) != v]
+        if differing:
+            raise ValueError(f"{store.folder} was built with another {', '.join(differing)}; build it again")
+        return store
+
+    def aligned_teacher(self, arm: Arm, teacher: str, seed: int = 0) -> AlignedTeacher:
+        """A teacher's cache of the training split on the student's positions, from its store or computed live."""
+        src, dst = self.encoding(teacher, "train", arm.time.text), self.student_encoding("train")
+        time = build_time_map(
+            arm.time, src, dst, derangement(self.tasks.tolist(), seed) if arm.shuffle_teacher else None
+        )
+        rows: StoredRows | LiveRows
+        if self.config.store.mode == "stored":
+            rows = StoredRows(self.store(teacher, arm.time.text), src.offsets)
+        else:
+            pad_id, size = self.tokenizer(teacher).pad_token_id, self.config.store.batch_size
+            rows = LiveRows(self.teacher_model(teacher), src, self.needed_layers(arm, teacher), pad_id, size)
+        return AlignedTeacher(teacher, rows, src.offsets, dst.offsets, time)
+
+
+def trusts_folder(config: Config, paths: Paths, folder: Path) -> bool:
+    """Whether a folder's code may run: one of these results' models, or a cell's, which is the student. No other is."""
+    folder = folder.resolve()
+    if any(folder == paths.model(name).resolve() for name in config.models if config.trusts(name)):
+        return True
+    cells = (paths.student(*cell) for cell in Dag(config).cells)
+    return config.trusts(config.student) and any(folder == cell.resolve() for cell in cells)

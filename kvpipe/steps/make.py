@@ -1,0 +1,70 @@
+"""Run steps of the table without Snakemake: one alone, or all that a file is made from where it is missing or stale."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvpipe.config import ConfigError
+from kvpipe.experiment import made
+
+if TYPE_CHECKING:
+    from kvpipe.steps.inputs import Inputs
+
+
+def run(inputs: Inputs, name: str, **job: str) -> None:
+    """Run one job of a step, and note what its files were made from."""
+    step = inputs.steps[name]
+    module, _, function = step.run.partition(":")
+    getattr(import_module(module), function)(inputs, **job)
+    made.note(step, **job)
+
+
+def make(inputs: Inputs, files: Iterable[Path], log=print) -> None:
+    """Make files, and first what each is made from, where they are missing or were made from something else than now.
+
+    Settings, code and the content of every input are compared, those of the user's own files too.
+
+    Args:
+        inputs: the loaders.
+        files: artefacts of steps that are `remade`.
+        log: takes a line for each job.
+
+    Raises:
+        ConfigError: something is to be made, and this is one of several processes.
+    """
+    makers = {
+        path: (name, job)
+        for name, step in inputs.steps.items()
+        if step.remade
+        for job in step.jobs()
+        for path in step.makes(**job).values()
+    }
+    seen = set()
+
+    def bring(path: Path) -> None:
+        name, job = makers[path]
+        if (name, *job.values()) in seen:
+            return
+        seen.add((name, *job.values()))
+        step = inputs.steps[name]
+        for need in step.needs(**job):
+            bring(need)
+        differs = made.changed(step, **job)
+        if differs is None or differs:
+            again = f" (again: changed since it was made: {', '.join(differs)})" if differs else ""
+            if int(os.environ.get("WORLD_SIZE") or "1") > 1:
+                raise ConfigError(
+                    f"{' '.join([name, *job.values()])} is missing or was made from something else, and the processes of a "
+                    "group would all make it: run `kvpipe prepare` with this arm in one process first"
+                )
+            log(f"{' '.join([name, *job.values()])} …{again}")
+            for stale in step.makes(**job).values() if differs else ():
+                stale.unlink(missing_ok=True)
+            run(inputs, name, **job)
+
+    for path in files:
+        bring(path)
