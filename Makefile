@@ -94,7 +94,7 @@ teachers: $(STAMP)  ## train the embedded teachers again, into config/embedded
 bench: $(STAMP)  ## measure docs/benchmarks.md again
 	$(TOOL) tools/benchmarks/run.py
 
-validate-stats: $(STAMP)  ## the tables of docs/statistics.md: coverage, error, power by simulation; half an hour of one core
+validate-stats: $(STAMP)  ## the tables of docs/statistics.md: coverage, error, power by simulation; ten minutes of one core
 	$(TOOL) tools/validate_stats.py --out docs/statistics.md
 
 compat: $(STAMP)  ## the tables of docs/method.md: architectures, rotary embeddings, tokenizers
