@@ -22,8 +22,8 @@ from kvpipe.config import (
 )
 from kvpipe.experiment.paths import SPLITS, Paths
 from kvpipe.experiment.plan import Dag
-from kvpipe.experiment.steps import TeacherKV
 from kvpipe.experiment.sizes import Shape, count_parameters, estimate_bytes, shape, teacher_pass_bytes
+from kvpipe.experiment.steps import TeacherKV
 from kvpipe.models.headers import read_config
 from kvpipe.models.hub import candidates, missing_bytes
 
