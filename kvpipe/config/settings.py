@@ -128,7 +128,7 @@ class TrainConfig(Section):
     def _micro_batches_have_rows(self):
         if self.accumulate > self.batch_size:
             raise ValueError(
-                f"accumulate: {self.accumulate} micro-batches of a batch of {self.batch_size} leave some empty; lower it"
+                f"accumulate: {self.accumulate} micro-batches of a batch of {self.batch_size} examples leave some empty"
             )
         if self.precision == "fp16" and self.device == "cpu":
             raise ValueError("precision: fp16 is not computed on a CPU; set fp32 or bf16, or another device")

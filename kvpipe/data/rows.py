@@ -1,4 +1,4 @@
-"""SourceRows of local files and of data sets on the hub, as dictionaries, and where they come from."""
+"""Rows of local files and of data sets on the hub, as dictionaries, and where they come from."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EXACT = 2.0**53
 
 @dataclass(frozen=True)
 class SourceRows:
-    """SourceRows of one split, the place of each in its file or data set, and where they come from."""
+    """Rows of one split, the place of each in its file or data set, and where they come from."""
 
     rows: list[dict[str, Any]]
     places: list[str]
@@ -147,7 +147,7 @@ def _hub(source: HubData, split: str) -> SourceRows:
 
 
 def _folder(datasets, source: HubData, name: str | None, split: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """SourceRows of a local folder. The library names its cache after the folder's last name and not after what is in it: a
+    """Rows of a local folder. The library names its cache after the folder's last name and not after what is in it: a
     cache of its own, for this once, cannot be that of another folder or of yesterday's files."""
     if not Path(source.repo).is_dir():
         raise FileNotFoundError(f"{source.repo} is not a folder")
@@ -178,7 +178,7 @@ def _builder(datasets, repo: str, name: str | None, **options: Any):
 
 
 def _prepared(builder, split: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """SourceRows of a split, such as `train[:95%]`, and each one's name and number in the whole of it."""
+    """Rows of a split, such as `train[:95%]`, and each one's name and number in the whole of it."""
     from datasets import ReadInstruction
 
     builder.download_and_prepare()

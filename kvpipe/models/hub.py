@@ -70,9 +70,7 @@ def hub_errors(what: str, repo: str, revision: str) -> Iterator[None]:
         raise HubError(f"{name} has no revision {revision!r}; correct it") from error
     except errors.RepositoryNotFoundError as error:
         seen = "" if token() else " (HF_TOKEN is not set)"
-        raise HubError(
-            f"{name} does not exist, or is private and not shown to you{seen}; correct it or set HF_TOKEN"
-        ) from error
+        raise HubError(f"{name} does not exist, or is private{seen}; correct its name or set HF_TOKEN") from error
     except errors.HfHubHTTPError as error:
         if error.response is not None and error.response.status_code == 401:
             raise HubError(f"{name}: the hub refuses the token in HF_TOKEN; make a new one or unset it") from error

@@ -13,14 +13,13 @@ import pandas as pd
 from kvpipe.config import Config
 from kvpipe.data.records import Record, read_records
 from kvpipe.experiment.files import read_json
-from kvpipe.experiment.paths import ARMS, CONTRASTS, Paths
+from kvpipe.experiment.paths import ARMS, CONTRASTS, PAIRS, Paths
 from kvpipe.experiment.plan import Dag
 from kvpipe.models.folders import load_tokenizer
-from kvpipe.stats.scores import UNTRAINED, read_history
+from kvpipe.stats.metrics import METRICS
+from kvpipe.stats.scores import ALL, UNTRAINED, read_history
 
 ROLES = ("control", "experiment", "ablation", "baseline", "null")
-HIGHER_IS_BETTER = {"accuracy"}
-"""All other metrics are losses, sizes or times."""
 ARM_COLUMNS = ["arm", "metric", "task", "mean", "low", "high", "n_seeds", "n_items"]
 
 
@@ -41,24 +40,36 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Contrast:
-    """Arm minus reference, with the plain and the corrected interval."""
+    """Arm minus reference: what the page shows of a row of `contrasts.csv`."""
 
     arm: str
     reference: str
     metric: str
     task: str
     estimate: float
-    low: float
-    high: float
-    low_corrected: float
-    high_corrected: float
-    p: float
-    p_bonferroni: float
-    p_holm: float
-    effect_size: float
+    verdict: str
+    """`better`, `worse` or `undecided` by the primary method, corrected for its family; `constant` where seeds do not
+    vary, `untested` where some are lost or one is all, `missing` without an estimate."""
+    p_dunnett: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    ratio_low_plain: float
+    ratio_high_plain: float
+    difference_low: float
+    difference_high: float
+    difference_low_plain: float
+    difference_high_plain: float
+    effect_size_seeds: float
     mde: float
+    mde_ratio: float
     n_seeds: int
     n_items: int
+    low_corrected: float
+    high_corrected: float
+    p_bonferroni: float
+    p_holm: float
+    """The last four: of the bootstrap that stands beside it."""
 
     @property
     def known(self) -> bool:
@@ -67,18 +78,8 @@ class Contrast:
 
     @property
     def tested(self) -> bool:
-        """Whether it has a corrected interval: not with one seed, nor with fewer seeds than were planned."""
-        return self.known and isfinite(self.low_corrected) and isfinite(self.high_corrected)
-
-    @property
-    def verdict(self) -> str:
-        """`better`, `worse` or `undecided` by the corrected interval alone; `untested` without one, `missing` without an
-        estimate."""
-        if not self.tested:
-            return "untested" if self.known else "missing"
-        if self.low_corrected <= 0 <= self.high_corrected:
-            return "undecided"
-        return "better" if (self.low_corrected > 0) == (self.metric in HIGHER_IS_BETTER) else "worse"
+        """Whether it has an interval and a p-value."""
+        return self.verdict in ("better", "worse", "undecided")
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,12 @@ class Results:
         table = self._tables(CONTRASTS, [field.name for field in fields(Contrast)])
         found = (Contrast(**row) for row in table.to_dict("records"))
         return {(c.arm, c.reference, c.metric, c.task): c for c in found}
+
+    @cached_property
+    def pairs(self) -> pd.DataFrame:
+        """Pairs of models; without a row where the table is not there."""
+        path = self.paths.stats / PAIRS
+        return pd.read_csv(path) if path.is_file() else pd.DataFrame()
 
     def _tables(self, name: str, columns: list[str]) -> pd.DataFrame:
         paths = [self.paths.stats / name, self.paths.costs / name]
@@ -251,7 +258,9 @@ class Results:
         if planned == 1:
             return ["One seed: differences are those of these single runs; there is no p-value, interval or verdict."]
         out: dict[str, list[str]] = {}
-        for c in (c for c in self.contrasts.values() if c.task == "all" and c.n_seeds < planned):
+        # a metric that is never tested is said with the tables
+        kept = (c for c in self.contrasts.values() if c.task == ALL and METRICS[c.metric].tested)
+        for c in (c for c in kept if c.n_seeds < planned):
             out.setdefault(f"{c.arm} − {c.reference}, {c.n_seeds} of {planned} seeds", []).append(c.metric)
         return [f"Not tested: {pair} ({', '.join(metrics)})." for pair, metrics in out.items()]
 

@@ -16,24 +16,23 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from kvpipe.align.layermap import layer_plan
 from kvpipe.report.collect import ROLES, Contrast, Results
 from kvpipe.report.svg import DASHES, INK, PAPER, SERIES, SOFT, STAND_IN, WIDTH, Picture, inline, styled
-from kvpipe.report.wording import listed, number
+from kvpipe.report.wording import VERDICTS, listed, number
+from kvpipe.stats.metrics import METRICS, PRIMARY
+from kvpipe.stats.scores import ALL
 
 LINES_PER_PANEL = 4
+FOREST = (PRIMARY.name, "accuracy")
 
 
 # ---------------------------------------------------------------- contrasts
 def forest(results: Results) -> Picture | None:
-    """Contrasts of bits per byte and accuracy: estimate, interval (thick), corrected interval (thin)."""
+    """Contrasts of bits per byte (ratio) and accuracy (points): estimate, interval (thick), corrected interval (thin)."""
     blocks: list[tuple[str, list[str]]] = []
     references = {c.reference for c in results.contrasts.values()}
     for reference in (arm for arm in results.arm_order if arm in references):
-        arms = [
-            arm
-            for arm in results.arm_order
-            if any((arm, reference, m, "all") in results.contrasts for m in ("bits_per_byte", "accuracy"))
-        ]
-        if arms:
-            blocks.append((reference, arms))
+        found = {c.arm for c in results.contrasts.values() if c.reference == reference and c.metric in FOREST}
+        if found:
+            blocks.append((reference, [arm for arm in results.arm_order if arm in found]))
     rows = sum(len(arms) + 1.4 for _, arms in blocks)
     if not rows:
         return None
@@ -50,22 +49,29 @@ def forest(results: Results) -> Picture | None:
             )  # fmt: skip
             y += 1
             for arm in arms:
-                for axes, metric, factor in ((left, "bits_per_byte", 1.0), (right, "accuracy", 100.0)):
-                    found = results.contrasts.get((arm, reference, metric, "all"))
-                    _interval(axes, y, found, STAND_IN[results.role(arm)], factor)
+                for axes, metric in zip((left, right), FOREST, strict=True):
+                    _interval(
+                        axes, y, results.contrasts.get((arm, reference, metric, ALL)), STAND_IN[results.role(arm)]
+                    )
                 ticks.append(y)
                 labels.append(arm)
                 y += 1
             y += 0.4
         left.set_yticks(ticks, labels)
         left.set_ylim(y - 0.9, -0.7)
-        for axes, title, unit in (
-            (left, "Bits per byte (left is better)", "difference in bits per byte"),
-            (right, "Accuracy (right is better)", "difference in percentage points"),
-        ):
-            axes.axvline(0, color=SOFT, linewidth=1, zorder=0)
-            axes.set_title(title)
-            axes.set_xlabel(unit)
+        for axes, name in zip((left, right), FOREST, strict=True):
+            entry = METRICS[name]
+            axes.axvline(float(entry.is_ratio), color=SOFT, linewidth=1, zorder=0)
+            side = "right" if entry.higher_is_better else "left"
+            axes.set_title(f"{entry.label.capitalize()} ({side} is better)")
+            axes.set_xlabel("ratio to the reference, log scale" if entry.is_ratio else f"difference in {entry.change}")
+            if entry.is_ratio:
+                axes.set_xscale("log")
+                low, high = axes.get_xlim()
+                ticks_at = _log_ticks(low, high, (1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9))
+                axes.set_xticks(ticks_at, [f"{t:g}" for t in ticks_at])
+                axes.xaxis.set_minor_formatter(NullFormatter())
+                axes.set_xticks([], minor=True)
             axes.grid(axis="x", zorder=-1)
             axes.tick_params(axis="y", length=0)
             axes.spines["left"].set_visible(False)
@@ -75,27 +81,23 @@ def forest(results: Results) -> Picture | None:
         return inline(figure, "Forest plot of every arm's difference from its reference, with intervals")
 
 
-def _interval(axes: Axes, y: float, contrast: Contrast | None, colour: str, factor: float) -> None:
+def _interval(axes: Axes, y: float, contrast: Contrast | None, colour: str) -> None:
+    metric = METRICS[contrast.metric] if contrast is not None else PRIMARY
     if contrast is None or not contrast.tested:
-        axes.text(
-            0,
-            y,
-            " not tested" if contrast is not None and contrast.known else " no result",
-            va="center",
-            color=SOFT,
-            size=8,
-        )
+        known = contrast is not None and contrast.known
+        text = f" {VERDICTS[contrast.verdict]}" if contrast is not None and known else " no result"
+        axes.text(float(metric.is_ratio), y, text, va="center", color=SOFT, size=8)
         return
-    low, high = factor * contrast.low_corrected, factor * contrast.high_corrected
+    name, factor = ("ratio", 1.0) if metric.is_ratio else ("difference", metric.factor)
+    low, high, low_plain, high_plain = (
+        factor * getattr(contrast, f"{name}_{end}") for end in ("low", "high", "low_plain", "high_plain")
+    )
     axes.plot([low, high], [y, y], color=colour, linewidth=1.1, solid_capstyle="butt")
     axes.plot([low, high], [y, y], color=colour, linestyle="", marker="|", markersize=6, markeredgewidth=1.1)
+    axes.plot([low_plain, high_plain], [y, y], color=colour, linewidth=3.2, solid_capstyle="butt")
     axes.plot(
-        [factor * contrast.low, factor * contrast.high], [y, y], color=colour, linewidth=3.2, solid_capstyle="butt"
-    )
-    decided = contrast.verdict != "undecided"
-    axes.plot(
-        [factor * contrast.estimate], [y], color=colour, marker="o", markersize=6.5,
-        markerfacecolor=colour if decided else PAPER, markeredgewidth=1.5,
+        [contrast.ratio if metric.is_ratio else factor * contrast.estimate], [y], color=colour, marker="o", markersize=6.5,
+        markerfacecolor=PAPER if contrast.verdict == "undecided" else colour, markeredgewidth=1.5,
     )  # fmt: skip
 
 
@@ -177,8 +179,8 @@ def _limit_losses(axes: Axes, curves: list[pd.DataFrame]) -> None:
     axes.set_yticks([], minor=True)
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
-    candidates = [m * 10.0**e for e in range(-4, 3) for m in (1, 1.5, 2, 3, 4, 5, 7)]
+def _log_ticks(low: float, high: float, steps: tuple[int | float, ...] = (1, 1.5, 2, 3, 4, 5, 7)) -> list[float]:
+    candidates = [m * 10.0**e for e in range(-4, 3) for m in steps]
     inside = [c for c in candidates if low <= c <= high]
     return inside or [float(f"{low:.2g}"), float(f"{high:.2g}")]
 

@@ -16,6 +16,8 @@ from kvpipe.experiment.paths import Paths
 from kvpipe.report import figures, tables, wording
 from kvpipe.report.alignment import token_alignment
 from kvpipe.report.collect import ROLES, Results
+from kvpipe.stats.metrics import METRICS, PRIMARY
+from kvpipe.stats.scores import ALL
 
 SAMPLES_PER_TASK = 3
 ROLE_TEXTS = {
@@ -63,8 +65,9 @@ def content(results: Results) -> dict[str, Any]:
         "arms": tables.arm_rows(results),
         "sizes": tables.sizes(results),
         "training": training(results),
-        "metrics": [(wording.METRIC_NAMES[m], unit) for m, unit in tables.RESULT_COLUMNS.items()],
-        "result_rows": tables.result_rows(results, list(tables.RESULT_COLUMNS), "all", result_notes),
+        "metrics": METRICS,
+        "main": [metric for metric in METRICS.values() if metric.main],
+        "result_rows": tables.result_rows(results, list(METRICS), ALL, result_notes),
         "result_notes": result_notes.items(),
         "tasks": results.tasks,
         "task_rows": tables.task_rows(results, task_notes),
@@ -73,8 +76,8 @@ def content(results: Results) -> dict[str, Any]:
         "contrast_rows": tables.contrast_rows(results),
         "references": results.arm_order,
         "level": wording.level(results),
-        "metric_names": wording.METRIC_NAMES,
-        "p_floor": 2 / (results.config.stats.resamples + 1),
+        "primary": PRIMARY.name,
+        "pairs": tables.pair_rows(results),
         "curves": figures.learning_curves(results),
         "similarity": figures.layer_similarity(results),
         "alignments": token_alignment(results),

@@ -11,22 +11,10 @@ import pandas as pd
 
 from kvpipe.config import Arm
 from kvpipe.experiment.paths import SPLITS
-from kvpipe.report.collect import HIGHER_IS_BETTER, Results
-from kvpipe.report.wording import DASH, METRIC_NAMES, VERDICTS, number, p_value, shown, signed
-from kvpipe.stats.scores import UNTRAINED
-
-RESULT_COLUMNS = {
-    "bits_per_byte": "",
-    "bits_per_byte_all_text": "",
-    "log_perplexity": "per token",
-    "accuracy": "%",
-    "tokens_to_control": "thousand tokens",
-    "validation_area": "nats per token",
-    "train_seconds": "s",
-    "peak_memory_bytes": "MB",
-}
-"""Metrics of the table per arm and their units."""
-UNTRAINED_METRICS = {"bits_per_byte", "bits_per_byte_all_text", "log_perplexity", "accuracy"}
+from kvpipe.report.collect import Results
+from kvpipe.report.wording import DASH, VERDICTS, change, detectable, number, p_value, ratio, shown, signed
+from kvpipe.stats.metrics import METRICS
+from kvpipe.stats.scores import ALL, UNTRAINED
 
 
 @dataclass(frozen=True)
@@ -124,7 +112,7 @@ def result_rows(results: Results, metrics: list[str], task: str, notes: Notes) -
 def task_rows(results: Results, notes: Notes) -> list[dict[str, Any]]:
     """One row per arm: bits per byte, perplexity and accuracy of every task."""
     parts = [
-        result_rows(results, ["bits_per_byte", "log_perplexity", "accuracy"], task, notes) for task in results.tasks
+        result_rows(results, [name for name, m in METRICS.items() if m.main], task, notes) for task in results.tasks
     ]
     return [{**rows[0], "cells": [cell for row in rows for cell in row["cells"]]} for rows in zip(*parts, strict=True)]
 
@@ -136,7 +124,7 @@ def _best(results: Results, metric: str, task: str) -> str | None:
     known = {arm: e.mean for arm, e in found.items() if e is not None and e.known and e.n_seeds >= whole}
     if not known:
         return None
-    return (max if metric in HIGHER_IS_BETTER else min)(known, key=lambda arm: known[arm])
+    return (max if METRICS[metric].higher_is_better else min)(known, key=lambda arm: known[arm])
 
 
 def _cell(results: Results, arm: str, metric: str, task: str, notes: Notes, best: bool) -> Cell:
@@ -155,51 +143,63 @@ def _cell(results: Results, arm: str, metric: str, task: str, notes: Notes, best
 
 
 def _reason(results: Results, arm: str, metric: str, no_row: bool) -> str:
-    if arm == UNTRAINED and metric not in UNTRAINED_METRICS:
+    if arm == UNTRAINED and METRICS[metric].per != "item":
         return "Not trained."
     missing = [] if arm == UNTRAINED else results.missing_seeds(arm)
     if missing:
         return f"{arm}: seed {', '.join(map(str, missing))} not finished."
     if no_row:
-        return f"The statistics hold no {METRIC_NAMES[metric]} for this arm."
-    if metric == "tokens_to_control":
+        return f"The statistics hold no {METRICS[metric].label} for this arm."
+    if not METRICS[metric].tested:
         return "No seed reached the final validation loss of control."
-    return f"The statistics hold a missing value of {METRIC_NAMES[metric]} for this arm."
+    return f"The statistics hold a missing value of {METRICS[metric].label} for this arm."
 
 
 # ---------------------------------------------------------------- contrasts
 def contrast_rows(results: Results) -> list[dict[str, Any]]:
     """Every contrast of the statistics on all tasks together, grouped by metric."""
     rows = []
-    for metric in METRIC_NAMES:
-        for c in (c for c in results.contrasts.values() if c.metric == metric and c.task == "all"):
-            # perplexity is compared as a ratio: the contrast is of its logarithm
-            factor, digits = {"accuracy": (100, 1), "tokens_to_control": (1e-3, 0), "peak_memory_bytes": (1e-6, 1)}.get(
-                metric, (1, 2 if metric == "train_seconds" else 3)
-            )
-            low, high, low_c, high_c = (
-                signed(factor * x, digits) for x in (c.low, c.high, c.low_corrected, c.high_corrected)
-            )
+    for name, metric in METRICS.items():
+        for c in (c for c in results.contrasts.values() if (c.metric, c.task) == (name, ALL)):
+            low, high = (signed(metric.factor * x, metric.digits) for x in (c.low_corrected, c.high_corrected))
             rows.append(
                 {
-                    "metric": metric,
+                    "metric": name,
                     "size": f"{c.n_seeds} × {c.n_items}",
                     "arm": c.arm,
                     "reference": c.reference,
                     "role": results.role(c.arm),
-                    "estimate": signed(factor * c.estimate, digits),
-                    "interval": f"{low} to {high}" if c.tested else DASH,
-                    "corrected": f"{low_c} to {high_c}" if c.tested else DASH,
-                    "p": p_value(c.p),
-                    "bonferroni": p_value(c.p_bonferroni),
-                    "holm": p_value(c.p_holm),
-                    "effect": signed(c.effect_size, 2),
-                    "mde": number(factor * c.mde, digits),
+                    "ratio": ratio(c),
+                    "change": change(c),
+                    "p": p_value(c.p_dunnett),
+                    "effect": signed(c.effect_size_seeds, 1),
+                    "detectable": detectable(c),
                     "verdict": c.verdict,
                     "verdict_text": VERDICTS[c.verdict],
+                    "bootstrap": f"{low} to {high}" if c.tested else DASH,
+                    "bonferroni": p_value(c.p_bonferroni) if c.tested else DASH,
+                    "holm": p_value(c.p_holm) if c.tested else DASH,
                 }
             )
     return rows
+
+
+def pair_rows(results: Results) -> list[dict[str, Any]]:
+    """Pairs of trained models of one seed on the same items, from `pairs.csv`."""
+    return [
+        {
+            "arm": row.arm,
+            "reference": row.reference,
+            "seed": row.seed,
+            "task": row.task,
+            "bits": f"{signed(row.bits_per_byte)} ({signed(row.low)} to {signed(row.high)})",
+            "right": f"{row.right_only_arm:.0f}, {row.right_only_reference:.0f} of {row.n_items}"
+            if isfinite(row.p_mcnemar)
+            else DASH,
+            "p": p_value(row.p_mcnemar),
+        }
+        for row in results.pairs.itertuples()
+    ]
 
 
 # ---------------------------------------------------------------- fusion weights

@@ -5,21 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import exp, isfinite
 
-from kvpipe.report.collect import HIGHER_IS_BETTER, Contrast, Results
+from kvpipe.report.collect import Contrast, Results
+from kvpipe.stats.metrics import METRICS, PRIMARY
+from kvpipe.stats.scores import ALL
 
 DASH = "–"
-METRIC_NAMES = {
-    "bits_per_byte": "bits per byte",
-    "log_perplexity": "perplexity",
-    "accuracy": "accuracy",
-    "tokens_to_control": "convergence",
-    "validation_area": "validation area",
-    "train_seconds": "training time",
-    "peak_memory_bytes": "peak memory",
-    "bits_per_byte_all_text": "bits per byte, all text",
-    "log_perplexity_all_text": "perplexity, all text",
+VERDICTS = {
+    **{verdict: verdict for verdict in ("better", "worse", "undecided", "missing")},
+    "untested": "not tested",
+    "constant": "not tested: seeds do not vary",
 }
-VERDICTS = {verdict: verdict for verdict in ("better", "worse", "undecided", "missing")} | {"untested": "not tested"}
+TONES = {"better": "good", "worse": "bad"}
 
 
 @dataclass(frozen=True)
@@ -51,26 +47,10 @@ def p_value(value: float) -> str:
     return "<0.0001" if value < 0.0001 else f"{value:.4f}"
 
 
-def scaled(metric: str, value: float) -> tuple[float, int]:
-    """A metric in the unit that the report shows, and its digits."""
-    match metric:
-        case "log_perplexity" | "log_perplexity_all_text":
-            return exp(value), 3
-        case "accuracy":
-            return 100 * value, 1
-        case "train_seconds":
-            return value, 1
-        case "tokens_to_control":
-            return value / 1000, 0
-        case "peak_memory_bytes":
-            return value / 1e6, 0
-        case _:
-            return value, 3
-
-
 def shown(metric: str, value: float) -> str:
     """A metric's value in the report's unit."""
-    return number(*scaled(metric, value))
+    entry = METRICS[metric]
+    return number(entry.shown(value), entry.digits)
 
 
 def level(results: Results) -> str:
@@ -84,25 +64,49 @@ def listed(names: list[str]) -> str:
 
 
 # ---------------------------------------------------------------- conclusions
+def ratio(c: Contrast, end: str = "") -> str:
+    """The ratio with its interval, corrected or (`_plain`) alone; a dash for metrics that are no ratio."""
+    if not c.tested or not isfinite(c.ratio):
+        return number(c.ratio, 2)
+    low, high = (number(getattr(c, f"ratio_{side}{end}"), 2) for side in ("low", "high"))
+    return f"{number(c.ratio, 2)} ({low} to {high})"
+
+
+def change(c: Contrast) -> str:
+    """The difference with its interval, in the metric's unit; of perplexity, which is compared as a ratio, a dash."""
+    metric = METRICS[c.metric]
+    if metric.scale == "logged":
+        return DASH
+    estimate, low, high = (
+        signed(metric.factor * x, metric.digits) for x in (c.estimate, c.difference_low, c.difference_high)
+    )
+    return f"{estimate} ({low} to {high})" if c.tested else estimate
+
+
+def detectable(c: Contrast) -> str:
+    """The smallest improvement that the design finds with the configured probability."""
+    metric = METRICS[c.metric]
+    if metric.is_ratio:
+        return f"× {number(c.mde_ratio, 2)}" if isfinite(c.mde_ratio) else DASH
+    return number(metric.factor * c.mde, metric.digits)
+
+
 def difference(c: Contrast) -> str:
-    """The estimate with its corrected interval and Holm p, in the metric's unit."""
-    seeds = f"{c.n_seeds} seed{'s' if c.n_seeds != 1 else ''}"
-    if c.metric == "log_perplexity":
-        ratio, low, high = (number(exp(x), 3) for x in (c.estimate, c.low_corrected, c.high_corrected))
-        percent = f"{abs(100 * (exp(c.estimate) - 1)):.1f}% {'lower' if c.estimate < 0 else 'higher'}"
-        change, interval = f"{ratio} × {c.reference}’s, {percent}", f"corrected interval {low} × to {high} ×"
-    else:
-        unit, factor, digits = {
-            "accuracy": (" points", 100, 1),
-            "bits_per_byte": (" bits per byte", 1, 3),
-        }.get(c.metric, ("", 1, 3))
-        estimate, low, high = (signed(factor * x, digits) for x in (c.estimate, c.low_corrected, c.high_corrected))
-        change, interval = f"{estimate}{unit}", f"corrected interval {low} to {high}"
-    return f"{change} ({interval}, Holm p {p_value(c.p_holm)})" if c.tested else f"{change} ({seeds}, not tested)"
+    """The contrast by the primary method: ratio, difference in the metric's unit, p corrected for its family."""
+    metric = METRICS[c.metric]
+    unit = f" {metric.change}" if metric.change else ""
+    if not c.tested:
+        seeds = f"{c.n_seeds} seed{'s' if c.n_seeds != 1 else ''}"
+        why = "seeds do not vary" if c.verdict == "constant" else seeds
+        plain = f"{number(exp(c.estimate), 2)} × {c.reference}’s" if metric.scale == "logged" else f"{change(c)}{unit}"
+        return f"{plain} ({why}, not tested)"
+    of = f"{number(c.ratio, 2)} × {c.reference}’s ({number(c.ratio_low, 2)} to {number(c.ratio_high, 2)})"
+    parts = ([of] if metric.is_ratio else []) + ([f"{change(c)}{unit}"] if metric.scale != "logged" else [])
+    return f"{', '.join(parts)}, p {p_value(c.p_dunnett)}"
 
 
 def conclusions(results: Results) -> list[Statement]:
-    """What the tables say, most important first. Every word follows from a corrected interval."""
+    """What the tables say, most important first. Every word follows from the primary method's verdicts."""
     return [
         *_fairness(results),
         *_headline(results),
@@ -129,8 +133,8 @@ def _headline(results: Results) -> list[Statement]:
     if arm is None:
         text = f"The contrasts below compare each arm with {control}."
         return [Statement("neutral", "There is no experiment to conclude on.", text)]
-    contrasts = {m: results.contrasts.get((arm, control, m, "all")) for m in METRIC_NAMES}
-    main = contrasts["bits_per_byte"]
+    contrasts = {name: results.contrasts.get((arm, control, name, ALL)) for name, m in METRICS.items() if m.main}
+    main = contrasts.pop(PRIMARY.name)
     if main is None or not main.known:
         text = "The contrast has no estimate in the statistics."
         return [Statement("missing", f"{arm} against {control}: no result.", text)]
@@ -138,37 +142,38 @@ def _headline(results: Results) -> list[Statement]:
         "better": f"{arm} beats {control}.",
         "worse": f"{arm} is worse than {control}.",
         "undecided": f"{arm} is not shown to beat {control}.",
-        "untested": f"{arm} against {control} is not tested.",
-    }[main.verdict]
-    text = f"{_both(results, 'bits_per_byte')} bits per byte: {difference(main)}."
+    }.get(main.verdict, f"{arm} against {control} is not tested.")
+    text = f"{_both(results, PRIMARY.name)} {PRIMARY.label}: {difference(main)}."
     if main.verdict == "undecided":
         chance = f"with {100 * results.config.stats.power:g}% probability"
-        text += (
-            f" The corrected interval includes 0; a true difference of {number(main.mde, 3)} would be found {chance}."
-        )
-    out = [Statement({"better": "good", "worse": "bad"}.get(main.verdict, "neutral"), lead, text)]
-    for metric, words in (("log_perplexity", "Perplexity"), ("accuracy", "Accuracy")):
-        c = contrasts[metric]
+        text += f" The interval includes 1; a true ratio of {number(main.mde_ratio, 2)} would be found {chance}."
+    out = [Statement(TONES.get(main.verdict, "neutral"), lead, text)]
+    for name, c in contrasts.items():
+        words = METRICS[name].label.capitalize()
         if c is None or not c.known:
             out.append(Statement("missing", f"{words}: no result.", "The contrast has no estimate in the statistics."))
             continue
-        tone = {"better": "good", "worse": "bad"}.get(c.verdict, "neutral")
         word = {"better": "is better", "worse": "is worse", "undecided": "is not shown to differ"}.get(
             c.verdict, "is not tested"
         )
-        out.append(Statement(tone, f"{words} {word}.", f"{_both(results, metric)}: {difference(c)}."))
+        out.append(
+            Statement(TONES.get(c.verdict, "neutral"), f"{words} {word}.", f"{_both(results, name)}: {difference(c)}.")
+        )
     return out
 
 
 def _both(results: Results, metric: str) -> str:
-    means = [results.arms[arm or "", metric, "all"].mean for arm in (results.headline, results.control)]
-    return " against ".join(shown(metric, mean) + ("%" if metric == "accuracy" else "") for mean in means)
+    means = [results.arms[arm or "", metric, ALL].mean for arm in (results.headline, results.control)]
+    return " against ".join(shown(metric, mean) + "%" * (METRICS[metric].unit == "%") for mean in means)
 
 
 def _nulls(results: Results) -> list[Statement]:
+    """Each null against control, by the plain interval of the ratio and the margin that was set before the run."""
     out = []
+    bound = 1 + results.config.stats.margin
+    margin = f"margin {number(1 / bound, 2)} to {number(bound, 2)}"
     for name in (n for n in results.arm_order if results.role(n) == "null"):
-        c = results.contrasts.get((name, results.control, "bits_per_byte", "all"))
+        c = results.contrasts.get((name, results.control, PRIMARY.name, ALL))
         if c is None or not c.known:
             out.append(Statement("missing", f"{name}: no result.", "Whether this null stays null is not known."))
             continue
@@ -176,19 +181,22 @@ def _nulls(results: Results) -> list[Statement]:
             text = f"{difference(c)}. Whether this null stays null is not known."
             out.append(Statement("missing", f"{name} is not tested:", text))
             continue
-        # Judged by the plain interval: one widened for a family of claims would make it easier to pass as null.
-        below, above = c.high < 0, c.low > 0
-        better, worse = (above, below) if c.metric in HIGHER_IS_BETTER else (below, above)
+        low, high = c.ratio_low_plain, c.ratio_high_plain
         # control again under other seeds: a difference either way would be a false positive
         must_be_equal = not results.dag.arms[name].teachers
-        holds = not better and not (worse and must_be_equal)
-        what = "is better than" if better else "is worse than" if worse else "is not shown to differ from"
-        plain = f"{level(results)} interval {signed(c.low, 3)} to {signed(c.high, 3)}, not corrected"
-        # worse than control is a finding; an interval that includes 0 is none
-        tone = "bad" if not holds else "good" if worse else "neutral"
-        lead = f"{name} {'shows no benefit' if holds else 'is not null'}:"
-        text = f"it {what} {results.control}, {signed(c.estimate, 3)} bits per byte ({plain})."
-        out.append(Statement(tone, lead, text))
+        helps, harms = high < 1, low > 1
+        null = low > 1 / bound and (high < bound or not must_be_equal)
+        if null:
+            tone, lead = "good", f"{name} {f'is equal to {results.control}' if must_be_equal else 'shows no benefit'}:"
+            what = "within the margin" if high < bound else "no better than the margin allows"
+        elif helps or (harms and must_be_equal):
+            tone, lead = "bad", f"{name} is not null:"
+            what = f"{'better' if helps else 'worse'} than {results.control}"
+        else:
+            tone, lead = "neutral", f"{name} is undecided:"
+            what = "an interval that holds 1 and reaches beyond the margin"
+        text = f"{ratio(c, '_plain')} × {results.control}’s bits per byte, {what} ({level(results)} interval, not corrected; "
+        out.append(Statement(tone, lead, f"{text}{margin})."))
     return out
 
 
@@ -197,7 +205,7 @@ def _components(results: Results) -> list[Statement]:
     groups: dict[tuple[str, str], list[Contrast]] = {}
     for c in results.contrasts.values():
         known = c.arm in results.dag.arms and c.reference in results.dag.arms
-        if known and (c.metric, c.task) == ("bits_per_byte", "all") and results.role(c.reference) == "experiment":
+        if known and (c.metric, c.task) == (PRIMARY.name, ALL) and results.role(c.reference) == "experiment":
             groups.setdefault((results.role(c.arm), c.reference), []).append(c)
     out = []
     for (role, reference), found in groups.items():
@@ -207,30 +215,35 @@ def _components(results: Results) -> list[Statement]:
             ("worse", "worse than"),
             ("undecided", "not shown to differ from"),
             ("untested", "not tested against"),
+            ("constant", "not tested, as seeds do not vary, against"),
         ):
-            names = [f"{c.arm} ({signed(c.estimate)})" for c in found if c.verdict == verdict]
+            names = [f"{c.arm} ({_short(c)})" for c in found if c.verdict == verdict]
             if names:
                 parts.append(f"{words} {reference}: {listed(names)}")
         missing = [c.arm for c in found if c.verdict == "missing"]
         if missing:
             parts.append(f"without result: {listed(missing)}")
-        lead = f"What each {'component' if role == 'experiment' else role} adds to {reference} (bits per byte):"
+        lead = f"What each {'component' if role == 'experiment' else role} adds to {reference} (bits per byte, ratio):"
         out.append(Statement("neutral", lead, "; ".join(parts) + "."))
     return out
+
+
+def _short(c: Contrast) -> str:
+    return f"× {number(c.ratio, 2)}" if c.tested else signed(c.estimate)
 
 
 def _baselines(results: Results) -> list[Statement]:
     headline = results.headline
     own_name = headline or ""
-    own = results.arms.get((own_name, "bits_per_byte", "all"))
+    own = results.arms.get((own_name, PRIMARY.name, ALL))
     names = [n for n in results.arm_order if results.role(n) == "baseline" and n != headline]
     if own is None or not own.known or not names:
         return []
     parts: list[str] = []
     tones: list[str] = []
     for name in names:
-        direct = results.contrasts.get((own_name, name, "bits_per_byte", "all"))
-        other = results.arms.get((name, "bits_per_byte", "all"))
+        direct = results.contrasts.get((own_name, name, PRIMARY.name, ALL))
+        other = results.arms.get((name, PRIMARY.name, ALL))
         tones += [] if direct is None else [direct.verdict]
         if direct is not None and direct.known:
             parts.append(f"{name}: {VERDICTS[direct.verdict]}, {difference(direct)}")

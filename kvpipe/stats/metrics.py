@@ -24,6 +24,8 @@ class Metric:
     """In words."""
     unit: str
     """Of the number that is shown; empty where the label says it."""
+    change: str
+    """Of a difference that is shown."""
     per: Literal["item", "curve", "cost"]
     """`item`: measured on the items of a cell and a task; the others are one number of a cell: of its validation curve and
     control's, or of what `cost.json` holds."""
@@ -129,37 +131,38 @@ METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
         Metric(
-            "bits_per_byte", "bits per byte", "", "item",
+            "bits_per_byte", "bits per byte", "", "bits per byte", "item",
             lambda d: _ratio(d.nll / np.log(2), d.bytes), "log", main=True,
         ),
         Metric(
-            "bits_per_byte_all_text", "bits per byte, all text", "", "item",
+            "bits_per_byte_all_text", "bits per byte, all text", "", "bits per byte", "item",
             lambda d: _ratio(d.nll_all / np.log(2), d.bytes_all), "log",
         ),
         Metric(
-            "log_perplexity", "perplexity", "per token", "item",
+            "log_perplexity", "perplexity", "per token", "", "item",
             lambda d: _ratio(d.nll, d.tokens), "logged", main=True,
         ),
         Metric(
-            "log_perplexity_all_text", "perplexity, all text", "per token", "item",
+            "log_perplexity_all_text", "perplexity, all text", "per token", "", "item",
             lambda d: _ratio(d.nll_all, d.tokens_all), "logged",
         ),
         Metric(
-            "accuracy", "accuracy", "%", "item",
+            "accuracy", "accuracy", "%", "points", "item",
             lambda d: d.correct.astype(float), "arcsine", higher_is_better=True, factor=100.0, digits=1, main=True,
         ),
         Metric(
-            "tokens_to_control", "convergence", "thousand tokens", "curve",
+            "tokens_to_control", "convergence", "thousand tokens", "thousand tokens", "curve",
             lambda own, control: tokens_to(own, control.validation_loss.iloc[-1]), factor=1e-3, digits=0, tested=False,
         ),
         Metric(
-            "validation_area", "validation area", "nats per token", "curve", lambda own, control: area_under(own), "log",
+            "validation_area", "validation area", "nats per token", "nats per token", "curve",
+            lambda own, control: area_under(own), "log",
         ),
         Metric(
-            "train_seconds", "training time", "s", "cost", lambda cost: cost.get("train_seconds", np.nan), "log", digits=1,
+            "train_seconds", "training time", "s", "s", "cost", lambda cost: cost.get("train_seconds", np.nan), "log", digits=1,
         ),
         Metric(
-            "peak_memory_bytes", "peak memory", "MB", "cost", lambda cost: cost.get("peak_memory_bytes", np.nan), "log",
+            "peak_memory_bytes", "peak memory", "MB", "MB", "cost", lambda cost: cost.get("peak_memory_bytes", np.nan), "log",
             factor=1e-6, digits=0,
         ),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -20,6 +21,9 @@ from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.plan import digest
 from kvpipe.report import collect, figures, render, tables, wording
 from kvpipe.report.render import SAMPLES_PER_TASK, provenance, samples
+from kvpipe.stats.metrics import METRICS as ENTRIES
+from kvpipe.stats.metrics import Metric
+from kvpipe.stats.scores import ITEM_METRICS
 from kvpipe.stats.tables import write_stats
 from kvpipe.steps.inputs import Inputs
 from kvpipe.steps.models import make_model
@@ -115,16 +119,25 @@ def fake_stats(work: Inputs, nan: tuple[str, str] | None = None, **shift: float)
                     arms.append([arm, metric, task, mean, mean * 0.96, mean * 1.04, 0 if mean != mean else 3, 22])
                 for arm, reference in pairs:
                     d = math.nan if (arm, metric) == nan else sign * scale * (share[arm] - share[reference])
-                    half = HALF * scale
-                    p = math.nan if d != d else 0.0002 if abs(d) > 1.6 * half else 0.4
-                    row = [arm, reference, metric, task, d, d - half, d + half, d - 1.6 * half, d + 1.6 * half, p]
-                    contrasts.append([*row, min(1, 20 * p), min(1, 14 * p), d / scale * 4, 0.04 * scale, 3, 22])
+                    half, tested = HALF * scale, metric != "tokens_to_control"
+                    p = math.nan if d != d or not tested else 0.0002 if abs(d) > 1.6 * half else 0.4
+                    verdict = "undecided" if p == 0.4 else "better" if sign * d < 0 else "worse"
+                    row = {"arm": arm, "reference": reference, "metric": metric, "task": task, "estimate": d}
+                    row |= {"verdict": verdict if p == p else "missing" if d != d else "untested", "mde": 0.04 * scale}
+                    row |= {"p_dunnett": min(1, 14 * p), "p_bonferroni": min(1, 20 * p), "p_holm": min(1, 14 * p)}
+                    row |= {"effect_size_seeds": d / scale * 4, "mde_ratio": 0.93, "n_seeds": 3, "n_items": 22}
+                    ratio = math.exp(d) if metric == "log_perplexity" else (1 + share[arm]) / (1 + share[reference])
+                    for end, wide in (("", 1.6), ("_plain", 1.0)):
+                        for side, way in (("low", -wide), ("high", wide)):
+                            row[f"difference_{side}{end}"] = d + way * half if p == p else math.nan
+                            row[f"ratio_{side}{end}"] = ratio * (1 + way * HALF) if sign > 0 and p == p else math.nan
+                    row |= {"ratio": ratio if sign > 0 and p == p else math.nan}
+                    row |= {"low_corrected": d - 1.7 * half, "high_corrected": d + 1.7 * half}
+                    contrasts.append(row)
         folder.mkdir(parents=True, exist_ok=True)
         columns = ["arm", "metric", "task", "mean", "low", "high", "n_seeds", "n_items"]
         pd.DataFrame(arms, columns=columns).to_csv(folder / "arms.csv", index=False)
-        columns = ["arm", "reference", "metric", "task", "estimate", "low", "high", "low_corrected", "high_corrected"]
-        columns += ["p", "p_bonferroni", "p_holm", "effect_size", "mde", "n_seeds", "n_items"]
-        pd.DataFrame(contrasts, columns=columns).to_csv(folder / "contrasts.csv", index=False)
+        pd.DataFrame(contrasts).to_csv(folder / "contrasts.csv", index=False)
 
 
 def fake_cell(work: Inputs, name: str, seed: int, rng: np.random.Generator) -> None:
@@ -185,9 +198,9 @@ def report(work: Inputs) -> str:
     return out.read_text(encoding="utf-8")
 
 
-def leads(work: Inputs) -> dict[str, str]:
+def leads(work: Inputs, *overrides: str) -> dict[str, str]:
     """Lead of every conclusion → its tone."""
-    return {s.lead: s.tone for s in wording.conclusions(Results(workspace(work.paths.root)))}
+    return {s.lead: s.tone for s in wording.conclusions(Results(workspace(work.paths.root, *overrides)))}
 
 
 class Page(HTMLParser):
@@ -303,7 +316,7 @@ def test_full_better(work):
     found = leads(work)
     assert found["full beats control."] == "good"
     assert found["null-shuffled shows no benefit:"] == "good"  # worse than control is no benefit
-    assert found["null-control shows no benefit:"] == "neutral"  # its interval includes 0, which decides nothing
+    assert found["null-control is equal to control:"] == "good"  # its interval lies within the margin
     assert found["Convergence:"] == "neutral"  # described, not tested
 
 
@@ -323,27 +336,33 @@ def test_full_worse_says_so(work):
 def test_null_that_helps_is_called_out(work):
     for shift in (-0.1, -0.04):  # -0.04 is outside the plain interval only: no correction helps a null to pass
         fake_stats(work, null_shuffled=shift)
-        assert leads(work)["null-shuffled is not null:"] == "bad"
+        assert leads(work, "stats.margin=0.05")["null-shuffled is not null:"] == "bad"
+        assert leads(work)["null-shuffled shows no benefit:"] == "good"  # by the margin that was set before the run
 
 
 def test_control_under_other_seeds_must_not_differ_either_way(work):
     for shift in (-0.1, 0.1):
         fake_stats(work, null_control=shift)
-        assert leads(work)["null-control is not null:"] == "bad"
+        assert leads(work, "stats.margin=0.05")["null-control is not null:"] == "bad"
+
+
+def test_an_interval_that_holds_both_1_and_the_margin_decides_nothing(work):
+    fake_stats(work, null_control=0.02, null_random=-0.02, null_shuffled=0.02)
+    found = leads(work, "stats.margin=0.03")
+    assert found["null-control is undecided:"] == found["null-random is undecided:"] == "neutral"
+    assert found["null-shuffled shows no benefit:"] == "good", "worse than the margin is no benefit either"
 
 
 def test_numbers_are_those_of_the_tables(whole):
     text = Page(whole).text
+    assert "incomplete" not in text
     assert (
-        "0.420 against 0.600 bits per byte: −0.180 bits per byte (corrected interval −0.209 to −0.151, Holm p 0.0028)"
-        in text
+        "0.420 against 0.600 bits per byte: 0.70 × control’s (0.67 to 0.73), −0.180 (−0.209 to −0.151) bits per byte, "
+        "p 0.0028." in text
     )
-    ratio = [f"{math.exp(-0.27 + d):.3f}" for d in (0, -1.6 * 0.027, 1.6 * 0.027)]
-    assert (
-        f"1.878 against 2.460: {ratio[0]} × control’s, 23.7% lower (corrected interval {ratio[1]} × to {ratio[2]} ×"
-        in text
-    )
-    assert "45.5% against 35.0%: +10.5 points" in text
+    assert "1.878 against 2.460: 0.76 × control’s (0.73 to 0.80), p 0.0028." in text
+    assert "45.5% against 35.0%: +10.5 (+8.8 to +12.2) points, p 0.0028." in text
+    assert "Welch–Dunnett over seeds" in text and "Thick: 95% interval" in text
     assert "350 thousand training tokens, 70% of what control needs" in text
     assert "95% interval" in text and "90% interval" not in text
 
@@ -354,7 +373,7 @@ def test_the_confidence_is_the_one_that_was_asked_for(work):
     out = work.paths.root / "report.html"
     write_report(asked, out)
     text = Page(out.read_text(encoding="utf-8")).text
-    assert "95%" not in text and "90% interval −" in text and "with 90% intervals" in text
+    assert "95%" not in text and "(90% interval, not corrected" in text and "with 90% intervals" in text
     assert "would be found with 70% probability" in text
 
 
@@ -366,7 +385,8 @@ def change(work, table: str, rows, **values) -> None:
     frame.to_csv(path, index=False)
 
 
-UNTESTED = dict.fromkeys(("low", "high", "low_corrected", "high_corrected", "p", "p_bonferroni", "p_holm"), np.nan)
+UNTESTED = dict.fromkeys(("low_corrected", "high_corrected", "p_dunnett", "p_bonferroni", "p_holm", "ratio"), np.nan)
+UNTESTED |= {"verdict": "untested"}
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
@@ -385,7 +405,7 @@ def test_a_contrast_of_fewer_seeds_is_flagged_first_and_concludes_nothing(work, 
     assert "not tested against exp1: exp2 (−0.012) and full (−0.108)" in first
     rows = [row for row in tables.contrast_rows(Results(workspace(work.paths.root))) if row["arm"] == "full"]
     assert {
-        (row["p"], row["holm"], row["corrected"], row["verdict_text"]) for row in rows if row["metric"] in METRICS
+        (row["p"], row["holm"], row["bootstrap"], row["verdict_text"]) for row in rows if row["metric"] in METRICS
     } == {("–", "–", "–", "not tested")}
 
 
@@ -407,13 +427,10 @@ def test_baselines_are_compared_directly_where_the_tables_do(work):
     assert leads(work)[lead] == "neutral"
     path = work.paths.stats / "contrasts.csv"
     table = pd.read_csv(path)
-    for sign, tone in ((1, "good"), (-1, "bad")):
+    for verdict, tone in (("better", "good"), ("worse", "bad")):
         row = table[(table.arm == "full") & (table.reference == "control") & (table.task == "all")].copy()
         row["reference"] = "logit-kd"
-        columns = ["estimate", "low", "high", "low_corrected", "high_corrected"]
-        row[columns] *= sign
-        if sign < 0:
-            row[["low_corrected", "high_corrected"]] = row[["high_corrected", "low_corrected"]].to_numpy()
+        row["verdict"] = verdict
         pd.concat([table, row]).to_csv(path, index=False)
         assert leads(work)[lead] == tone
     assert "against logit-kd" in figures.forest(Results(workspace(work.paths.root))).svg
@@ -522,6 +539,33 @@ def test_report_of_the_real_statistics(work):
     assert "full beats control." in text
     assert "exp5/seed2" in text
     assert "Mean of 2 of 3 seeds: exp5: seed 2 not finished." in text
+
+
+@pytest.mark.parametrize("per", ["item", "cost"])
+def test_a_new_metric_is_one_entry(work, monkeypatch, per):
+    """Entered in the table, it is measured, compared and on the page."""
+    measure = {"item": lambda d: d.tokens / d.bytes, "cost": lambda cost: 1 + cost["padding_share"]}[per]
+    entry = Metric("extra", "extra thing", "furlongs", "furlongs", per, measure, main=per == "item")
+    monkeypatch.setitem(ENTRIES, "extra", entry)
+    if per == "item":
+        monkeypatch.setitem(ITEM_METRICS, "extra", entry)
+    write_stats(work.dag, work.paths, work.paths.items("control", 0))
+    page = Page(report(work)).text
+    assert "extra thing furlongs" in page and "Extra thing: " in page
+    assert ("extra thing, furlongs" in page) == (per == "item"), "in the table per task"
+    folder = work.paths.stats if per == "item" else work.paths.costs
+    table = pd.read_csv(folder / "contrasts.csv")
+    assert set(table[table.metric == "extra"].verdict) == {"constant"}
+
+
+def test_the_units_of_a_contrast(work):
+    results = Results(workspace(work.paths.root))
+    found = {m: wording.difference(results.contrasts["full", "control", m, "all"]) for m in METRICS}
+    assert found["tokens_to_control"] == "−150 thousand tokens (3 seeds, not tested)"
+    constant = dataclasses.replace(results.contrasts["full", "control", "accuracy", "all"], verdict="constant")
+    assert wording.difference(constant) == "+10.5 points (seeds do not vary, not tested)"
+    assert wording.detectable(results.contrasts["full", "control", "bits_per_byte", "all"]) == "× 0.93"
+    assert wording.detectable(constant) == "1.4"
 
 
 def test_numbers_as_text():
