@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -82,7 +84,15 @@ def train(
     else:
         from kvpipe.steps.train import make_cell
 
-        make_cell(given.inputs(), arm, seed, out, checkpoints, made, log=say)
+        try:
+            make_cell(given.inputs(), arm, seed, out, checkpoints, made, log=say)
+        except SystemExit as stopped:  # by a signal, its state saved
+            if (
+                "APPTAINER_CONTAINER" in os.environ
+            ):  # the signal has ended the image too: Python's own end would need its files
+                sys.stdout.flush(), sys.stderr.flush()
+                os._exit(int(stopped.code or 0))
+            raise
 
 
 @with_experiment

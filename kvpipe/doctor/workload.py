@@ -23,6 +23,7 @@ from kvpipe.config import (
 from kvpipe.experiment.paths import SPLITS, Paths
 from kvpipe.experiment.plan import Dag
 from kvpipe.experiment.sizes import Shape, count_parameters, estimate_bytes, shape, teacher_pass_bytes
+from kvpipe.experiment.steps import TeacherKV
 from kvpipe.models.headers import read_config
 from kvpipe.models.hub import candidates, missing_bytes
 
@@ -152,8 +153,8 @@ class Workload:
     @property
     def missing_stores(self) -> list[tuple[str, TextSource]]:
         """(teacher, reading) of every store that some arm reads and that is not made yet."""
-        arms = [arm for arm in self.dag.arms.values() if self.dag.uses_store(arm)]
-        stores = dict.fromkeys((teacher, arm.time.text) for arm in arms for teacher in arm.teachers)
+        jobs = TeacherKV(self.dag, self.paths).jobs()
+        stores = [(job["teacher"], job["reading"]) for job in jobs]
         return [pair for pair in stores if not self.paths.store_index(*pair).is_file()]
 
     def store_bytes(self, teacher: str, reading: TextSource) -> int | None:

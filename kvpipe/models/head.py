@@ -51,7 +51,7 @@ class Head:
         seen: list[Tensor] = []
 
         def enlarged(_layer: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-            seen.append(args[0] * 16)
+            seen.append((args[0] * 16).to(_computed_in(args[0])))  # asked inside, where accelerate's autocast holds
             return (seen[0],)
 
         handle = layer.register_forward_pre_hook(enlarged)
@@ -60,8 +60,8 @@ class Head:
             logits = whole(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
         finally:
             handle.remove()
-        found = head.cast(_computed_in(seen[0])).logits(seen[0].to(_computed_in(seen[0]))).float()
-        tolerance = 1e-4 if layer.weight.dtype == torch.float32 else 2e-2
+        found = head.cast(seen[0].dtype).logits(seen[0]).float()
+        tolerance = 1e-4 if seen[0].dtype == torch.float32 else 2e-2
         return head if (found - logits).abs().max() <= tolerance * logits.abs().max() else cls()
 
     @property

@@ -22,7 +22,16 @@ RUNNING_WITHIN = 600
 """A cell counts as running while its log, checkpoints or record changed in the last so many seconds."""
 ERRORS = ("CheckpointMismatch", "CheckpointNotWritten", "OutOfMemory", "NoDevice", "Killed", "SavedStudentDiffers")
 """How a log ends that has no line with `Error`."""
-COLOURS = {"done": "green", "trained": "cyan", "running": "yellow", "failed": "red", "missing": "dim"}
+STOPPED = "stopped by signal"
+"""The line of a run that has saved its state and goes on with the same command."""
+COLOURS = {
+    "done": "green",
+    "trained": "cyan",
+    "running": "yellow",
+    "stopped": "yellow",
+    "failed": "red",
+    "missing": "dim",
+}
 
 
 @dataclass(frozen=True)
@@ -63,8 +72,10 @@ def cell(paths: Paths, arm: str, seed: int) -> Cell:
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log else []
     # the command line ends an error with a hint on a line of its own
     errors = [line for line in lines[-2:] if "Error" in line or line.startswith(ERRORS)]
-    state = "running" if time.time() - newest < RUNNING_WITHIN and not errors else "failed"
-    return _cell(arm, seed, state, (errors or lines[-1:] or [""])[0], log, spent)
+    # what Python says at its end, after its files have gone with the image, is no failure of the cell
+    stopped = [line for line in lines if line.startswith(STOPPED)]
+    state = "running" if time.time() - newest < RUNNING_WITHIN and not (errors or stopped) else "failed"
+    return _cell(arm, seed, "stopped" if stopped else state, (stopped or errors or lines[-1:] or [""])[0], log, spent)
 
 
 def scored_model(items: Path) -> str | None:
@@ -142,9 +153,9 @@ def costs(cells: dict[tuple[str, int], Cell]) -> Table:
 
 
 def failures(cells: dict[tuple[str, int], Cell]) -> list[Text]:
-    """One paragraph for each failed cell: where its log is and how it ends."""
+    """One paragraph for each failed or stopped cell: where its log is and how it ends."""
     return [
-        Text(f"failed: {c.arm} seed {c.seed}: {c.detail or 'no output'}\n        {c.log or 'no log'}")
+        Text(f"{c.state}: {c.arm} seed {c.seed}: {c.detail or 'no output'}\n        {c.log or 'no log'}")
         for c in cells.values()
-        if c.state == "failed"
+        if c.state in ("failed", "stopped")
     ]

@@ -206,7 +206,9 @@ class Loop:
                 if step % self.config.eval_every == 0 or last:
                     self._evaluate(step)
                 stopping = self._must_stop(stop)
-                if stopping or (step % self.config.checkpoint_every == 0 and not last):
+                # after the first step too: what saving imports is loaded then, before a signal takes an image's files away
+                due = step == 1 or step % self.config.checkpoint_every == 0
+                if stopping or (due and not last):
                     self._save(step)
                     if stopping and not last:
                         signals = ", ".join(map(str, stop)) or "to another process"

@@ -1,8 +1,10 @@
 """The command line: every subcommand, and one clear message for what a user can mend."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -248,3 +250,18 @@ def test_an_output_below_a_file_is_refused_at_once(files, tmp_path, command):
     done = invoke(*command, str(tmp_path / "taken" / name), *files)
     assert done.exit_code == 2 and "is a file, not a folder" in " ".join(done.output.replace("│", "").split())
     assert not (tmp_path / "results").exists()
+
+
+def test_in_an_image_a_stopped_cell_ends_without_pythons_own_end(tmp_path, monkeypatch):
+    """The signal has ended the image's file system too: what Python would still import is gone."""
+    ended = []
+    monkeypatch.setattr("kvpipe.steps.train.make_cell", lambda *_, **__: sys.exit(75))
+    monkeypatch.setattr(os, "_exit", ended.append)
+    for name, expected in (("APPTAINER_CONTAINER", [75]), ("NOTHING", [])):
+        ended.clear()
+        monkeypatch.delenv("APPTAINER_CONTAINER", raising=False)
+        monkeypatch.setenv(name, "image.sif")
+        done = CliRunner().invoke(
+            cli.app, ["train", "--arm", "control", "--config", str(Path(__file__).parents[2] / "config/config.yaml")]
+        )
+        assert done.exit_code == 75 and ended == expected

@@ -76,6 +76,22 @@ def test_states_carry_their_graph_and_autocast_its_dtype():
     assert torch.equal(found.cast(states.dtype).logits(states), expected)
 
 
+def test_a_model_that_accelerate_wraps_in_autocast_is_known():
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    model = architecture("gemma2")
+    wrapped = Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+    found = Head.of(wrapped)
+    assert found.weight is model.get_output_embeddings().weight and found.softcap == 30
+    with torch.no_grad():
+        states, _ = final_states(wrapped, found, **INPUTS)
+        assert states.dtype == torch.bfloat16
+        torch.testing.assert_close(found.cast(states.dtype).logits(states).float(), wrapped(**INPUTS).logits)
+    AcceleratorState._reset_state(True)
+
+
 def test_pieces_cover_the_rows_once(monkeypatch):
     monkeypatch.setattr(head, "PIECE", 40)
     found = Head(torch.randn(11, 3))

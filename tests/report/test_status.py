@@ -66,6 +66,12 @@ def test_silent_for_too_long_is_failed(paths):
     assert cell_state(paths, "two", 1)[0] == "running"
 
 
+def test_a_stopped_cell_is_not_failed_whatever_its_image_says_at_the_end(paths):
+    line = "stopped by signal 15 after step 3; run the same command to go on"
+    log(paths, f"step 0/400\n{line}\nOSError: [Errno 107] Transport endpoint is not connected\n")
+    assert cell_state(paths, "two", 1) == ("stopped", line)
+
+
 @pytest.mark.parametrize("end", ["", "(set KVPIPE_TRACEBACK=1 for the traceback)\n"])
 def test_an_error_is_failed_at_once_and_shown(paths, end):
     """What the command line prints last is a hint, not the error."""
