@@ -71,7 +71,15 @@ OVERLAY = {
     # CKA of both layers and rows for 1,024 features a layer: all that there is
     "arms": {ARM: {"set": {"fit": {"method": "ridge", "examples": 80}}}},
     "store": {"shards": 2, "batch_size": 4},
-    "train": {"steps": 4, "batch_size": 4, "accumulate": 2, "eval_every": 4, "log_every": 1, "threads": 1},
+    "train": {
+        "steps": 4,
+        "learning_rate": 1e-3,
+        "batch_size": 4,
+        "accumulate": 2,
+        "eval_every": 4,
+        "log_every": 1,
+        "threads": 1,
+    },
     "evaluate": {"batch_size": 4, "tasks": {"math": {"max_new_tokens": 8}, "code": {"max_new_tokens": 8}}},
 }
 
@@ -188,6 +196,8 @@ def _go(folder: Path, hub: HubServer) -> Transcript:
     step("models", **token)
     step("data")
     offline = {"HF_HUB_OFFLINE": "1"}
+    for model in ("tinyllama", "qwen", "llama"):
+        step("encode", "--model", model, **offline)
     for teacher in ("qwen", "llama"):
         step("layer-map", "--teacher", teacher, **offline)
         step("teacher-kv", "--teacher", teacher, **offline)

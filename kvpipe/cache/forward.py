@@ -15,7 +15,7 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from kvpipe.cache.capture import Recorder, kv_geometry
-from kvpipe.data.batches import collate
+from kvpipe.data.batches import Batch, collate
 from kvpipe.data.encoding import Encoding, concatenated_ranges
 from kvpipe.experiment.sizes import shape
 from kvpipe.models.head import Head, final_states
@@ -69,32 +69,40 @@ def batch_tokens(model, head: Head, layers: int) -> int:
     return max(1, min(MOST[kind], int(ROOM[kind] / (width * numbers + logits))))
 
 
-@torch.no_grad()
 def forward_batches(
     model, encoding: Encoding, examples: Int64[np.ndarray, "example"], keep: Keep, batch_size: int, pad_id: int
 ) -> Iterator[tuple[Int64[np.ndarray, "member"], TeacherRows]]:
     """Batches, the longest texts first: places in `examples`, and their rows one after the other, in the model's dtype."""
     device, head = next(model.parameters()).device, Head.of(model)
     lengths = encoding.lengths[examples]
-    _, heads, dim = kv_geometry(model.config)
     tokens = batch_tokens(model, head, len(keep.layers))
     with Recorder(model, layers=keep.layers) as recorder:
         for members in groups(lengths, batch_size, tokens, longest_first=True):
             batch = collate(encoding, examples[members], pad_id).to(device)
-            inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-            states, _ = final_states(model, head, **inputs)
-            none = states.new_empty(int(lengths[members].sum()), 0, heads, dim)
-            keys, values = recorder.rows(batch.mask) if keep.layers else (none, none)
-            states = states[batch.mask]
-            found: dict[str, Tensor] = {}
-            if keep.nll or keep.top:
-                first = torch.from_numpy(np.cumsum(lengths[members]) - lengths[members])
-                nll, ids, logprobs = next_tokens(head, states, batch.input_ids[batch.mask], first, keep.top)
-                found |= {"nll": nll} if keep.nll else {}
-                found |= {"top_ids": ids.int(), "top_logprobs": logprobs.half()} if keep.top else {}
-            if keep.states:
-                found["states"] = states
-            yield members, TeacherRows(keys.cpu(), values.cpu(), **{name: x.cpu() for name, x in found.items()})
+            yield members, _forward(model, head, recorder, batch, lengths[members], keep)
+
+
+# not on the generator, whose consumer would run under it
+@torch.no_grad()
+def _forward(
+    model, head: Head, recorder: Recorder, batch: Batch, lengths: Int64[np.ndarray, "member"], keep: Keep
+) -> TeacherRows:
+    """One forward: what is kept of it, on the CPU."""
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+    states, _ = final_states(model, head, **inputs)
+    _, heads, dim = kv_geometry(model.config)
+    none = states.new_empty(int(lengths.sum()), 0, heads, dim)
+    keys, values = recorder.rows(batch.mask) if keep.layers else (none, none)
+    states = states[batch.mask]
+    found: dict[str, Tensor] = {}
+    if keep.nll or keep.top:
+        first = torch.from_numpy(np.cumsum(lengths) - lengths)
+        nll, ids, logprobs = next_tokens(head, states, batch.input_ids[batch.mask], first, keep.top)
+        found |= {"nll": nll} if keep.nll else {}
+        found |= {"top_ids": ids.int(), "top_logprobs": logprobs.half()} if keep.top else {}
+    if keep.states:
+        found["states"] = states
+    return TeacherRows(keys.cpu(), values.cpu(), **{name: x.cpu() for name, x in found.items()})
 
 
 def forward_rows(

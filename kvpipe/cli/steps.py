@@ -39,7 +39,11 @@ def models(
 
 
 @with_experiment
-def encode(given: Experiment, model: Annotated[str, typer.Option(help="Name of the model.")], reading: Reading) -> None:
+def encode(
+    given: Experiment,
+    model: Annotated[str, typer.Option(help="Name of the model.")],
+    reading: Reading = "student",
+) -> None:
     """Write the training and validation splits as a model's tokens."""
     given.run("encode", model=given.known_model(model), reading=reading)
 

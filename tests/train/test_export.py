@@ -22,12 +22,12 @@ from kvpipe.models import folders as models
 from kvpipe.models.folders import build_model, load_model
 from kvpipe.models.pretrain import pretrain, tokenizer_texts
 from kvpipe.models.tokenizers import train_tokenizer
+from kvpipe.steps import train as cell_step
 from kvpipe.steps.inputs import Inputs
 from kvpipe.steps.layer_map import make_layer_map
 from kvpipe.steps.models import make_model
 from kvpipe.steps.train import prepare, train_cell
 from kvpipe.train import export
-from kvpipe.train import trainer as training
 from kvpipe.train.export import SavedStudentDiffers
 
 STEPS = {"train.steps": 3, "train.eval_every": 3, "train.checkpoint_every": 2, "train.learning_rate": 3e-2}
@@ -202,7 +202,7 @@ def test_the_check_finds_adapters_on_tied_weights(tmp_path, monkeypatch):
         return get_peft_model(model, LoraConfig(r=4, lora_alpha=64, target_modules=["lm_head"], task_type="CAUSAL_LM"))
 
     work = experiment(tmp_path, **{"train.lora": {"rank": 4}})
-    monkeypatch.setattr(training, "adapted", unchecked)
+    monkeypatch.setattr(cell_step, "adapted", unchecked)
     with pytest.raises(SavedStudentDiffers):
         run(work, tmp_path)
 
