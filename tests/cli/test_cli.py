@@ -139,7 +139,7 @@ def test_a_full_disk_is_no_traceback(files, capsys, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device", "results/data")
 
-    monkeypatch.setattr("kvpipe.data.build.build", full)
+    monkeypatch.setattr("kvpipe.steps.data.build", full)
     assert "No space left on device" in fails(capsys, monkeypatch, "data", *files)
 
 

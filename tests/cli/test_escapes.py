@@ -219,4 +219,4 @@ def test_a_document_that_explodes_is_refused_by_snakemake_too(tmp_path):
     )  # fmt: skip
     said = done.stdout + done.stderr
     assert done.returncode == 1 and "Traceback" not in said
-    assert len([line for line in said.splitlines() if "entries when its aliases" in line]) == 1, said
+    assert len([line for line in said.splitlines() if "entries with all aliases" in line]) == 1, said

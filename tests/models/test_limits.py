@@ -19,6 +19,7 @@ from kvpipe.evaluate.score import evaluate
 from kvpipe.models.folders import recorded, write_manifest
 from kvpipe.models.limits import Limits
 from kvpipe.steps.encode import make_encoding
+from kvpipe.steps.inputs import Inputs
 from kvpipe.steps.layer_map import make_layer_map
 from kvpipe.steps.teacher_kv import make_shard
 from kvpipe.steps.train import load_cell
@@ -158,6 +159,7 @@ def test_ids_without_an_embedding_are_refused_before_anything_reads_them(tmp_pat
     work = build(tmp_path)
     config = json.loads((work.paths.model(model) / "config.json").read_text())
     changed(work.paths.model(model), vocab_size=config["vocab_size"] - 40)
+    work = Inputs(work.config, work.paths)
     with pytest.raises(
         ValueError, match=rf"model '{model}': token \d+ of record '.+' is '.+', id \d+, but its embedding has"
     ):
@@ -174,11 +176,11 @@ def test_ids_without_an_embedding_are_refused_before_anything_reads_them(tmp_pat
 def test_a_teacher_that_reads_past_its_context(tmp_path, context):
     work = build(tmp_path, {"data.context": context})
     changed(work.paths.model("alpha"), max_position_embeddings=5)
+    work = Inputs(work.config, work.paths)
     if context == "strict":
         with pytest.raises(ValueError, match=r"model 'alpha': record '.+' has .* more than the 5 .* data.context"):
-            work.encoding("alpha", "train", "student")
+            make_encoding(work, "alpha", "student")
         return
     with pytest.warns(UserWarning, match="model 'alpha': .* more than the 5") as said:
-        work.encoding("alpha", "train", "student")
-        work.encoding("alpha", "validation", "student")
+        make_encoding(work, "alpha", "student")
     assert len([w for w in said if "model 'alpha'" in str(w.message)]) == 1

@@ -128,13 +128,15 @@ def test_no_wildcard_is_left_in_a_command(copy):
 def test_one_cell_needs_just_its_own(copy):
     assert planned(copy, "results/evaluate/exp3/seed1.parquet") == sorted(
         [
-            "data", "evaluate arm=exp3 seed=1", "train arm=exp3 seed=1", "layer_map teacher=math",
+            "data", *(f"encode model={model} reading=student" for model in ("math", "student")),
+            "evaluate arm=exp3 seed=1", "train arm=exp3 seed=1", "layer_map teacher=math",
             "model model=math", "model model=student", "teacher_kv reading=student teacher=math",
             *(j for j in planned(copy, "results/evaluate/exp3/seed0.parquet") if j.startswith("fit ")),
         ]
     )  # fmt: skip
     control = planned(copy, "results/train/control/seed0/history.jsonl")
-    assert control == ["data", "model model=student", "train arm=control seed=0"]
+    encode = "encode model=student reading=student"
+    assert control == ["data", encode, "model model=student", "train arm=control seed=0"]
 
 
 def test_one_arm_needs_its_cells(copy):
@@ -281,7 +283,7 @@ def said_otherwise(text: str) -> str:
     return text.replace('"""Train one cell:', '"""Train a single cell:') + "\n# a last word\n"
 
 
-BELOW_DATA = {"layer_map", "teacher_kv", "fit", "untrained", "teacher_quality"} | TRAINED
+BELOW_DATA = {"encode", "layer_map", "teacher_kv", "fit", "untrained", "teacher_quality"} | TRAINED
 LORA = {"rank": 2, "alpha": 4, "target_modules": ["q_proj"]}
 LAYERS = {"kind": "cka", "k": 3}
 CHANGES = {
