@@ -27,11 +27,11 @@ def make_layer_map(inputs: Inputs, teacher: str) -> None:
     """
     config = inputs.config.layer_map
     inputs.check(inputs.dag.arms_of(teacher))
-    src = inputs.encoding(teacher, "validation")
-    dst = inputs.student_encoding("validation")
     reference = _reference_student(inputs)
     device = next(reference.parameters()).device
     model, pad_id = inputs.teacher_model(teacher), inputs.tokenizer(teacher).pad_token_id
+    src = inputs.encoding(teacher, "validation")
+    dst = inputs.student_encoding("validation")
     time = build_time_map(TimeConfig(), src, dst)
     size = inputs.config.store.batch_size
     sources: dict[str, RowSource] = {
