@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import typer
 
@@ -32,11 +33,20 @@ def main() -> None:
     except Exception as error:
         # safetensors has an error of its own for a full disk or a damaged file; importing it here would cost every call
         users = isinstance(error, USER_ERRORS) or type(error).__name__ == "SafetensorError"
-        if os.environ.get("KVPIPE_TRACEBACK", "0") not in ("", "0") or not users:
+        # CPython's own import ends in a SystemError where memory runs out
+        starved = isinstance(error, SystemError) or (isinstance(error, MemoryError) and not error.args)
+        if os.environ.get("KVPIPE_TRACEBACK", "0") not in ("", "0") or not (users or starved):
             raise
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        if isinstance(error, MemoryError) and not error.args:
-            message = "this process may not have more memory (ulimit -v, or the job's limit); raise it"
-        typer.secho(printable(f"{type(error).__name__}: {message}"), fg="red", err=True)
+        kind = type(error).__name__
+        if starved:
+            kind, message = (
+                "MemoryError",
+                "this process may not have more memory (ulimit -v, or the job's limit); raise it",
+            )
+        typer.secho(printable(f"{kind}: {message}"), fg="red", err=True)
         say("(set KVPIPE_TRACEBACK=1 for the traceback)", err=True)
+        if starved:  # what Python does at its end needs memory too
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(1)
         raise SystemExit(1) from None

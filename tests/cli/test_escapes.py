@@ -205,7 +205,9 @@ def test_too_little_memory_is_one_line(tmp_path):
         ["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False, env=environment
     )
     assert done.returncode == 1
-    error, hint = done.stderr.splitlines()
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2, lines
+    error, hint = lines
     assert re.match("(ImportError|MemoryError|OSError|OutOfMemory): ", error) and hint.startswith("(set KVPIPE"), done
 
 
