@@ -136,6 +136,7 @@ def _source(module: str) -> str:
     return _path(module).read_text(encoding="utf-8")
 
 
+@cache  # most modules are reachable from several steps
 def _normalised(source: str) -> str:
     tree = ast.parse(source)
     for node in ast.walk(tree):
