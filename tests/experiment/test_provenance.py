@@ -2,9 +2,9 @@
 
 import subprocess
 from functools import cache
+from importlib.metadata import version
 
 import pytest
-import torch
 
 from kvpipe.experiment import provenance
 
@@ -130,7 +130,7 @@ def test_every_module_has_a_hash():
 def test_description():
     found = provenance.describe(arm="full")
     assert found["arm"] == "full"
-    assert found["packages"]["torch"] == torch.__version__
+    assert found["packages"]["torch"] == version("torch")
     assert {"git_commit", "python", "container", "host", "platform"} <= set(found)
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -241,7 +242,7 @@ def test_tokens_and_cost_are_counted_from_the_batches(cell):
     assert made.cost["restarts"] == 0
     assert made.cost["peak_memory_bytes"] > 10**7
     assert made.cost["provenance"]["arm"] == "control"
-    assert made.cost["provenance"]["packages"]["torch"] == torch.__version__
+    assert made.cost["provenance"]["packages"]["torch"] == version("torch")
 
 
 def test_learning_rate_rises_and_falls_as_a_cosine(cell):
