@@ -37,6 +37,11 @@ class Dag:
         return list(dict.fromkeys(t for arm in self.arms.values() for t in arm.teachers))
 
     @property
+    def judged_teachers(self) -> list[str]:
+        """Teachers whose quality means something: not those of random weights."""
+        return [name for name in self.teachers if self.config.models[name].source != "random"]
+
+    @property
     def recorded_models(self) -> list[str]:
         """Models whose keys and values, or queries, are recorded: teachers, and the student where an arm matches them."""
         matched = any(arm.loss.kind in ("kv", "relation") for arm in self.arms.values())

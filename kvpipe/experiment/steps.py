@@ -210,7 +210,7 @@ class LayerMap(Step):
 
 
 class TeacherKV(Step):
-    """A teacher's store: its list of shards, and the shard itself where there is only one."""
+    """A teacher's store: its list of shards. Where there is only one, its run makes that too."""
 
     run, remade = "kvpipe.steps.teacher_kv:make_store", True
 
@@ -354,8 +354,7 @@ class TeacherQuality(Step):
     run, code = Evaluate.run, Evaluate.code
 
     def jobs(self):
-        judged = [t for t in self.dag.teachers if self.config.models[t].source != "random"]
-        return [{"teacher": teacher} for teacher in judged]
+        return [{"teacher": teacher} for teacher in self.dag.judged_teachers]
 
     def makes(self, teacher):
         return {"scores": self.paths.teacher_quality(teacher)}

@@ -35,7 +35,7 @@ def token_alignment(results: Results) -> list[TokenPicture]:
     Models of random weights share their original's tokenizer and are left out. The validation split is used, so that
     no test item is shown twice.
     """
-    teachers = [t for t in results.judged_teachers if (results.paths.model(t) / "tokenizer.json").is_file()]
+    teachers = [t for t in results.dag.judged_teachers if (results.paths.model(t) / "tokenizer.json").is_file()]
     record = next(r for r in results.records("validation") if r.task == results.tasks[0])
     mode = _mode(results)
     student = results.tokenizer(results.config.student)

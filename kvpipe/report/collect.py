@@ -205,14 +205,9 @@ class Results:
         return self._documents({key: self.paths.store_index(*key) for key in keys})
 
     @cached_property
-    def judged_teachers(self) -> list[str]:
-        """Teachers whose quality means something: not those of random weights."""
-        return [name for name in self.dag.teachers if self.config.models[name].source != "random"]
-
-    @cached_property
     def teacher_items(self) -> dict[str, pd.DataFrame]:
         """Per-item scores of the teachers that were evaluated."""
-        found = {t: read_parquet(self.paths.teacher_quality(t)) for t in self.judged_teachers}
+        found = {t: read_parquet(self.paths.teacher_quality(t)) for t in self.dag.judged_teachers}
         return {teacher: frame for teacher, frame in found.items() if frame is not None}
 
     @cached_property
@@ -243,7 +238,7 @@ class Results:
         if not (self.paths.costs / ARMS).is_file():
             out.append("The tables of training time and memory (cost/) are absent.")
         out += self._untested()
-        unmeasured = [t for t in self.judged_teachers if t not in self.teacher_items]
+        unmeasured = [t for t in self.dag.judged_teachers if t not in self.teacher_items]
         if unmeasured:
             out.append(f"Teacher quality was not measured for {', '.join(unmeasured)}.")
         if self.audit is None:

@@ -232,7 +232,7 @@ def teacher_rows(results: Results) -> list[dict[str, Any]]:
     """Quality of each teacher on the test items, per task."""
     columns = ("items", "bits", "perplexity", "accuracy")
     rows = []
-    for teacher in results.judged_teachers:
+    for teacher in results.dag.judged_teachers:
         frame = results.teacher_items.get(teacher)
         if frame is None:
             rows.append({"teacher": teacher, "task": "not measured", **dict.fromkeys(columns, DASH)})
