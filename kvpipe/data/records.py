@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kvpipe.config import Template
+from kvpipe.experiment.files import replacing
 from kvpipe.tokens.segments import Segmented
 
 OPTIONAL = ("tests", "choices", "messages")
@@ -72,11 +73,11 @@ SCHEMA = pa.schema(
 
 def write_records(path: Path, records: list[Record]) -> None:
     """Write records to one Parquet file; columns of `OPTIONAL` only where a record has them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     unused = [name for name in OPTIONAL if all(getattr(record, name) is None for record in records)]
     schema = pa.schema([column for column in SCHEMA if column.name not in unused])
     rows = [{name: value for name, value in asdict(record).items() if name not in unused} for record in records]
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+    with replacing(path) as partial:
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), partial)
 
 
 def read_records(path: Path) -> list[Record]:

@@ -177,6 +177,13 @@ class Results:
         return read_parquet(self.paths.items(arm, seed))
 
     @cached_property
+    def judges(self) -> dict[str, list[str]]:
+        """Task → who judged its answers, as the scores of the cells say."""
+        tables = (frame for cell in self.dag.cells if (frame := self.items(*cell)) is not None)
+        said = {(task, judge) for table in tables for task, judge in table.attrs.get("judges", {}).items()}
+        return {task: sorted(judge for name, judge in said if name == task) for task in self.tasks}
+
+    @cached_property
     def missing_cells(self) -> list[tuple[str, int]]:
         """Cells without a trained model or without scores."""
         return [c for c in self.dag.cells if c not in self.costs or not self.paths.items(*c).is_file()]

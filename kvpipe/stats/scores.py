@@ -26,7 +26,7 @@ Parts = list[NDArray[np.float64]]
 
 # ---------------------------------------------------------------- reading
 def read_items(paths: Paths, arm: str, seeds: list[int]) -> pd.DataFrame:
-    """All items of an arm with columns `seed` and `model`, the digest of the weights; only cells that exist.
+    """All items of an arm with columns `seed`, `model`, the digest of the weights, and `judge`; only cells that exist.
 
     Raises:
         ValueError: a number is not finite, or the scores are of another cell, or of other weights than it has now.
@@ -57,8 +57,9 @@ def read_items(paths: Paths, arm: str, seeds: list[int]) -> pd.DataFrame:
             raise ValueError(
                 f"{path} has the scores of a model {scored}, {paths.cell(arm, seed)} is {trained}: evaluate the cell again"
             )
-        frames.append(items.assign(seed=seed, model=scored))
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame({"seed": [], "model": []})
+        judges = items.attrs.pop("judges", {})
+        frames.append(items.assign(seed=seed, model=scored, judge=items.task.map(judges).fillna("")))
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame({"seed": [], "model": [], "judge": []})
 
 
 def cell_of(model: Path) -> dict[str, Any] | None:
@@ -114,6 +115,7 @@ class Scores:
         ids = present[0].drop_duplicates("id").set_index("id").task
         for arm, data in items.items():
             _check_items(arm, data, ids)
+        self.judges = _judges(pd.concat([data[["task", "judge"]] for data in present]))
         self.tasks = sorted(ids.unique())
         # answers of a task are scored in all cells or in none
         unscored = {task for task in self.tasks if not any(d.correct[d.task == task].notna().any() for d in present)}
@@ -199,3 +201,14 @@ def _check_items(arm: str, data: pd.DataFrame, ids: pd.Series) -> None:
                 f"{arm}, seed {seed}: its items differ from those of the other cells in {len(odd)} places, e.g. "
                 f"{', '.join(odd[:3])}; evaluate all cells on one test split"
             )
+
+
+def _judges(items: pd.DataFrame) -> dict[str, str]:
+    """Task → who judged its answers: one for all cells, else accuracies could not be compared."""
+    found = {task: sorted(set(judges) - {""}) for task, judges in items.groupby("task").judge}
+    for task, judges in found.items():
+        if len(judges) > 1:
+            raise ValueError(
+                f"answers of {task} were judged by {' and by '.join(judges)}: evaluate all cells again by one"
+            )
+    return {task: judges[0] for task, judges in found.items() if judges}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from kvpipe.config import ConfigError
 from kvpipe.experiment import made
+from kvpipe.experiment.files import alone
 
 if TYPE_CHECKING:
     from kvpipe.steps.inputs import Inputs
@@ -62,9 +63,12 @@ def make(inputs: Inputs, files: Iterable[Path], log=print) -> None:
                     "group would all make it: run `kvpipe prepare` with this arm in one process first"
                 )
             log(f"{' '.join([name, *job.values()])} …{again}")
-            for stale in step.makes(**job).values() if differs else ():
-                stale.unlink(missing_ok=True)
-            run(inputs, name, **job)
+            with alone(inputs.paths.made_lock, "another process makes artefacts here", log):
+                if made.changed(step, **job) == []:  # by that one
+                    return
+                for stale in step.makes(**job).values() if differs else ():
+                    stale.unlink(missing_ok=True)
+                run(inputs, name, **job)
 
     for path in files:
         bring(path)
