@@ -86,7 +86,12 @@ def read_records(path: Path) -> list[Record]:
     Raises:
         ValueError: a column is missing; names the file and the column.
     """
-    table = pq.read_table(path)
+    try:
+        table = pq.read_table(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: run `kvpipe data`") from None
+    except pa.ArrowException as error:
+        raise ValueError(f"{path} is damaged ({error}): run `kvpipe data`") from None
     missing = [name for name in SCHEMA.names if name not in (*table.column_names, *OPTIONAL)]
     if missing:
         raise ValueError(f"{path}: column(s) {missing} missing (has {table.column_names})")

@@ -6,7 +6,7 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from hashlib import sha1, sha256
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from kvpipe.experiment.paths import MANIFEST
 
 if TYPE_CHECKING:
+    import pandas as pd
     from torch import Tensor
 
 GB = 1e9
@@ -31,16 +32,16 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the disk is full or refuses; names the file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         partial.replace(path)
     except OSError as error:  # of a library, which may not say which file, or says the partial one
         raise OSError(f"{path} could not be written: {error.strerror or error}") from error
     finally:
-        if not partial.is_dir():
-            partial.unlink(missing_ok=True)
+        if partial.is_file() or partial.is_symlink():
+            partial.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -54,18 +55,43 @@ def write_json(path: Path, document: Any, **options: Any) -> None:
     write_text(path, json.dumps(document, **{"indent": 2, **options}) + "\n")
 
 
-def read_json(path: Path, fix: str) -> dict[str, Any]:
+def read_json(path: Path, fix: str, keys: Iterable[str] = ()) -> dict[str, Any]:
     """A JSON object that a step has written.
 
     Raises:
-        ValueError: it cannot be read as one; names the file and what to do.
+        FileNotFoundError: it is not there.
+        ValueError: it cannot be read as one, or lacks one of `keys`; names the file and what to do.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: {fix}") from None
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): {fix}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path} is damaged (no JSON object): {fix}")
+    if absent := [key for key in keys if key not in found]:
+        raise ValueError(f"{path} is damaged (no {', '.join(absent)}): {fix}")
+    return found
+
+
+def read_table(path: Path, fix: str, columns: Iterable[str] = ()) -> pd.DataFrame:
+    """A table that a step has written, Parquet or (by `pandas.read_csv`) CSV.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it cannot be read as one, or lacks one of `columns`; names the file and what to do.
+    """
+    import pandas as pd
+
+    try:
+        found = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: {fix}") from None
+    except (ValueError, OSError) as error:  # pyarrow's own errors are among them
+        raise ValueError(f"{path} is damaged ({error}): {fix}") from None
+    if absent := [column for column in columns if column not in found]:
+        raise ValueError(f"{path}: column(s) {absent} missing (has {list(found.columns)}): {fix}")
     return found
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from kvpipe.experiment.files import read_json
+from kvpipe.experiment.files import read_json, read_table
 from kvpipe.experiment.paths import COST, Paths
 from kvpipe.experiment.plan import Dag
 from kvpipe.stats.metrics import METRICS
@@ -19,6 +19,8 @@ ALL = "all"
 UNTRAINED = "untrained"
 CELL = "cell"
 """Attribute of a table of items: the arm and seed whose scores they are, None for a model that is no cell."""
+ITEM_COLUMNS = ("id", "task", "nll", "tokens", "bytes", "nll_all", "tokens_all", "bytes_all", "correct")
+"""Columns that every table of items has."""
 ITEM_METRICS = {name: metric for name, metric in METRICS.items() if metric.per == "item"}
 Parts = list[NDArray[np.float64]]
 """One matrix ``(seed, item)`` for each task: the metric is the mean of their means; NaN where a cell is missing."""
@@ -36,7 +38,7 @@ def read_items(paths: Paths, arm: str, seeds: list[int]) -> pd.DataFrame:
         path = paths.items(arm, seed)
         if not path.is_file():
             continue
-        items = pd.read_parquet(path)
+        items = read_table(path, "evaluate the cell again", ITEM_COLUMNS)
         # scores of earlier versions do not say whose they are
         whose = items.attrs.pop(CELL, {"arm": arm, "seed": seed})
         if whose != {"arm": arm, "seed": seed}:
@@ -93,8 +95,15 @@ def read_history(paths: Paths, arm: str, seed: int) -> tuple[pd.DataFrame, pd.Da
     path = paths.history(arm, seed)
     if not path.is_file():
         return None
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            lines.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: damaged ({error}): train the cell again") from None
     validation = [line for line in lines if "validation_loss" in line]
+    if not validation:
+        raise ValueError(f"{path} is damaged (no validation loss in it): train the cell again")
     steps = [line for line in lines if "validation_loss" not in line]
     return pd.DataFrame(steps), pd.DataFrame(validation, columns=["step", "tokens", "validation_loss"])
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from kvpipe.experiment import attempts
 from kvpipe.experiment.device import resolve_device
 from kvpipe.experiment.files import alone, content_digest, write_json, write_text
+from kvpipe.experiment.launch import group_size
 from kvpipe.experiment.outofmemory import explained
 from kvpipe.experiment.paths import COST, HISTORY, STUDENT
 from kvpipe.experiment.plan import digest
@@ -97,8 +98,7 @@ def train_cell(inputs: Inputs, arm: str, seed: int, out: Path, checkpoints: Path
 
 
 def _train_cell(inputs: Inputs, arm: str, seed: int, out: Path, checkpoints: Path, log) -> None:
-    processes = int(os.environ.get("WORLD_SIZE") or "1")
-    attempt = attempts.Attempt(checkpoints, resolve_device(inputs.config.train.device), processes)
+    attempt = attempts.Attempt(checkpoints, resolve_device(inputs.config.train.device), group_size(os.environ))
     cell = load_cell(inputs, arm, seed, log)
     trained = train(cell, checkpoints, attempt, log)
     if trained.main:
