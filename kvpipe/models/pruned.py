@@ -18,7 +18,7 @@ from kvpipe.data.records import Record
 from kvpipe.models.folders import load_model, load_tokenizer, manifest_hash, save_model, weights_dtype
 from kvpipe.models.likelihood import score, scoring_batches
 
-LISTS = ("layer_types", "no_rope_layers", "mlp_layer_types")
+PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")
 """Fields of a config with one entry for each layer."""
 
 
@@ -88,7 +88,7 @@ class Layers:
             count = self.config.num_hidden_layers
             raise ValueError(f"model type {self.config.model_type!r}: no list of {count} layers to take some out of")
         self.modules, self.whole = found, list(found)
-        self.fields = {name: value for name in LISTS if isinstance(value := getattr(self.config, name, None), list)}
+        self.fields = {name: value for name in PER_LAYER if isinstance(value := getattr(self.config, name, None), list)}
 
     def __len__(self) -> int:
         return len(self.whole)
