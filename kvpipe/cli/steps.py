@@ -19,7 +19,9 @@ Items = Annotated[Path, typer.Option(help="Parquet file, one row per item.", cal
 @with_experiment
 def data(given: Experiment) -> None:
     """Write the train, validation and test splits."""
-    given.run("data")
+    from kvpipe.steps.make import Work, run
+
+    run(Work(*given.load()), "data")
 
 
 @with_experiment

@@ -82,10 +82,11 @@ def train(
     elif arm is None or student or data:
         raise typer.BadParameter("give either --arm, or --teacher, --student, --data and --out")
     else:
+        inputs = given.inputs()
         from kvpipe.steps.train import make_cell
 
         try:
-            make_cell(given.inputs(), arm, seed, out, checkpoints, made, log=say)
+            make_cell(inputs, arm, seed, out, checkpoints, made, log=say)
         except SystemExit as stopped:  # by a signal, its state saved
             if (
                 "APPTAINER_CONTAINER" in os.environ
@@ -98,9 +99,10 @@ def train(
 @with_experiment
 def prepare(given: Experiment, arm: ArmName) -> None:
     """Make all that the cells of an arm read, where it is missing or stale."""
+    inputs = given.inputs()
     from kvpipe.steps.train import prepare
 
-    prepare(given.inputs(), arm, log=say)
+    prepare(inputs, arm, log=say)
 
 
 @with_experiment

@@ -26,16 +26,15 @@ from kvpipe.experiment.misfits import misfits
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.plan import Dag
 from kvpipe.experiment.sizes import shape
-from kvpipe.experiment.steps import table
 from kvpipe.models.folders import build_model, load_config, load_model, load_tokenizer, manifest_hash, random_model
+from kvpipe.steps.make import Work
 
 
-class Inputs:
+class Inputs(Work):
     """The loaders of one experiment. What they give is shared: nobody changes it."""
 
     def __init__(self, config: Config, paths: Paths):
-        self.config, self.paths, self.dag = config, paths, Dag(config)
-        self.steps = table(self.dag, paths)
+        super().__init__(config, paths)
         # kept for as long as these loaders are
         for name in ("records", "tokenizer", "model_config", "encoding", "store", "teacher_model"):
             setattr(self, name, cache(getattr(self, name)))
