@@ -152,6 +152,8 @@ class Config(Section):
             raise ValueError(f"{path}.step_factor: {arm.step_factor:g} times train.steps is beyond 1,000,000,000 steps")
         if arm.loss.skip_sink >= (longest := self.train.max_length):
             raise ValueError(f"{path}.loss.skip_sink: {arm.loss.skip_sink} leaves nothing of at most {longest} tokens")
+        if arm.layer.kind == "kept" and not isinstance(self.models[self.student], PrunedModel):
+            raise ValueError(f"{path}.layer.kind: kept is for a student of source: pruned; {self.student} is none")
         if arm.loss.kind == "logit_kd" and not self.store.top_logits:
             raise ValueError(f"store.top_logits: 0 keeps nothing for arm {name!r} (loss.kind: logit_kd); set 1 or more")
         for task in arm.fuse.weights:
