@@ -121,8 +121,3 @@ class AlignedTeacher:
             return gather_time(x.flatten(1), index, weight).reshape(len(examples), length, *x.shape[1:])
 
         return Aligned(gather(keys), gather(values), weight_mask(weight).reshape(len(examples), length))
-
-
-def spread(count: int, wanted: int) -> Int64[np.ndarray, "example"]:
-    """`wanted` numbers spread evenly over 0 … count − 1, so that every task is among them."""
-    return np.unique(np.linspace(0, count - 1, min(wanted, count)).astype(np.int64))

@@ -49,10 +49,11 @@ class Experiment:
         return self.plan()[0].known_model(name)
 
     def inputs(self):
-        """The loaders. torch and transformers take seconds to import: only steps that compute pay for them."""
+        """The loaders. torch and transformers take seconds to import: a wrong configuration is said before."""
+        experiment = self.load()
         from kvpipe.steps.inputs import Inputs
 
-        return Inputs(*self.load())
+        return Inputs(*experiment)
 
     def run(self, step: str, **job: str) -> None:
         """Run one job of a step."""

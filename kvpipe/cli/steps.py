@@ -19,7 +19,9 @@ Items = Annotated[Path, typer.Option(help="Parquet file, one row per item.", cal
 @with_experiment
 def data(given: Experiment) -> None:
     """Write the train, validation and test splits."""
-    given.run("data")
+    from kvpipe.steps.make import Work, run
+
+    run(Work(*given.load()), "data")
 
 
 @with_experiment
@@ -30,12 +32,13 @@ def models(
     ] = None,
 ) -> None:
     """Bring a model into its folder, with a manifest: on a login node, which reaches the hub."""
+    from kvpipe.steps.make import Work, run
     from kvpipe.steps.models import make_hub_models
 
     if name is None:
-        make_hub_models(given.inputs())
+        make_hub_models(Work(*given.load()))
     else:
-        given.run("model", model=given.known_model(name))
+        run(Work(*given.load()), "model", model=given.known_model(name))
 
 
 @with_experiment

@@ -24,6 +24,7 @@ from kvpipe.config.models import (
     LockedRepo,
     Model,
     PretrainModel,
+    PrunedModel,
     RandomModel,
     Recipe,
     ScratchModel,

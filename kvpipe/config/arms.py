@@ -37,8 +37,9 @@ class TimeConfig(Section):
 class LayerConfig(Section):
     """Which teacher layers make up a student layer."""
 
-    kind: Literal["proportional", "cka", "list"] = "proportional"
-    """`proportional` depth; `cka`: the k most similar teacher layers; `list`: explicit."""
+    kind: Literal["proportional", "kept", "cka", "list"] = "proportional"
+    """`proportional` depth; `kept`: the depth that the layers of a pruned student had in its whole model, for which that
+    is these layers themselves; `cka`: the k most similar teacher layers; `list`: explicit."""
     by: Literal["kv", "hidden"] = "kv"
     """What `cka` compares: keys for keys and values for values, or hidden states for both."""
     k: Count = 2
@@ -82,9 +83,10 @@ class ProjectorConfig(Section):
 class FitConfig(Section):
     """How projectors are fitted before training."""
 
-    method: Literal["pca", "joint_pca", "procrustes", "ridge", "reconstruct", "random", "grouped"] = "pca"
-    """How projectors are fitted before training; `reconstruct` trains the elastic encoder from the linear fit;
-    `grouped` is the unfitted grouped average."""
+    method: Literal["pca", "joint_pca", "procrustes", "ridge", "reconstruct", "random", "identity", "grouped"] = "pca"
+    """How projectors are fitted before training; `reconstruct` trains the elastic encoder from the linear fit; `identity`
+    leaves the cache of a teacher with the student's heads and dimension as it is; `grouped` is the unfitted grouped
+    average."""
     basis: Literal["teacher", "student"] = "teacher"
     """Axes of the space that the teachers share: their own components, or these turned, shifted and scaled onto the
     pretrained student's own KV (orthogonal Procrustes), so that the target is new content in familiar coordinates."""
@@ -200,6 +202,8 @@ class Arm(Section):
     """Weights that a cell starts from: the student's own, or drawn by the seed (training from scratch)."""
     step_factor: Positive = 1.0
     """Optimizer steps as a multiple of `train.steps`; the audit compares arms of one multiple."""
+    learning_rate_factor: Positive = 1.0
+    """Learning rate as a multiple of `train.learning_rate`: every arm is compared at the one that was tuned for it."""
     examples: Count | None = None
     """Training examples of every task, the first ones; none takes all."""
     time: TimeConfig = TimeConfig()
@@ -240,7 +244,7 @@ class Arm(Section):
             raise ValueError("fit.method: reconstruct and projector.kind: elastic go together")
         if self.projector.mode == "frozen" and self.fit.method == "grouped" and self.loss.kind == "kv":
             raise ValueError("fit.method: grouped is an unfitted start: set projector.mode to slow or joint")
-        if self.fit.basis == "student" and self.fit.method in ("ridge", "grouped"):
+        if self.fit.basis == "student" and self.fit.method in ("ridge", "identity", "grouped"):
             raise ValueError(f"fit.basis: student has no meaning under fit.method: {self.fit.method}; leave it out")
         if self.fuse.kind == "fixed" and "default" not in self.fuse.weights:
             raise ValueError("fuse.kind: fixed needs fuse.weights.default, one weight per teacher")

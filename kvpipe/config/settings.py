@@ -109,6 +109,8 @@ class TrainConfig(Section):
     """Targets of frozen projectors are computed once and held when they fit into this many GB; else batch by batch."""
     checkpoint_every: Count = 200
     """Steps between checkpoints."""
+    frozen: list[str] = Field(default=[])
+    """Parts of names of weights that are not trained, such as `embed_tokens`: a large vocabulary's, on little text."""
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of all weights."""
     device: str = "auto"
@@ -130,6 +132,8 @@ class TrainConfig(Section):
             raise ValueError(
                 f"accumulate: {self.accumulate} micro-batches of a batch of {self.batch_size} examples leave some empty"
             )
+        if self.frozen and self.lora is not None:
+            raise ValueError("frozen: under lora all weights are frozen but the adapters; leave one of the two out")
         if self.precision == "fp16" and self.device == "cpu":
             raise ValueError("precision: fp16 is not computed on a CPU; set fp32 or bf16, or another device")
         return self
@@ -138,11 +142,12 @@ class TrainConfig(Section):
 class ScoringConfig(Section):
     """Generation and scoring of one task."""
 
-    scorer: Literal["exact", "number", "math", "code", "choice", "none"] = "exact"
+    scorer: Literal["exact", "number", "math", "code", "choice", "perturbed", "none"] = "exact"
     """When an answer is right. `exact`: the same text after normalisation; `number`: the same number (commas, units,
     signs, fractions); `math`: the same mathematical expression in LaTeX; `code`: the record's tests pass (see
-    `evaluate.sandbox`); `choice`: the right one of the record's choices is the likeliest; `none`: likelihood only,
-    nothing is generated."""
+    `evaluate.sandbox`); `choice`: the right one of the record's choices is the likeliest; `perturbed`: after prompt and
+    reasoning the answer is likelier than three with another number of as many digits in the place of its last one; `none`:
+    likelihood only, nothing is generated."""
     max_new_tokens: Count = 80
     """Generation of an example ends after this many tokens at the latest."""
     stop: list[Annotated[str, Field(min_length=1)]] = Field(default=[])

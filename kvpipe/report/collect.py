@@ -101,8 +101,8 @@ class Results:
         self.control, self.headline = config.control, config.headline
 
     def records(self, split: str) -> list[Record]:
-        """Records of a split."""
-        return read_records(self.paths.data(split))
+        """Records of a split; none where it is not there."""
+        return read_records(self.paths.data(split)) if self.paths.data(split).is_file() else []
 
     def tokenizer(self, model: str) -> Any:
         """A model's tokenizer."""
@@ -245,6 +245,8 @@ class Results:
         unmeasured = [t for t in self.dag.judged_teachers if t not in self.teacher_items]
         if unmeasured:
             out.append(f"Teacher quality was not measured for {', '.join(unmeasured)}.")
+        if not self.records("validation"):
+            out.append("The records are absent: no alignment is drawn and no answer shown.")
         if self.audit is None:
             out.append("The fairness audit (audit.json) is absent: nothing below has been checked for leakage.")
         if self.doctor is None:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from kvpipe.align.layermap import LayerPlan, layer_plan
+from kvpipe.align.layermap import LayerPlan, at_kept_depth, layer_plan
 from kvpipe.align.timemap import build_time_map, derangement
 from kvpipe.cache.capture import kv_geometry
 from kvpipe.cache.store import Store, StoreKey
@@ -26,16 +26,23 @@ from kvpipe.experiment.misfits import misfits
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.plan import Dag
 from kvpipe.experiment.sizes import shape
-from kvpipe.experiment.steps import table
-from kvpipe.models.folders import build_model, load_config, load_model, load_tokenizer, manifest_hash, random_model
+from kvpipe.models.folders import (
+    build_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    manifest_hash,
+    random_model,
+    recorded,
+)
+from kvpipe.steps.make import Work
 
 
-class Inputs:
+class Inputs(Work):
     """The loaders of one experiment. What they give is shared: nobody changes it."""
 
     def __init__(self, config: Config, paths: Paths):
-        self.config, self.paths, self.dag = config, paths, Dag(config)
-        self.steps = table(self.dag, paths)
+        super().__init__(config, paths)
         # kept for as long as these loaders are
         for name in ("records", "tokenizer", "model_config", "encoding", "store", "teacher_model"):
             setattr(self, name, cache(getattr(self, name)))
@@ -127,7 +134,8 @@ class Inputs:
     def plan(self, arm: Arm, teacher: str) -> LayerPlan:
         """Layers of a teacher for an arm, counted in the teacher's own layers."""
         src, dst = (kv_geometry(self.model_config(name)).layers for name in (teacher, self.config.student))
-        return layer_plan(arm.layer, src, dst, self.paths.layer_map(teacher))
+        source = recorded(self.paths.model(self.config.student)).get("source", {})
+        return layer_plan(at_kept_depth(arm.layer, src, source), src, dst, self.paths.layer_map(teacher))
 
     def stored_layers(self, teacher: str) -> tuple[int, ...]:
         """Layers that a store of this teacher keeps: all, or those that some arm needs."""
