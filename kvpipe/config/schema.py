@@ -145,15 +145,18 @@ class Config(Section):
             )
         if self.train.steps * arm.step_factor > 10**9:
             raise ValueError(f"{path}.step_factor: {arm.step_factor:g} times train.steps is beyond 1,000,000,000 steps")
-        if arm.loss.skip_sink >= (longest := self.train.max_length):
-            raise ValueError(f"{path}.loss.skip_sink: {arm.loss.skip_sink} leaves nothing of at most {longest} tokens")
-        if arm.loss.kind == "logit_kd" and not self.store.top_logits:
-            raise ValueError(f"store.top_logits: 0 keeps nothing for arm {name!r} (loss.kind: logit_kd); set 1 or more")
-        for task in arm.fuse.weights:
-            _known(f"{path}.fuse.weights.{task}", task, [*tasks, "default"])
-        missing = [task for task in tasks if task not in arm.fuse.weights]
-        if arm.fuse.kind == "task" and missing and "default" not in arm.fuse.weights:
-            raise ValueError(f"{path}.fuse.weights: no row for {missing} and no row 'default'")
+        longest = self.train.max_length
+        for term, settings in arm.loss.items():
+            if (skipped := getattr(settings, "skip_sink", 0)) >= longest:
+                raise ValueError(f"{path}.loss.{term}.skip_sink: {skipped} leaves nothing of at most {longest} tokens")
+        if "top_logits" in arm.needs and not self.store.top_logits:
+            raise ValueError(f"store.top_logits: 0 keeps nothing for arm {name!r} (loss.logits); set 1 or more")
+        if arm.fuse.kind == "task":
+            for task in arm.fuse.weights:
+                _known(f"{path}.fuse.weights.{task}", task, [*tasks, "default"])
+            missing = [task for task in tasks if task not in arm.fuse.weights]
+            if missing and "default" not in arm.fuse.weights:
+                raise ValueError(f"{path}.fuse.weights: no row for {missing} and no row 'default'")
 
     def trusts(self, name: str) -> bool:
         """Whether code from a model's repository may run: only the configuration can say so, no file of the model's."""

@@ -44,7 +44,7 @@ class Dag:
     @property
     def recorded_models(self) -> list[str]:
         """Models whose keys and values, or queries, are recorded: teachers, and the student where an arm matches them."""
-        matched = any(arm.loss.kind in ("kv", "relation") for arm in self.arms.values())
+        matched = any("own_kv" in arm.needs for arm in self.arms.values())
         return [*self.teachers, self.config.student] if matched else self.teachers
 
     def arms_of(self, teacher: str) -> list[str]:
@@ -87,7 +87,7 @@ class Dag:
 
     def needs_fit(self, arm: Arm) -> bool:
         """Whether the arm has projectors."""
-        return arm.loss.kind == "kv"
+        return "targets" in arm.needs
 
     def fit_spec(self, arm: Arm) -> dict[str, Any]:
         """All that decides the arm's fitted projectors; arms that agree in it share them."""
@@ -95,7 +95,7 @@ class Dag:
             "teachers": arm.teachers,
             "time": arm.time.model_dump(),
             "layer": arm.layer.model_dump(),
-            "projector": arm.projector.model_dump(include={"kind", "mlp_ratio", "dropout"}),
+            "projector": arm.projector.model_dump(exclude={"mode", "learning_rate"}),
             "fit": arm.fit.model_dump(),
         }
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpipe.config import Arm, Config, FileData, HubData, LocalModel
+from kvpipe.config.terms import HiddenConfig
 from kvpipe.experiment.paths import MANIFEST, SPLITS, Paths
 from kvpipe.experiment.plan import Dag
 
@@ -228,12 +229,14 @@ class TeacherKV(Step):
         return [*self.of_store(teacher, reading), *parts]
 
     def settings(self, teacher, reading):
-        arms = [arm for arm in self.dag.arms.values() if teacher in arm.teachers]
+        arms = [arm for arm in self.dag.arms.values() if teacher in arm.teachers and arm.time.text == reading]
         layers: Any = sorted({arm.layer.model_dump_json() for arm in arms})
         return {
             "store": self.config.store.model_dump(exclude={"budget_gb", "batch_size", "mode"}),
             # the layers follow from the arms' layer settings and the layer map (an input)
             "layers": layers if self.config.store.layers == "needed" else "all",
+            "columns": sorted({column for arm in arms for column in arm.needs if not column.startswith("own_")}),
+            "hidden": sorted({term.model_dump_json() for arm in arms for term in arm.of_kind(HiddenConfig)}),
         }
 
 
