@@ -176,8 +176,3 @@ def nats_of_spans(
         return np.zeros(len(dst_spans), np.float32)
     before, after = (np.interp(dst_spans[:, side], ends, told) for side in (0, 1))
     return (after - before).astype(np.float32)
-
-
-def spread(count: int, wanted: int) -> Int64[np.ndarray, "example"]:
-    """`wanted` numbers spread evenly over 0 … count − 1, so that every task is among them."""
-    return np.unique(np.linspace(0, count - 1, min(wanted, count)).astype(np.int64))

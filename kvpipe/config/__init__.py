@@ -18,6 +18,7 @@ from kvpipe.config.models import (
     LockedRepo,
     Model,
     PretrainModel,
+    PrunedModel,
     RandomModel,
     Recipe,
     ScratchModel,

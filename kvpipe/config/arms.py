@@ -45,6 +45,8 @@ class Arm(Section):
     """Weights that a cell starts from: the student's own, or drawn by the seed (training from scratch)."""
     step_factor: Positive = 1.0
     """Optimizer steps as a multiple of `train.steps`; the audit compares arms of one multiple."""
+    learning_rate_factor: Positive = 1.0
+    """Learning rate as a multiple of `train.learning_rate`: every arm is compared at the one that was tuned for it."""
     examples: Count | None = None
     """Training examples of every task, the first ones; none takes all."""
     time: TimeConfig = TimeConfig()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from kvpipe.config.section import NUMBER, Count, Flag, Fraction, Name, Natural, Positive, Section, Seed
 
@@ -144,4 +144,32 @@ class RandomModel(Section):
     """Seed of the weights."""
 
 
-Model = Annotated[LocalModel | PretrainModel | HubModel | ScratchModel | RandomModel, Field(discriminator="source")]
+class PrunedModel(Section):
+    """Some layers of another model, in their order, with the rest of its weights: a student that its whole model heals."""
+
+    source: Literal["pruned"] = "pruned"
+    """Layers of another model."""
+    of: Name
+    """Name of the whole model."""
+    layers: Annotated[list[Natural], Field(min_length=1)] | None = None
+    """Layers that are kept, counted from 0 and rising."""
+    keep: Count | None = None
+    """Or how many are kept, chosen `by`."""
+    by: Literal["greedy", "even"] = "greedy"
+    """`even`: at even distances, first and last among them; `greedy`: one after the other the layer goes whose removal
+    costs the least loss on training texts."""
+    examples: Count = 16
+    """Training examples that `greedy` measures the loss on."""
+
+    @model_validator(mode="after")
+    def _one_way(self):
+        if (self.layers is None) == (self.keep is None):
+            raise ValueError("give either layers, or keep (how many are kept)")
+        if self.layers is not None and self.layers != sorted(set(self.layers)):
+            raise ValueError(f"layers: {self.layers} do not rise; name each once, in the order of the model")
+        return self
+
+
+Model = Annotated[
+    LocalModel | PretrainModel | HubModel | ScratchModel | RandomModel | PrunedModel, Field(discriminator="source")
+]

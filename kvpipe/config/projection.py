@@ -13,7 +13,7 @@ class ProjectorSettings(Section):
 
     tag: ClassVar[str] = "mode"
     options: ClassVar = {"learning_rate": ("slow",)}
-    fits: ClassVar[frozenset[str]] = frozenset({"pca", "joint_pca", "procrustes", "ridge", "random"})
+    fits: ClassVar[frozenset[str]] = frozenset({"pca", "joint_pca", "procrustes", "ridge", "random", "identity"})
     """Methods of the fit that it can start from."""
     keeps_heads: ClassVar[bool] = False
     """Whether it takes one layer at a time, and so no layers side by side."""
@@ -69,9 +69,10 @@ class FitConfig(Section):
         "ridge": ("joint_pca", "reconstruct", "ridge"),
         "seed": ("random", "reconstruct"),
     }
-    method: Literal["pca", "joint_pca", "procrustes", "ridge", "reconstruct", "random", "grouped"] = "pca"
-    """How projectors are fitted before training; `reconstruct` trains the elastic encoder from the linear fit;
-    `grouped` is the unfitted grouped average."""
+    method: Literal["pca", "joint_pca", "procrustes", "ridge", "reconstruct", "random", "identity", "grouped"] = "pca"
+    """How projectors are fitted before training; `reconstruct` trains the elastic encoder from the linear fit; `identity`
+    leaves the cache of a teacher with the student's heads and dimension as it is; `grouped` is the unfitted grouped
+    average."""
     basis: Literal["teacher", "student"] = "teacher"
     """Axes of the space that the teachers share: their own components, or these turned, shifted and scaled onto the
     pretrained student's own KV (orthogonal Procrustes), so that the target is new content in familiar coordinates."""

@@ -18,6 +18,7 @@ from kvpipe.config.models import (
     LockedRepo,
     Model,
     PretrainModel,
+    PrunedModel,
     RandomModel,
     ScratchModel,
 )
@@ -101,6 +102,10 @@ class Config(Section):
                 _known(f"{path}.like", model.like, self.models)
                 if not isinstance(self.models[model.like], LocalModel | PretrainModel | HubModel):
                     raise ValueError(f"{path}.like: {model.like!r} has no weights of its own")
+            if isinstance(model, PrunedModel):
+                _known(f"{path}.of", model.of, self.models)
+                if not isinstance(self.models[model.of], LocalModel | PretrainModel | HubModel):
+                    raise ValueError(f"{path}.of: {model.of!r} has no weights of its own")
             if student and isinstance(model, LocalModel | HubModel) and model.load != Loading():
                 raise ValueError(f"{path}.load: the student is trained, from fp32 weights; set train.precision")
             if self.data.template.chat_template and isinstance(model, PretrainModel | ScratchModel):
@@ -161,8 +166,8 @@ class Config(Section):
     def trusts(self, name: str) -> bool:
         """Whether code from a model's repository may run: only the configuration can say so, no file of the model's."""
         model = self.models[name]
-        if isinstance(model, RandomModel):
-            return self.trusts(model.like)
+        if isinstance(model, RandomModel | PrunedModel):
+            return self.trusts(model.like if isinstance(model, RandomModel) else model.of)
         return isinstance(model, HubModel) and model.trust_remote_code
 
     @property

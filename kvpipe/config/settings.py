@@ -109,6 +109,8 @@ class TrainConfig(Section):
     """Targets of frozen projectors are computed once and held when they fit into this many GB; else batch by batch."""
     checkpoint_every: Count = 200
     """Steps between checkpoints."""
+    frozen: list[str] = Field(default=[])
+    """Parts of names of weights that are not trained, such as `embed_tokens`: a large vocabulary's, on little text."""
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of all weights."""
     device: str = "auto"
@@ -130,6 +132,8 @@ class TrainConfig(Section):
             raise ValueError(
                 f"accumulate: {self.accumulate} micro-batches of a batch of {self.batch_size} examples leave some empty"
             )
+        if self.frozen and self.lora is not None:
+            raise ValueError("frozen: under lora all weights are frozen but the adapters; leave one of the two out")
         if self.precision == "fp16" and self.device == "cpu":
             raise ValueError("precision: fp16 is not computed on a CPU; set fp32 or bf16, or another device")
         return self

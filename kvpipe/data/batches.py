@@ -109,3 +109,8 @@ def collate(encoding: Encoding, examples: Int64[np.ndarray, "batch"], pad_id: in
         mask[row, : len(tokens)] = 1
         labels[row, first : len(tokens)] = tokens[first:]
     return Batch(np.asarray(examples), torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(labels))
+
+
+def spread(count: int, wanted: int) -> Int64[np.ndarray, "example"]:
+    """`wanted` numbers spread evenly over 0 … count − 1, so that every task is among them."""
+    return np.unique(np.linspace(0, count - 1, min(wanted, count)).astype(np.int64))

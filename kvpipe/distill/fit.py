@@ -116,6 +116,15 @@ def _random(xs: Matrices, out: int, config: FitConfig) -> list[Affine]:
     return [random_orthogonal(x, out, config.seed + i) for i, x in enumerate(xs)]
 
 
+def _identity(xs: Matrices, out: int) -> list[Affine]:
+    if other := sorted({x.shape[1] for x in xs} - {out}):
+        raise ValueError(
+            f"fit.method: identity needs teachers with the student's {out} numbers (heads × dimension × layers side by "
+            f"side) per layer; got {', '.join(map(str, other))}. Use ridge or pca"
+        )
+    return [Affine(torch.eye(out, dtype=x.dtype), torch.zeros(out, dtype=x.dtype)) for x in xs]
+
+
 LINEAR: dict[str, Callable[[Matrices, int, FitConfig], list[Affine]]] = {
     "pca": _pca,
     "joint_pca": _joint_pca,
@@ -208,6 +217,8 @@ def _linear(xs, out: int, config: FitConfig, student: Rows | None, kind: int, la
     if config.method == "ridge":
         assert own is not None
         return [ridge(x, own, config.ridge) for x in xs]  # the student's own scale is the target's
+    if config.method == "identity":
+        return _identity(xs, out)
     maps = normalised(LINEAR[config.method](xs, out, config), xs, config.whiten)
     if config.basis == "teacher":
         return maps

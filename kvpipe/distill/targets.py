@@ -12,8 +12,9 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from kvpipe.cache.kv import KV
-from kvpipe.cache.teacher import Aligned, AlignedTeacher, spread
+from kvpipe.cache.teacher import Aligned, AlignedTeacher
 from kvpipe.config import FusionSettings
+from kvpipe.data.batches import spread
 from kvpipe.distill.fusion import Fused, Fusion, TeacherCaches, collapse_report, mean_weights
 from kvpipe.distill.projectors import Projector
 

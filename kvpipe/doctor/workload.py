@@ -17,6 +17,7 @@ from kvpipe.config import (
     HubModel,
     Loading,
     LocalModel,
+    PrunedModel,
     RandomModel,
     ScratchModel,
 )
@@ -87,6 +88,14 @@ class Workload:
         model, folder = self.config.models[name], self.folder(name)
         if isinstance(model, RandomModel):
             return self.shape(model.like)
+        if isinstance(model, PrunedModel) and folder is None:
+            whole = self.shape(model.of)
+            kept = model.keep or len(model.layers or ())
+            if whole is None:
+                return None
+            embedded = whole.vocab * whole.hidden
+            left = embedded + (whole.parameters - embedded) * kept // whole.layers
+            return replace(whole, layers=kept, parameters=left)
         if folder is not None:
             try:
                 return shape(read_config(folder), parameters=count_parameters(folder))

@@ -22,6 +22,7 @@ def misfits(dag: Dag, shapes: Mapping[str, Shape], arms: Iterable[str] | None = 
     for name in dag.arms if arms is None else arms:
         arm = dag.arms[name]
         lines += [f"arms.{name}.set.{line}" for line in _layers(arm, dag.config.student, shapes)]
+        lines += [f"arms.{name}.set.{line}" for line in _identity(arm, dag.config.student, shapes)]
         lines += [f"arms.{name}.set.{line}" for line in _relations(arm, dag.config.student, shapes)]
         if "top_logits" in arm.needs:
             lines += _tops(arm, dag.config.store.top_logits, shapes)
@@ -48,6 +49,17 @@ def _layers(arm: Arm, student: str, shapes: Mapping[str, Shape]) -> Iterator[str
         last = shapes[teacher].layers - 1
         if max(listed) > last:
             yield f"layer.layers: {max(listed)} is not in the teacher {teacher}, whose layers are 0 to {last}"
+
+
+def _identity(arm: Arm, student: str, shapes: Mapping[str, Shape]) -> Iterator[str]:
+    """Heads and their dimension, which a cache that is taken as it is has in common with the student's."""
+    if arm.loss.kind != "kv" or arm.fit.method != "identity" or student not in shapes:
+        return
+    own = shapes[student]
+    for name in (name for name in arm.teachers if name in shapes):
+        if (shapes[name].kv_heads, shapes[name].head_dim) != (own.kv_heads, own.head_dim):
+            theirs = f"{shapes[name].kv_heads} heads of {shapes[name].head_dim} in {name}"
+            yield f"fit.method: identity: {theirs}, {own.kv_heads} of {own.head_dim} in {student}; use ridge or pca"
 
 
 def _relations(arm: Arm, student: str, shapes: Mapping[str, Shape]) -> Iterator[str]:

@@ -7,7 +7,7 @@ from functools import cached_property
 from hashlib import sha256
 from typing import Any
 
-from kvpipe.config import Arm, Config, HubModel, RandomModel
+from kvpipe.config import Arm, Config, HubModel, PrunedModel, RandomModel
 
 
 def digest(value: Any, length: int = 8) -> str:
@@ -125,6 +125,8 @@ class Dag:
     def model_needs(self, name: str) -> list[str]:
         """Models that must be there before this one."""
         model = self.config.models[name]
+        if isinstance(model, PrunedModel):
+            return [model.of]
         return [model.like] if isinstance(model, RandomModel) else []
 
     def model_source(self, name: str) -> dict[str, Any]:
@@ -135,6 +137,6 @@ class Dag:
             out.pop("recipe", None)
         if isinstance(model, HubModel) and (pinned := self.config.lock.get(model.pin)):
             out["commit"] = pinned.commit
-        if isinstance(model, RandomModel):
-            out["like_model"] = self.model_source(model.like)
+        for needed in self.model_needs(name):
+            out["like_model"] = self.model_source(needed)
         return out

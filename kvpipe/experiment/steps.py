@@ -12,7 +12,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from kvpipe.config import Arm, Config, FileData, HubData, LocalModel
+from kvpipe.config import Arm, Config, FileData, HubData, LocalModel, PrunedModel
 from kvpipe.config.terms import HiddenConfig
 from kvpipe.experiment.paths import MANIFEST, SPLITS, Paths
 from kvpipe.experiment.plan import Dag
@@ -141,8 +141,9 @@ class Model(Step):
         return {"manifest": self.paths.manifest(model)}
 
     def needs(self, model):
-        # a from-scratch student's tokenizer is trained on the training split
-        split = [self.paths.data("train")] if self.config.models[model].source == "scratch" else []
+        # a from-scratch student's tokenizer is trained on the training split, and layers are chosen on it
+        read = self.config.models[model].source == "scratch" or self._is_chosen(model)
+        split = [self.paths.data("train")] if read else []
         return [*map(self.paths.manifest, self.dag.model_needs(model)), *split]
 
     def sources(self, model):
@@ -150,10 +151,16 @@ class Model(Step):
         own = Path(found.path).iterdir() if isinstance(found, LocalModel) else ()
         return sorted(path for path in own if path.is_file() and path.name != MANIFEST)
 
+    def _is_chosen(self, model: str) -> bool:
+        """Whether its layers are chosen by their loss."""
+        found = self.config.models[model]
+        return isinstance(found, PrunedModel) and found.keep is not None and found.by == "greedy"
+
     def settings(self, model):
         source = self.dag.model_source(model)
         data: dict[str, Any] = {"pretrain": Data(self.dag, self.paths).settings()}
         data["scratch"] = self.config.data.template.model_dump()
+        data["pruned"] = data["scratch"] if self._is_chosen(model) else None
         return {"source": source, "data": data.get(source["source"])}
 
 

@@ -15,8 +15,7 @@ from kvpipe.align.rope import Rope
 from kvpipe.cache.attention import output_cosine
 from kvpipe.cache.capture import Recorder
 from kvpipe.cache.kv import KV
-from kvpipe.cache.teacher import spread
-from kvpipe.data.batches import collate
+from kvpipe.data.batches import collate, spread
 from kvpipe.distill import fit as fitting
 from kvpipe.distill.projectors import save_projectors
 from kvpipe.experiment.device import resolve_device

@@ -9,9 +9,9 @@ from kvpipe.align import layermap
 from kvpipe.align.layer import StreamingCKA
 from kvpipe.align.timemap import build_time_map
 from kvpipe.cache.capture import Recorder, kv_geometry
-from kvpipe.cache.teacher import AlignedTeacher, LiveRows, spread
+from kvpipe.cache.teacher import AlignedTeacher, LiveRows
 from kvpipe.config import TimeConfig
-from kvpipe.data.batches import collate, schedule
+from kvpipe.data.batches import collate, schedule, spread
 from kvpipe.distill.losses import masked_mean
 from kvpipe.experiment.device import resolve_device
 from kvpipe.models.folders import has_weights

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from kvpipe.config import Config, HubModel, LocalModel, PretrainModel, RandomModel, ScratchModel
+from kvpipe.config import Config, HubModel, LocalModel, PretrainModel, PrunedModel, RandomModel, ScratchModel
 from kvpipe.experiment.paths import MANIFEST
 from kvpipe.models import hub
 from kvpipe.models.folders import (
@@ -20,6 +20,7 @@ from kvpipe.models.folders import (
 )
 from kvpipe.models.headers import file_problems, misfit, no_cache, no_language_model, read_config
 from kvpipe.models.pretrain import pretrain, student_tokenizer
+from kvpipe.models.pruned import prune
 from kvpipe.models.tokenizers import fingerprint
 from kvpipe.steps.inputs import Inputs
 from kvpipe.steps.make import run
@@ -54,6 +55,10 @@ def make_model(inputs: Inputs, model: str) -> None:
             like = paths.model(entry.like)
             source = randomise(like, out, entry.seed, config.trusts(model))
             how = {k: v for k, v in recorded(like).items() if k in ("load", "trust_remote_code")}
+        case PrunedModel():
+            texts = inputs.records("train") if entry.keep is not None and entry.by == "greedy" else []
+            source = prune(entry, paths.model(entry.of), texts, config, out)
+            how = {k: v for k, v in recorded(paths.model(entry.of)).items() if k == "trust_remote_code"}
         case ScratchModel():
             tokenizer = student_tokenizer(entry.tokenizer, inputs.records("train"), config.data)
             tokenizer.save_pretrained(out)

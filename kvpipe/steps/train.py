@@ -22,7 +22,7 @@ from kvpipe.steps.inputs import Inputs
 from kvpipe.steps.make import make
 from kvpipe.steps.objective import load_objective
 from kvpipe.train.card import write_card
-from kvpipe.train.cell import Cell, budget
+from kvpipe.train.cell import Cell, budget, freeze
 from kvpipe.train.export import export
 from kvpipe.train.lora import adapted, check_lora
 from kvpipe.train.trainer import Trained, check_settings, peak_memory, set_up, train
@@ -122,6 +122,7 @@ def load_cell(inputs: Inputs, arm_name: str, seed: int, log=print) -> Cell:
     student = inputs.student(drawn, arm.init).train()
     if training.lora is not None:
         student = adapted(student, training.lora)
+    freeze(student, training.frozen)
     if training.gradient_checkpointing:
         student.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         student.enable_input_require_grads()

@@ -54,6 +54,8 @@ def origin(dag: Dag, paths: Paths, name: str) -> str:
             return f"local folder {Path(source['path']).name}"
         case "random":
             return f"random weights in the architecture of {source['like']}"
+        case "pruned":
+            return f"layers {', '.join(map(str, source['layers']))} of {source['of']}"
         case "pretrain":
             return "pretrained by kvpipe"
         case _:
@@ -63,8 +65,8 @@ def origin(dag: Dag, paths: Paths, name: str) -> str:
 def license_of(dag: Dag, paths: Paths, name: str) -> str | None:
     """The licence that a model's repository, or the card in its folder, names; None for one that kvpipe made."""
     source = _manifest(paths, name)
-    if source.get("source") == "random":
-        return license_of(dag, paths, source["like"])
+    if source.get("source") in ("random", "pruned"):
+        return license_of(dag, paths, source["like" if source["source"] == "random" else "of"])
     card = paths.model(name) / "README.md"
     if "license" in source or not card.is_file():
         return source.get("license")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from kvpipe.config import Arm, EvaluateConfig, TrainConfig
+from kvpipe.config import Arm, ConfigError, EvaluateConfig, TrainConfig
 from kvpipe.data.encoding import Encoding
 from kvpipe.distill.objective import Objective
 
@@ -39,5 +39,25 @@ class Cell:
 
 
 def budget(config: TrainConfig, arm: Arm) -> TrainConfig:
-    """Training of an arm's cells: the same for every arm, but for the steps where an arm says so."""
-    return config.model_copy(update={"steps": max(1, round(config.steps * arm.step_factor))})
+    """Training of an arm's cells: the same for every arm, but for steps and learning rate where an arm says so."""
+    steps, rate = max(1, round(config.steps * arm.step_factor)), config.learning_rate * arm.learning_rate_factor
+    return config.model_copy(update={"steps": steps, "learning_rate": rate})
+
+
+def freeze(student: nn.Module, names: list[str]) -> None:
+    """Leave the weights whose names hold one of `names` untrained.
+
+    Raises:
+        ConfigError: a name is in none, or nothing is left to train.
+    """
+    weights = dict(student.named_parameters())
+    for name in names:
+        found = [weight for path, weight in weights.items() if name in path]
+        if not found:
+            raise ConfigError(
+                f"train.frozen: no weight of the student has {name!r} in its name; it has {', '.join(weights)}"
+            )
+        for weight in found:
+            weight.requires_grad_(False)
+    if not any(weight.requires_grad for weight in weights.values()):
+        raise ConfigError(f"train.frozen: {', '.join(names)} leaves nothing of the student to train; name less")

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvpipe.cache.teacher import spread
 from kvpipe.config import Template
+from kvpipe.data.batches import spread
 from kvpipe.data.encoding import Encoding, encode_records
 from kvpipe.data.records import Record
 from kvpipe.experiment.files import folder_digest

@@ -104,7 +104,8 @@ def test_counting_in_stored_layers_names_the_same_layers():
 
 def test_the_step_measures_keys_values_and_hidden_states(tiny):
     from kvpipe.align.layer import linear_cka
-    from kvpipe.cache.teacher import HiddenRows, spread
+    from kvpipe.cache.teacher import HiddenRows
+    from kvpipe.data.batches import spread
     from kvpipe.steps.layer_map import make_layer_map
 
     teacher = tiny.dag.teachers[0]

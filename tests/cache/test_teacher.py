@@ -7,8 +7,9 @@ from tiny import build, encoded
 
 from kvpipe.align.timemap import build_time_map
 from kvpipe.cache import forward
-from kvpipe.cache.teacher import AlignedTeacher, LiveRows, StoredRows, spread
+from kvpipe.cache.teacher import AlignedTeacher, LiveRows, StoredRows
 from kvpipe.config import TimeConfig
+from kvpipe.data.batches import spread
 from kvpipe.models.folders import load_model, load_tokenizer
 from kvpipe.steps.train import prepare
 from kvpipe.tokens.matrix import overlap

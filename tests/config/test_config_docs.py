@@ -63,7 +63,7 @@ def test_every_key_is_in_the_readme_with_its_default():
     assert "| true or false | `false` |" in rows["train.gradient_checkpointing"]
     # no default means that it must be given
     assert "| text |  |" in rows["student"]
-    assert "`random` |  |" in rows["models.<name>.source"]
+    assert "`pruned` |  |" in rows["models.<name>.source"]
 
 
 def _flat(path, value):

@@ -317,3 +317,17 @@ def test_the_step_does_not_depend_on_the_random_state_it_starts_with(tiny):
             make_fit(tiny, fit_id)
             written.append(tiny.paths.projector(fit_id).read_bytes())
         assert written[0] == written[1], fit_id
+
+
+def test_identity_is_the_teachers_own_cache_and_needs_the_students_shape():
+    same = Geometry(src_heads=2, src_dim=6, dst_heads=2, dst_dim=6, dst_layers=3)
+    projector = build_projector(ProjectorConfig(), same, plan(), 1000)
+    rows = Rows(torch.randn(57, 4, 2, 6), 9 * torch.randn(57, 4, 2, 6) + 5)
+    fit([projector], [rows], FitConfig(method="identity"))
+    out = projector(rows.keys[None], rows.values[None])
+    kept = [0, 2, 3]  # of `plan`
+    torch.testing.assert_close(out.keys[:, 0], rows.keys[:, kept].permute(1, 2, 0, 3))
+    torch.testing.assert_close(out.values[:, 0], rows.values[:, kept].permute(1, 2, 0, 3))
+    projectors, data = teachers()
+    with pytest.raises(ValueError, match=r"identity needs teachers with the student's 12 numbers.*got 28, 30"):
+        fit(projectors, data, FitConfig(method="identity"))

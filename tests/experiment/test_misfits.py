@@ -19,6 +19,7 @@ CASES = {
     "a student layer too many": ({"loss.layers": [0, 3]}, "loss.layers: [3] not in the student"),
     "one number too few": ({"layer": {"kind": "list", "layers": [0, 1]}}, "layer.layers: 2 numbers; expected 3"),
     "no such layer": ({"layer": {"kind": "list", "layers": [0, 1, 4]}}, "layer.layers: 4 is not in the teacher alpha"),
+    "another shape": ({"fit.method": "identity"}, "fit.method: identity: 3 heads of 8 in alpha, 2 of 6 in student"),
     "relation heads": ({"loss": {"kind": "relation", "relation_heads": 5}}, "loss.relation_heads: 5 does not divide"),
 }
 TOPS = ({"store.top_logits": 331}, "store.top_logits: 331 next tokens of alpha, whose vocabulary has 330")
