@@ -65,7 +65,8 @@ class Objective(nn.Module):
         super().__init__()
         # says on which device and in which precision the objective computes
         self.register_buffer("unit", torch.ones(()), persistent=False)
-        self.terms = nn.ModuleDict(terms)
+        # a ModuleDict takes no name that its own methods have, such as keys
+        self.terms, self.trained = dict(terms), nn.ModuleList(terms.values())
         self.needs, self.tasks, self.teachers, self.targets = needs, tasks, list(teachers), targets
         # not a submodule: where it makes the targets too, it is one of theirs
         self.top, self.known = list(top), [] if fusion is None else [fusion]
@@ -135,11 +136,11 @@ class Objective(nn.Module):
     @torch.no_grad()
     def measure(self, batch: Batch, said: Said) -> dict[str, Row]:
         """Sums of a part, a row for each term."""
-        return {name: term.measure(batch, said).to(self.unit) for name, term in self.terms.items()}  # type: ignore[operator]
+        return {name: term.measure(batch, said).to(self.unit) for name, term in self.terms.items()}
 
     def whole(self, rows: Mapping[str, Float[Tensor, "part sum"]]) -> dict[str, Row]:
         """What all parts' rows amount to, by term."""
-        return {name: term.whole(rows[name]) for name, term in self.terms.items()}  # type: ignore[operator]
+        return {name: term.whole(rows[name]) for name, term in self.terms.items()}
 
     def loss(
         self,
@@ -160,7 +161,7 @@ class Objective(nn.Module):
             progress: (step, steps).
             only: name of a term.
         """
-        weights: dict[str, float] = {name: term.weight(*progress) for name, term in self.terms.items()}  # type: ignore[operator]
+        weights: dict[str, float] = {name: term.weight(*progress) for name, term in self.terms.items()}
         counts = {name: weight if only in (None, name) else 0.0 for name, weight in weights.items()}
         heads = {name: term for name, term in self.terms.items() if isinstance(term, HeadTerm)}
         total, values = self._of_head(batch, said, whole, student, heads, counts)
@@ -218,7 +219,7 @@ class Objective(nn.Module):
         out = {
             key: (value, 1.0)
             for name, term in self.terms.items()
-            for key, value in term.watch(whole[name]).items()  # type: ignore[operator]
+            for key, value in term.watch(whole[name]).items()
         }
         if self.targets is not None:
             mask = batch.mask & said.target.mask

@@ -53,7 +53,7 @@ def _layers(arm: Arm, student: str, shapes: Mapping[str, Shape]) -> Iterator[str
 
 def _identity(arm: Arm, student: str, shapes: Mapping[str, Shape]) -> Iterator[str]:
     """Heads and their dimension, which a cache that is taken as it is has in common with the student's."""
-    if arm.loss.kind != "kv" or arm.fit.method != "identity" or student not in shapes:
+    if "targets" not in arm.needs or arm.fit.method != "identity" or student not in shapes:
         return
     own = shapes[student]
     for name in (name for name in arm.teachers if name in shapes):

@@ -181,7 +181,7 @@ class Loop:
         ]
         projector = self.cell.arm.projector
         slow = projector.learning_rate if projector.mode == "slow" else peak
-        for module, rate in ((self.objective.targets, slow), (self.objective.terms, peak)):
+        for module, rate in ((self.objective.targets, slow), (self.objective.trained, peak)):
             extra = [] if module is None else [p for p in module.parameters() if p.requires_grad]
             groups += [{"params": extra, "weight_decay": 0.0, "peak": rate}] if extra else []
         return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.99), fused=True)
