@@ -23,7 +23,6 @@ from torch import Tensor
 
 from kvpipe.cache.capture import kv_geometry
 from kvpipe.cache.forward import Keep, TeacherRows, forward_batches
-from kvpipe.cache.forward import forward_rows as forward_rows
 from kvpipe.cache.rowfile import Progress, RowFile
 from kvpipe.config import StoreConfig
 from kvpipe.data.encoding import Encoding

@@ -156,7 +156,8 @@ class AlignedTeacher:
             for row, (example, other, nats) in enumerate(zip(examples, read, parts, strict=True)):
                 ours, theirs = dst_spans[self.dst.rows(example)], src_spans[self.src.rows(other)]
                 out["nll"][row, : len(ours)] = torch.from_numpy(nats_of_spans(nats.numpy(), theirs, ours))
-                out["ends"][row, : len(ours)] = torch.from_numpy(np.isin(ours[:, 1], theirs[:, 1]).astype(np.float32))
+                shared = np.isin(ours[:, 1], theirs[:, 1]) & (ours[:, 1] > ours[:, 0])
+                out["ends"][row, : len(ours)] = torch.from_numpy(shared.astype(np.float32))
         return Aligned(weight_mask(weight).reshape(len(examples), length), out, loss)
 
 
@@ -167,12 +168,15 @@ def nats_of_spans(
 ) -> Float[np.ndarray, "dst_time"]:
     """Nats of the source tokens shared out over the bytes they stand for, and added up over each destination token's.
 
-    Both spans are of one text. What source tokens without bytes cost is nobody's; all else adds up to the same sum.
+    Both spans are of one text. A source token without bytes (BOS, a space that the tokenizer invents) counts with the next
+    one that has some; so all adds up to the same sum, but for what ends the text without bytes.
     """
     with_bytes = src_spans[:, 1] > src_spans[:, 0]
-    ends = np.concatenate([src_spans[with_bytes, 0][:1], src_spans[with_bytes, 1]])
-    told = np.concatenate([[0] * (len(ends) > 0), np.cumsum(nats[with_bytes])])
-    if not len(ends):
+    if not with_bytes.any():
         return np.zeros(len(dst_spans), np.float32)
-    before, after = (np.interp(dst_spans[:, side], ends, told) for side in (0, 1))
-    return (after - before).astype(np.float32)
+    after = np.cumsum(nats)[with_bytes]
+    # between the segments of a text there may be bytes that no token has
+    places = src_spans[with_bytes].flatten()
+    told = np.stack([np.concatenate([[0], after[:-1]]), after], axis=1).flatten()
+    start, stop = (np.interp(dst_spans[:, side], places, told) for side in (0, 1))
+    return (stop - start).astype(np.float32)

@@ -223,7 +223,7 @@ class Objective(nn.Module):
         }
         if self.targets is not None:
             mask = batch.mask & said.target.mask
-            out["masked_share"] = ((batch.mask.sum() - mask.sum()).item(), batch.mask.sum().item())
+            out["masked_share"] = (float(batch.mask.sum() - mask.sum()), float(batch.mask.sum()))
             out |= self.targets.watch(said.target, mask, np.array(self._tasks(batch)))
         return out
 

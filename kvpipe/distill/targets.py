@@ -197,7 +197,7 @@ class FusedTargets(nn.Module):
             return out
         weights = target.fused.weights
         for task, table in sorted(mean_weights(weights, list(tasks), mask).items()):
-            shown = mask[torch.from_numpy(tasks == task)].sum().item()
+            shown = float(mask[torch.from_numpy(tasks == task)].sum())
             for targets, weight in zip(self.targets, table.mean(0), strict=True):
                 out[f"weight/{task}/{targets.name}"] = (weight.item() * shown, shown)
         if any(parameter.requires_grad for parameter in self.fusion.parameters()) and "own_hidden" in self.needs:
