@@ -90,7 +90,11 @@ TOKENIZERS = {
 ARMS: dict[str, Any] = {
     "control": {"role": "control"},
     # one teacher and the plainest setting of everything
-    "one": {"base": "control", "role": "experiment", "set": {"teachers": ["alpha"], "loss": {"keys": {}, "values": {}}}},
+    "one": {
+        "base": "control",
+        "role": "experiment",
+        "set": {"teachers": ["alpha"], "loss": {"keys": {}, "values": {}}},
+    },
     # two teachers in one space
     "two": {"base": "one", "set": {"teachers": ["alpha", "beta"], "fit.method": "joint_pca"}},
     "own": {"base": "two", "set": {"time": {"kind": "segment"}}},
@@ -122,15 +126,24 @@ ARMS: dict[str, Any] = {
 }
 MORE_ARMS: dict[str, Any] = {
     # terms beside one another, and what needs other columns of the teachers
-    "many": {"base": "task", "set": {"loss.logits": {"weight": 0.5}, "loss.values.schedule": {"kind": "stop", "until": 0.5}}},
+    "many": {
+        "base": "task",
+        "set": {"loss.logits": {"weight": 0.5}, "loss.values.schedule": {"kind": "stop", "until": 0.5}},
+    },
     "attention-outputs": {"base": "two", "set": {"loss": {"attention": {}}}},
     "states": {
         "base": "control",
-        "set": {"teachers": ["alpha", "beta"], "loss": {"hidden": {"layers": [0, -1]}, "final_state": {"distance": "mse"}}},
+        "set": {
+            "teachers": ["alpha", "beta"],
+            "loss": {"hidden": {"layers": [0, -1]}, "final_state": {"distance": "mse"}},
+        },
     },
     "likelihood": {
         "base": "control",
-        "set": {"teachers": ["alpha", "beta"], "loss": {"likelihood": {"temperature": 10}, "cross_entropy": {"weight": 0}}},
+        "set": {
+            "teachers": ["alpha", "beta"],
+            "loss": {"likelihood": {"temperature": 10}, "cross_entropy": {"weight": 0}},
+        },
     },
     "span": {"base": "two", "set": {"fuse": {"kind": "select", "per": "span"}}},
     "similarity": {"base": "two", "set": {"fuse.kind": "similarity"}},

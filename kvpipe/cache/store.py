@@ -262,6 +262,11 @@ class Store:
         ValueError: the index cannot be read; or a shard is missing, damaged, or not the one in this place.
     """
 
+    @classmethod
+    def open(cls, folder: str | Path) -> Store:
+        """The store in a folder."""
+        return cls(Path(folder))
+
     def __init__(self, folder: Path):
         self.folder = folder
         index_path = folder / INDEX

@@ -378,7 +378,9 @@ class LikelihoodTerm(Term):
             ]
             pieces = ends.sum(1).long()
             number = torch.arange(own.shape[1], device=device)
-            exists = (number > 0) & (number < pieces[:, None])  # of the first, one side may have nothing to predict it from
+            exists = (number > 0) & (
+                number < pieces[:, None]
+            )  # of the first, one side may have nothing to predict it from
             theirs, ours = (-x / self.settings.temperature for x in sums)
             share = said.weights.to(device)[teacher][:, None]
             total = total + (_binary_kl(theirs, ours).masked_fill(~exists, 0) * share).sum()

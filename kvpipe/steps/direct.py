@@ -48,7 +48,7 @@ def experiment(
             raise ConfigError(f"{path} is not a model folder: it needs config.json and safetensors")
     source, count = _source(data)
     names = _names(teachers)
-    kv = {"teachers": list(names), "loss": {"kind": "kv"}, "fit": {"method": "ridge"}}
+    kv = {"teachers": list(names), "loss": {"keys": {}, "values": {}}, "fit": {"method": "ridge"}}
     values = {
         "title": out.name,
         "seeds": [0],

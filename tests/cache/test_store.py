@@ -12,9 +12,8 @@ from tiny import encoded
 
 from kvpipe.cache import forward, rowfile, store
 from kvpipe.cache.capture import capture, kv_geometry
-from kvpipe.cache.forward import next_tokens
+from kvpipe.cache.forward import Keep, forward_rows, next_tokens
 from kvpipe.cache.rowfile import RowFile
-from kvpipe.cache.forward import Keep, forward_rows
 from kvpipe.cache.store import Store, StoreKey, attention_cosine, pack, shard_bounds, unpack, write_index
 from kvpipe.config import StoreConfig
 from kvpipe.models import head
@@ -34,7 +33,15 @@ def teacher(tiny):
 
 
 def key_of(dtype="bf16", shards=1, **changes):
-    values = {"model": "m", "data": "d", "layers": (0, 2, 4), "reading": "student", "dtype": dtype, "top_logits": TOP, "nll": True}
+    values = {
+        "model": "m",
+        "data": "d",
+        "layers": (0, 2, 4),
+        "reading": "student",
+        "dtype": dtype,
+        "top_logits": TOP,
+        "nll": True,
+    }
     return StoreKey(**{**values, "shards": shards, **changes})
 
 

@@ -219,8 +219,12 @@ MISTAKES = [
     ({"stats.headline": "control"}, "stats.headline", "is the control"),
     ({"stats.contrasts": [["full", "exp9"]]}, "stats.contrasts[0]", "no arm is named 'exp9'"),
     ({"stats.contrasts": [["full", "full"]]}, "stats.contrasts[0]", "compared with itself"),
-    ({"arms.control.set": {"teachers": ["math"], "loss.kind": "kv"}}, "arms.control.set", "leave out teachers (math)"),
-    ({"arms.control.set": {"loss.kind": "kv"}}, "arms.control.set", "both or neither"),
+    (
+        {"arms.control.set": {"teachers": ["math"], "loss": {"keys": {}, "values": {}}}},
+        "arms.control.set",
+        "leave out teachers (math)",
+    ),
+    ({"arms.control.set": {"loss": {"keys": {}, "values": {}}}}, "arms.control.set", "both or neither"),
     # keys that had another name
     ({"arms.exp1.set.steps": 3}, "arms.exp1.set.steps", "is called step_factor now"),
     (

@@ -49,7 +49,10 @@ def plan():
 
 def teachers(kind="linear", rows=ROWS):
     sizes = (FIRST, SECOND)
-    projectors = [build_projector(PROJECTORS(kind, **({"mlp_ratio": 0.5} if kind == "elastic" else {})), g, plan(), 1000) for g in sizes]
+    projectors = [
+        build_projector(PROJECTORS(kind, **({"mlp_ratio": 0.5} if kind == "elastic" else {})), g, plan(), 1000)
+        for g in sizes
+    ]
     signal = torch.randn(2, rows, 4, 8)
     data = []
     for g in sizes:

@@ -61,7 +61,9 @@ def build(kind, n):
 
 
 def targets(n):
-    return TeacherCaches(torch.randn(n, LAYER, BATCH, HEAD, TIME, DIM), torch.randn(n, LAYER, BATCH, HEAD, TIME, VALUE_DIM))
+    return TeacherCaches(
+        torch.randn(n, LAYER, BATCH, HEAD, TIME, DIM), torch.randn(n, LAYER, BATCH, HEAD, TIME, VALUE_DIM)
+    )
 
 
 def context(n):
@@ -265,7 +267,10 @@ def test_similarity_favours_the_teacher_whose_target_is_like_its_usual_one():
     assert fusion.prototypes.shape == (2, LAYER, HEAD * (DIM + VALUE_DIM))
     assert torch.isfinite(fusion.prototypes).all() and len(flat) == 2
     given = targets(2)
-    given.keys[1], given.values[1] = usual.keys[1].mean((1, 3), keepdim=True), usual.values[1].mean((1, 3), keepdim=True)
+    given.keys[1], given.values[1] = (
+        usual.keys[1].mean((1, 3), keepdim=True),
+        usual.values[1].mean((1, 3), keepdim=True),
+    )
     given.keys[0], given.values[0] = -given.keys[1], -given.values[1]
     weights = fusion(given).weights
     assert (weights[1] > weights[0]).all()
@@ -278,7 +283,8 @@ def test_agreement_turns_from_a_teacher_that_stands_apart():
     assert (weights[2] < weights[0]).all()
     torch.testing.assert_close(weights[0], weights[1])
     cosine = torch.cosine_similarity(
-        *(torch.cat([given.keys[t, 2, 1, :, 4].flatten(), given.values[t, 2, 1, :, 4].flatten()]) for t in (0, 2)), dim=0
+        *(torch.cat([given.keys[t, 2, 1, :, 4].flatten(), given.values[t, 2, 1, :, 4].flatten()]) for t in (0, 2)),
+        dim=0,
     )
     expected = torch.stack([(1 + cosine) / 2, (1 + cosine) / 2, cosine]).div(0.1).softmax(0)
     torch.testing.assert_close(weights[:, 2, 1, 0, 4], expected, atol=1e-5, rtol=1e-4)

@@ -30,7 +30,7 @@ def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("made")
     arm = (
         {"role": "control"},
-        {"base": "control", "set": {"teachers": ["alpha"], "loss.kind": "kv", "layer.kind": "cka"}},
+        {"base": "control", "set": {"teachers": ["alpha"], "loss": {"keys": {}, "values": {}}, "layer.kind": "cka"}},
     )
     work = build(root, {"arms": {"control": arm[0], "mine": arm[1]}}, teachers=("alpha",))
     prepare(work, "mine", log=[].append)

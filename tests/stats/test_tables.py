@@ -22,7 +22,11 @@ from kvpipe.stats.scores import CELL, ITEM_METRICS, UNTRAINED, Scores, cell_of, 
 SEEDS = [4, 2, 9]
 ARMS = {
     "control": {"role": "control"},
-    "exp1": {"base": "control", "role": "experiment", "set": {"teachers": ["alpha"], "loss.kind": "kv"}},
+    "exp1": {
+        "base": "control",
+        "role": "experiment",
+        "set": {"teachers": ["alpha"], "loss": {"keys": {}, "values": {}}},
+    },
     "exp3": {"base": "exp1", "role": "experiment", "set": {"layer.kind": "cka"}},
     "full": {"base": "exp1", "role": "experiment", "set": {"time.kind": "segment"}},
     "null-shuffled": {"base": "full", "role": "null", "set": {"shuffle_teacher": True}},
@@ -256,7 +260,11 @@ def test_families_are_every_arm_against_control_and_components_against_exp1(fini
 
 EVERY_ROLE = {
     "control": {"role": "control"},
-    "exp1": {"base": "control", "role": "experiment", "set": {"teachers": ["alpha"], "loss.kind": "kv"}},
+    "exp1": {
+        "base": "control",
+        "role": "experiment",
+        "set": {"teachers": ["alpha"], "loss": {"keys": {}, "values": {}}},
+    },
     "exp2": {"base": "exp1", "role": "experiment"},
     "null": {"base": "exp2", "role": "null"},
     "mine": {"base": "exp1"},
