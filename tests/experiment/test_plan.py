@@ -75,7 +75,7 @@ def test_an_unknown_fit_or_arm_is_named(shipped):
 
 
 def test_settings_of_training_do_not_touch_the_fit():
-    for setting in ("loss.keys.weight", "loss.values.weight", "projector.mode"):
+    for setting in ("loss.keys.weight", "loss.values.weight", "learning_rate_factor"):
         assert reached(arm_with("exp2", **{setting: 0.5})) == {"train/exp2", "report"}
 
 
@@ -126,7 +126,6 @@ def test_stores_of_needed_layers_depend_on_the_arms_layers():
         ("train", "exp3"),
         ("fit", "exp3"),
         ("teacher_kv", "math", "student"),
-        ("teacher_kv", "math", "own"),
         ("report",),
     }
 

@@ -214,7 +214,7 @@ def test_micro_batches_weigh_by_the_tokens_that_carry_loss(cell):
 
 
 # ---------------------------------------------------------------- what a cell leaves
-STEP_KEYS = {"step", "tokens", "learning_rate", "grad_norm", "cross_entropy"}
+STEP_KEYS = {"step", "tokens", "learning_rate", "grad_norm", "cross_entropy", "lambda_cross_entropy"}
 KV_KEYS = {"keys", "values", "lambda_keys", "lambda_values", "target_std_keys", "target_std_values", "masked_share"}
 WEIGHT_KEYS = {f"weight/{task}/{teacher}" for task in ("math", "code") for teacher in ("alpha", "beta")}
 
@@ -229,7 +229,7 @@ def test_history_lines_have_their_keys(cell):
         assert [line["step"] for line in history if "cross_entropy" in line] == [1, 2, 3, 4, 5, 6]
     assert all(set(line) == STEP_KEYS for line in control if "cross_entropy" in line)
     for line in (line for line in kv if "cross_entropy" in line):
-        expected = STEP_KEYS | KV_KEYS | ({"grad_ratio_k", "grad_ratio_v"} if line["step"] % 3 == 0 else set())
+        expected = STEP_KEYS | KV_KEYS | ({"grad_ratio_keys", "grad_ratio_values"} if line["step"] % 3 == 0 else set())
         assert expected <= set(line) <= expected | WEIGHT_KEYS
         for task, weights in (("math", (0.7, 0.3)), ("code", (0.3, 0.7))):
             found = [line.get(f"weight/{task}/{teacher}") for teacher in ("alpha", "beta")]
@@ -328,14 +328,15 @@ def test_nan_in_a_term_stops_with_step_and_term(cell, monkeypatch, tmp_path):
 
 def test_a_gradient_that_is_not_finite_is_not_applied(cell, monkeypatch, tmp_path):
     """The loss may be finite where its gradient is not: the weights would be lost, and saved."""
-    real, calls = batch_step.token_nll, iter(range(1000))
+    real, calls = batch_step.final_states, iter(range(1000))
 
-    def poisoned(logits, labels):
+    def poisoned(*args, **inputs):
+        states, output = real(*args, **inputs)
         if next(calls) == 4:
-            logits.register_hook(lambda gradient: gradient * float("inf"))
-        return real(logits, labels)
+            states.register_hook(lambda gradient: gradient * float("inf"))
+        return states, output
 
-    monkeypatch.setattr(batch_step, "token_nll", poisoned)
+    monkeypatch.setattr(batch_step, "final_states", poisoned)
     with pytest.raises(NonFiniteLossError, match=r"step 5: .*gradient"):
         cell("control", {"train.checkpoint_every": 1})
     assert max(p.name for p in tmp_path.glob("*/checkpoints/*")) == "step-00000004"
