@@ -72,5 +72,5 @@ HOMES = {
     "tokens.spans": ("encode", "token_bytes"),
 }
 """Module → the names of the library that it has."""
-__all__ = sorted(name for names in HOMES.values() for name in names)  # noqa: PLE0605
+__all__ = sorted(name for names in HOMES.values() for name in names)
 __getattr__ = lazily(__name__, **{name: module for module, names in HOMES.items() for name in names})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,25 @@ def layer_plan(config: LayerConfig, src_layers: int, dst_layers: int, layer_map:
         )
     index = torch.tensor(chosen)[None, :, None].expand(2, -1, 1)
     return LayerPlan(index, torch.ones(2, dst_layers, 1), False)
+
+
+def at_kept_depth(config: LayerConfig, src_layers: int, student: Mapping[str, Any]) -> LayerConfig:
+    """`kept` as an explicit list: the teacher layers at the depth that the layers of a pruned student had.
+
+    Args:
+        config: of an arm; any other kind is given back as it is.
+        src_layers: of the teacher.
+        student: what the student's manifest says of its source.
+
+    Raises:
+        ValueError: the student is not pruned.
+    """
+    if config.kind != "kept":
+        return config
+    if student.get("source") != "pruned":
+        raise ValueError("layer.kind: kept needs a student of source: pruned; take proportional, cka or list")
+    scale = (src_layers - 1) / max(1, student["of_layers"] - 1)
+    return config.model_copy(update={"kind": "list", "layers": [round(i * scale) for i in student["layers"]]})
 
 
 def _similarity(path: Path, src_layers: int, dst_layers: int) -> dict[str, list[list[float]]]:

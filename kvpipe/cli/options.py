@@ -49,10 +49,11 @@ class Experiment:
         return self.plan()[0].known_model(name)
 
     def inputs(self):
-        """The loaders. torch and transformers take seconds to import: only steps that compute pay for them."""
+        """The loaders. torch and transformers take seconds to import: a wrong configuration is said before."""
+        experiment = self.load()
         from kvpipe.steps.inputs import Inputs
 
-        return Inputs(*self.load())
+        return Inputs(*experiment)
 
     def run(self, step: str, **job: str) -> None:
         """Run one job of a step."""
@@ -98,6 +99,8 @@ def writable_file(out: Path | None) -> Path | None:
     for path in () if out is None else out.parents:
         if path.exists() and not path.is_dir():
             raise typer.BadParameter(f"{out}: {path} is a file, not a folder")
+    if out is not None and out.is_dir():
+        raise typer.BadParameter(f"{out} is a folder; name a file in it")
     return out
 
 

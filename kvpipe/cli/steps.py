@@ -19,7 +19,9 @@ Items = Annotated[Path, typer.Option(help="Parquet file, one row per item.", cal
 @with_experiment
 def data(given: Experiment) -> None:
     """Write the train, validation and test splits."""
-    given.run("data")
+    from kvpipe.steps.make import Work, run
+
+    run(Work(*given.load()), "data")
 
 
 @with_experiment
@@ -30,12 +32,13 @@ def models(
     ] = None,
 ) -> None:
     """Bring a model into its folder, with a manifest: on a login node, which reaches the hub."""
+    from kvpipe.steps.make import Work, run
     from kvpipe.steps.models import make_hub_models
 
     if name is None:
-        make_hub_models(given.inputs())
+        make_hub_models(Work(*given.load()))
     else:
-        given.run("model", model=given.known_model(name))
+        run(Work(*given.load()), "model", model=given.known_model(name))
 
 
 @with_experiment
@@ -59,8 +62,9 @@ def pretrain(
 
     settings = load(config, overrides)
     made = recipes(settings)
-    if only is not None and only not in made:
-        raise typer.BadParameter(f"--only {only}: no such model with a recipe and a path (there are {', '.join(made)})")
+    if not made or only not in (None, *made):
+        which = "no model of the configuration has" if only is None else f"--only {only}: no such model with"
+        raise typer.BadParameter(f"{which} a recipe and a path (there are {', '.join(made) or 'none'})")
     for name in made if only is None else [only]:
         pretrain_into_path(settings, name, log=say)
 

@@ -82,10 +82,11 @@ def train(
     elif arm is None or student or data:
         raise typer.BadParameter("give either --arm, or --teacher, --student, --data and --out")
     else:
+        inputs = given.inputs()
         from kvpipe.steps.train import make_cell
 
         try:
-            make_cell(given.inputs(), arm, seed, out, checkpoints, made, log=say)
+            make_cell(inputs, arm, seed, out, checkpoints, made, log=say)
         except SystemExit as stopped:  # by a signal, its state saved
             if (
                 "APPTAINER_CONTAINER" in os.environ
@@ -98,9 +99,10 @@ def train(
 @with_experiment
 def prepare(given: Experiment, arm: ArmName) -> None:
     """Make all that the cells of an arm read, where it is missing or stale."""
+    inputs = given.inputs()
     from kvpipe.steps.train import prepare
 
-    prepare(given.inputs(), arm, log=say)
+    prepare(inputs, arm, log=say)
 
 
 @with_experiment
@@ -109,7 +111,7 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="Parquet file, one row per item.", callback=writable_file)],
     model: Annotated[Path | None, typer.Option(help="Model folder.")] = None,
     cell: Annotated[Path | None, typer.Option(help="Instead of --model: folder of `kvpipe train --teacher`.")] = None,
-    split: Annotated[str, typer.Option(help="Split that is scored.")] = "test",
+    split: Annotated[Literal["train", "validation", "test"], typer.Option(help="Split that is scored.")] = "test",
 ) -> None:
     """Score a model folder item by item: likelihood and greedy generation."""
     from kvpipe.steps.evaluate import score_folder
@@ -118,6 +120,34 @@ def evaluate(
     if (model is None) == (cell is None):
         raise typer.BadParameter("give either --model or --cell")
     say(score_folder(Inputs(*given.of(cell)), model or Path(cell or "") / STUDENT, split, out))
+
+
+@with_experiment
+def cells(
+    given: Experiment,
+    kept: Annotated[Path, typer.Option(help="Folder of finished cells, to be committed.", callback=writable_folder)],
+    arm: Annotated[list[str] | None, typer.Option(help="Arms, in this order; all otherwise.")] = None,
+    hours: Annotated[float | None, typer.Option(help="No cell begins after so many.")] = None,
+    scored: Annotated[bool, typer.Option(help="Score the test split, or leave it at validation losses.")] = True,
+    out: Annotated[Path | None, typer.Option(help="Only render the report of what is kept.")] = None,
+    check: Annotated[Path | None, typer.Option(help="Only make one kept cell again, under these results.")] = None,
+    drawn: Annotated[int | None, typer.Option(help="With --check: seed of the draw.")] = None,
+) -> None:
+    """Make the cells that are not kept yet and keep each as text; or report from them, or check one."""
+    from kvpipe.steps.cells import KeptCells, check_cell, report_cells, run_cells
+
+    inputs = given.inputs()
+    found = KeptCells(inputs, kept)
+    if out is not None:
+        report_cells(found, out, log=say)
+    elif check is not None:
+        if not check_cell(found, check, drawn, log=say):
+            raise typer.Exit(1)
+    else:
+        arms = [inputs.dag.arm(name) and name for name in arm or inputs.dag.arms]
+        wanted = [(name, seed) for seed in inputs.config.seeds for name in arms]
+        left = run_cells(found, wanted, scored, hours, log=say)
+        say(f"{len(wanted) - left} of {len(wanted)} cells are kept in {kept}")
 
 
 @with_experiment
@@ -138,6 +168,8 @@ def align(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show how two tokenizers' tokens line up on a text."""
+    if not text:
+        raise typer.BadParameter("--text is empty: there is nothing to align")
     import rich
 
     from kvpipe.models.folders import load_tokenizer
@@ -183,4 +215,6 @@ def publish(
     publish(Dag(config), paths, arm, cell or paths.cell(arm, seed), repo, private=not public, log=say)
 
 
-COMMANDS = {f.__name__: f for f in (doctor, lock, prepare, train, evaluate, status, align, report, card, publish)}
+COMMANDS = {
+    f.__name__: f for f in (doctor, lock, prepare, train, evaluate, cells, status, align, report, card, publish)
+}

@@ -39,8 +39,9 @@ class LayerConfig(Section):
     """Which teacher layers make up a student layer."""
 
     options: ClassVar = {**dict.fromkeys(("by", "k", "near", "temperature", "combine"), ("cka",)), "layers": ("list",)}
-    kind: Literal["proportional", "cka", "list"] = "proportional"
-    """`proportional` depth; `cka`: the k most similar teacher layers; `list`: explicit."""
+    kind: Literal["proportional", "kept", "cka", "list"] = "proportional"
+    """`proportional` depth; `kept`: the depth that the layers of a pruned student had in its whole model, for which that
+    is these layers themselves; `cka`: the k most similar teacher layers; `list`: explicit."""
     by: Literal["kv", "hidden"] = "kv"
     """What `cka` compares: keys for keys and values for values, or hidden states for both."""
     k: Count = 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from kvpipe.config.alignment import LayerConfig, TimeConfig
 from kvpipe.config.fusions import MeanFusionConfig
@@ -21,11 +22,16 @@ def _terms(value: Any) -> Any:
     """Terms as written: each has its name for kind unless it says otherwise; an empty one is taken out."""
     if not isinstance(value, dict):
         return value
-    return {
-        name: {"kind": name, **term} if isinstance(term, dict) else term
-        for name, term in value.items()
-        if term is not None
-    }
+    terms = {name: term for name, term in value.items() if term is not None}
+    unknown = [name for name, term in terms.items() if not isinstance(term, Section) and not _named(name, term)]
+    if unknown:
+        raise PydanticCustomError("unknown_keys", "unknown terms", {"keys": unknown, "valid": list(TERMS.settings)})
+    return {name: {"kind": name, **term} if isinstance(term, dict) else term for name, term in terms.items()}
+
+
+def _named(name: str, term: Any) -> bool:
+    """Whether it is clear which term is meant; a kind that there is not is the union's error."""
+    return name in TERMS.settings or (isinstance(term, dict) and "kind" in term)
 
 
 class Arm(Section):

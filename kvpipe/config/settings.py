@@ -142,11 +142,12 @@ class TrainConfig(Section):
 class ScoringConfig(Section):
     """Generation and scoring of one task."""
 
-    scorer: Literal["exact", "number", "math", "code", "choice", "none"] = "exact"
+    scorer: Literal["exact", "number", "math", "code", "choice", "perturbed", "none"] = "exact"
     """When an answer is right. `exact`: the same text after normalisation; `number`: the same number (commas, units,
     signs, fractions); `math`: the same mathematical expression in LaTeX; `code`: the record's tests pass (see
-    `evaluate.sandbox`); `choice`: the right one of the record's choices is the likeliest; `none`: likelihood only,
-    nothing is generated."""
+    `evaluate.sandbox`); `choice`: the right one of the record's choices is the likeliest; `perturbed`: after prompt and
+    reasoning the answer is likelier than three with another number of as many digits in the place of its last one; `none`:
+    likelihood only, nothing is generated."""
     max_new_tokens: Count = 80
     """Generation of an example ends after this many tokens at the latest."""
     stop: list[Annotated[str, Field(min_length=1)]] = Field(default=[])

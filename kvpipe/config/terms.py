@@ -165,7 +165,7 @@ class HiddenConfig(StatesTermConfig):
     needs: ClassVar[frozenset[str]] = frozenset({"hidden", "own_hidden"})
     kind: Literal["hidden"] = "hidden"
     """What enters some student layers, against what enters the teachers' layers at the same depth."""
-    layers: Annotated[list[int], Field(min_length=1)] = Field(default=[-1])
+    layers: Annotated[list[Annotated[int, NUMBER]], Field(min_length=1)] = Field(default=[-1])
     """Student layers whose input is matched; −1 is the last one, whose input the last but one block gives."""
 
 

@@ -140,7 +140,7 @@ def encode_texts(
             raise ValueError(f"record {name!r} has {len(these)} tokens, train.max_length is {max_length}: raise it")
         ids.append(these)
         spans.append(span)
-        segments.append(token_segments(torch.from_numpy(span), text.boundaries))
+        segments.append(token_segments(span, text.boundaries))
         byte_segments.append(list(pairwise(text.boundaries)))
         stripped.append(text)
         hashes.append([hash_bytes(segment.encode()) for segment in text])

@@ -15,7 +15,7 @@ from kvpipe.config import EvaluateConfig, Template
 from kvpipe.data.chat import rendered
 from kvpipe.data.encoding import encode_records, prompt_ids
 from kvpipe.data.records import Record
-from kvpipe.evaluate.choices import choice_encoding, choice_nll, chosen
+from kvpipe.evaluate.choices import choice_encoding, choice_nll, chosen, perturbed
 from kvpipe.evaluate.generate import check_length, context_length, generate
 from kvpipe.evaluate.sandbox.run import Outcome, run_all
 from kvpipe.evaluate.scorers.answers import extract, is_correct, judge_of
@@ -45,7 +45,6 @@ def evaluate(
     return table
 
 
-JUDGES = "judges"
 GENERATED = ("exact", "number", "math", "code")
 """Scorers that read a continuation of the prompt."""
 
@@ -108,7 +107,7 @@ def evaluate_model(
         columns["outcome_detail"] = [verdict.outcome and verdict.outcome.detail for verdict in verdicts]
     table = pd.DataFrame(columns)
     scorers = {record.task: config.of(record.task).scorer for record in records}
-    table.attrs[JUDGES] = {task: judge_of(scorer) for task, scorer in scorers.items() if scorer != "none"}
+    table.attrs["judges"] = {task: judge_of(scorer) for task, scorer in scorers.items() if scorer != "none"}
     return table
 
 
@@ -123,10 +122,11 @@ def check(model, tokenizer, records, template: Template, config: EvaluateConfig,
     encoding = encode_records(records, tokenizer, template)
     windows = [config.of(record.task).window or most or n for record, n in zip(records, encoding.lengths, strict=True)]
     limits.check(encoding, records, tokenizer, np.minimum(encoding.lengths, windows))
-    asked = [records[i] for i in _of(records, config, "choice")]
-    if asked:
-        of_all = choice_encoding(tokenizer, asked, template)
-        limits.check(of_all, [record for record in asked for _ in record.choices or ()], tokenizer)
+    for scorer, worked in (("choice", False), ("perturbed", True)):
+        asked = [perturbed(records[i]) if worked else records[i] for i in _of(records, config, scorer)]
+        if asked:
+            of_all = choice_encoding(tokenizer, asked, template, worked)
+            limits.check(of_all, [record for record in asked for _ in record.choices or ()], tokenizer)
     for record in (records[i] for i in _of(records, config, *GENERATED)):
         ids = prompt_ids(tokenizer, rendered(tokenizer, record, template).prompt, template.chat_template)
         check_length(model, ids, config.of(record.task).max_new_tokens, f"model {name}: record {record.id!r}")
@@ -170,12 +170,14 @@ def _generate(model, tokenizer, records, template, config: EvaluateConfig, verdi
 
 def _choose(model, tokenizer, records, template, config, verdicts: list[Verdict], pad: int) -> None:
     """The likeliest of the choices."""
-    members = _of(records, config, "choice")
-    found = choice_nll(model, tokenizer, [records[i] for i in members], template, pad, config.batch_size)
-    for i, nll in zip(members, found, strict=True):
-        record, verdict = records[i], verdicts[i]
-        verdict.choice_nll, verdict.prediction = nll, chosen(nll, record.choices, config.of(record.task).choice_by)
-        verdict.correct = verdict.prediction == record.answer
+    for scorer in ("choice", "perturbed"):
+        members, worked = _of(records, config, scorer), scorer == "perturbed"
+        asked = [perturbed(records[i]) if worked else records[i] for i in members]
+        found = choice_nll(model, tokenizer, asked, template, pad, config.batch_size, worked)
+        for i, record, nll in zip(members, asked, found, strict=True):
+            by: Literal["sum", "byte"] = "sum" if worked else config.of(record.task).choice_by
+            verdicts[i].choice_nll, verdicts[i].prediction = nll, chosen(nll, record.choices or (), by)
+            verdicts[i].correct = verdicts[i].prediction == record.answer
 
 
 def _run(records, config: EvaluateConfig, verdicts: list[Verdict], log: Callable) -> None:

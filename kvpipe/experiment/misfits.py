@@ -40,6 +40,9 @@ def _layers(arm: Arm, student: str, shapes: Mapping[str, Shape]) -> Iterator[str
         ]
         if own is not None and beyond:
             yield f"loss.{name}.layers: {beyond} not in the student ({student}), whose layers are 0 to {own.layers - 1}"
+    for teacher in arm.teachers if "targets" in arm.needs and arm.layer.kind == "cka" else ():
+        if teacher in shapes and arm.layer.k > shapes[teacher].layers:
+            yield f"layer.k: {arm.layer.k} layers of the teacher {teacher}, which has {shapes[teacher].layers}"
     listed = arm.layer.layers
     if listed is None:
         return

@@ -46,6 +46,7 @@ def prune(entry: PrunedModel, whole: Path, texts: list[Record], config: Config, 
         key = "layers" if entry.keep is None else "keep"
         raise ValueError(f"models: {key} asks for {asked} layers of {entry.of}, which has {len(layers)}")
     source: dict[str, Any] = {"source": "pruned", "of": entry.of, "of_manifest": manifest_hash(whole)}
+    source["of_layers"] = len(layers)
     if entry.layers is not None:
         kept = entry.layers
     elif entry.by == "even":

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from kvpipe.align.layermap import layer_plan
+from kvpipe.align.layermap import at_kept_depth, layer_plan
 from kvpipe.report.collect import ROLES, Contrast, Results
 from kvpipe.report.svg import DASHES, INK, PAPER, SERIES, SOFT, STAND_IN, WIDTH, Picture, inline, styled
 from kvpipe.report.wording import VERDICTS, listed, number
@@ -239,7 +239,8 @@ def _mark_layers(results: Results, axes: Axes, teacher: str, document: dict, kin
         if teacher not in arm.teachers or "targets" not in arm.needs:
             continue
         sizes = document["src_layers"], document["dst_layers"]
-        plan = layer_plan(arm.layer, *sizes, results.paths.layer_map(teacher))
+        source = results.manifests.get(results.config.student, {}).get("source", {})
+        plan = layer_plan(at_kept_depth(arm.layer, sizes[0], source), *sizes, results.paths.layer_map(teacher))
         side = ("keys", "values").index(kind)
         mark = "square" if arm.layer.kind == "cka" else "dot"
         for layer, (index, beta) in enumerate(zip(plan.index[side].tolist(), plan.beta[side].tolist(), strict=True)):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from kvpipe.data.build import build
-from kvpipe.steps.inputs import Inputs
+from kvpipe.steps.make import Work
 
 
-def make_data(inputs: Inputs) -> None:
+def make_data(inputs: Work) -> None:
     """The splits."""
     build(inputs.config.data, inputs.paths.data("train").parent)

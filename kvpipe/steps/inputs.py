@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from kvpipe.align.layermap import LayerPlan, layer_plan
+from kvpipe.align.layermap import LayerPlan, at_kept_depth, layer_plan
 from kvpipe.align.timemap import build_time_map, derangement
 from kvpipe.cache.capture import kv_geometry
 from kvpipe.cache.store import Store, StoreKey
@@ -28,19 +28,26 @@ from kvpipe.experiment.misfits import misfits
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.plan import Dag
 from kvpipe.experiment.sizes import shape
-from kvpipe.experiment.steps import table
-from kvpipe.models.folders import build_model, load_config, load_model, load_tokenizer, manifest_hash, random_model
+from kvpipe.models.folders import (
+    build_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    manifest_hash,
+    random_model,
+    recorded,
+)
+from kvpipe.steps.make import Work
 
 CACHED = frozenset({"targets", "keys", "values"})
 """What an arm needs of a teacher's caches."""
 
 
-class Inputs:
+class Inputs(Work):
     """The loaders of one experiment. What they give is shared: nobody changes it."""
 
     def __init__(self, config: Config, paths: Paths):
-        self.config, self.paths, self.dag = config, paths, Dag(config)
-        self.steps = table(self.dag, paths)
+        super().__init__(config, paths)
         # kept for as long as these loaders are
         for name in ("records", "tokenizer", "model_config", "encoding", "store", "teacher_model"):
             setattr(self, name, cache(getattr(self, name)))
@@ -118,6 +125,8 @@ class Inputs:
         lines = misfits(self.dag, {name: one for name, one in found.items() if one is not None}, names)
         for name in names:
             arm = self.dag.arms[name]
+            if (size := self.config.train.batch_size) > (count := len(self.training_examples(arm))):
+                lines.append(f"train.batch_size: {size} exceeds the {count} examples of arm {name}: lower it")
             skipped = {term: n for term, settings in arm.loss.items() if (n := getattr(settings, "skip_sink", 0))}
             longest = int(self.student_encoding("train").lengths[self.training_examples(arm)].max()) if skipped else 0
             for term, number in skipped.items():
@@ -131,7 +140,8 @@ class Inputs:
     def plan(self, arm: Arm, teacher: str) -> LayerPlan:
         """Layers of a teacher for an arm, counted in the teacher's own layers."""
         src, dst = (kv_geometry(self.model_config(name)).layers for name in (teacher, self.config.student))
-        return layer_plan(arm.layer, src, dst, self.paths.layer_map(teacher))
+        source = recorded(self.paths.model(self.config.student)).get("source", {})
+        return layer_plan(at_kept_depth(arm.layer, src, source), src, dst, self.paths.layer_map(teacher))
 
     @property
     def live(self) -> bool:

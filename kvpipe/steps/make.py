@@ -6,16 +6,25 @@ import os
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from kvpipe.config import ConfigError
+from kvpipe.config import Config, ConfigError
 from kvpipe.experiment import made
+from kvpipe.experiment.files import alone
+from kvpipe.experiment.launch import group_size
+from kvpipe.experiment.paths import Paths
+from kvpipe.experiment.plan import Dag
+from kvpipe.experiment.steps import table
 
-if TYPE_CHECKING:
-    from kvpipe.steps.inputs import Inputs
+
+class Work:
+    """One experiment and its table of steps; `Inputs` loads what they have made, and takes seconds to import."""
+
+    def __init__(self, config: Config, paths: Paths):
+        self.config, self.paths, self.dag = config, paths, Dag(config)
+        self.steps = table(self.dag, paths)
 
 
-def run(inputs: Inputs, name: str, **job: str) -> None:
+def run(inputs: Work, name: str, **job: str) -> None:
     """Run one job of a step, and note what its files were made from."""
     step = inputs.steps[name]
     module, _, function = step.run.partition(":")
@@ -23,7 +32,7 @@ def run(inputs: Inputs, name: str, **job: str) -> None:
     made.note(step, **job)
 
 
-def make(inputs: Inputs, files: Iterable[Path], log=print) -> None:
+def make(inputs: Work, files: Iterable[Path], log=print) -> None:
     """Make files, and first what each is made from, where they are missing or were made from something else than now.
 
     Settings, code and the content of every input are compared, those of the user's own files too.
@@ -56,15 +65,16 @@ def make(inputs: Inputs, files: Iterable[Path], log=print) -> None:
         differs = made.changed(step, **job)
         if differs is None or differs:
             again = f" (again: changed since it was made: {', '.join(differs)})" if differs else ""
-            if int(os.environ.get("WORLD_SIZE") or "1") > 1:
+            if group_size(os.environ) > 1:
                 raise ConfigError(
                     f"{' '.join([name, *job.values()])} is missing or was made from something else, and the processes of a "
                     "group would all make it: run `kvpipe prepare` with this arm in one process first"
                 )
             log(f"{' '.join([name, *job.values()])} …{again}")
-            for stale in step.makes(**job).values() if differs else ():
-                stale.unlink(missing_ok=True)
-            run(inputs, name, **job)
+            with alone(inputs.paths.made_lock, "another process makes artefacts here", log):
+                if made.changed(step, **job) == []:  # by that one
+                    return
+                run(inputs, name, **job)
 
     for path in files:
         bring(path)

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
-from torch import Tensor
 
 NAMES = ("prompt", "reasoning", "answer")
 
@@ -35,7 +34,7 @@ class Segmented(NamedTuple):
         return 0, prompt, prompt + reasoning, prompt + reasoning + answer
 
 
-def token_segments(spans: Int64[Tensor, "time 2"], boundaries: Sequence[int]) -> list[tuple[int, int]]:
+def token_segments(spans: Int64[np.ndarray, "time 2"], boundaries: Sequence[int]) -> list[tuple[int, int]]:
     """Token range (start, stop) of each segment, from the byte boundaries (0, …, bytes of the text).
 
     A token belongs to the segment in which it *ends*, as in a causal model: one that straddles a boundary has
@@ -43,8 +42,8 @@ def token_segments(spans: Int64[Tensor, "time 2"], boundaries: Sequence[int]) ->
     a segment without a token of its own has start == stop. Special tokens before the first and after the last
     token with bytes (BOS, EOS) lie outside all ranges; an empty span between two tokens goes with the earlier one.
     """
-    stops = spans[:, 1].cpu().numpy()
-    with_bytes = np.flatnonzero(stops > spans[:, 0].cpu().numpy())
+    stops = spans[:, 1]
+    with_bytes = np.flatnonzero(stops > spans[:, 0])
     edges = np.asarray(boundaries)
     end = int(stops[with_bytes[-1]]) if with_bytes.size else 0
     if len(edges) < 2 or edges[0] != 0 or (np.diff(edges) < 0).any() or edges[-1] != end:

@@ -33,7 +33,7 @@ def encoding_of(examples):
         spans.append(span)
         ids.append(np.arange(len(span)))
         lengths.append(len(span))
-        segments.append(token_segments(torch.from_numpy(span), bounds.tolist()))
+        segments.append(token_segments(span, bounds.tolist()))
         byte_segments.append(np.stack([bounds[:-1], bounds[1:]], 1))
         hashes.append([hash_bytes(text.encode()) for text in texts])
     as_int = lambda x: np.array(x, dtype=np.int64)  # noqa: E731

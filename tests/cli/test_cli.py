@@ -224,7 +224,6 @@ def test_the_untrained_student_is_scored_on_the_configured_device(files, tmp_pat
     assert seen == [{"meta"}]
 
 
-@pytest.mark.slow
 def test_as_a_module(files):
     command = [sys.executable, "-m", "kvpipe", "data", *files, "--set", "train.stepps=3"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

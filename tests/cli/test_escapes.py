@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 from tiny import values
 
+from kvpipe.cli.app import main
 from kvpipe.config import ConfigError, ScoringConfig, load, parse, with_lock
 from kvpipe.config.errors import printable
 from kvpipe.data import patterns
@@ -42,7 +43,7 @@ def kvpipe(*arguments, **environment):
 
 
 @pytest.mark.parametrize("what", ["a key", "a value", "a line of data", "a column"])
-def test_errors_are_shown_escaped(tmp_path, what):
+def test_errors_are_shown_escaped(tmp_path, capsys, monkeypatch, what):
     settings = values(tmp_path) | {"arms": {"control": {}}}
     rows = tmp_path / "rows.jsonl"
     rows.write_text('"\x9b2J"\n' if what == "a line of data" else json.dumps({EVIL: "x", "b": "c"}) + "\n")
@@ -65,9 +66,14 @@ def test_errors_are_shown_escaped(tmp_path, what):
         }
     config = tmp_path / "c.json"
     config.write_text(json.dumps(settings))
-    done = kvpipe("data", "--config", config, "--results", tmp_path / "results")
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert not RAW.search(done.stdout + done.stderr) and ("x9b" in done.stderr), done.stderr
+    monkeypatch.setattr(
+        sys, "argv", ["kvpipe", "data", "--config", str(config), "--results", str(tmp_path / "results")]
+    )
+    monkeypatch.delenv("KVPIPE_TRACEBACK", raising=False)
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err and "x9b" in said.err and not RAW.search(said.out + said.err), said
 
 
 def test_the_status_shows_logs_escaped(tmp_path):

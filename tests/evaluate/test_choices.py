@@ -5,7 +5,7 @@ import torch
 
 from kvpipe.config import Template
 from kvpipe.data.records import Record
-from kvpipe.evaluate.choices import choice_nll, chosen
+from kvpipe.evaluate.choices import PERTURBED, choice_nll, chosen, perturbed
 from kvpipe.models.folders import load_model, load_tokenizer
 
 TEMPLATE = Template(prompt="Q: {prompt}\nA:", reasoning="", answer=" {answer}")
@@ -49,3 +49,57 @@ def test_the_likeliest_as_a_whole_or_per_byte():
 def test_a_record_without_choices_is_named(tiny):
     with pytest.raises(ValueError, match="'x' has no choices"):
         choice_nll(None, None, [Record("x", "t", "p", "", "a")], TEMPLATE, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("answer", "number"),
+    [
+        ("18 every day.\n#### 18", "18"),
+        ("1,180 in all, of 3,118 and 0.118 and 1181.\n#### 1,180", "1180"),
+        ("7\n", "7"),
+        ("$0.50 each, not 50.\n#### 0.50", "0.50"),
+    ],
+)
+def test_wrong_answers_differ_in_one_digit_of_the_last_number_wherever_it_stands_alone(answer, number):
+    record = Record("a", "math", "What?", "2 * 9 = ", answer)
+    choices = perturbed(record).choices
+    assert choices == perturbed(record).choices and choices[0] == answer and len(set(choices)) == PERTURBED + 1
+    for wrong in choices[1:]:
+        new = wrong.replace(",", "").split()[-1]
+        assert len(new) == len(number) and sum(a != b for a, b in zip(new, number, strict=True)) == 1
+        assert not (len(new) > 1 and new[0] == "0" and number[0] != "0")
+        # what else is said stays, and the right number stands nowhere alone
+        plain = [text.replace(",", "") for text in (wrong, answer)]
+        assert plain[0].count(number) == plain[1].count(number) - plain[1].split().count(number) - answer.count(
+            f"${number}"
+        )
+
+
+def test_perturbed_answers_follow_the_reasoning(tiny):
+    from kvpipe.config import EvaluateConfig
+    from kvpipe.evaluate.score import evaluate_model
+
+    folder, template = tiny.paths.model("alpha"), Template()
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    records = [
+        Record("a", "math", "Add 3 and 4.", "3 + 4 = ", "7 in all\n#### 7"),
+        Record("b", "math", "x", "y = ", "61"),
+    ]
+    table = evaluate_model(model, tokenizer, records, template, EvaluateConfig(scorer="perturbed"))
+    for record, row in zip(records, table.itertuples(), strict=True):
+        choices = perturbed(record).choices
+        context = f"{record.prompt}\n{record.reasoning}\n####"
+        for choice, nll in zip(choices, row.choice_nll, strict=True):
+            before, whole = (
+                tokenizer(text, return_tensors="pt").input_ids for text in (context, f"{context} {choice}")
+            )
+            with torch.no_grad():
+                logp = model(input_ids=whole).logits.log_softmax(-1)[0, :-1].gather(1, whole[0, 1:, None])[:, 0]
+            assert nll == pytest.approx(-float(logp[before.shape[1] - 1 :].sum()), rel=1e-4)
+        best = min(range(4), key=lambda i: row.choice_nll[i])
+        assert row.prediction == choices[best] and row.correct == (best == 0)
+
+
+def test_an_answer_without_a_number_is_named():
+    with pytest.raises(ValueError, match="record 'a' has no number in its answer 'yes'"):
+        perturbed(Record("a", "math", "x", "", "yes"))

@@ -1,13 +1,18 @@
 """Pruned models: the layers that are asked for, greedy by the loss, and a folder that computes what the cut model does."""
 
+import numpy as np
 import pytest
 import torch
 from tiny import build, config
 
-from kvpipe.config import ConfigError
+from kvpipe.align.layermap import at_kept_depth, layer_plan
+from kvpipe.cache.capture import capture
+from kvpipe.config import ConfigError, LayerConfig
 from kvpipe.models.folders import load_model
 from kvpipe.models.pruned import Layers, even, greedy
 from kvpipe.steps.make import make
+from kvpipe.steps.projectors import fitted
+from kvpipe.steps.train import prepare
 
 GEMMA = {
     "model_type": "gemma3_text",
@@ -154,3 +159,37 @@ def test_a_pruned_model_that_cannot_be_is_one_line(tmp_path, entry, said):
 def test_more_layers_than_there_are(tmp_path):
     with pytest.raises(ValueError, match="keep asks for 9 layers of beta, which has 5"):
         pruned(tmp_path, keep=9)
+
+
+def test_kept_layers_are_the_whole_models_own_and_of_others_those_at_their_depth():
+    source = {"source": "pruned", "layers": [0, 2, 9], "of_layers": 10}
+    kept = LayerConfig(kind="kept")
+    assert at_kept_depth(kept, 10, source).layers == [0, 2, 9]
+    assert at_kept_depth(kept, 28, source).layers == [0, 6, 27]
+    assert layer_plan(at_kept_depth(kept, 28, source), 28, 3, None).src_layers == [0, 6, 27]
+    assert at_kept_depth(LayerConfig(), 10, {}) == LayerConfig()
+    with pytest.raises(ValueError, match="kept needs a student of source: pruned"):
+        at_kept_depth(kept, 10, {"source": "local"})
+
+
+def test_a_whole_model_teaches_what_was_cut_from_it(tmp_path):
+    """The first layer's cache follows from the embedding alone: there the student has its target before any step."""
+    arm = {"teachers": ["beta"], "layer.kind": "kept", "fit.method": "identity", "loss": {"keys": {}, "values": {}}}
+    entry = {"source": "pruned", "of": "beta", "layers": [0, 3, 4]}
+    work = build(tmp_path, {"models.student": entry, "arms": {"control": {}, "heal": {"base": "control", "set": arm}}})
+    prepare(work, "heal", log=lambda *_: None)
+    teacher = work.aligned_teacher(work.dag.arm("heal"), "beta")
+    (projector,) = fitted(work, work.dag.arm("heal"), [teacher.layers])
+    encoding = work.student_encoding("train")
+    length = int(encoding.lengths[2])
+    aligned = teacher.aligned(np.array([2]), length)
+    target, mask = projector(aligned.keys, aligned.values), aligned.mask[0]
+    own = capture(work.student(0), torch.from_numpy(encoding.ids[encoding.rows(2)])[None])
+    for mine, theirs in ((own.keys, target.keys), (own.values, target.values)):
+        off = (mine - theirs)[..., mask, :].square().mean((1, 2, 3, 4)) / mine[..., mask, :].square().mean((1, 2, 3, 4))
+        assert off[0] < 1e-4 and off[1:].min() > 1e-2, "stored in bfloat16"
+
+
+def test_kept_is_for_pruned_students(tmp_path):
+    with pytest.raises(ConfigError, match=r"layer\.kind: kept is for a student of source: pruned; student is none"):
+        config(tmp_path, {"arms.kept": {"base": "one", "set": {"layer.kind": "kept"}}})

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import warnings
 
 import pandas as pd
@@ -16,10 +17,12 @@ from kvpipe.cli import app as cli
 from kvpipe.config import LockedFile, StatsConfig, TrainConfig
 from kvpipe.evaluate.score import evaluate
 from kvpipe.experiment.files import digest_of, folder_digest
+from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.plan import Dag
 from kvpipe.experiment.provenance import reachable
 from kvpipe.models.hub import HubError, is_model_file
 from kvpipe.stats import tables
+from kvpipe.steps.inputs import Inputs
 from kvpipe.steps.models import make_model
 from kvpipe.steps.train import prepare, train_cell
 from kvpipe.train import card
@@ -52,17 +55,25 @@ def trained(tmp_path_factory):
     return work, cell
 
 
-@pytest.fixture
-def evaluated(tmp_path):
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
     """Two seeds of control and of `one`, trained, scored and put into tables."""
-    work = build(tmp_path, {"train.steps": 3, "train.eval_every": 3, "train.checkpoint_every": 9})
+    folder = tmp_path_factory.mktemp("scored")
+    work = build(folder, {"train.steps": 3, "train.eval_every": 3, "train.checkpoint_every": 9})
     for arm in ("control", "one"):
         prepare(work, arm, log=lambda line: None)
         for seed in (0, 1):
-            train_cell(work, arm, seed, work.paths.cell(arm, seed), tmp_path / "unused", log=lambda line: None)
+            train_cell(work, arm, seed, work.paths.cell(arm, seed), folder / "unused", log=lambda line: None)
             score_cell(work, arm, seed)
     tabulate(work)
     return work
+
+
+@pytest.fixture
+def evaluated(scored, tmp_path):
+    """The same in a folder that a test may change."""
+    shutil.copytree(scored.paths.root, tmp_path / "results")
+    return Inputs(scored.config, Paths(tmp_path / "results"))
 
 
 def score_cell(work, arm, seed):

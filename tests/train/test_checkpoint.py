@@ -104,27 +104,35 @@ def run(name, number, where, when):
     if name == "whole":
         total.write_text(str(count[0]))
 
-for name, number, where, when in jobs:
+def forked(*job):
     child = os.fork()
     if child == 0:
         try:
-            run(name, number, where, when)
+            run(*job)
         except SystemExit as stopped:
             os._exit(stopped.code)
         except BaseException:
             traceback.print_exc()
             os._exit(1)
         os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    statuses[name] = os.waitstatus_to_exitcode(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+for name, *job in jobs:
+    first = forked(name, *job)
+    left, there = sorted(p.name for p in (root / name / "checkpoints").glob("*")), (root / name / "out").exists()
+    statuses[name] = first, left, there, name == "whole" or forked(name, 0, "step", -1)
 print(json.dumps(statuses))
 """
 
 
-def drive(root: Path, jobs: dict[str, tuple[int, str, float]]) -> tuple[dict[str, int], str]:
-    """Run the cell once for every job; exit statuses (negative: the signal that killed it) and what was printed."""
-    listed = [(name, int(number), where, when) for name, (number, where, when) in jobs.items()]
-    arguments = [str(Path(__file__).parents[1]), str(root), json.dumps([SETTINGS, ARM, SEED, listed])]
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Every job stopped, then run again without a signal: exit statuses (negative: the signal that killed it), what was
+    among its checkpoints in between, and whether its results were there."""
+    root = tmp_path_factory.mktemp("killed")
+    prepare(build(root, SETTINGS), ARM, log=lambda _: None)
+    jobs = [(name, int(number), where, when) for name, (number, where, when) in JOBS.items()]
+    arguments = [str(Path(__file__).parents[1]), str(root), json.dumps([SETTINGS, ARM, SEED, jobs])]
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, *arguments],
         capture_output=True,
@@ -135,20 +143,8 @@ def drive(root: Path, jobs: dict[str, tuple[int, str, float]]) -> tuple[dict[str
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr, done.stderr
-    *printed, last = done.stdout.splitlines()
-    return json.loads(last), "\n".join(printed)
-
-
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory):
-    """Every job stopped, then run again without a signal."""
-    root = tmp_path_factory.mktemp("killed")
-    prepare(build(root, SETTINGS), ARM, log=lambda _: None)
-    first, _ = drive(root, JOBS)
-    left = {name: sorted(p.name for p in (root / name / "checkpoints").glob("*")) for name in JOBS}
-    unfinished = {name: (root / name / "out").exists() for name in JOBS}
-    again = {name: JOBS["whole"] for name in JOBS if name != "whole"}
-    second, _ = drive(root, again)
+    statuses = json.loads(done.stdout.splitlines()[-1])
+    first, left, unfinished, second = ({name: found[i] for name, found in statuses.items()} for i in range(4))
     return root, first, left, unfinished, second
 
 
@@ -165,7 +161,7 @@ def test_the_jobs_were_stopped_as_meant(killed):
         # one that lands anywhere may land in the writing of the results
         assert name == "whole" or number == 0 or name.startswith("anywhere") or not unfinished[name]
         assert len([entry for entry in left[name] if entry.startswith("step-")]) <= checkpoint.KEPT
-    assert set(second.values()) == {0}
+    assert second.pop("whole") is True and set(second.values()) == {0}
 
 
 def test_a_kill_while_saving_leaves_the_checkpoint_before(killed):
