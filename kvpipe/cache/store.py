@@ -180,7 +180,7 @@ def build_shard(
                     rows = slice(at, at := at + int(offsets[member + 1] - offsets[member]))
                     for name, tensor in tensors.items():
                         file.write(name, int(offsets[member]), tensor[rows])
-                    if member == 0:
+                    if member == 0 and key.layers:
                         exact = (found.keys[rows][sample].float(), found.values[rows][sample].float())
                         stored = [_unpacked(tensors, name, rows)[sample] for name in ("keys", "values")]
                         fidelity = attention_cosine(*exact, *stored)

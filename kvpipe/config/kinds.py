@@ -6,7 +6,11 @@ has both in one file and registers them by the two decorators of a `Kinds`; a co
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from hashlib import sha256
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union
 
 from pydantic import BaseModel, Field, GetCoreSchemaHandler
@@ -89,6 +93,30 @@ class Kinds:
     def tagged(self, value: Any) -> Any:
         """Settings as written, with the default kind where none is named."""
         return {"kind": self.default, **value} if isinstance(value, dict) else value
+
+
+def extend(files: list[str]) -> None:
+    """Import the files of extensions, which register their kinds; each once in a process.
+
+    Raises:
+        ValueError: there is no such file, or it cannot be imported.
+    """
+    for file in files:
+        path = Path(file)
+        if path.suffix != ".py" or not path.is_file():
+            raise ValueError(f"extensions: {file} is no Python file; give its path from where the command runs")
+        name = f"kvpipe_extension_{path.stem}_{sha256(path.read_bytes()).hexdigest()[:8]}"
+        if name in sys.modules:
+            continue
+        spec = spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        module = module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[name]
+            raise ValueError(f"extensions: {file} cannot be imported: {type(error).__name__}: {error}") from error
 
 
 FUSIONS = Kinds("fusion", "mean")

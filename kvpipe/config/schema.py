@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from kvpipe.config.arms import Arm, ArmEntry
 from kvpipe.config.data import DataConfig
 from kvpipe.config.errors import explain, nearest
+from kvpipe.config.kinds import extend
 from kvpipe.config.models import (
     HubModel,
     Loading,
@@ -41,6 +42,9 @@ class Config(Section):
     libraries: list[str] = Field(default=[])
     """Folders of shared models that are searched before anything is downloaded, and only read: Hugging Face caches
     (`models--owner--name/snapshots/<commit>`) or plain folders (`owner/name`). The machine's own cache comes last."""
+    extensions: list[str] = Field(default=[])
+    """Python files of your own that register fusions, projectors, loss terms or metrics. They run as part of kvpipe: name
+    only files that you trust."""
     lock: dict[str, LockedRepo] = Field(default={})
     """`repo@revision` → commit and files of every hub repository. Written by `kvpipe lock` to `<config>.lock.yaml` beside
     the (first) configuration file, and read from there."""
@@ -61,6 +65,14 @@ class Config(Section):
     """Intervals and tests."""
     audit: AuditConfig = AuditConfig()
     """The fairness audit."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _extensions(cls, values: Any) -> Any:
+        given = values.get("extensions") if isinstance(values, dict) else None
+        if isinstance(given, list) and all(isinstance(name, str) for name in given):
+            extend(given)
+        return values
 
     @model_validator(mode="before")
     @classmethod

@@ -174,7 +174,9 @@ def encoded_ids(rows: Sequence[Tensor], spelled: Callable[[Tensor], tuple[str, T
         ids=torch.cat(list(rows)).numpy(),
         spans=torch.cat(spans).numpy(),
         offsets=np.concatenate([[0], np.cumsum([len(row) for row in rows])]),
-        segments=np.array([token_segments(s, t.boundaries) for s, t in zip(spans, whole, strict=True)], dtype=np.int64),
+        segments=np.array(
+            [token_segments(s.numpy(), t.boundaries) for s, t in zip(spans, whole, strict=True)], dtype=np.int64
+        ),
         byte_segments=np.array([list(pairwise(text.boundaries)) for text in whole], dtype=np.int64),
         segment_hashes=np.array([[hash_bytes(part.encode()) for part in text] for text in whole], dtype=np.int64),
         texts=tuple(whole),

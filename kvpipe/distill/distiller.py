@@ -241,8 +241,8 @@ class Distiller(nn.Module):
             raise ValueError("attention_mask: the batch is padded on the left; set tokenizer.padding_side = 'right'")
         own = Batch(np.arange(len(ids)), ids, mask, torch.where(mask.bool(), ids, -100))
         self.objective.tasks = None if tasks is None else np.array(tasks)
-        said = self._ask(own)
-        self.last = self.objective(own, run.student, progress, said)
+        student, said = run.student, self._ask(own)
+        self.last = self.objective(own, student, progress, said)
         return self.last.total
 
     def _ask(self, batch: Batch) -> Said:

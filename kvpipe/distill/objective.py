@@ -138,7 +138,7 @@ class Objective(nn.Module):
         """Sums of a part, a row for each term."""
         return {name: term.measure(batch, said).to(self.unit) for name, term in self.terms.items()}
 
-    def whole(self, rows: Mapping[str, Float[Tensor, "part sum"]]) -> dict[str, Row]:
+    def whole(self, rows: Mapping[str, Float[Tensor, "part _"]]) -> dict[str, Row]:
         """What all parts' rows amount to, by term."""
         return {name: term.whole(rows[name]) for name, term in self.terms.items()}
 

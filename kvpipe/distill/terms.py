@@ -57,7 +57,7 @@ from kvpipe.distill.targets import FusedTarget
 from kvpipe.models.head import Head
 from kvpipe.models.likelihood import wide
 
-Row = Float[Tensor, "sum"]
+Row = Float[Tensor, "_"]
 
 
 @dataclass
@@ -170,7 +170,7 @@ class Term(nn.Module):
         """A row of sums of a part; by default how many positions count."""
         return self.counted(batch, said).sum().float()[None]
 
-    def whole(self, rows: Float[Tensor, "part sum"]) -> Row:
+    def whole(self, rows: Float[Tensor, "part _"]) -> Row:
         """What all parts' rows amount to."""
         return rows.sum(0)
 

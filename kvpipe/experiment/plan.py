@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import cached_property
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from kvpipe.config import Arm, Config, HubModel, PrunedModel, RandomModel
@@ -70,6 +71,12 @@ class Dag:
         if name not in self.config.models:
             raise KeyError(f"no model {name!r}; the configuration has {', '.join(self.config.models)}")
         return name
+
+    @cached_property
+    def extensions(self) -> dict[str, Any]:
+        """A part of the settings of steps that an extension has a say in: the digest of every file; empty without any."""
+        files = {name: sha256(Path(name).read_bytes()).hexdigest()[:16] for name in self.config.extensions}
+        return {"extensions": files} if files else {}
 
     # ------------------------------------------------------------ what an arm needs
     def uses_store(self, arm: Arm) -> bool:

@@ -286,7 +286,7 @@ class Fit(Step):
         return self.of_arm(self.dag.fit_arm(fit))
 
     def settings(self, fit):
-        return self.dag.fit_spec(self.dag.fit_arm(fit))
+        return self.dag.fit_spec(self.dag.fit_arm(fit)) | self.dag.extensions
 
 
 # ---------------------------------------------------------------- cells
@@ -322,6 +322,7 @@ class Train(Cell):
             "train": self.config.train.model_dump(exclude=unread),
             "template": self.config.data.template.model_dump(),
             "store_mode": self.config.store.mode if found.teachers else None,
+            **self.dag.extensions,
         }
 
 
@@ -446,7 +447,8 @@ class Stats(Step):
     def settings(self):
         # what families are made of
         arms = {name: (arm.role, self.config.arms[name].base) for name, arm in self.dag.arms.items()}
-        return {"stats": self.config.stats.model_dump(), "arms": arms, "seeds": self.config.seeds}
+        stats = {"stats": self.config.stats.model_dump(), "arms": arms, "seeds": self.config.seeds}
+        return stats | self.dag.extensions
 
 
 class Page(Step):

@@ -40,5 +40,6 @@ def decode(tokenizer: Any, ids: Int64[Tensor, "time"]) -> tuple[str, Int64[Tenso
             raise ValueError(f"{name}: the ids spell no UTF-8 text from byte {error.start} on") from None
         text = whole[: error.start].decode()
     length = len(text.encode())
-    ends = torch.tensor([len(piece) for piece in pieces], dtype=torch.int64).cumsum(0).clamp(max=length)
-    return text, torch.stack([torch.cat([ends.new_zeros(1), ends[:-1]]), ends], dim=1)
+    sizes = torch.tensor([len(piece) for piece in pieces], dtype=torch.int64)
+    ends = sizes.cumsum(0)
+    return text, torch.stack([ends - sizes, ends], dim=1).clamp(max=length)

@@ -117,13 +117,13 @@ KEYS = [
 ]  # fmt: skip
 FOLLOWED = [
     Case("an unknown module of LoRA", r"train\.lora\.target_modules.*nope.*(has|known|q_proj)", TRAIN, {"train.lora": {"target_modules": ["nope"]}}, arm={"loss.keys.weight": 2}),
-    Case("more logits than words", r"store\.top_logits: 100000 .*(vocabulary|words)", TRAIN, {"store.top_logits": 100_000}, arm={"loss": {"logits": {}}}),
+    Case("more logits than words", r"store\.top_logits: 100000 .*(vocabulary|words)", TRAIN, {"store.top_logits": 100_000}, arm={"layer": {}, "loss": {"logits": {}}}),
     Case("a list of too few layers", r"layer\.layers.*1.*3", TRAIN, arm={"layer": {"kind": "list", "layers": [0]}}),
     Case("a list beyond the teacher's layers", r"layer\.layers: 9 is not in the teacher alpha, whose layers are 0 to 3", TRAIN, arm={"layer": {"kind": "list", "layers": [0, 1, 9]}}),
     Case("a student layer that is not there", r"loss\.keys\.layers: \[7\] not in the student \(student\), whose layers are 0 to 2", TRAIN, arm={"loss.keys.layers": [7]}),
     Case("skip_sink beyond the longest text", r"skip_sink: 400 leaves nothing: the longest training text has", TRAIN, arm={"loss.keys.skip_sink": 400}),
     Case("more similar layers than there are", r"layer\.k: 99 layers of the teacher alpha, which has 4", TRAIN, arm={"layer": {"kind": "cka", "k": 99}}),
-    Case("more relation heads than the cache divides by", r"loss\.relations\.heads: 8 does not divide the 12 numbers of student", TRAIN, arm={"loss": {"relations": {"heads": 8}}}),
+    Case("more relation heads than the cache divides by", r"loss\.relations\.heads: 8 does not divide the 12 numbers of student", TRAIN, arm={"layer": {}, "loss": {"relations": {"heads": 8}}}),
     Case("texts longer than max_length", r"max_length", TRAIN, {"train.max_length": 3}, arm={"loss.keys.weight": 2}),
     Case("a batch larger than the data", r"batch_size", TRAIN, {"train.batch_size": 1000}, arm={"loss.keys.weight": 2}),
     Case("a store beyond its budget", r"store\.budget_gb is 1e-06", TRAIN, {"store.budget_gb": 1e-6, "store.dtype": "int8"}, arm={"loss.keys.weight": 2}, makes=("teacher_kv/", "projector/")),
