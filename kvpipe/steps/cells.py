@@ -72,7 +72,8 @@ class KeptCells:
             "store": [config.store.mode, config.store.dtype] if found.teachers else None,
         }
         splits = {split: self.paths.data(split) for split in SPLITS}
-        models = {name: self.paths.manifest(name) for name in (config.student, *found.teachers)}
+        swap = inputs.dag.arm(config.evaluate.cache_swap).teachers if config.evaluate.cache_swap else []
+        models = {name: self.paths.manifest(name) for name in (config.student, *found.teachers, *swap)}
         return {
             "settings": settings,
             "data": {split: _content(inputs, split) for split, path in splits.items() if path.is_file()},
@@ -143,6 +144,7 @@ def run_cells(kept: KeptCells, cells: Iterable[tuple[str, int]], scored: bool, h
     """
     inputs, begun, left = kept.inputs, time.monotonic(), 0
     make(inputs, [path for name in ("data", "model") for path in inputs.steps[name].files()], log)
+    remade = {path for step in inputs.steps.values() if step.remade for path in step.files()}
     for arm, seed in cells:
         differs = kept.differs(arm, seed)
         there = differs == [] and (not scored or (kept.folder_of(arm, seed) / ITEMS).is_file())
@@ -156,6 +158,11 @@ def run_cells(kept: KeptCells, cells: Iterable[tuple[str, int]], scored: bool, h
         if not inputs.paths.student(arm, seed).is_dir() or differs != []:
             make_cell(inputs, arm, seed, log=log)
         if scored:
+            make(
+                inputs,
+                [path for path in inputs.steps["evaluate"].needs(arm=arm, seed=str(seed)) if path in remade],
+                log,
+            )
             log(score_folder(inputs, inputs.paths.student(arm, seed), "test", inputs.paths.items(arm, seed)))
         kept.keep(arm, seed)
     return left

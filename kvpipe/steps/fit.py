@@ -39,13 +39,9 @@ def make_fit(inputs: Inputs, fit: str) -> None:
     rows = [fitting.Rows(a.keys[mask], a.values[mask]) for a in aligned]
     student = queries = None
     if has_weights(inputs.paths.model(inputs.config.student)):
-        queries, own, ropes, positions = _student_cache(inputs, examples, length)
-        student = fitting.Rows(
-            *(
-                rearrange(x, "layer batch head time dim -> batch time layer head dim")[mask]
-                for x in (own.keys, own.values)
-            )
-        )
+        model = inputs.student(0).to(resolve_device(inputs.config.train.device))
+        queries, own, ropes, positions = student_cache(inputs, model, examples, length)
+        student = rows_of(own, mask)
     torch.manual_seed(arm.fit.seed)  # an elastic encoder begins with random weights
     projectors = unfitted(inputs, arm, [teacher.layers for teacher in teachers])
     report = fitting.fit(projectors, rows, arm.fit, student)
@@ -64,12 +60,18 @@ def make_fit(inputs: Inputs, fit: str) -> None:
     save_projectors(inputs.paths.projector(fit), arm.teachers, projectors, document)
 
 
-def _student_cache(inputs: Inputs, examples: np.ndarray, length: int) -> tuple[Tensor | None, KV, list[Rope], Tensor]:
-    """The pretrained student's queries (None where its family shows none) and cache on the examples, padded to `length`,
+def rows_of(own: KV, mask: Tensor) -> fitting.Rows:
+    """A cache's entries where `mask` (batch, time) is true, as rows."""
+    layers_last = "layer batch head time dim -> batch time layer head dim"
+    return fitting.Rows(*(rearrange(x, layers_last)[mask] for x in (own.keys, own.values)))
+
+
+def student_cache(
+    inputs: Inputs, model, examples: np.ndarray, length: int
+) -> tuple[Tensor | None, KV, list[Rope], Tensor]:
+    """A student's queries (None where its family shows none) and cache on the examples, padded to `length`,
     its layers' rotary embeddings, and the positions `(batch, time)`."""
-    dst, pad_id = inputs.student_encoding("train"), inputs.student_tokenizer.pad_token_id
-    device = resolve_device(inputs.config.train.device)
-    model = inputs.student(0).to(device)
+    dst, pad_id, device = inputs.student_encoding("train"), inputs.student_tokenizer.pad_token_id, model.device
     parts: list[list[Tensor]] = []
     size = inputs.config.store.batch_size
     for some in (examples[i : i + size] for i in range(0, len(examples), size)):
