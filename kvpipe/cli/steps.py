@@ -32,12 +32,13 @@ def models(
     ] = None,
 ) -> None:
     """Bring a model into its folder, with a manifest: on a login node, which reaches the hub."""
+    from kvpipe.steps.make import Work, run
     from kvpipe.steps.models import make_hub_models
 
     if name is None:
-        make_hub_models(given.inputs())
+        make_hub_models(Work(*given.load()))
     else:
-        given.run("model", model=given.known_model(name))
+        run(Work(*given.load()), "model", model=given.known_model(name))
 
 
 @with_experiment

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from kvpipe.align.regime import by_own_length
 from kvpipe.config import Loading
-from kvpipe.experiment.files import digest_of, read_json, set_mode, verify, write_json
+from kvpipe.experiment.files import read_json, set_mode, verify
 from kvpipe.experiment.paths import MANIFEST
 from kvpipe.experiment.sizes import read_header
 from kvpipe.models.headers import (
@@ -39,8 +39,6 @@ COMPANIONS = (
     "chat_template*", "generation_config.json", "*.py", "LICEN[CS]E*",
 )  # fmt: skip
 """Files of a model folder beside config and weights that a model made from it takes over."""
-COPY_LIMIT = 1 << 30
-"""Local folders below this many bytes are copied; larger ones are linked."""
 
 
 def recorded(folder: Path) -> dict[str, Any]:
@@ -235,33 +233,10 @@ def has_weights(folder: Path) -> bool:
     return any(folder.glob("*.safetensors"))
 
 
-def write_manifest(folder: Path, source: dict[str, Any], **how: Any) -> None:
-    """`MANIFEST.json`: sha256 of every file and where they came from. The DAG's edge: it changes when a file does.
-
-    Args:
-        folder: the model's.
-        source: where it came from.
-        how: how it is to be held (`load`), as `load_model` reads it; and whether its code runs, which is only noted.
-    """
-    files = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and not path.name.startswith(MANIFEST):
-            files[path.relative_to(folder).as_posix()] = digest_of(path, "sha256").removeprefix("sha256:")
-    write_json(folder / MANIFEST, {"source": source, "files": files, **how}, sort_keys=True)
-
-
 def manifest_hash(folder: Path) -> str:
     """Hash of the manifest: identifies the model's content."""
     recorded(folder)  # a damaged one says nothing of the model
     return sha256((folder / MANIFEST).read_bytes()).hexdigest()
-
-
-def fetch_local(path: Path, out: Path) -> dict[str, Any]:
-    """Copy (or, above `COPY_LIMIT`, link) a model folder; returns the manifest's `source`."""
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"models: {path} is not a model folder: it has no config.json")
-    link_folder([p for p in sorted(path.iterdir()) if p.is_file() and p.name != MANIFEST], out)
-    return {"source": "local", "path": path.as_posix()}
 
 
 def save_model(model: PreTrainedModel, source: Path, out: Path) -> None:
@@ -285,18 +260,6 @@ def weights_dtype(folder: Path) -> torch.dtype:
             if dtype in counts:
                 counts[dtype] += prod(shape)
     return types[max(counts, key=counts.__getitem__)]  # of equals the first
-
-
-def link_folder(files: list[Path], out: Path) -> None:
-    """Copy files into a folder; above `COPY_LIMIT` together they are linked instead."""
-    link = sum(p.stat().st_size for p in files) > COPY_LIMIT
-    for file in files:
-        target = out / file.name
-        target.unlink(missing_ok=True)
-        if link:
-            target.symlink_to(file.resolve())
-        else:
-            shutil.copyfile(file, target)
 
 
 def randomise(folder: Path, out: Path, seed: int, trust: bool = False) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from kvpipe.data.corpus import generate
 from kvpipe.data.encoding import encode_records
 from kvpipe.data.records import Reading, Record, render
 from kvpipe.experiment.files import set_mode
-from kvpipe.models.folders import build_model, write_manifest
+from kvpipe.models.folders import build_model
 from kvpipe.models.limits import Limits
+from kvpipe.models.manifest import write_manifest
 from kvpipe.models.tokenizers import train_tokenizer
 
 WARMUP = 50

@@ -7,33 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from kvpipe.config import Config, HubModel, LocalModel, PretrainModel, PrunedModel, RandomModel, ScratchModel
+from kvpipe.data.records import read_records
 from kvpipe.experiment.paths import MANIFEST
 from kvpipe.models import hub
-from kvpipe.models.folders import (
-    build_model,
-    fetch_local,
-    link_folder,
-    load_tokenizer,
-    randomise,
-    recorded,
-    write_manifest,
-)
 from kvpipe.models.headers import file_problems, misfit, no_cache, no_language_model, read_config
-from kvpipe.models.pretrain import pretrain, student_tokenizer
-from kvpipe.models.pruned import prune
-from kvpipe.models.tokenizers import fingerprint
-from kvpipe.steps.inputs import Inputs
-from kvpipe.steps.make import run
+from kvpipe.models.manifest import fetch_local, link_folder, write_manifest
+from kvpipe.steps.make import Work, run
 
 
-def make_hub_models(inputs: Inputs) -> None:
+def make_hub_models(inputs: Work) -> None:
     """All models of the hub that some cell needs, if the disk has room for what is still to be downloaded."""
     hub.check_room(hub.to_download(inputs.config, inputs.paths), inputs.paths.root)
     for name in hub.hub_models(inputs.config):
         run(inputs, "model", model=name)
 
 
-def make_model(inputs: Inputs, model: str) -> None:
+def make_model(inputs: Work, model: str) -> None:
     """One model folder and its manifest."""
     config, paths = inputs.config, inputs.paths
     entry, out = config.models[model], paths.model(model)
@@ -42,35 +31,41 @@ def make_model(inputs: Inputs, model: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / MANIFEST).unlink(missing_ok=True)  # it stands for a complete folder
     how: dict[str, Any] = {}
+    if isinstance(entry, HubModel):  # whose files are checked against the lock, and by `load_model`
+        source = _fetch_hub(config, model, entry, out)
+        write_manifest(out, source, load=entry.load.model_dump(), trust_remote_code=entry.trust_remote_code)
+        return
+    # torch and transformers take seconds to import
+    from kvpipe.models.folders import build_model, load_tokenizer, randomise, recorded
+    from kvpipe.models.pretrain import pretrain, student_tokenizer
+    from kvpipe.models.pruned import prune
+    from kvpipe.models.tokenizers import fingerprint
+
     match entry:
         case LocalModel():
             source = fetch_local(Path(entry.path), out)
             how = {"load": entry.load.model_dump()}
         case PretrainModel():
             source = pretrain(entry.recipe, config.data, out)
-        case HubModel():
-            source = _fetch_hub(config, model, entry, out)
-            how = {"load": entry.load.model_dump(), "trust_remote_code": entry.trust_remote_code}
         case RandomModel():
             like = paths.model(entry.like)
             source = randomise(like, out, entry.seed, config.trusts(model))
             how = {k: v for k, v in recorded(like).items() if k in ("load", "trust_remote_code")}
         case PrunedModel():
-            texts = inputs.records("train") if entry.keep is not None and entry.by == "greedy" else []
+            texts = read_records(paths.data("train")) if entry.keep is not None and entry.by == "greedy" else []
             source = prune(entry, paths.model(entry.of), texts, config, out)
             how = {k: v for k, v in recorded(paths.model(entry.of)).items() if k == "trust_remote_code"}
         case ScratchModel():
-            tokenizer = student_tokenizer(entry.tokenizer, inputs.records("train"), config.data)
+            tokenizer = student_tokenizer(entry.tokenizer, read_records(paths.data("train")), config.data)
             tokenizer.save_pretrained(out)
             build_model(entry.architecture, tokenizer, seed=0).config.save_pretrained(out)
             source = entry.model_dump()
-    if not isinstance(entry, HubModel):  # whose files are checked against the lock, and by `load_model`
-        _check(inputs, model, out)
-        how["tokenizer"] = fingerprint(load_tokenizer(out, config.trusts(model)))
+    _check(inputs, model, out)
+    how["tokenizer"] = fingerprint(load_tokenizer(out, config.trusts(model)))
     write_manifest(out, source, **how)
 
 
-def _check(inputs: Inputs, name: str, folder: Path) -> None:
+def _check(inputs: Work, name: str, folder: Path) -> None:
     """Refuse, before anything is computed with it, a model that cannot be loaded as it is or has no cache to record."""
     values = read_config(folder)
     problem = no_language_model(values) or (no_cache(values) if name in inputs.dag.recorded_models else None)

@@ -191,7 +191,7 @@ MISTAKES = [
     ({"data.seed": -1}, "data.seed", "greater than or equal to 0"),
     ({"arms.null-control.set.seed_offset": 2**63}, "arms.null-control.set.seed_offset", "less than 4294967296"),
     ({"arms.null-control.set.seed_offset": 2**32 - 2}, "arms.null-control.set.seed_offset", "2**32 - 1"),
-    ({"arms.null-control.set.seed_offset": -1}, "arms.null-control.set.seed_offset", "seeds -1 to 1"),
+    ({"arms.null-control.set.seed_offset": -102}, "arms.null-control.set.seed_offset", "seeds -1 to 3"),
     ({"train.steps": 10**30}, "train.steps", "less than or equal to 1000000000"),
     ({"arms.exp1.set.step_factor": 1e9}, "arms.exp1.set.step_factor", "beyond 1,000,000,000 steps"),
     ({"train.learning_rate": float("inf")}, "train.learning_rate", "finite number"),

@@ -87,7 +87,7 @@ CHANGES = {
         {"arms.exp3": SHIPPED.arms["exp3"].model_dump(exclude_unset=True) | {"label": "other"}},
         {"report"},
     ),
-    "a seed": ({"seeds": [0, 1, 2, 3, 4]}, {"arm", "stats", "audit", "report"}),
+    "a seed": ({"seeds": [101, 102, 103, 104, 105, 106]}, {"arm", "stats", "audit", "report"}),
     "resamples": ({"stats.resamples": 7}, {"stats"}),
     "the audit": ({"audit.tolerance": 0.5}, {"audit"}),
     "generation": ({"evaluate.max_new_tokens": 3}, {"evaluate", "untrained", "teacher_quality"}),

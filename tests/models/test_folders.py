@@ -8,20 +8,19 @@ import torch
 from safetensors import safe_open
 from tiny import STUDENT
 
-import kvpipe.models.folders as models
 from kvpipe.config import TokenizerRecipe
+from kvpipe.models import manifest
 from kvpipe.models.folders import (
     build_model,
     check_placement,
-    fetch_local,
     has_weights,
     load_config,
     load_model,
     load_tokenizer,
     manifest_hash,
     randomise,
-    write_manifest,
 )
+from kvpipe.models.manifest import fetch_local, write_manifest
 from kvpipe.models.tokenizers import train_tokenizer
 from kvpipe.tokens.matrix import encode, token_bytes
 from kvpipe.tokens.vocabulary import same_tokens
@@ -267,7 +266,7 @@ def test_the_manifest_changes_when_a_file_does(tmp_path):
 def test_small_folders_are_copied_and_large_ones_linked(tmp_path, monkeypatch):
     folder = folder_of(tmp_path / "a")
     for name, limit, linked in (("copy", 1 << 30, False), ("link", 3, True)):
-        monkeypatch.setattr(models, "COPY_LIMIT", limit)
+        monkeypatch.setattr(manifest, "COPY_LIMIT", limit)
         out = tmp_path / name
         out.mkdir()
         for _ in range(2):  # a second time over what is there

@@ -17,7 +17,6 @@ from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.plan import Dag
 from kvpipe.experiment.steps import Model
 from kvpipe.models import hub as hub_module
-from kvpipe.models.folders import write_manifest
 from kvpipe.models.hub import (
     HubError,
     check_room,
@@ -28,6 +27,7 @@ from kvpipe.models.hub import (
     to_download,
     write_lock,
 )
+from kvpipe.models.manifest import write_manifest
 
 REPO = "owner/alpha"
 BARE = {"config.json": b"{}", "tokenizer.json": b"{}"}

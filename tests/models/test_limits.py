@@ -16,8 +16,9 @@ from kvpipe.config import EvaluateConfig, Template
 from kvpipe.data.encoding import encode_records
 from kvpipe.data.records import Record
 from kvpipe.evaluate.score import evaluate
-from kvpipe.models.folders import recorded, write_manifest
+from kvpipe.models.folders import recorded
 from kvpipe.models.limits import Limits
+from kvpipe.models.manifest import write_manifest
 from kvpipe.steps.encode import make_encoding
 from kvpipe.steps.inputs import Inputs
 from kvpipe.steps.teacher_kv import make_shard
