@@ -8,7 +8,7 @@ CONFIG ?= config/config.yaml
 # The rules call `python`: that of the venv, though nobody has activated it.
 WITHIN := PATH="$(abspath $(BIN)):$$PATH"
 # The programs in tools/ share the zoos of the tests.
-TOOL   := $(WITHIN) PYTHONPATH=tests:tests/cache:tests/tokens python
+TOOL   := $(WITHIN) PYTHONPATH=tests:tests/bad_input:tests/cache:tests/tokens python
 
 # One thread per process: Snakemake runs as many jobs as there are cores, pytest as many workers.
 export OMP_NUM_THREADS = 1
@@ -18,7 +18,7 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install login image wheelhouse image-offline lock report test test-slow test-lm-eval test-cluster torture study teachers bench compat validate-stats lint format config clean
+.PHONY: help install login image wheelhouse image-offline lock report test test-slow test-lm-eval test-cluster torture study teachers bench compat messages validate-stats lint format config clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
@@ -99,6 +99,9 @@ validate-stats: $(STAMP)  ## the tables of docs/statistics.md: coverage, error, 
 
 compat: $(STAMP)  ## the tables of docs/method.md: architectures, rotary embeddings, tokenizers
 	$(TOOL) tools/compat.py
+
+messages: $(STAMP)  ## docs/messages.md: what is said of bad input
+	$(TOOL) tools/messages.py
 
 lint: $(STAMP)  ## formatting, lint, types, workflow
 	$(BIN)/ruff format --check .

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
@@ -11,6 +10,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from kvpipe.experiment.files import lock
 
 STORED_AS = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8", torch.int32: "I32",
@@ -38,9 +39,8 @@ class RowFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self.partial, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = self.partial.stat().st_ino == os.fstat(self._file).st_ino
-        except (BlockingIOError, FileNotFoundError):
+            ours = lock(self._file) and self.partial.stat().st_ino == os.fstat(self._file).st_ino
+        except FileNotFoundError:
             ours = False
         if not ours:  # what was opened is another process's, which may have finished since
             os.close(self._file)

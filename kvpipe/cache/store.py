@@ -268,7 +268,7 @@ class Store:
             self.layers: tuple[int, ...] = tuple(self.index["key"]["layers"])
             listed = [(folder / entry["file"], entry["bytes"], entry["sha256"]) for entry in self.index["shards"]]
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{index_path} is damaged ({error!r} is not in it): {fix}") from None
+            raise ValueError(f"{index_path} is damaged (no {error}): {fix}") from None
         for path, size, _ in listed:  # said at once, before gigabytes are read
             if not path.is_file() or path.stat().st_size != size:
                 raise ValueError(f"{path} is missing or truncated: {fix}")

@@ -99,6 +99,8 @@ def writable_file(out: Path | None) -> Path | None:
     for path in () if out is None else out.parents:
         if path.exists() and not path.is_dir():
             raise typer.BadParameter(f"{out}: {path} is a file, not a folder")
+    if out is not None and out.is_dir():
+        raise typer.BadParameter(f"{out} is a folder; name a file in it")
     return out
 
 

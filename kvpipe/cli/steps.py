@@ -62,8 +62,9 @@ def pretrain(
 
     settings = load(config, overrides)
     made = recipes(settings)
-    if only is not None and only not in made:
-        raise typer.BadParameter(f"--only {only}: no such model with a recipe and a path (there are {', '.join(made)})")
+    if not made or only not in (None, *made):
+        which = "no model of the configuration has" if only is None else f"--only {only}: no such model with"
+        raise typer.BadParameter(f"{which} a recipe and a path (there are {', '.join(made) or 'none'})")
     for name in made if only is None else [only]:
         pretrain_into_path(settings, name, log=say)
 

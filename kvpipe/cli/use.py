@@ -111,7 +111,7 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="Parquet file, one row per item.", callback=writable_file)],
     model: Annotated[Path | None, typer.Option(help="Model folder.")] = None,
     cell: Annotated[Path | None, typer.Option(help="Instead of --model: folder of `kvpipe train --teacher`.")] = None,
-    split: Annotated[str, typer.Option(help="Split that is scored.")] = "test",
+    split: Annotated[Literal["train", "validation", "test"], typer.Option(help="Split that is scored.")] = "test",
 ) -> None:
     """Score a model folder item by item: likelihood and greedy generation."""
     from kvpipe.steps.evaluate import score_folder
@@ -168,6 +168,8 @@ def align(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show how two tokenizers' tokens line up on a text."""
+    if not text:
+        raise typer.BadParameter("--text is empty: there is nothing to align")
     import rich
 
     from kvpipe.models.folders import load_tokenizer

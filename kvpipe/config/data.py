@@ -95,6 +95,26 @@ class RowData(Section):
         known = {**preset["rows"], **(preset["hub"] if cls is HubData else {})}
         return merged(known, values)
 
+    @field_validator("columns")
+    @classmethod
+    def _columns_are_named(cls, columns: dict[str, str]) -> dict[str, str]:
+        for field, text in columns.items():
+            try:
+                parts = [part[1:] for part in string.Formatter().parse(text) if part[1] is not None]
+            except ValueError as error:
+                raise ValueError(f"{field}: {text!r}: {error}; {{column}} stands for a column") from None
+            if any(not name or spec or conversion for name, spec, conversion in parts):
+                raise ValueError(f"{field}: {text!r}: expected nothing but a column's name in braces")
+        return columns
+
+    @field_validator("split")
+    @classmethod
+    def _splits_into_columns(cls, split: dict[str, str]) -> dict[str, str]:
+        for column, found in split.items():
+            if not re.compile(found).groupindex:
+                raise ValueError(f"{column}: {found!r} makes no column: name a group, (?P<column>…)")
+        return split
+
     @model_validator(mode="after")
     def _fields(self):
         if bool(self.tasks) != ("task" in self.columns):

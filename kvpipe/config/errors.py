@@ -99,4 +99,4 @@ def _problems(item: Any, location: tuple) -> list[tuple[str, str]]:
                 return [(path, now)]
             return [(path, f"unknown {given}{nearest(item['input'], _quoted(context['expected']))}")]
         case _:
-            return [(path, f"{item['msg'].replace('Input should', 'should')} (got {given})")]
+            return [(path, f"{re.sub('^[A-Z][a-z]+ should', 'should', item['msg'])} (got {given})")]

@@ -60,7 +60,7 @@ def schedule(
         ValueError: fewer examples than one batch.
     """
     if len(lengths) < batch_size:
-        raise ValueError(f"batch_size {batch_size} exceeds the {len(lengths)} examples to train on: lower it")
+        raise ValueError(f"train.batch_size: {batch_size} exceeds the {len(lengths)} examples to train on: lower it")
     rng = np.random.default_rng(seed)
     out: list[np.ndarray] = []
     left = np.empty(0, dtype=np.int64)

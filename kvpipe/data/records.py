@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kvpipe.config import Template
+from kvpipe.experiment.files import replacing
 from kvpipe.tokens.segments import Segmented
 
 OPTIONAL = ("tests", "choices", "messages")
@@ -72,11 +73,11 @@ SCHEMA = pa.schema(
 
 def write_records(path: Path, records: list[Record]) -> None:
     """Write records to one Parquet file; columns of `OPTIONAL` only where a record has them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     unused = [name for name in OPTIONAL if all(getattr(record, name) is None for record in records)]
     schema = pa.schema([column for column in SCHEMA if column.name not in unused])
     rows = [{name: value for name, value in asdict(record).items() if name not in unused} for record in records]
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+    with replacing(path) as partial:
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), partial)
 
 
 def read_records(path: Path) -> list[Record]:
@@ -85,7 +86,12 @@ def read_records(path: Path) -> list[Record]:
     Raises:
         ValueError: a column is missing; names the file and the column.
     """
-    table = pq.read_table(path)
+    try:
+        table = pq.read_table(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: run `kvpipe data`") from None
+    except pa.ArrowException as error:
+        raise ValueError(f"{path} is damaged ({error}): run `kvpipe data`") from None
     missing = [name for name in SCHEMA.names if name not in (*table.column_names, *OPTIONAL)]
     if missing:
         raise ValueError(f"{path}: column(s) {missing} missing (has {table.column_names})")

@@ -88,7 +88,7 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
             try:
                 # some editors begin a file with a byte order mark
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                row = json.loads(text) if text else None
+                row = json.loads(text, object_pairs_hook=_once) if text else None
             except UnicodeDecodeError as error:
                 raise ValueError(f"{place}: not UTF-8: {error}; save the file as UTF-8") from None
             except json.JSONDecodeError as error:
@@ -104,6 +104,15 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     # a table, as Parquet is one: what only some rows have is None in the others
     columns = list(dict.fromkeys(name for row in rows for name in row))
     return [{name: row.get(name) for name in columns} for row in rows], places
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys stand there once: `json` would take the last of two."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {max(names, key=names.count)!r} stands there twice")
+    return found
 
 
 READERS = {".jsonl": _lines, ".parquet": _table}
@@ -211,7 +220,10 @@ def _check_commit(source: HubData, commit: str | None) -> None:
 
 def _advice(source: HubData, error: Exception, offline: bool) -> str:
     if source.is_folder:
-        return f"data.sources ({source.task}): {error}"
+        if not Path(source.repo).is_dir():
+            return f"data.sources ({source.task}): {error}"
+        needed = "expected files of rows (.jsonl, .parquet, .csv), named by their splits"
+        return f"data.sources ({source.task}): {source.repo}: {needed}; the library says: {error}"
     said = f"data.sources ({source.task}): {source.repo} at {source.revision}: {error}"
     if offline:
         return (

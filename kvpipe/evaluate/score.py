@@ -45,7 +45,6 @@ def evaluate(
     return table
 
 
-JUDGES = "judges"
 GENERATED = ("exact", "number", "math", "code")
 """Scorers that read a continuation of the prompt."""
 
@@ -108,7 +107,7 @@ def evaluate_model(
         columns["outcome_detail"] = [verdict.outcome and verdict.outcome.detail for verdict in verdicts]
     table = pd.DataFrame(columns)
     scorers = {record.task: config.of(record.task).scorer for record in records}
-    table.attrs[JUDGES] = {task: judge_of(scorer) for task, scorer in scorers.items() if scorer != "none"}
+    table.attrs["judges"] = {task: judge_of(scorer) for task, scorer in scorers.items() if scorer != "none"}
     return table
 
 

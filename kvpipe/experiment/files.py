@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from hashlib import sha1, sha256
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from kvpipe.experiment.paths import MANIFEST
 
 if TYPE_CHECKING:
+    import pandas as pd
     from torch import Tensor
 
 GB = 1e9
@@ -25,14 +28,19 @@ def replacing(path: Path) -> Iterator[Path]:
     """A name to write to, which takes the place of `path` when all is written; its folder is made.
 
     Without the old file's mode and links: a link to another's file is replaced, not written through.
+
+    Raises:
+        OSError: the disk is full or refuses; names the file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         partial.replace(path)
+    except OSError as error:  # of a library, which may not say which file, or says the partial one
+        raise OSError(f"{path} could not be written: {error.strerror or error}") from error
     finally:
-        if partial.is_file():
+        if partial.is_file() or partial.is_symlink():
             partial.unlink()
 
 
@@ -47,18 +55,43 @@ def write_json(path: Path, document: Any, **options: Any) -> None:
     write_text(path, json.dumps(document, **{"indent": 2, **options}) + "\n")
 
 
-def read_json(path: Path, fix: str) -> dict[str, Any]:
+def read_json(path: Path, fix: str, keys: Iterable[str] = ()) -> dict[str, Any]:
     """A JSON object that a step has written.
 
     Raises:
-        ValueError: it cannot be read as one; names the file and what to do.
+        FileNotFoundError: it is not there.
+        ValueError: it cannot be read as one, or lacks one of `keys`; names the file and what to do.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: {fix}") from None
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): {fix}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path} is damaged (no JSON object): {fix}")
+    if absent := [key for key in keys if key not in found]:
+        raise ValueError(f"{path} is damaged (no {', '.join(absent)}): {fix}")
+    return found
+
+
+def read_table(path: Path, fix: str, columns: Iterable[str] = ()) -> pd.DataFrame:
+    """A table that a step has written, Parquet or (by `pandas.read_csv`) CSV.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it cannot be read as one, or lacks one of `columns`; names the file and what to do.
+    """
+    import pandas as pd
+
+    try:
+        found = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: {fix}") from None
+    except (ValueError, OSError) as error:  # pyarrow's own errors are among them
+        raise ValueError(f"{path} is damaged ({error}): {fix}") from None
+    if absent := [column for column in columns if column not in found]:
+        raise ValueError(f"{path}: column(s) {absent} missing (has {list(found.columns)}): {fix}")
     return found
 
 
@@ -74,8 +107,8 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
     with replacing(path) as partial:
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
-        except (OSError, SafetensorError) as error:  # the library's own error for a full disk names no file
-            raise OSError(f"{path} could not be written: {error}") from error
+        except SafetensorError as error:  # the library's own for a full disk
+            raise OSError(str(error)) from error
         set_mode(partial)
 
 
@@ -85,6 +118,44 @@ def set_mode(*paths: Path) -> None:
     os.umask(mask)
     for path in paths:
         path.chmod(0o666 & ~mask)
+
+
+# ---------------------------------------------------------------- one process at a time
+def lock(handle: int, wait: bool = False) -> bool:
+    """Take the lock of an open file, which ends with the process; False where another process has it.
+
+    A file system that has no locks (Lustre mounted without `flock`) lets everyone in.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+    return True
+
+
+@contextmanager
+def alone(path: Path, taken: str, log: Callable[[str], object] | None = None) -> Iterator[None]:
+    """Hold a lock file, which stays there.
+
+    Args:
+        path: the file; its folder is made.
+        taken: what it means that another process holds it.
+        log: takes that line, and the other process is waited for; without, it is an error.
+
+    Raises:
+        OSError: another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        if not lock(file.fileno()):
+            if log is None:
+                raise OSError(f"{taken} ({path} is locked): wait for it, or stop it and run the same command again")
+            log(f"{taken}; waiting for it")
+            lock(file.fileno(), wait=True)
+        yield
 
 
 # ---------------------------------------------------------------- hashes

@@ -86,12 +86,25 @@ def check_nodes(resources: Mapping[str, Any]) -> None:
         )
 
 
+def group_size(environment: Mapping[str, str]) -> int:
+    """How many processes a launcher has started, this one among them.
+
+    Raises:
+        ValueError: what `check_environment` refuses.
+    """
+    check_environment(environment)
+    return int(environment.get("WORLD_SIZE") or "1")
+
+
 def check_environment(environment: Mapping[str, str]) -> None:
     """Refuse the variables of another job's launcher: this process would wait for ever for the other ones.
 
     Raises:
-        ValueError: several processes are said, and not all that a launcher says of them.
+        ValueError: several processes are said, and not all that a launcher says of them; or a number is none.
     """
+    for name in set(LAUNCHER) - {"MASTER_ADDR"}:
+        if not (environment.get(name) or "0").removeprefix("-").isdecimal():
+            raise ValueError(stray_variables(environment, f"{name} is no number"))
     several = environment.get("WORLD_SIZE", "") not in ("", "1") or environment.get("LOCAL_RANK", "") not in ("", "-1")
     absent = [name for name in LAUNCHER if not environment.get(name)]
     if several and absent:

@@ -34,6 +34,9 @@ def _layers(arm: Arm, student: str, shapes: Mapping[str, Shape]) -> Iterator[str
     beyond = [layer for layer in arm.loss.layers or [] if own is not None and layer >= own.layers]
     if arm.loss.kind == "kv" and own is not None and beyond:
         yield f"loss.layers: {beyond} not in the student ({student}), whose layers are 0 to {own.layers - 1}"
+    for teacher in arm.teachers if arm.loss.kind == "kv" and arm.layer.kind == "cka" else ():
+        if teacher in shapes and arm.layer.k > shapes[teacher].layers:
+            yield f"layer.k: {arm.layer.k} layers of the teacher {teacher}, which has {shapes[teacher].layers}"
     if arm.loss.kind != "kv" or arm.layer.kind != "list" or listed is None:
         return
     if own is not None and len(listed) != own.layers:

@@ -153,6 +153,11 @@ class Paths:
         """The configuration that the jobs of a run read."""
         return self.root / "configs" / f"{digest}.json"
 
+    @property
+    def made_lock(self) -> Path:
+        """Held by the process that makes artefacts outside of Snakemake."""
+        return self.root / "made" / ".lock"
+
     def made(self, artefact: Path) -> Path:
         """What an artefact was made from."""
         return self.root / "made" / f"{artefact.relative_to(self.root)}.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 from hashlib import sha256
 from math import prod
@@ -15,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from kvpipe.align.regime import by_own_length
 from kvpipe.config import Loading
+from kvpipe.config.errors import nearest
 from kvpipe.experiment.files import read_json, set_mode, verify
 from kvpipe.experiment.paths import MANIFEST
 from kvpipe.experiment.sizes import read_header
@@ -39,12 +41,15 @@ COMPANIONS = (
     "chat_template*", "generation_config.json", "*.py", "LICEN[CS]E*",
 )  # fmt: skip
 """Files of a model folder beside config and weights that a model made from it takes over."""
+CODED = "it is code of its own (config.json: auto_map), which runs with models.<name>.trust_remote_code: true only"
+OLDER = re.compile("rope_|rotary_|partial_rotary_|_|sliding_window_pattern")
+"""Beginnings of fields that transformers still reads, under other names."""
 
 
 def recorded(folder: Path) -> dict[str, Any]:
     """What the folder's manifest says of its source and of loading it; empty where there is no manifest."""
     path = folder / MANIFEST
-    return read_json(path, f"run `kvpipe models --name {folder.name}`") if path.is_file() else {}
+    return read_json(path, f"run `kvpipe models --name {folder.name}`", ("source", "files")) if path.is_file() else {}
 
 
 def verify_files(folder: Path, weights: bool = True) -> None:
@@ -57,7 +62,7 @@ def verify_files(folder: Path, weights: bool = True) -> None:
     Raises:
         ValueError: a file is missing, damaged or was replaced.
     """
-    files = recorded(folder).get("files", {})
+    files = recorded(folder).get("files", {})  # none in a folder that is the user's own
     fix = f"run `kvpipe models --name {folder.name}`"
     for name, expected in files.items():
         if weights or not name.endswith(".safetensors"):
@@ -88,9 +93,13 @@ def load_tokenizer(folder: Path, trust: bool = False) -> Any:
             f"{folder}: its tokenizer is code of its own (tokenizer_config.json: auto_map), which runs with "
             "models.<name>.trust_remote_code: true only; without that entry it is the one of tokenizer.json"
         )
-    tokenizer = (PreTrainedTokenizerFast if from_file else AutoTokenizer).from_pretrained(
-        folder, trust_remote_code=trust
-    )
+    kind = PreTrainedTokenizerFast if from_file else AutoTokenizer
+    try:
+        tokenizer = kind.from_pretrained(folder, trust_remote_code=trust)
+    except (OSError, ValueError):
+        if (folder / "tokenizer.json").is_file():
+            raise
+        raise FileNotFoundError(f"{folder}: tokenizer.json is missing: copy or download it too") from None
     if not tokenizer.is_fast:
         raise ValueError(f"{folder}: only a slow tokenizer is there; kvpipe needs tokenizer.json for byte spans")
     if tokenizer.pad_token_id is None:  # as Llama-3 ships; padding is masked, any token will do
@@ -122,7 +131,12 @@ def load_config(folder: Path, trust: bool = False) -> Any:
     verify_files(folder, weights=False)
     if problem := no_language_model(read_config(folder)):
         raise ValueError(f"{folder}: {problem}")
-    return AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    except ValueError as error:
+        if trust or "auto_map" not in read_config(folder):
+            raise
+        raise ValueError(f"{folder}: {CODED}") from error
 
 
 def load_model(
@@ -165,10 +179,22 @@ def load_model(
     unexpected = [name for name in found["unexpected_keys"] if not UNUSED.search(name)]
     if problem := tensor_problems(found["missing_keys"], unexpected, found["mismatched_keys"]):
         raise ValueError(f"{folder}: {problem}")
+    if bad := [name for name, tensor in model.named_parameters() if not _finite(tensor)]:
+        raise ValueError(
+            f"{folder}: {len(bad)} tensors hold NaN or infinity ({bad[0]} first): they were damaged, or trained to it; copy "
+            "or train the model again"
+        )
     if "device_map" not in options:
         return by_own_length(model.to(device)).eval()
     check_placement(folder, getattr(model, "hf_device_map", {}))
     return by_own_length(model).eval()
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """Whether every number of a tensor is one; nothing is said of packed ones, or of what is not in memory."""
+    if tensor.dtype not in DTYPES.values() or tensor.is_meta or not tensor.numel():
+        return True
+    return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor.detach()))
 
 
 def check_placement(folder: Path, places: dict[str, Any]) -> None:
@@ -209,6 +235,14 @@ def build_model(architecture: dict[str, Any], tokenizer: Any, seed: int) -> PreT
     values = dict(architecture)
     if "model_type" not in values:
         raise ValueError(f"architecture: model_type is missing (has {sorted(values)})")
+    known = AutoConfig.for_model(values["model_type"])
+    for key in values:
+        if not hasattr(known, key) and not OLDER.match(
+            key
+        ):  # transformers takes any key, and reads those that it knows
+            raise ValueError(
+                f"architecture: {key} is no field of model type {values['model_type']!r}{nearest(key, known.to_dict())}"
+            )
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     config.vocab_size = len(tokenizer)
     config.bos_token_id, config.eos_token_id, config.pad_token_id = (

@@ -169,6 +169,8 @@ LAYER = re.compile(r"^(?P<root>(?:[A-Za-z_]\w*\.)*?)(?:layers|h|blocks|block|lay
 ROOTS = {"model", "transformer", "gpt_neox", "decoder", "language_model", "text_model", "backbone"}
 """Parts of names that transformers knows before a decoder's layers."""
 EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in)\.weight$")
+EMBEDDED = ("word_embed_proj_dim", "embedding_size", "embed_dim")
+"""Fields that say another width of the embedding than `hidden_size`."""
 HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output|output_projection|head)\.weight$")
 SCORES = re.compile(r"(?:^|\.)(?:score|v_head|classifier)\.")
 UNUSED = re.compile(
@@ -219,6 +221,10 @@ def misfit(folder: Path) -> str | None:
         missing.append("the input embedding")
     elif isinstance(vocabulary, int) and shapes[embedding][0] != vocabulary:
         mismatched.append((embedding, shapes[embedding], (vocabulary, *shapes[embedding][1:])))
+    elif (width := values.get("hidden_size")) not in (None, shapes[embedding][-1]) and not any(
+        k in values for k in EMBEDDED
+    ):
+        mismatched.append((embedding, shapes[embedding], (*shapes[embedding][:1], width)))
     if values.get("tie_word_embeddings") is False and not any(HEAD.search(name) for name in shapes):
         missing.append("lm_head.weight")
         unexpected += [name for name in shapes if SCORES.search(name)]

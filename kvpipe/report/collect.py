@@ -12,10 +12,10 @@ import pandas as pd
 
 from kvpipe.config import Config
 from kvpipe.data.records import Record, read_records
-from kvpipe.experiment.files import read_json
+from kvpipe.experiment.files import read_json, read_table
 from kvpipe.experiment.paths import ARMS, CONTRASTS, PAIRS, Paths
 from kvpipe.experiment.plan import Dag
-from kvpipe.models.folders import load_tokenizer
+from kvpipe.models.folders import load_tokenizer, recorded
 from kvpipe.stats.metrics import METRICS
 from kvpipe.stats.scores import ALL, UNTRAINED, read_history
 
@@ -126,7 +126,7 @@ class Results:
     def pairs(self) -> pd.DataFrame:
         """Pairs of models; without a row where the table is not there."""
         path = self.paths.stats / PAIRS
-        return pd.read_csv(path) if path.is_file() else pd.DataFrame()
+        return read_table(path, "run `kvpipe stats`") if path.is_file() else pd.DataFrame()
 
     def _tables(self, name: str, columns: list[str]) -> pd.DataFrame:
         paths = [self.paths.stats / name, self.paths.costs / name]
@@ -134,11 +134,7 @@ class Results:
             raise FileNotFoundError(f"{paths[0]} is missing: run `kvpipe stats` first")
         frames = []
         for path in (p for p in paths if p.is_file()):
-            frame = pd.read_csv(path)
-            lacking = [c for c in columns if c not in frame.columns]
-            if lacking:
-                raise ValueError(f"{path}: column(s) {lacking} missing (has {list(frame.columns)}); make it again")
-            frames.append(frame[columns])
+            frames.append(read_table(path, "run `kvpipe stats`", columns)[columns])
         return pd.concat([f for f in frames if len(f)] or frames[:1], ignore_index=True)
 
     @cached_property
@@ -177,6 +173,13 @@ class Results:
         return read_parquet(self.paths.items(arm, seed))
 
     @cached_property
+    def judges(self) -> dict[str, list[str]]:
+        """Task → who judged its answers, as the scores of the cells say."""
+        tables = (frame for cell in self.dag.cells if (frame := self.items(*cell)) is not None)
+        said = {(task, judge) for table in tables for task, judge in table.attrs.get("judges", {}).items()}
+        return {task: sorted(judge for name, judge in said if name == task) for task in self.tasks}
+
+    @cached_property
     def missing_cells(self) -> list[tuple[str, int]]:
         """Cells without a trained model or without scores."""
         return [c for c in self.dag.cells if c not in self.costs or not self.paths.items(*c).is_file()]
@@ -213,7 +216,8 @@ class Results:
     @cached_property
     def manifests(self) -> dict[str, dict[str, Any]]:
         """Manifests of the models that are there."""
-        return self._documents({m: self.paths.manifest(m) for m in self.config.models})
+        found = {name: recorded(self.paths.model(name)) for name in self.config.models}
+        return {name: manifest for name, manifest in found.items() if manifest}
 
     # ------------------------------------------------------------ checks
     @cached_property
@@ -274,4 +278,4 @@ def read_document(path: Path) -> dict[str, Any] | None:
 
 def read_parquet(path: Path) -> pd.DataFrame | None:
     """A Parquet file, or None where there is none."""
-    return pd.read_parquet(path) if path.is_file() else None
+    return read_table(path, "make it again") if path.is_file() else None

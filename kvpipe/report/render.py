@@ -109,6 +109,7 @@ def training(results: Results) -> list[tuple[str, str]]:
         ("cross-entropy on", LOSS_ON[train.loss_on]),
         ("precision", train.precision),
     ]
+    out += [(f"answers of {task} judged by", ", ".join(judges)) for task, judges in results.judges.items() if judges]
     for name, label, digits in (("tokens", "student tokens per cell", 0), ("padding_share", "share of padding", 4)):
         values = sorted(cost[name] for cost in results.costs.values())
         if values:

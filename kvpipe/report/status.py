@@ -15,6 +15,7 @@ from rich.text import Text
 
 from kvpipe.config.errors import printable
 from kvpipe.experiment.attempts import record_of, total
+from kvpipe.experiment.files import read_json
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.plan import Dag
 
@@ -54,7 +55,7 @@ def cell(paths: Paths, arm: str, seed: int) -> Cell:
     spent = total(record_of(paths.checkpoints(arm, seed))) or {}
     cost = paths.cost(arm, seed)
     if cost.is_file():
-        found = json.loads(cost.read_text(encoding="utf-8"))
+        found = read_json(cost, "train the cell again", ("train_seconds", "peak_memory_bytes"))
         items = paths.items(arm, seed)
         # scores of other weights are those of another student
         scored = items.is_file() and scored_model(items) == found.get("model", {}).get("digest")

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from kvpipe.experiment.files import read_json
+from kvpipe.experiment.files import read_json, read_table
 from kvpipe.experiment.paths import COST, Paths
 from kvpipe.experiment.plan import Dag
 from kvpipe.stats.metrics import METRICS
@@ -19,6 +19,8 @@ ALL = "all"
 UNTRAINED = "untrained"
 CELL = "cell"
 """Attribute of a table of items: the arm and seed whose scores they are, None for a model that is no cell."""
+ITEM_COLUMNS = ("id", "task", "nll", "tokens", "bytes", "nll_all", "tokens_all", "bytes_all", "correct")
+"""Columns that every table of items has."""
 ITEM_METRICS = {name: metric for name, metric in METRICS.items() if metric.per == "item"}
 Parts = list[NDArray[np.float64]]
 """One matrix ``(seed, item)`` for each task: the metric is the mean of their means; NaN where a cell is missing."""
@@ -26,7 +28,7 @@ Parts = list[NDArray[np.float64]]
 
 # ---------------------------------------------------------------- reading
 def read_items(paths: Paths, arm: str, seeds: list[int]) -> pd.DataFrame:
-    """All items of an arm with columns `seed` and `model`, the digest of the weights; only cells that exist.
+    """All items of an arm with columns `seed`, `model`, the digest of the weights, and `judge`; only cells that exist.
 
     Raises:
         ValueError: a number is not finite, or the scores are of another cell, or of other weights than it has now.
@@ -36,7 +38,7 @@ def read_items(paths: Paths, arm: str, seeds: list[int]) -> pd.DataFrame:
         path = paths.items(arm, seed)
         if not path.is_file():
             continue
-        items = pd.read_parquet(path)
+        items = read_table(path, "evaluate the cell again", ITEM_COLUMNS)
         # scores of earlier versions do not say whose they are
         whose = items.attrs.pop(CELL, {"arm": arm, "seed": seed})
         if whose != {"arm": arm, "seed": seed}:
@@ -57,8 +59,9 @@ def read_items(paths: Paths, arm: str, seeds: list[int]) -> pd.DataFrame:
             raise ValueError(
                 f"{path} has the scores of a model {scored}, {paths.cell(arm, seed)} is {trained}: evaluate the cell again"
             )
-        frames.append(items.assign(seed=seed, model=scored))
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame({"seed": [], "model": []})
+        judges = items.attrs.pop("judges", {})
+        frames.append(items.assign(seed=seed, model=scored, judge=items.task.map(judges).fillna("")))
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame({"seed": [], "model": [], "judge": []})
 
 
 def cell_of(model: Path) -> dict[str, Any] | None:
@@ -92,8 +95,15 @@ def read_history(paths: Paths, arm: str, seed: int) -> tuple[pd.DataFrame, pd.Da
     path = paths.history(arm, seed)
     if not path.is_file():
         return None
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            lines.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: damaged ({error}): train the cell again") from None
     validation = [line for line in lines if "validation_loss" in line]
+    if not validation:
+        raise ValueError(f"{path} is damaged (no validation loss in it): train the cell again")
     steps = [line for line in lines if "validation_loss" not in line]
     return pd.DataFrame(steps), pd.DataFrame(validation, columns=["step", "tokens", "validation_loss"])
 
@@ -114,6 +124,7 @@ class Scores:
         ids = present[0].drop_duplicates("id").set_index("id").task
         for arm, data in items.items():
             _check_items(arm, data, ids)
+        self.judges = _judges(pd.concat([data[["task", "judge"]] for data in present]))
         self.tasks = sorted(ids.unique())
         # answers of a task are scored in all cells or in none
         unscored = {task for task in self.tasks if not any(d.correct[d.task == task].notna().any() for d in present)}
@@ -201,3 +212,14 @@ def _check_items(arm: str, data: pd.DataFrame, ids: pd.Series) -> None:
                 f"{arm}, seed {seed}: its items differ from those of the other cells in {len(odd)} places, e.g. "
                 f"{', '.join(odd[:3])}; evaluate all cells on one test split"
             )
+
+
+def _judges(items: pd.DataFrame) -> dict[str, str]:
+    """Task → who judged its answers: one for all cells, else accuracies could not be compared."""
+    found = {task: sorted(set(judges) - {""}) for task, judges in items.groupby("task").judge}
+    for task, judges in found.items():
+        if len(judges) > 1:
+            raise ValueError(
+                f"answers of {task} were judged by {' and by '.join(judges)}: evaluate all cells again by one"
+            )
+    return {task: judges[0] for task, judges in found.items() if judges}

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from kvpipe.config import Config, StatsConfig
+from kvpipe.experiment.files import replacing
 from kvpipe.experiment.paths import ARMS, CONTRASTS, PAIRS, Paths
 from kvpipe.experiment.plan import Dag
 from kvpipe.stats.bootstrap import Bootstrap, adjust, crossed_bootstrap, effect_size, item_variance
@@ -36,9 +37,12 @@ _TEXTS = {"arm", "reference", "metric", "task", "family", "verdict", "scale"}
 def write_arm_table(dag: Dag, paths: Paths, arm: str) -> None:
     """Write `arm_table` where it belongs."""
     dag.arm(arm)
-    out = paths.arm_table(arm)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    arm_table(dag, paths, arm).to_csv(out, index=False)
+    _write(arm_table(dag, paths, arm), paths.arm_table(arm))
+
+
+def _write(table: pd.DataFrame, out: Path) -> None:
+    with replacing(out) as partial:
+        table.to_csv(partial, index=False)
 
 
 def arm_table(dag: Dag, paths: Paths, arm: str) -> pd.DataFrame:
@@ -271,10 +275,9 @@ def write_stats(dag: Dag, paths: Paths, untrained: Path | None) -> None:
     if untrained is not None:
         scores.add_untrained(pd.read_parquet(untrained))
     for folder, measured in ((paths.stats, False), (paths.costs, True)):
-        folder.mkdir(parents=True, exist_ok=True)
         measures = scores.measures(measured)
-        arms_table(scores, measures, config).to_csv(folder / ARMS, index=False)
-        contrasts_table(families(dag.config), measures, scores.parts, config).to_csv(folder / CONTRASTS, index=False)
+        _write(arms_table(scores, measures, config), folder / ARMS)
+        _write(contrasts_table(families(dag.config), measures, scores.parts, config), folder / CONTRASTS)
     named = [(dag.config.headline, dag.config.control)] if dag.config.headline else []
     named += [(arm, reference) for arm, reference in config.contrasts]
-    pairs_table(scores, named, config).to_csv(paths.stats / PAIRS, index=False)
+    _write(pairs_table(scores, named, config), paths.stats / PAIRS)

@@ -11,7 +11,7 @@ import torch
 
 from kvpipe.evaluate import harness, score
 from kvpipe.experiment import device
-from kvpipe.experiment.files import write_json
+from kvpipe.experiment.files import replacing, write_json
 from kvpipe.experiment.outofmemory import explained
 from kvpipe.models.folders import load_model
 from kvpipe.stats.scores import CELL, cell_of
@@ -72,6 +72,6 @@ def score_tasks(inputs: Inputs, folder: Path, out: Path) -> Iterator[str]:
 
 
 def _write(table: pd.DataFrame, cell: dict | None, out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
     table.attrs[CELL] = cell
-    table.to_parquet(out, index=False)
+    with replacing(out) as partial:
+        table.to_parquet(partial, index=False)

@@ -120,6 +120,8 @@ class Inputs(Work):
         lines = misfits(self.dag, {name: one for name, one in found.items() if one is not None}, names)
         for name in names:
             arm = self.dag.arms[name]
+            if (size := self.config.train.batch_size) > (count := len(self.training_examples(arm))):
+                lines.append(f"train.batch_size: {size} exceeds the {count} examples of arm {name}: lower it")
             if arm.loss.kind == "kv" and arm.loss.skip_sink:
                 longest = int(self.student_encoding("train").lengths[self.training_examples(arm)].max())
                 if arm.loss.skip_sink >= longest:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from kvpipe.config import Config, ConfigError
 from kvpipe.experiment import made
+from kvpipe.experiment.files import alone
+from kvpipe.experiment.launch import group_size
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.plan import Dag
 from kvpipe.experiment.steps import table
@@ -63,15 +65,16 @@ def make(inputs: Work, files: Iterable[Path], log=print) -> None:
         differs = made.changed(step, **job)
         if differs is None or differs:
             again = f" (again: changed since it was made: {', '.join(differs)})" if differs else ""
-            if int(os.environ.get("WORLD_SIZE") or "1") > 1:
+            if group_size(os.environ) > 1:
                 raise ConfigError(
                     f"{' '.join([name, *job.values()])} is missing or was made from something else, and the processes of a "
                     "group would all make it: run `kvpipe prepare` with this arm in one process first"
                 )
             log(f"{' '.join([name, *job.values()])} …{again}")
-            for stale in step.makes(**job).values() if differs else ():
-                stale.unlink(missing_ok=True)
-            run(inputs, name, **job)
+            with alone(inputs.paths.made_lock, "another process makes artefacts here", log):
+                if made.changed(step, **job) == []:  # by that one
+                    return
+                run(inputs, name, **job)
 
     for path in files:
         bring(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -12,7 +13,8 @@ from safetensors import SafetensorError
 
 from kvpipe.experiment import attempts
 from kvpipe.experiment.device import resolve_device
-from kvpipe.experiment.files import content_digest, write_json, write_text
+from kvpipe.experiment.files import alone, content_digest, write_json, write_text
+from kvpipe.experiment.launch import group_size
 from kvpipe.experiment.outofmemory import explained
 from kvpipe.experiment.paths import COST, HISTORY, STUDENT
 from kvpipe.experiment.plan import digest
@@ -85,12 +87,18 @@ def train_cell(inputs: Inputs, arm: str, seed: int, out: Path, checkpoints: Path
         log: takes lines for people.
 
     Raises:
-        OSError: the cell could not be written; its checkpoints stay.
+        OSError: the cell could not be written; its checkpoints stay. Or another process is training it.
         SavedStudentDiffers: the folder scores otherwise than the model in memory; the checkpoints stay.
         And what `kvpipe.train.trainer.train` raises.
     """
-    processes = int(os.environ.get("WORLD_SIZE") or "1")
-    attempt = attempts.Attempt(checkpoints, resolve_device(inputs.config.train.device), processes)
+    busy = f"another process is training {arm}, seed {seed}"
+    first = os.environ.get("RANK") in (None, "", "0")
+    with alone(checkpoints / ".lock", busy) if first else nullcontext():
+        _train_cell(inputs, arm, seed, out, checkpoints, log)
+
+
+def _train_cell(inputs: Inputs, arm: str, seed: int, out: Path, checkpoints: Path, log) -> None:
+    attempt = attempts.Attempt(checkpoints, resolve_device(inputs.config.train.device), group_size(os.environ))
     cell = load_cell(inputs, arm, seed, log)
     trained = train(cell, checkpoints, attempt, log)
     if trained.main:

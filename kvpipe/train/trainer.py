@@ -58,8 +58,7 @@ def check_settings(config: TrainConfig, log=print) -> None:
     check_device(config.device, log)
     check_precision(config.precision, resolve_device(config.device))
     without_environment()
-    launch.check_environment(os.environ)
-    processes = int(os.environ.get("WORLD_SIZE") or "1")
+    processes = launch.group_size(os.environ)
     if config.accumulate * processes > config.batch_size:
         raise ConfigError(
             f"train.batch_size {config.batch_size} is less than train.accumulate {config.accumulate} × {processes} "

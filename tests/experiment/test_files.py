@@ -1,13 +1,19 @@
 """Files appear whole or not at all, with the mode of the umask."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from kvpipe.experiment.files import save_tensors, set_mode, write_json
+from kvpipe.data.records import Record, write_records
+from kvpipe.experiment.files import alone, save_tensors, set_mode, write_json, write_text
+from kvpipe.stats import tables
+from kvpipe.steps import evaluate
 
 
 @pytest.fixture
@@ -52,6 +58,72 @@ def test_json_that_cannot_be_written_leaves_the_older_file_and_nothing_beside_it
     other.symlink_to(path)
     write_json(other, [])
     assert not other.is_symlink() and path.read_text(encoding="utf-8") != "[]\n", "not written through a link"
+
+
+FULL = Path("/dev/full")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="Linux has it")
+@pytest.mark.parametrize("kind", ["splits", "scores", "tables", "page"])
+def test_a_full_disk_leaves_no_partial_file_and_names_it(tmp_path, monkeypatch, kind):
+    """Every write ends in ENOSPC, as on a full disk, where the partial file stands for `/dev/full`."""
+    name = {"splits": "train.parquet", "scores": "x.parquet", "tables": "x.csv", "page": "x.html"}[kind]
+    path = tmp_path / name
+    path.write_text("older")
+    (tmp_path / f"{name}.partial").symlink_to(FULL)
+    table = pd.DataFrame({"a": ["b" * 10_000_000]})
+    write = {
+        "splits": lambda: write_records(path, [Record("a", "t", "p" * 10_000_000, "", "b")]),
+        "scores": lambda: evaluate._write(table, None, path),
+        "tables": lambda: tables._write(table, path),
+        "page": lambda: write_text(path, "b" * 10_000_000),
+    }[kind]
+    with pytest.raises(OSError, match=f"{name} could not be written: .*No space left on device"):
+        write()
+    assert path.read_text() == "older"
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_one_process_at_a_time(tmp_path):
+    path, said = tmp_path / "a" / ".lock", []
+    program = (
+        f"import fcntl, sys; f = open({str(path)!r}, 'ab'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
+    )
+    with alone(path, "somebody works"):
+        pass
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdin is not None
+        other.stdout.readline()
+        with (
+            pytest.raises(OSError, match=r"somebody works \(.*\.lock is locked\): wait for it"),
+            alone(path, "somebody works"),
+        ):
+            pass
+
+        def let_go(line):
+            said.append(line)
+            other.stdin.write(b"\n")
+            other.stdin.flush()
+
+        with alone(path, "somebody works", let_go):
+            assert said == ["somebody works; waiting for it"]
+
+
+def test_two_runs_of_one_cell_say_so(tmp_path):
+    from tiny import build
+
+    from kvpipe.steps.train import prepare, train_cell
+
+    work = build(tmp_path, {"train.steps": 1}, teachers=())
+    prepare(work, "control", log=lambda line: None)
+    checkpoints = tmp_path / "checkpoints"
+    with (
+        alone(checkpoints / ".lock", "the first"),
+        pytest.raises(OSError, match="another process is training control, seed 0"),
+    ):
+        train_cell(work, "control", 0, work.paths.cell("control", 0), checkpoints, log=lambda line: None)
+    train_cell(work, "control", 0, work.paths.cell("control", 0), checkpoints, log=lambda line: None)
+    assert not checkpoints.exists()
 
 
 def test_what_a_cell_leaves_can_be_read_by_others(umask, tmp_path):

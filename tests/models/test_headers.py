@@ -118,7 +118,11 @@ def test_the_tokenizer_is_the_one_of_the_file(kind, name, tmp_path):
 
 def test_another_tokenizer_than_the_manifest_s_is_refused(tmp_path):
     save_teacher(tmp_path, "alpha", ALPHA, 0)
-    known = {"tokenizer": fingerprint(load_tokenizer(tmp_path))}  # and no file's checksum, which would be another error
+    known = {
+        "source": {},
+        "files": {},
+        "tokenizer": fingerprint(load_tokenizer(tmp_path)),
+    }  # and no file's checksum, which would be another error
     (tmp_path / "MANIFEST.json").write_text(json.dumps(known))
     load_tokenizer(tmp_path)
     file = tmp_path / "tokenizer.json"

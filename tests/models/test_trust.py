@@ -64,7 +64,7 @@ def modules(tmp_path, monkeypatch):
 def test_a_folders_own_manifest_switches_no_code_on(tmp_path):
     folder, mark = tmp_path / "evil", tmp_path / "ran"
     with_code(folder, mark)
-    (folder / "MANIFEST.json").write_text(json.dumps({"trust_remote_code": True, "source": {}}))
+    (folder / "MANIFEST.json").write_text(json.dumps({"trust_remote_code": True, "source": {}, "files": {}}))
     for load in (load_config, load_model, load_tokenizer):
         with pytest.raises(ValueError, match="trust_remote_code"):
             load(folder)

@@ -168,6 +168,7 @@ def fake_items(path: Path, records: dict, share: float, hardness: np.ndarray, rn
     frame = frame.assign(tokens=30, bytes=60, nll_all=nll * 2, tokens_all=70, bytes_all=150, text=text, prediction="7")
     frame["correct"] = rng.uniform(0, 1, len(nll)) > 0.65 * share * hardness
     frame["reference"] = [r.answer for r in records.values()]
+    frame.attrs["judges"] = {"math": "math-verify 9.8.7", "code": "kvpipe, as texts"}
     frame.to_parquet(path)
 
 
@@ -257,6 +258,13 @@ def test_page_is_whole_small_and_self_contained(finished, whole):
     assert "None" not in page.text
     for arm in work.dag.arms:
         assert page.text.count(arm) > 3, arm
+
+
+def test_the_page_says_who_judged_the_answers(whole):
+    text = Page(whole).text
+    assert (
+        "answers of math judged by math-verify 9.8.7" in text and "answers of code judged by kvpipe, as texts" in text
+    )
 
 
 def test_page_is_the_same_every_time_and_wherever_it_is_made(work, whole):

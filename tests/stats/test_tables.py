@@ -548,6 +548,22 @@ def test_the_scores_of_another_cell_are_refused(finished):
         Scores(dag, paths)
 
 
+def test_answers_are_judged_by_one(finished):
+    dag, paths = finished
+    judged(paths, dag.cells, "math-verify 1")
+    assert Scores(dag, paths).judges == {"math": "math-verify 1"}
+    judged(paths, [("exp1", SEEDS[0])], "math-verify 2")
+    with pytest.raises(ValueError, match="answers of math were judged by math-verify 1 and by math-verify 2"):
+        Scores(dag, paths)
+
+
+def judged(paths: Paths, cells, judge: str) -> None:
+    for cell in cells:
+        table = pd.read_parquet(paths.items(*cell))
+        table.attrs["judges"] = {"math": judge}
+        table.to_parquet(paths.items(*cell), index=False)
+
+
 def test_the_cost_of_another_cell_is_refused(finished):
     dag, paths = finished
     path = paths.cell("exp1", SEEDS[0]) / "cost.json"
