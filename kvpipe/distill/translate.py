@@ -59,15 +59,15 @@ def translate_cache(
             "is shorter; translate a shorter prompt"
         )
     src_ropes, positions = Rope.of_model(teacher, teacher.config), torch.arange(read, device=teacher.device)
-    keys = torch.stack([src_ropes[layer].unrotate(entry.keys, positions) for layer, entry in held.items()])
-    values = torch.stack([entry.values for entry in held.values()])
+    keys = torch.stack([src_ropes[layer].unrotate(entry.keys.float(), positions) for layer, entry in held.items()])
+    values = torch.stack([entry.values.float() for entry in held.values()])
     if overlap is not None:
         index, weight = overlap
         empty = weight.sum(-1) == 0
         weight = torch.where(empty[:, None], torch.eye(1, weight.shape[1]).to(weight), weight)
-        keys, values = (gather_time(x.float(), index * ~empty[:, None], weight) for x in (keys, values))
+        keys, values = (gather_time(x, index * ~empty[:, None], weight) for x in (keys, values))
     rows = "layer batch head time dim -> batch time layer head dim"
-    found = projector(rearrange(keys, rows).float(), rearrange(values, rows).float())
+    found = projector(rearrange(keys, rows), rearrange(values, rows))
     cache, (device, dtype) = DynamicCache(config=student.config), (student.device, student.dtype)
     positions = torch.arange(found.keys.shape[3], device=found.keys.device)
     for layer, rope in enumerate(Rope.of_model(student, student.config)):

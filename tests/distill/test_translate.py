@@ -48,6 +48,13 @@ def test_of_a_twin_it_is_the_students_own():
         torch.testing.assert_close(mine.values, theirs.values)
 
 
+def test_half_precision_is_rounded_once():
+    twin = model().to(torch.bfloat16)
+    translated = translate_cache(prefill(twin), twin, twin, identity(), range(LAYERS))
+    same = [torch.equal(a.keys, b.keys) for a, b in zip(translated.layers, prefill(twin).layers, strict=True)]
+    assert all(same) and translated.layers[0].keys.dtype == torch.bfloat16
+
+
 def test_generate_goes_on_from_it_as_from_a_prefill_of_its_own():
     twin = model(1)
     settings = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None}
