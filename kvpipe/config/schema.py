@@ -92,7 +92,19 @@ class Config(Section):
         control, *others = self._controls()
         for name in others:
             raise ValueError(f"arms.{name}.role: control; {control!r} has role control, and no other arm has it")
-        named = {"stats.headline": [self.stats.headline] if self.stats.headline else []}
+        swap = self.evaluate.cache_swap
+        if swap is not None and swap in self.arms:
+            arm = self.arm(swap)
+            if (
+                len(arm.teachers) != 1
+                or not {"keys", "values"} <= {term.kind for term in arm.loss.values()}
+                or arm.time.text == "own"
+            ):
+                raise ValueError(
+                    f"evaluate.cache_swap: {swap!r} must match keys and values of one teacher, which reads the student's text"
+                )
+        named = {"evaluate.cache_swap": [swap] if swap else []}
+        named |= {"stats.headline": [self.stats.headline] if self.stats.headline else []}
         named |= {f"stats.contrasts[{i}]": pair for i, pair in enumerate(self.stats.contrasts)}
         for path, names in named.items():
             for name in names:

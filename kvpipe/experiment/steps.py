@@ -335,10 +335,14 @@ class Evaluate(Cell):
         return {"scores": self.paths.items(arm, seed)}
 
     def needs(self, arm, seed):
-        return [self.paths.student(arm, seed), self.paths.data("test")]
+        swap, read = self.config.evaluate.cache_swap, []
+        if swap is not None:
+            read = [*self.of_arm(self.dag.arm(swap)), self.paths.projector(self.dag.fit_id(self.dag.arm(swap)))]
+        return [self.paths.student(arm, seed), self.paths.data("test"), *read]
 
     def settings(self, arm, seed):
-        return of_scoring(self.config)
+        swap = self.config.evaluate.cache_swap
+        return of_scoring(self.config) | ({} if swap is None else {"fit": self.dag.fit_spec(self.dag.arm(swap))})
 
 
 class LMEval(Cell):

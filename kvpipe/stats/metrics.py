@@ -41,6 +41,8 @@ class Metric:
     digits: int = 3
     main: bool = False
     """Of reasoning and answer: among the conclusions, in the table per task and on cards."""
+    column: str = ""
+    """Of the items, where not all have it: the metric is measured where every cell does."""
     tested: bool = True
     """False where failures have no number: they would leave the comparison."""
 
@@ -149,6 +151,18 @@ METRICS: dict[str, Metric] = {
         Metric(
             "accuracy", "accuracy", "%", "points", "item",
             lambda d: d.correct.astype(float), "arcsine", higher_is_better=True, factor=100.0, digits=1, main=True,
+        ),
+        Metric(
+            "cache_swap", "bits per byte from the teacher's cache", "", "bits per byte", "item",
+            lambda d: _ratio(d.nll_swap / np.log(2), d.bytes), "log", column="nll_swap",
+        ),
+        Metric(
+            "cache_swap_ridge", "bits per byte from the teacher's cache, ridge after training", "", "bits per byte", "item",
+            lambda d: _ratio(d.nll_swap_ridge / np.log(2), d.bytes), "log", column="nll_swap_ridge",
+        ),
+        Metric(
+            "no_prompt", "bits per byte without the prompt", "", "bits per byte", "item",
+            lambda d: _ratio(d.nll_no_prompt / np.log(2), d.bytes), "log", column="nll_no_prompt",
         ),
         Metric(
             "tokens_to_control", "convergence", "thousand tokens", "thousand tokens", "curve",
