@@ -18,7 +18,7 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install login image wheelhouse image-offline lock report test test-slow test-lm-eval test-real test-cluster torture study teachers bench compat messages validate-stats lint format config clean
+.PHONY: help install login image wheelhouse image-offline lock report test test-slow test-lm-eval test-real test-cluster torture study real real-weights real-check teachers bench compat messages validate-stats lint format config clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
@@ -92,6 +92,25 @@ study: $(STAMP)  ## the study behind docs/method.md (hours), to build/study/resu
 	ln -sfn ../../config build/study-20000/config
 	$(WITHIN) snakemake --directory build/study --configfile $(CONFIG) config/study.yaml -- results/report.html
 	$(WITHIN) snakemake --directory build/study-20000 --configfile $(CONFIG) config/study-20000.yaml -- results/arms/control.csv results/arms/full.csv
+
+# Scenario of docs/real/plan.md; models and data lie in the folder REAL (docs/real/README.md). What is committed under
+# docs/real/cells counts as done; HOURS= begins no cell after so many.
+SCENARIO ?= a
+REAL_RUN := $(WITHIN) KVPIPE_RESULTS=build/real/$(SCENARIO:tune-%=%) python -m kvpipe cells --kept docs/real/cells/$(SCENARIO) \
+	$(foreach overlay,local a b tune-a,$(if $(filter $(overlay),local $(SCENARIO)),--config config/real/$(overlay).yaml))
+
+build/real:
+	mkdir -p build/real
+
+real-weights: $(STAMP) | build/real
+	$(if $(REAL),ln -sfn $(abspath $(REAL)) build/real/weights,)
+
+real: real-weights  ## real weights: cells that are missing (REAL=folder, SCENARIO=a, HOURS=), then build/real/<scenario>.html
+	$(if $(REAL),$(REAL_RUN) $(if $(HOURS),--hours $(HOURS),) $(if $(filter tune-%,$(SCENARIO)),--no-scored,),)
+	$(if $(filter tune-%,$(SCENARIO)),,$(REAL_RUN) --out build/real/$(SCENARIO).html)
+
+real-check: real-weights  ## one committed cell of SCENARIO, drawn at random, made again and compared
+	$(REAL_RUN) --check build/real/check-$(SCENARIO)
 
 teachers: $(STAMP)  ## train the embedded teachers again, into config/embedded
 	$(WITHIN) python -m kvpipe pretrain --config $(CONFIG)

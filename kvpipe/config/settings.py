@@ -46,7 +46,7 @@ class StoreConfig(Section):
     batch_size: Count = 64
     """Examples per teacher forward."""
     top_logits: Natural = 32
-    """Most likely next tokens kept per token, for `logit_kd`."""
+    """Most likely next tokens kept per token, for the term `logits`."""
 
 
 class LayerMapConfig(Section):
@@ -207,6 +207,9 @@ class EvaluateConfig(ScoringConfig):
     """How generated programs are run."""
     tasks: dict[Name, ScoringConfig] = Field(default={})
     """Task → its own generation and scoring. Keys that are not given there are those above."""
+    cache_swap: Name | None = None
+    """Arm of one teacher by whose time, layers and projectors every cell's student starts from the teacher's cache of the
+    prompt: as the arm has fitted them, and fitted again by ridge onto the trained student's own."""
     lm_eval_tasks: list[str] = Field(default=[])
     """Tasks of lm-evaluation-harness that every student is scored on as well (package `lm_eval`)."""
     lm_eval_folder: str | None = None

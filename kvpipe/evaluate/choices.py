@@ -9,8 +9,10 @@ from dataclasses import replace
 from typing import Literal
 
 import numpy as np
+import torch
 
 from kvpipe.config import Template
+from kvpipe.data.batches import IGNORE
 from kvpipe.data.chat import rendered
 from kvpipe.data.encoding import Encoding, encode_texts
 from kvpipe.data.records import Record
@@ -81,7 +83,11 @@ def choice_nll(
     if not records:
         return []
     encoding = choice_encoding(tokenizer, records, template, worked)
-    nll = iter(score(model, encoding, scoring_batches(encoding, pad_id, batch_size)).nll.tolist())
+    batches = scoring_batches(encoding, pad_id, batch_size)
+    for batch in batches:  # no logits of what all choices share
+        starts = torch.from_numpy(encoding.segments[batch.examples, 0, 1])
+        batch.labels[torch.arange(batch.labels.shape[1]) < starts[:, None]] = IGNORE
+    nll = iter(score(model, encoding, batches).nll.tolist())
     return [[next(nll) for _ in record.choices or ()] for record in records]
 
 

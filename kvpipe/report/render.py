@@ -52,6 +52,8 @@ def content(results: Results) -> dict[str, Any]:
     """Everything the template shows."""
     result_notes, task_notes = tables.Notes(), tables.Notes()
     weights = tables.fusion_weights(results)
+    found = {metric for _, metric, _ in results.arms}
+    shown = {name: metric for name, metric in METRICS.items() if not metric.column or name in found}
     return {
         "version": __version__,
         "config": results.config,
@@ -65,9 +67,9 @@ def content(results: Results) -> dict[str, Any]:
         "arms": tables.arm_rows(results),
         "sizes": tables.sizes(results),
         "training": training(results),
-        "metrics": METRICS,
+        "metrics": shown,
         "main": [metric for metric in METRICS.values() if metric.main],
-        "result_rows": tables.result_rows(results, list(METRICS), ALL, result_notes),
+        "result_rows": tables.result_rows(results, list(shown), ALL, result_notes),
         "result_notes": result_notes.items(),
         "tasks": results.tasks,
         "task_rows": tables.task_rows(results, task_notes),

@@ -41,6 +41,8 @@ class Metric:
     digits: int = 3
     main: bool = False
     """Of reasoning and answer: among the conclusions, in the table per task and on cards."""
+    column: str = ""
+    """Of the items, where not all have it: the metric is measured where every cell does."""
     tested: bool = True
     """False where failures have no number: they would leave the comparison."""
 
@@ -151,6 +153,18 @@ METRICS: dict[str, Metric] = {
             lambda d: d.correct.astype(float), "arcsine", higher_is_better=True, factor=100.0, digits=1, main=True,
         ),
         Metric(
+            "cache_swap", "bits per byte from the teacher's cache", "", "bits per byte", "item",
+            lambda d: _ratio(d.nll_swap / np.log(2), d.bytes), "log", column="nll_swap",
+        ),
+        Metric(
+            "cache_swap_ridge", "bits per byte from the teacher's cache, ridge after training", "", "bits per byte", "item",
+            lambda d: _ratio(d.nll_swap_ridge / np.log(2), d.bytes), "log", column="nll_swap_ridge",
+        ),
+        Metric(
+            "no_prompt", "bits per byte without the prompt", "", "bits per byte", "item",
+            lambda d: _ratio(d.nll_no_prompt / np.log(2), d.bytes), "log", column="nll_no_prompt",
+        ),
+        Metric(
             "tokens_to_control", "convergence", "thousand tokens", "thousand tokens", "curve",
             lambda own, control: tokens_to(own, control.validation_loss.iloc[-1]), factor=1e-3, digits=0, tested=False,
         ),
@@ -168,5 +182,23 @@ METRICS: dict[str, Metric] = {
     )
 }  # fmt: skip
 """Name → metric, in the order of the report's columns."""
+ITEM_METRICS = {name: metric for name, metric in METRICS.items() if metric.per == "item"}
+"""Those that are measured on items."""
+
+
+def register(metric: Metric) -> Metric:
+    """Enter a metric of an extension: tables, statistics, the report and the cards follow.
+
+    Raises:
+        ValueError: its name is taken.
+    """
+    if metric.name in METRICS and METRICS[metric.name].measure.__module__ != metric.measure.__module__:
+        raise ValueError(f"metric {metric.name!r} is taken: rename yours")
+    METRICS[metric.name] = metric
+    if metric.per == "item":
+        ITEM_METRICS[metric.name] = metric
+    return metric
+
+
 PRIMARY = METRICS["bits_per_byte"]
 """What verdicts on the first screen are about."""

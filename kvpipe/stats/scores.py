@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from kvpipe.experiment.files import read_json, read_table
 from kvpipe.experiment.paths import COST, Paths
 from kvpipe.experiment.plan import Dag
-from kvpipe.stats.metrics import METRICS
+from kvpipe.stats.metrics import ITEM_METRICS, METRICS
 
 ALL = "all"
 UNTRAINED = "untrained"
@@ -21,7 +21,6 @@ CELL = "cell"
 """Attribute of a table of items: the arm and seed whose scores they are, None for a model that is no cell."""
 ITEM_COLUMNS = ("id", "task", "nll", "tokens", "bytes", "nll_all", "tokens_all", "bytes_all", "correct")
 """Columns that every table of items has."""
-ITEM_METRICS = {name: metric for name, metric in METRICS.items() if metric.per == "item"}
 Parts = list[NDArray[np.float64]]
 """One matrix ``(seed, item)`` for each task: the metric is the mean of their means; NaN where a cell is missing."""
 
@@ -129,14 +128,16 @@ class Scores:
         # answers of a task are scored in all cells or in none
         unscored = {task for task in self.tasks if not any(d.correct[d.task == task].notna().any() for d in present)}
         self.measured = {
-            name: [t for t in self.tasks if name != "accuracy" or t not in unscored] for name in ITEM_METRICS
+            name: [t for t in self.tasks if name != "accuracy" or t not in unscored]
+            for name, metric in ITEM_METRICS.items()
+            if all(metric.column in ("", *d) for d in present)
         }
         self.matrices: dict[tuple[str, str, str], NDArray[np.float64]] = {}
         for arm, data in items.items():
             for task in self.tasks:
                 order = ids[ids == task].index
                 rows = [data[(data.seed == seed) & (data.task == task)] if len(data) else data for seed in self.seeds]
-                for name in ITEM_METRICS:
+                for name in self.measured:
                     matrix = [_values(name, row).reindex(order) for row in rows]
                     self.matrices[arm, name, task] = np.array(matrix, dtype=np.float64)
         self._numbers(dag, paths)
@@ -166,7 +167,7 @@ class Scores:
         """Scores of the student before training."""
         self.models[UNTRAINED] = ""
         for task in self.tasks:
-            for name in ITEM_METRICS:
+            for name in (n for n in self.measured if ITEM_METRICS[n].column in ("", *items)):
                 self.matrices[UNTRAINED, name, task] = _values(name, items[items.task == task]).to_numpy()[None]
 
     def measures(self, measured: bool) -> list[tuple[str, str]]:

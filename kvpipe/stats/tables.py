@@ -54,7 +54,7 @@ def arm_table(dag: Dag, paths: Paths, arm: str) -> pd.DataFrame:
             raise FileNotFoundError(f"{paths.items(arm, seed)} is missing: evaluate the cell first")
         cost, curve = read_cost(paths, arm, seed), history[1]
         measured = {
-            task: {name: metric.measure(d).mean() for name, metric in ITEM_METRICS.items()}
+            task: {name: m.measure(d).mean() for name, m in ITEM_METRICS.items() if m.column in ("", *d)}
             for task, d in items.groupby("task")
         }
         # the mean over the tasks that have the metric: plain text, for one, has no accuracy

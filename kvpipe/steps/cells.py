@@ -60,19 +60,21 @@ class KeptCells:
         """Of one cell."""
         return self.folder / arm / f"seed{seed}"
 
-    def made_from(self, arm: str) -> dict[str, Any]:
-        """What decides a cell of an arm, as far as it is on this machine; `code` and `commit` are noted only."""
+    def made_from(self, arm: str, scored: bool) -> dict[str, Any]:
+        """What decides a cell of an arm and, with `scored`, its scores, as far as it is on this machine; `code` and `commit`
+        are noted only."""
         inputs, found = self.inputs, self.inputs.dag.arm(arm)
         config = inputs.config
         settings = {
             "arm": _said(found, {"role", "label"}),
             "train": _said(config.train, {"device", "threads", "checkpoint_every", "hold_targets_gb"}),
             "template": _said(config.data.template),
-            "evaluate": _said(config.evaluate, {"batch_size"}),
+            "evaluate": _said(config.evaluate, {"batch_size"}) if scored else None,
             "store": [config.store.mode, config.store.dtype] if found.teachers else None,
         }
         splits = {split: self.paths.data(split) for split in SPLITS}
-        models = {name: self.paths.manifest(name) for name in (config.student, *found.teachers)}
+        swap = inputs.dag.arm(config.evaluate.cache_swap).teachers if scored and config.evaluate.cache_swap else []
+        models = {name: self.paths.manifest(name) for name in (config.student, *found.teachers, *swap)}
         return {
             "settings": settings,
             "data": {split: _content(inputs, split) for split, path in splits.items() if path.is_file()},
@@ -91,7 +93,8 @@ class KeptCells:
         path = self.folder_of(arm, seed) / MADE
         if not path.is_file():
             return None
-        before, now = read_json(path, "remove the folder and run the cell again"), self.made_from(arm)
+        before = read_json(path, "remove the folder and run the cell again")
+        now = self.made_from(arm, (path.parent / ITEMS).is_file())
         if before["settings"] != json.loads(json.dumps(now["settings"])):
             return ["settings"]
         pairs = ((kind, name, value) for kind in COMPARED[1:] for name, value in now[kind].items())
@@ -107,7 +110,7 @@ class KeptCells:
         out.mkdir(parents=True, exist_ok=True)
         for path in (paths.history(arm, seed), paths.cost(arm, seed)):
             shutil.copyfile(path, out / path.name)
-        made = self.made_from(arm)
+        made = self.made_from(arm, paths.items(arm, seed).is_file())
         if paths.items(arm, seed).is_file():
             items = pd.read_parquet(paths.items(arm, seed))
             items.drop(columns=UNKEPT, errors="ignore").to_csv(out / ITEMS, index=False)
@@ -143,6 +146,7 @@ def run_cells(kept: KeptCells, cells: Iterable[tuple[str, int]], scored: bool, h
     """
     inputs, begun, left = kept.inputs, time.monotonic(), 0
     make(inputs, [path for name in ("data", "model") for path in inputs.steps[name].files()], log)
+    remade = {path for step in inputs.steps.values() if step.remade for path in step.files()}
     for arm, seed in cells:
         differs = kept.differs(arm, seed)
         there = differs == [] and (not scored or (kept.folder_of(arm, seed) / ITEMS).is_file())
@@ -156,6 +160,11 @@ def run_cells(kept: KeptCells, cells: Iterable[tuple[str, int]], scored: bool, h
         if not inputs.paths.student(arm, seed).is_dir() or differs != []:
             make_cell(inputs, arm, seed, log=log)
         if scored:
+            make(
+                inputs,
+                [path for path in inputs.steps["evaluate"].needs(arm=arm, seed=str(seed)) if path in remade],
+                log,
+            )
             log(score_folder(inputs, inputs.paths.student(arm, seed), "test", inputs.paths.items(arm, seed)))
         kept.keep(arm, seed)
     return left

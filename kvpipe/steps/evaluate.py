@@ -13,8 +13,10 @@ from kvpipe.evaluate import harness, score
 from kvpipe.experiment import device
 from kvpipe.experiment.files import replacing, write_json
 from kvpipe.experiment.outofmemory import explained
+from kvpipe.models.folders import load_model
 from kvpipe.stats.scores import CELL, cell_of
 from kvpipe.steps.inputs import Inputs, trusts_folder
+from kvpipe.steps.swap import swapped_nll
 
 
 def score_folder(inputs: Inputs, folder: Path, split: str, out: Path) -> str:
@@ -32,6 +34,9 @@ def score_folder(inputs: Inputs, folder: Path, split: str, out: Path) -> str:
             trust=trust,
             context=config.data.context,
         )
+    if config.evaluate.cache_swap is not None and cell_of(folder) is not None:
+        student = load_model(folder, device=device.resolve_device(config.train.device), trust=trust)
+        table = table.assign(**swapped_nll(inputs, config.evaluate.cache_swap, student, records))
     _write(table, cell_of(folder), out)
     bits, judged = table.nll.sum() / math.log(2) / table.bytes.sum(), table.correct.dropna()
     right = f", {judged.astype(float).mean():.1%} of {len(judged)} answers right" if len(judged) else ""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from bad_input_run import Case
 from cases_artefacts import RESULTS, WEIGHTS, config, renamed, tensors, without
+from cases_data import GOOD, lines
 
 NEXT = "train --arm one --seed 0 --made --out results/train/one/seed0 --checkpoints results/checkpoints/one/seed0"
 CHECKPOINTS = RESULTS / "checkpoints/one/seed0"
@@ -54,7 +55,7 @@ COMMANDS = [
     Case("an arm's name with a path", r"no arm '\.\./x'", "arm --arm ../x"),
     Case("neither an arm nor a teacher", r"give either --arm, or --teacher", "train"),
     Case("a teacher without a student", r"--teacher goes with --student, --data and --out", "train --teacher teachers/alpha"),
-    Case("a teacher that is no folder", r"teachers/none is not a model folder", "train --teacher teachers/none --student teachers/beta --data r.jsonl --out o"),
+    Case("a teacher that is no folder", r"teachers/none is neither a model folder nor a hub id", "train --teacher ./teachers/none --student teachers/beta --data r.jsonl --out o", do=lambda: Path("r.jsonl").write_text(lines(GOOD))),
     Case("rows that are too few", r"r\.jsonl has 3 rows; .*give 20 or more", "train --teacher teachers/alpha --student teachers/beta --data r.jsonl --out o", do=lambda: Path("r.jsonl").write_text('{"prompt": "q", "answer": "a"}\n' * 3)),
     Case("rows without an answer", r"r\.jsonl: no column answer \(has prompt, reply\)", "train --teacher teachers/alpha --student teachers/beta --data r.jsonl --out o", do=lambda: Path("r.jsonl").write_text('{"prompt": "q", "reply": "a"}\n' * 30)),
     Case("a model and a cell", r"give either --model or --cell", "evaluate --out x.parquet"),
@@ -82,7 +83,7 @@ DOCTOR = [
     doctor("a teacher with other names", r"alpha.*foo\.", do=tensors(WEIGHTS, renamed)),
     doctor("a teacher that is quantised", r"alpha.*quantised by gptq", do=config(quantization_config={"quant_method": "gptq"})),
     doctor("a teacher that is an encoder", r"alpha.*bert", do=config(model_type="bert", architectures=["BertForMaskedLM"])),
-    doctor("negative weights", r"weights.*greater than or equal to 0", arm={"fuse": {"kind": "fixed", "weights": {"default": [-1]}}}),
+    doctor("negative weights", r"weights.*greater than or equal to 0", arm={"fuse": {"kind": "fixed", "weights": [-1]}}),
     doctor("an arm with a list beyond the teacher's layers", r"layer\.layers: 9 is not in the teacher alpha", arm={"layer": {"kind": "list", "layers": [0, 1, 9]}}),
     doctor("data that are not there", r"none\.jsonl", set={"data.sources": [{"kind": "files", "task": "math", "train": "none.jsonl", "validation": "none.jsonl", "test": "none.jsonl"}]}, do=(RESULTS / "data/train.parquet").unlink),
     doctor("a teacher's folder that is not there", r"teachers/none", set={"models.alpha.path": "teachers/none"}),

@@ -17,12 +17,17 @@ from kvpipe.stats import tables
 from kvpipe.stats.bootstrap import crossed_bootstrap, effect_size, item_variance
 from kvpipe.stats.dunnett import minimum_detectable, welch_dunnett
 from kvpipe.stats.metrics import METRICS, area_under, tokens_to
-from kvpipe.stats.scores import CELL, ITEM_METRICS, UNTRAINED, Scores, cell_of, stratified
+from kvpipe.stats.scores import CELL, UNTRAINED, Scores, cell_of, stratified
 
 SEEDS = [4, 2, 9]
+MEASURED = [name for name, metric in METRICS.items() if metric.per == "item" and not metric.column]
 ARMS = {
     "control": {"role": "control"},
-    "exp1": {"base": "control", "role": "experiment", "set": {"teachers": ["alpha"], "loss.kind": "kv"}},
+    "exp1": {
+        "base": "control",
+        "role": "experiment",
+        "set": {"teachers": ["alpha"], "loss": {"keys": {}, "values": {}}},
+    },
     "exp3": {"base": "exp1", "role": "experiment", "set": {"layer.kind": "cka"}},
     "full": {"base": "exp1", "role": "experiment", "set": {"time.kind": "segment"}},
     "null-shuffled": {"base": "full", "role": "null", "set": {"shuffle_teacher": True}},
@@ -118,7 +123,7 @@ def test_arms_are_ratios_of_sums_averaged_over_seeds_and_tasks(finished):
     table = arms(Scores(dag, paths), dag.config.stats)
     assert list(table.columns)[: len(CONTRACT_ARMS)] == CONTRACT_ARMS
     assert not table.duplicated(["arm", "metric", "task"]).any()
-    for metric in ITEM_METRICS:
+    for metric in MEASURED:
         for task in ("math", "code", "all"):
             for arm in ARMS:
                 row = table[(table.arm == arm) & (table.metric == metric) & (table.task == task)].iloc[0]
@@ -133,7 +138,7 @@ def test_the_macro_average_weighs_tasks_not_items(finished):
     """Seven items of math and three of code: both count one half."""
     dag, paths = finished
     scores = Scores(dag, paths)
-    for metric in ITEM_METRICS:
+    for metric in MEASURED:
         per_task = [means(scores, "full", metric, task) for task in ITEMS]
         np.testing.assert_allclose(means(scores, "full", metric, "all"), np.mean(per_task, 0))
 
@@ -171,7 +176,7 @@ def test_one_arm_over_its_seeds(finished):
     table = tables.arm_table(dag, paths, "exp3")
     assert list(zip(table.seed, table.task, strict=True)) == [(s, t) for s in SEEDS for t in ("code", "math", "all")]
     for _, row in table.iterrows():
-        for metric in ITEM_METRICS:
+        for metric in MEASURED:
             assert row[metric] == pytest.approx(brute(paths, "exp3", metric, row.task, row.seed))
         assert row.final_validation_loss == pytest.approx(3.0 - 0.1)
         assert (row.steps, row.tokens) == (10, 1000)
@@ -189,7 +194,7 @@ def test_the_untrained_student_is_a_row_of_every_item_metric(finished):
     base = items(np.random.default_rng(8))
     table = arms(Scores(dag, paths), dag.config.stats, base)
     own = table[table.arm == "untrained"].set_index(["metric", "task"])
-    assert len(own) == len(ITEM_METRICS) * 3
+    assert len(own) == len(MEASURED) * 3
     per_task = [
         float(base[base.task == t].nll.sum() / base[base.task == t].bytes.sum() / math.log(2)) for t in ("code", "math")
     ]
@@ -239,7 +244,7 @@ def test_tokens_until_controls_final_loss(finished):
 def contrasts(finished) -> tuple[pd.DataFrame, tables.Scores]:
     dag, paths = finished
     scores = Scores(dag, paths)
-    measures = [(m, t) for m in ITEM_METRICS for t in ("math", "code", "all")]
+    measures = [(m, t) for m in MEASURED for t in ("math", "code", "all")]
     return tables.contrasts_table(tables.families(dag.config), measures, scores.parts, dag.config.stats), scores
 
 
@@ -256,7 +261,11 @@ def test_families_are_every_arm_against_control_and_components_against_exp1(fini
 
 EVERY_ROLE = {
     "control": {"role": "control"},
-    "exp1": {"base": "control", "role": "experiment", "set": {"teachers": ["alpha"], "loss.kind": "kv"}},
+    "exp1": {
+        "base": "control",
+        "role": "experiment",
+        "set": {"teachers": ["alpha"], "loss": {"keys": {}, "values": {}}},
+    },
     "exp2": {"base": "exp1", "role": "experiment"},
     "null": {"base": "exp2", "role": "null"},
     "mine": {"base": "exp1"},
