@@ -90,10 +90,14 @@ TOKENIZERS = {
 ARMS: dict[str, Any] = {
     "control": {"role": "control"},
     # one teacher and the plainest setting of everything
-    "one": {"base": "control", "role": "experiment", "set": {"teachers": ["alpha"], "loss.kind": "kv"}},
+    "one": {
+        "base": "control",
+        "role": "experiment",
+        "set": {"teachers": ["alpha"], "loss": {"keys": {}, "values": {}}},
+    },
     # two teachers in one space
     "two": {"base": "one", "set": {"teachers": ["alpha", "beta"], "fit.method": "joint_pca"}},
-    "own": {"base": "two", "set": {"time": {"kind": "segment", "text": "own"}}},
+    "own": {"base": "two", "set": {"time": {"kind": "segment"}}},
     "attention": {"base": "two", "set": {"fuse.kind": "attention"}},
     "task": {"base": "two", "set": {"fuse": {"kind": "task", "weights": {"math": [0.7, 0.3], "code": [0.3, 0.7]}}}},
     "select": {"base": "two", "set": {"fuse.kind": "select"}},
@@ -101,7 +105,7 @@ ARMS: dict[str, Any] = {
     "cka": {"base": "two", "set": {"layer": {"kind": "cka", "k": 2}}},
     "joint": {
         "base": "two",
-        "set": {"projector": {"kind": "heads", "mode": "joint"}, "fit.method": "grouped", "layer.combine": "mix"},
+        "set": {"projector": {"kind": "heads", "mode": "joint"}, "fit.method": "grouped"},
     },
     "shuffled": {"base": "two", "role": "null", "set": {"shuffle_teacher": True}},
     "position": {"base": "one", "role": "null", "set": {"time.kind": "position"}},
@@ -110,12 +114,43 @@ ARMS: dict[str, Any] = {
         "role": "baseline",
         "set": {
             "teachers": ["alpha", "beta"],
-            "loss.kind": "logit_kd",
+            "loss": {"logits": {}},
             "fuse": {"kind": "task", "weights": {"default": [0.6, 0.4]}},
         },
     },
-    "relation": {"base": "one", "role": "baseline", "set": {"loss": {"kind": "relation", "relation_heads": 2}}},
+    "relation": {
+        "base": "control",
+        "role": "baseline",
+        "set": {"teachers": ["alpha"], "loss": {"relations": {"heads": 2}}},
+    },
 }
+MORE_ARMS: dict[str, Any] = {
+    # terms beside one another, and what needs other columns of the teachers
+    "many": {
+        "base": "task",
+        "set": {"loss.logits": {"weight": 0.5}, "loss.values.schedule": {"kind": "stop", "until": 0.5}},
+    },
+    "attention-outputs": {"base": "two", "set": {"loss": {"attention": {}}}},
+    "states": {
+        "base": "control",
+        "set": {
+            "teachers": ["alpha", "beta"],
+            "loss": {"hidden": {"layers": [0, -1]}, "final_state": {"distance": "mse"}},
+        },
+    },
+    "likelihood": {
+        "base": "control",
+        "set": {
+            "teachers": ["alpha", "beta"],
+            "loss": {"likelihood": {"temperature": 10}, "cross_entropy": {"weight": 0}},
+        },
+    },
+    "span": {"base": "two", "set": {"fuse": {"kind": "select", "per": "span"}}},
+    "similarity": {"base": "two", "set": {"fuse.kind": "similarity"}},
+    "agreement": {"base": "two", "set": {"fuse.kind": "agreement"}},
+    "learnable": {"base": "two", "set": {"fuse": {"kind": "learnable", "entropy": 0.1}}},
+}
+"""Arms that few tests need."""
 
 
 def values(folder: Path) -> dict[str, Any]:

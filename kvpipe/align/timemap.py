@@ -43,7 +43,7 @@ def build_time_map(config: TimeConfig, src: Encoding, dst: Encoding, source: np.
 
     Args:
         config: `position` needs both sides to have read the same text; where two chat templates make texts differ,
-            `overlap` is `segment`.
+            `overlap` keeps borders too.
         src: the teacher's tokens.
         dst: the student's tokens.
         source: for every student example the teacher example it reads; itself by default. For examples that read
@@ -57,7 +57,12 @@ def build_time_map(config: TimeConfig, src: Encoding, dst: Encoding, source: np.
     own = source == identity
     if config.kind == "position":
         index, weight = _by_position(src, dst, source)
-    elif config.kind == "overlap" and own.all() and (src.segment_hashes == dst.segment_hashes).all():
+    elif (
+        config.kind == "overlap"
+        and config.borders == "cross"
+        and own.all()
+        and (src.segment_hashes == dst.segment_hashes).all()
+    ):
         groups = np.stack([np.zeros(len(dst), np.int64), dst.byte_segments[:, -1, 1]], axis=1)[:, None]
         same_text = np.ones((len(dst), 1), dtype=bool)
         index, weight = _by_bytes(config, src, dst, groups, groups, same_text)

@@ -6,11 +6,12 @@ something of them is kept, and none where nothing is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
@@ -35,6 +36,8 @@ class Keep:
     nll: bool = False
     top: int = 0
     states: bool = False
+    hidden: tuple[int, ...] = ()
+    """Layers whose input is kept."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class TeacherRows:
     top_logprobs: Float[Tensor, "row top"] | None = None
     states: Float[Tensor, "row width"] | None = None
     """Final states: what the head makes the next token's logits of."""
+    hidden: Float[Tensor, "row hidden_layer width"] | None = None
+    """What enters some layers."""
 
     def named(self) -> dict[str, Tensor]:
         """Those that are there, by name."""
@@ -76,7 +81,7 @@ def forward_batches(
     device, head = next(model.parameters()).device, Head.of(model)
     lengths = encoding.lengths[examples]
     tokens = batch_tokens(model, head, len(keep.layers))
-    with Recorder(model, layers=keep.layers) as recorder:
+    with Recorder(model, hidden=bool(keep.hidden), layers=keep.layers) as recorder:
         for members in groups(lengths, batch_size, tokens, longest_first=True):
             batch = collate(encoding, examples[members], pad_id).to(device)
             yield members, _forward(model, head, recorder, batch, lengths[members], keep)
@@ -102,27 +107,23 @@ def _forward(
         found |= {"top_ids": ids.int(), "top_logprobs": logprobs.half()} if keep.top else {}
     if keep.states:
         found["states"] = states
+    if keep.hidden:
+        found["hidden"] = rearrange(
+            recorder.hidden_states()[list(keep.hidden)], "layer batch time width -> batch time layer width"
+        )[batch.mask]
     return TeacherRows(keys.cpu(), values.cpu(), **{name: x.cpu() for name, x in found.items()})
 
 
 def forward_rows(
-    model,
-    encoding: Encoding,
-    examples: Int64[np.ndarray, "example"],
-    layers: Sequence[int],
-    batch_size: int,
-    pad_id: int,
-    top: int = 0,
-    nll: bool = False,
+    model, encoding: Encoding, examples: Int64[np.ndarray, "example"], keep: Keep, batch_size: int, pad_id: int
 ) -> TeacherRows:
-    """Some layers for the rows of some examples, in their order, float32; with `top`, also that many next tokens."""
-    lengths = encoding.lengths[examples]
-    starts = np.concatenate([[0], np.cumsum(lengths)])
+    """What is kept of the rows of some examples, in their order; caches, hidden and final states in float32."""
+    starts = np.concatenate([[0], np.cumsum(encoding.lengths[examples])])
     out: dict[str, Tensor] = {}
-    for members, found in forward_batches(model, encoding, examples, Keep(tuple(layers), nll, top), batch_size, pad_id):
+    for members, found in forward_batches(model, encoding, examples, keep, batch_size, pad_id):
         rows = torch.from_numpy(concatenated_ranges(starts[members], starts[members + 1]))
         for name, tensor in found.named().items():
-            kind = torch.float32 if name in ("keys", "values") else tensor.dtype
+            kind = torch.float32 if name in ("keys", "values", "hidden", "states") else tensor.dtype
             out.setdefault(name, torch.empty(int(starts[-1]), *tensor.shape[1:], dtype=kind))[rows] = tensor.to(kind)
     return TeacherRows(**out)
 

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from kvpipe.cache.capture import kv_geometry
 from kvpipe.cache.forward import Keep, TeacherRows, forward_batches
-from kvpipe.cache.forward import forward_rows as forward_rows
 from kvpipe.cache.rowfile import Progress, RowFile
 from kvpipe.config import StoreConfig
 from kvpipe.data.encoding import Encoding
@@ -31,7 +30,7 @@ from kvpipe.experiment.files import GB, content_digest, read_json, verify, write
 from kvpipe.experiment.paths import INDEX
 from kvpipe.experiment.sizes import estimate_bytes as estimate_bytes
 
-VERSION = 2
+VERSION = 3
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 FIDELITY_ROWS = 512
 """Tokens of a shard's first example in which the stored cache is compared with the exact one."""
@@ -99,10 +98,12 @@ class StoreKey:
     dtype: str
     top_logits: int
     shards: int
-    nll: bool = True
-    """Whether the teacher's nats of every token are kept (`select` fusion); with `top_logits` alone it needs its head."""
+    nll: bool = False
+    """Whether the teacher's nats of every token are kept; with `top_logits` alone it needs its head."""
     states: bool = False
     """Whether the final states are kept, in bf16: `FullKL` makes the whole vocabulary's logits of them."""
+    hidden: tuple[int, ...] = ()
+    """Layers whose input is kept, in bf16."""
     version: int = VERSION
 
     def as_dict(self) -> dict[str, Any]:
@@ -153,7 +154,11 @@ def build_shard(
         return
     first, last = shard_bounds(len(encoding), config.shards, shard)
     offsets = encoding.offsets[first : last + 1] - encoding.offsets[first]
-    keep, sample, fidelity = Keep(key.layers, key.nll, key.top_logits, key.states), slice(0, FIDELITY_ROWS), 1.0
+    keep, sample, fidelity = (
+        Keep(key.layers, key.nll, key.top_logits, key.states, key.hidden),
+        slice(0, FIDELITY_ROWS),
+        1.0,
+    )
     geometry = kv_geometry(model.config)
     said = [
         f"{estimate_bytes(config, geometry, layers, int(offsets[-1]), key.top_logits) / GB:.3f} GB for {layers} layers"
@@ -175,7 +180,7 @@ def build_shard(
                     rows = slice(at, at := at + int(offsets[member + 1] - offsets[member]))
                     for name, tensor in tensors.items():
                         file.write(name, int(offsets[member]), tensor[rows])
-                    if member == 0:
+                    if member == 0 and key.layers:
                         exact = (found.keys[rows][sample].float(), found.values[rows][sample].float())
                         stored = [_unpacked(tensors, name, rows)[sample] for name in ("keys", "values")]
                         fidelity = attention_cosine(*exact, *stored)
@@ -193,8 +198,9 @@ def _packed(found: TeacherRows, dtype: str) -> dict[str, Tensor]:
     for name in ("keys", "values"):
         exact = tensors.pop(name)
         tensors |= {f"{name}{suffix}": x for suffix, x in pack(exact, dtype).items()} if exact.shape[1] else {}
-    if found.states is not None:
-        tensors["states"] = found.states.to(torch.bfloat16)
+    for name in ("states", "hidden"):
+        if name in tensors:
+            tensors[name] = tensors[name].to(torch.bfloat16)
     return tensors
 
 
@@ -256,6 +262,11 @@ class Store:
         ValueError: the index cannot be read; or a shard is missing, damaged, or not the one in this place.
     """
 
+    @classmethod
+    def open(cls, folder: str | Path) -> Store:
+        """The store in a folder."""
+        return cls(Path(folder))
+
     def __init__(self, folder: Path):
         self.folder = folder
         index_path = folder / INDEX
@@ -284,8 +295,8 @@ class Store:
         self._bounds = np.concatenate([[0], np.cumsum(rows)])
 
     def rows(self, name: str, rows: Int64[Tensor, "row"] | None = None) -> Tensor:
-        """The given global rows (all by default) of `keys` and `values` (float32), `nll`, `top_ids`, `top_logprobs` or
-        `states`."""
+        """The given global rows (all by default) of `keys` and `values` (float32), `nll`, `top_ids`, `top_logprobs`,
+        `states` or `hidden`."""
         if name not in self._shards[0]:
             raise KeyError(f"{self.folder}: no {name}; has {sorted(self._shards[0])}. Build the store again with it")
         if rows is None:

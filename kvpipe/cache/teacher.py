@@ -1,26 +1,25 @@
-"""A teacher as the training loop sees it: its cache on the student's positions, from the store or computed live."""
+"""A teacher as the training loop sees it: what it says at the student's positions, from the store or computed live."""
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from einops import rearrange
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from kvpipe.align.time import gather_time, weight_mask
-from kvpipe.align.timemap import TimeMap
-from kvpipe.cache.capture import Recorder, kv_geometry
-from kvpipe.cache.forward import forward_rows
+from kvpipe.align.timemap import TimeMap, shared_spans
+from kvpipe.cache.forward import Keep, forward_rows
 from kvpipe.cache.store import Store
-from kvpipe.data.batches import collate
 from kvpipe.data.encoding import Encoding, concatenated_ranges
-from kvpipe.models.head import Head, final_states
 
-Cache = Float[Tensor, "row layer head dim"]
+COLUMNS = ("keys", "values", "hidden", "states", "nll")
+"""What there is of every teacher token: caches and inputs `(row, layer, …)` of some layers, final state, nats."""
 
 
 @runtime_checkable
@@ -28,9 +27,12 @@ class RowSource(Protocol):
     """Where the rows (teacher tokens) of some examples come from."""
 
     layers: tuple[int, ...]
+    """Teacher layers of `keys` and `values`."""
+    hidden: tuple[int, ...]
+    """Teacher layers of `hidden`."""
 
-    def fetch(self, examples: Int64[np.ndarray, "example"]) -> tuple[Tensor, Tensor]:
-        """Keys and values `(row, layer, head, dim)` of the examples' tokens, in order, float32."""
+    def fetch(self, examples: Int64[np.ndarray, "example"], columns: Sequence[str]) -> Mapping[str, Tensor]:
+        """Columns of the examples' tokens, in order, in float32."""
         ...
 
 
@@ -39,75 +41,99 @@ class StoredRows:
 
     def __init__(self, store: Store, offsets: Int64[np.ndarray, "example_plus_one"]):
         self.store, self.offsets = store, offsets
-        self.layers = store.layers
+        self.layers, self.hidden = store.layers, tuple(store.index["key"].get("hidden", ()))
 
-    def fetch(self, examples: Int64[np.ndarray, "example"]) -> tuple[Tensor, Tensor]:
-        """Keys and values from the memory map."""
+    def fetch(self, examples: Int64[np.ndarray, "example"], columns: Sequence[str]) -> Mapping[str, Tensor]:
+        """Columns from the memory map."""
         rows = torch.from_numpy(concatenated_ranges(self.offsets[examples], self.offsets[examples + 1]))
-        return self.store.rows("keys", rows), self.store.rows("values", rows)
+        return {name: self.store.rows(name, rows).float() for name in columns}
 
 
 class LiveRows:
     """Rows computed by the teacher when they are asked for; the same tensors as a store's, unrounded."""
 
-    def __init__(self, model, encoding: Encoding, layers: tuple[int, ...], pad_id: int, batch_size: int):
-        self.model, self.encoding, self.layers, self.pad_id = model, encoding, layers, pad_id
-        self.batch_size = batch_size
+    def __init__(
+        self,
+        model,
+        encoding: Encoding,
+        layers: tuple[int, ...],
+        pad_id: int,
+        batch_size: int,
+        hidden: tuple[int, ...] = (),
+    ):
+        self.model, self.encoding, self.layers, self.hidden = model, encoding, layers, hidden
+        self.pad_id, self.batch_size = pad_id, batch_size
 
-    def fetch(self, examples: Int64[np.ndarray, "example"]) -> tuple[Tensor, Tensor]:
-        """Keys and values from forwards of `batch_size` examples."""
-        found = forward_rows(self.model, self.encoding, examples, self.layers, self.batch_size, self.pad_id)
-        return found.keys, found.values
-
-
-class HiddenRows:
-    """What enters each layer, in the place of its keys and values (one head as wide as the model): for similarity."""
-
-    def __init__(self, model, encoding: Encoding, pad_id: int):
-        self.model, self.encoding, self.pad_id, self.head = model, encoding, pad_id, Head.of(model)
-        self.layers = tuple(range(kv_geometry(model.config).layers))
-
-    @torch.no_grad()
-    def fetch(self, examples: Int64[np.ndarray, "example"]) -> tuple[Tensor, Tensor]:
-        """Hidden states from one forward, twice."""
-        batch = collate(self.encoding, examples, self.pad_id).to(next(self.model.parameters()).device)
-        with Recorder(self.model, hidden=True) as recorder:
-            inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-            final_states(self.model, self.head, **inputs)
-        hidden = rearrange(recorder.hidden_states(), "layer batch time width -> batch time layer 1 width")[batch.mask]
-        hidden = hidden.float().cpu()
-        return hidden, hidden
+    def fetch(self, examples: Int64[np.ndarray, "example"], columns: Sequence[str]) -> Mapping[str, Tensor]:
+        """Columns from forwards of at most `batch_size` examples."""
+        keep = Keep(
+            layers=self.layers if {"keys", "values"} & set(columns) else (),
+            hidden=self.hidden if "hidden" in columns else (),
+            states="states" in columns,
+            nll="nll" in columns,
+        )
+        found = forward_rows(self.model, self.encoding, examples, keep, self.batch_size, self.pad_id).named()
+        return {name: found[name] for name in columns}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Aligned:
-    """A teacher's cache at the student's positions; `mask` is True where there is a target."""
+    """What a teacher says at the student's positions; `mask` is True where there is a target."""
 
-    keys: Float[Tensor, "batch time layer head dim"]
-    values: Float[Tensor, "batch time layer head dim"]
     mask: Bool[Tensor, "batch time"]
+    columns: dict[str, Tensor]
+    """`(batch, time, …)`; of `nll` the nats of the bytes that each student token stands for, and with it `ends`, 1 where a
+    teacher's token ends at the same byte."""
+    loss: Float[Tensor, "batch"] | None = None
+    """Nats of the text that was read, where `nll` was asked for."""
+
+    @property
+    def keys(self) -> Float[Tensor, "batch time layer head dim"]:
+        """Of the teacher's stored layers."""
+        return self.columns["keys"]
+
+    @property
+    def values(self) -> Float[Tensor, "batch time layer head dim"]:
+        """Of the teacher's stored layers."""
+        return self.columns["values"]
 
 
 class AlignedTeacher:
-    """One teacher's rows through one time map."""
+    """One teacher's rows through one time map.
 
-    def __init__(self, name: str, source: RowSource, src_offsets: np.ndarray, dst_offsets: np.ndarray, time: TimeMap):
-        self.name, self.source, self.time = name, source, time
-        self.src_offsets, self.dst_offsets = src_offsets, dst_offsets
+    Args:
+        name: the teacher's.
+        source: of its rows.
+        src: its tokens.
+        dst: the student's.
+        time: from one to the other.
+    """
+
+    def __init__(self, name: str, source: RowSource, src: Encoding, dst: Encoding, time: TimeMap):
+        self.name, self.source, self.src, self.dst, self.time = name, source, src, dst, time
 
     @property
     def layers(self) -> tuple[int, ...]:
         """Teacher layers of the rows."""
         return self.source.layers
 
-    def aligned(self, examples: Int64[np.ndarray, "batch"], length: int) -> Aligned:
-        """The cache for a batch, padded to `length` positions."""
+    @cached_property
+    def _spans(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of both sides, with bytes of their own for every segment."""
+        src, dst = shared_spans(self.src, self.dst)
+        return src.numpy(), dst.numpy()
+
+    def aligned(
+        self, examples: Int64[np.ndarray, "batch"], length: int, columns: Sequence[str] = ("keys", "values")
+    ) -> Aligned:
+        """Columns for a batch, padded to `length` positions."""
+        src_offsets, dst_offsets = self.src.offsets, self.dst.offsets
         read = self.time.source[examples]
-        keys, values = self.source.fetch(read)
-        starts = np.concatenate([[0], np.cumsum(np.diff(self.src_offsets)[read])])[:-1]
-        shift = starts - self.src_offsets[read]
-        dst_lengths = np.diff(self.dst_offsets)[examples]
-        rows = concatenated_ranges(self.dst_offsets[examples], self.dst_offsets[examples + 1])
+        found = self.source.fetch(read, columns)
+        starts = np.concatenate([[0], np.cumsum(self.src.lengths[read])])
+        shift = starts[:-1] - src_offsets[read]
+        dst_lengths = self.dst.lengths[examples]
+        rows = concatenated_ranges(dst_offsets[examples], dst_offsets[examples + 1])
         batch = np.repeat(np.arange(len(examples)), dst_lengths)
         place = torch.from_numpy(batch * length + concatenated_ranges(np.zeros_like(dst_lengths), dst_lengths))
         entries = self.time.index.shape[1]
@@ -116,8 +142,41 @@ class AlignedTeacher:
         index[place] = self.time.index[rows] + torch.from_numpy(shift[batch])[:, None]
         weight[place] = self.time.weight[rows]
         index = torch.where(weight > 0, index, 0)
+        out = {
+            name: gather_time(x.flatten(1), index, weight).reshape(len(examples), length, *x.shape[1:])
+            for name, x in found.items()
+            if name != "nll"
+        }
+        loss = None
+        if "nll" in found:
+            parts = found["nll"].split(self.src.lengths[read].tolist())
+            loss = torch.stack([part.sum() for part in parts])
+            out["nll"], out["ends"] = torch.zeros(len(examples), length), torch.zeros(len(examples), length)
+            src_spans, dst_spans = self._spans
+            for row, (example, other, nats) in enumerate(zip(examples, read, parts, strict=True)):
+                ours, theirs = dst_spans[self.dst.rows(example)], src_spans[self.src.rows(other)]
+                out["nll"][row, : len(ours)] = torch.from_numpy(nats_of_spans(nats.numpy(), theirs, ours))
+                shared = np.isin(ours[:, 1], theirs[:, 1]) & (ours[:, 1] > ours[:, 0])
+                out["ends"][row, : len(ours)] = torch.from_numpy(shared.astype(np.float32))
+        return Aligned(weight_mask(weight).reshape(len(examples), length), out, loss)
 
-        def gather(x: Cache) -> Tensor:
-            return gather_time(x.flatten(1), index, weight).reshape(len(examples), length, *x.shape[1:])
 
-        return Aligned(gather(keys), gather(values), weight_mask(weight).reshape(len(examples), length))
+def nats_of_spans(
+    nats: Float[np.ndarray, "src_time"],
+    src_spans: Int64[np.ndarray, "src_time 2"],
+    dst_spans: Int64[np.ndarray, "dst_time 2"],
+) -> Float[np.ndarray, "dst_time"]:
+    """Nats of the source tokens shared out over the bytes they stand for, and added up over each destination token's.
+
+    Both spans are of one text. A source token without bytes (BOS, a space that the tokenizer invents) counts with the next
+    one that has some; so all adds up to the same sum, but for what ends the text without bytes.
+    """
+    with_bytes = src_spans[:, 1] > src_spans[:, 0]
+    if not with_bytes.any():
+        return np.zeros(len(dst_spans), np.float32)
+    after = np.cumsum(nats)[with_bytes]
+    # between the segments of a text there may be bytes that no token has
+    places = src_spans[with_bytes].flatten()
+    told = np.stack([np.concatenate([[0], after[:-1]]), after], axis=1).flatten()
+    start, stop = (np.interp(dst_spans[:, side], places, told) for side in (0, 1))
+    return (stop - start).astype(np.float32)

@@ -67,19 +67,25 @@ def train(
         Path | None, typer.Option(help="Folder of the cell; under the results by default.", callback=writable_folder)
     ] = None,
     checkpoints: Annotated[Path | None, typer.Option(help="Folder of checkpoints.")] = None,
-    teacher: Annotated[list[Path] | None, typer.Option(help="Instead of a configuration: model folder(s).")] = None,
-    student: Annotated[Path | None, typer.Option(help="With --teacher: the student's model folder.")] = None,
+    teacher: Annotated[
+        list[str] | None, typer.Option(help="Instead of a configuration: model folders, hub ids.")
+    ] = None,
+    student: Annotated[str | None, typer.Option(help="With --teacher: the student's folder or hub id.")] = None,
     data: Annotated[Path | None, typer.Option(help="With --teacher: JSONL or Parquet; columns prompt, answer.")] = None,
+    fusion: Annotated[str | None, typer.Option(help="With --teacher: kind of fusion.")] = None,
+    projector: Annotated[str | None, typer.Option(help="With --teacher: kind of projector.")] = None,
+    term: Annotated[list[str] | None, typer.Option(help="With --teacher: a loss term, NAME or NAME=WEIGHT.")] = None,
     made: Annotated[bool, typer.Option("--made", help="Make nothing first: Snakemake has made it.")] = False,
 ) -> None:
     """Train one cell; what it needs is made first where it is not there, or was made from something else."""
     if teacher:
-        from kvpipe.steps.direct import train_direct
+        from kvpipe.steps.direct import Method, train_direct
 
         if student is None or data is None or out is None:
             raise typer.BadParameter("--teacher goes with --student, --data and --out")
-        train_direct(teacher, student, data, out, arm, seed, checkpoints, made, given.overrides, log=say)
-    elif arm is None or student or data:
+        method = Method(fusion, projector, tuple(term or ()))
+        train_direct(teacher, student, data, out, arm, seed, checkpoints, made, given.overrides, method, log=say)
+    elif arm is None or student or data or fusion or projector or term:
         raise typer.BadParameter("give either --arm, or --teacher, --student, --data and --out")
     else:
         inputs = given.inputs()

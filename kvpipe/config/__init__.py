@@ -4,17 +4,11 @@
 against them by a test, and the Snakefile validates before any job starts.
 """
 
-from kvpipe.config.arms import (
-    Arm,
-    FitConfig,
-    FuseConfig,
-    LayerConfig,
-    LossConfig,
-    ProjectorConfig,
-    ScheduleConfig,
-    TimeConfig,
-)
+from kvpipe.config.alignment import LayerConfig, Reading, TimeConfig
+from kvpipe.config.arms import Arm
 from kvpipe.config.data import Chat, DataConfig, EmbeddedData, FileData, HubData, RowData, Template
+from kvpipe.config.fusions import FusionSettings
+from kvpipe.config.kinds import FUSIONS, PROJECTORS, TERMS
 from kvpipe.config.loading import load, lock_path, overridden, parse, read, with_lock
 from kvpipe.config.models import (
     HubModel,
@@ -31,6 +25,7 @@ from kvpipe.config.models import (
     TokenizerRecipe,
 )
 from kvpipe.config.presets import PRESETS
+from kvpipe.config.projection import FitConfig, ProjectorSettings
 from kvpipe.config.schema import Config
 from kvpipe.config.section import ConfigError
 from kvpipe.config.settings import (
@@ -44,3 +39,4 @@ from kvpipe.config.settings import (
     StoreConfig,
     TrainConfig,
 )
+from kvpipe.config.terms import ScheduleConfig, TermSettings

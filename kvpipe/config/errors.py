@@ -16,6 +16,10 @@ RENAMED = {
     "arms.*.set.steps": "is called step_factor now",
     "arms.*.set.content": "is shuffle_teacher now: true for shuffled, false for own",
     "arms.*.set.layer.by=own": "own is called kv now",
+    "arms.*.set.loss.lambda_k": "is loss.keys.weight now: a loss is a set of terms",
+    "arms.*.set.loss.lambda_v": "is loss.values.weight now: a loss is a set of terms",
+    "arms.*.set.loss.kind": "is gone: a loss is a set of terms, such as loss: {keys: {}, values: {weight: 3}}",
+    "arms.*.set.time.text": "is gone: under segment the teacher reads its own text, else the student's",
     "models.*.parameters": "is gone: parameters are counted; leave it out",
 }
 """Keys, and values of keys, that had another name, and what stands for them now."""
@@ -85,6 +89,11 @@ def _problems(item: Any, location: tuple) -> list[tuple[str, str]]:
         case "unknown_keys":
             keys = {_dotted((*location, key)): nearest(key, context["valid"]) for key in context["keys"]}
             return [(key, _renamed(key) or f"unknown key{known}") for key, known in keys.items()]
+        case "idle_keys":
+            texts = (
+                f"has no effect under {context['kind']!r} (known there: {', '.join(context['valid'])}); leave it out"
+            )
+            return [(_dotted((*location, key)), texts) for key in context["keys"]]
         case "value_error":
             return [(path, str(context["error"]))]
         case "missing":

@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from kvpipe.config.arms import Arm, ArmEntry
 from kvpipe.config.data import DataConfig
 from kvpipe.config.errors import explain, nearest
+from kvpipe.config.kinds import extend
 from kvpipe.config.models import (
     HubModel,
     Loading,
@@ -41,6 +42,9 @@ class Config(Section):
     libraries: list[str] = Field(default=[])
     """Folders of shared models that are searched before anything is downloaded, and only read: Hugging Face caches
     (`models--owner--name/snapshots/<commit>`) or plain folders (`owner/name`). The machine's own cache comes last."""
+    extensions: list[str] = Field(default=[])
+    """Python files of your own that register fusions, projectors, loss terms or metrics. They run as part of kvpipe: name
+    only files that you trust."""
     lock: dict[str, LockedRepo] = Field(default={})
     """`repo@revision` → commit and files of every hub repository. Written by `kvpipe lock` to `<config>.lock.yaml` beside
     the (first) configuration file, and read from there."""
@@ -64,6 +68,14 @@ class Config(Section):
 
     @model_validator(mode="before")
     @classmethod
+    def _extensions(cls, values: Any) -> Any:
+        given = values.get("extensions") if isinstance(values, dict) else None
+        if isinstance(given, list) and all(isinstance(name, str) for name in given):
+            extend(given)
+        return values
+
+    @model_validator(mode="before")
+    @classmethod
     def _presets(cls, values: Any) -> Any:
         data = values.get("data") if isinstance(values, dict) else None
         if not isinstance(data, dict):
@@ -83,7 +95,11 @@ class Config(Section):
         swap = self.evaluate.cache_swap
         if swap is not None and swap in self.arms:
             arm = self.arm(swap)
-            if len(arm.teachers) != 1 or arm.loss.kind != "kv" or arm.time.text == "own":
+            if (
+                len(arm.teachers) != 1
+                or not {"keys", "values"} <= {term.kind for term in arm.loss.values()}
+                or arm.time.text == "own"
+            ):
                 raise ValueError(
                     f"evaluate.cache_swap: {swap!r} must match keys and values of one teacher, which reads the student's text"
                 )
@@ -158,17 +174,20 @@ class Config(Section):
             )
         if self.train.steps * arm.step_factor > 10**9:
             raise ValueError(f"{path}.step_factor: {arm.step_factor:g} times train.steps is beyond 1,000,000,000 steps")
-        if arm.loss.skip_sink >= (longest := self.train.max_length):
-            raise ValueError(f"{path}.loss.skip_sink: {arm.loss.skip_sink} leaves nothing of at most {longest} tokens")
+        longest = self.train.max_length
+        for term, settings in arm.loss.items():
+            if (skipped := getattr(settings, "skip_sink", 0)) >= longest:
+                raise ValueError(f"{path}.loss.{term}.skip_sink: {skipped} leaves nothing of at most {longest} tokens")
         if arm.layer.kind == "kept" and not isinstance(self.models[self.student], PrunedModel):
             raise ValueError(f"{path}.layer.kind: kept is for a student of source: pruned; {self.student} is none")
-        if arm.loss.kind == "logit_kd" and not self.store.top_logits:
-            raise ValueError(f"store.top_logits: 0 keeps nothing for arm {name!r} (loss.kind: logit_kd); set 1 or more")
-        for task in arm.fuse.weights:
-            _known(f"{path}.fuse.weights.{task}", task, [*tasks, "default"])
-        missing = [task for task in tasks if task not in arm.fuse.weights]
-        if arm.fuse.kind == "task" and missing and "default" not in arm.fuse.weights:
-            raise ValueError(f"{path}.fuse.weights: no row for {missing} and no row 'default'")
+        if "top_logits" in arm.needs and not self.store.top_logits:
+            raise ValueError(f"store.top_logits: 0 keeps nothing for arm {name!r} (loss.logits); set 1 or more")
+        if arm.fuse.kind == "task":
+            for task in arm.fuse.weights:
+                _known(f"{path}.fuse.weights.{task}", task, [*tasks, "default"])
+            missing = [task for task in tasks if task not in arm.fuse.weights]
+            if missing and "default" not in arm.fuse.weights:
+                raise ValueError(f"{path}.fuse.weights: no row for {missing} and no row 'default'")
 
     def trusts(self, name: str) -> bool:
         """Whether code from a model's repository may run: only the configuration can say so, no file of the model's."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -58,6 +58,9 @@ class Section(BaseModel):
     """Base of every section: unknown keys are refused and instances do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    tag: ClassVar[str] = "kind"
+    options: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """Key → values of the tag under which it has an effect; a key that has none is refused as an unknown one."""
 
     @model_validator(mode="before")
     @classmethod
@@ -68,6 +71,12 @@ class Section(BaseModel):
             raise PydanticCustomError(
                 "unknown_keys", "unknown keys", {"keys": unknown, "valid": list(cls.model_fields)}
             )
+        if isinstance(values, dict) and cls.options:
+            kind = values.get(cls.tag, cls.model_fields[cls.tag].default)
+            idle = [key for key in values if kind not in cls.options.get(key, (kind,))]
+            if idle:
+                valid = [key for key in cls.model_fields if kind in cls.options.get(key, (kind,))]
+                raise PydanticCustomError("idle_keys", "idle keys", {"keys": idle, "valid": valid, "kind": kind})
         return values
 
 

@@ -46,7 +46,7 @@ class StoreConfig(Section):
     batch_size: Count = 64
     """Examples per teacher forward."""
     top_logits: Natural = 32
-    """Most likely next tokens kept per token, for `logit_kd`."""
+    """Most likely next tokens kept per token, for the term `logits`."""
 
 
 class LayerMapConfig(Section):

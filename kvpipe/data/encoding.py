@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b, sha256
 from itertools import pairwise
@@ -50,6 +51,19 @@ class Encoding:
     def lengths(self) -> Int64[np.ndarray, "example"]:
         """Tokens per example."""
         return np.diff(self.offsets)
+
+    def taken(self, examples: Int64[np.ndarray, "some"]) -> Encoding:
+        """Some examples, in this order."""
+        rows = concatenated_ranges(self.offsets[examples], self.offsets[examples + 1])
+        return Encoding(
+            ids=self.ids[rows],
+            spans=self.spans[rows],
+            offsets=np.concatenate([[0], np.cumsum(self.lengths[examples])]),
+            segments=self.segments[examples],
+            byte_segments=self.byte_segments[examples],
+            segment_hashes=self.segment_hashes[examples],
+            texts=tuple(self.texts[i] for i in examples) if self.texts else (),
+        )
 
     def rows(self, example: SupportsIndex) -> slice:
         """The rows of one example."""
@@ -144,6 +158,28 @@ def encode_texts(
         byte_segments=np.array(byte_segments, dtype=np.int64).reshape(len(texts), SEGMENTS, 2),
         segment_hashes=np.array(hashes, dtype=np.int64).reshape(len(texts), SEGMENTS),
         texts=tuple(stripped),
+    )
+
+
+def encoded_ids(rows: Sequence[Tensor], spelled: Callable[[Tensor], tuple[str, Tensor]]) -> Encoding:
+    """The encoding of texts that are given by their ids; each text is one segment, the answer.
+
+    Args:
+        rows: the ids of each text.
+        spelled: ids → text and spans.
+    """
+    texts, spans = zip(*map(spelled, rows), strict=True)
+    whole = [Segmented(answer=text) for text in texts]
+    return Encoding(
+        ids=torch.cat(list(rows)).numpy(),
+        spans=torch.cat(spans).numpy(),
+        offsets=np.concatenate([[0], np.cumsum([len(row) for row in rows])]),
+        segments=np.array(
+            [token_segments(s.numpy(), t.boundaries) for s, t in zip(spans, whole, strict=True)], dtype=np.int64
+        ),
+        byte_segments=np.array([list(pairwise(text.boundaries)) for text in whole], dtype=np.int64),
+        segment_hashes=np.array([[hash_bytes(part.encode()) for part in text] for text in whole], dtype=np.int64),
+        texts=tuple(whole),
     )
 
 

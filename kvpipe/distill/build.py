@@ -1,63 +1,53 @@
-"""Build what an arm adds to cross-entropy out of finished parts: nothing is read here."""
+"""Build an arm's loss out of finished parts: nothing is read here."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float
-from torch import Tensor
 
 from kvpipe.cache.teacher import AlignedTeacher
-from kvpipe.config import Arm
+from kvpipe.config import TERMS, Arm
 from kvpipe.distill.fusion import build_fusion
-from kvpipe.distill.objectives import (
-    Distiller,
-    KVDistiller,
-    LogitDistiller,
-    RelationDistiller,
-    TopLogits,
-    build_targets,
-)
+from kvpipe.distill.objective import Objective, TopLogits
 from kvpipe.distill.projectors import Projector
+from kvpipe.distill.targets import FusedTargets, build_targets
+from kvpipe.distill.terms import EntropyTerm, Facts, Term
 
 
 def build_objective(
     arm: Arm,
-    tasks: np.ndarray,
+    tasks: np.ndarray | None = None,
+    facts: Facts | None = None,
     teachers: Sequence[AlignedTeacher] = (),
     projectors: Sequence[Projector] = (),
-    top_logits: Sequence[TopLogits] = (),
-    teacher_losses: Float[Tensor, "teacher example"] | None = None,
-    hidden_size: int = 0,
+    top: Sequence[TopLogits] = (),
     hold_bytes: float = 0.0,
-) -> Distiller | None:
-    """The objective of an arm; None for one that learns from the text alone.
+) -> Objective:
+    """The loss of an arm.
 
     Args:
-        arm: decides the kind, and what of the following is looked at.
+        arm: decides the terms, and what of the following is looked at.
         tasks: of every training example.
-        teachers: their caches on the student's positions; `kv` and `relation`.
-        projectors: fitted, one for each teacher; `kv`.
-        top_logits: of each teacher; `logit_kd`.
-        teacher_losses: nats per example, which `select` fusion compares.
-        hidden_size: the student's width, which `learnable` fusion reads.
+        facts: of student and teachers.
+        teachers: what they say at the student's positions.
+        projectors: fitted, one for each teacher; for terms on the fused caches.
+        top: next-token candidates of each teacher.
         hold_bytes: room for the targets of frozen projectors, which are then computed once.
     """
-    if arm.loss.kind == "none":
-        return None
-    if arm.loss.kind == "logit_kd":
-        return LogitDistiller(arm, list(top_logits), tasks)
-    if arm.loss.kind == "relation":
-        return RelationDistiller(arm, teachers[0])
-    options = {"weights": arm.fuse.weights, "learnable": arm.fuse.offsets} if arm.fuse.kind == "task" else {}
-    if arm.fuse.kind == "fixed":
-        options = {"weights": arm.fuse.weights["default"]}
-    frozen, room = arm.projector.mode == "frozen", hold_bytes / len(teachers)
-    return KVDistiller(
-        arm,
-        [build_targets(t, p, frozen, room) for t, p in zip(teachers, projectors, strict=True)],
-        build_fusion(arm.fuse.kind, n_teachers=len(teachers), hidden_size=hidden_size, **options),
-        tasks,
-        teacher_losses,
-    )
+    facts = facts or Facts()
+    terms: dict[str, Term] = {
+        name: TERMS.of(settings)(settings, facts) for name, settings in arm.terms.items() if settings.weight
+    }
+    if not arm.teachers:
+        return Objective(terms, tasks=tasks)
+    fusion, targets = build_fusion(arm.fuse, len(arm.teachers), facts.width), None
+    if "targets" in arm.needs:
+        frozen, room = arm.projector.mode == "frozen", hold_bytes / len(arm.teachers)
+        targets = FusedTargets(
+            [build_targets(t, p, frozen, room) for t, p in zip(teachers, projectors, strict=True)], fusion, arm.fuse
+        )
+        if weight := getattr(arm.fuse, "entropy", 0):
+            terms["entropy"] = EntropyTerm(weight)
+    known = fusion if arm.fuse.known_before else None
+    return Objective(terms, arm.needs, tasks, teachers, targets, top, known)

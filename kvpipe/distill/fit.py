@@ -8,18 +8,29 @@ space, which fusion needs, and every student layer's target has unit mean varian
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from kvpipe.align.dim import ElasticBottleneck
 from kvpipe.align.layermap import KINDS
+from kvpipe.align.regime import positions_from_mask
+from kvpipe.align.rope import Rope
+from kvpipe.cache.attention import output_cosine
+from kvpipe.cache.capture import Recorder
+from kvpipe.cache.kv import KV
+from kvpipe.cache.teacher import AlignedTeacher
 from kvpipe.config import FitConfig
+from kvpipe.data.batches import collate, spread
+from kvpipe.data.encoding import Encoding
 from kvpipe.distill.projectors import ElasticProjector, HeadsProjector, Projector, select
+from kvpipe.models.head import Head, final_states
 
 Matrix = Float64[Tensor, "row feature"]
 Matrices = list[Float64[Tensor, "row _"]]
@@ -161,6 +172,78 @@ def explained_variance(z: Float64[Tensor, "row out"], x: Matrix, penalty: float 
     return 1 - (residual.var(0).sum() / x.var(0).sum().clamp(min=1e-30)).item()
 
 
+# ---------------------------------------------------------------- all teachers, from texts
+class Fitted(NamedTuple):
+    """What a fit was made of and how well it went, one entry per teacher."""
+
+    rows: int
+    explained_variance: list[dict[str, list[float]]]
+    attention_output_cosine: list[list[float]] | None
+    """Per student layer; None where the student has no weights or shows no queries."""
+
+
+def fit_projectors(
+    projectors: list[Projector],
+    teachers: Sequence[AlignedTeacher],
+    config: FitConfig,
+    student: nn.Module | None,
+    dst: Encoding,
+    pad_id: int,
+    batch_size: int,
+) -> Fitted:
+    """Fit the projectors of all teachers in place, on aligned rows of `config.examples` texts.
+
+    Args:
+        projectors: one per teacher, unfitted.
+        teachers: their rows on the student's positions.
+        config: method.
+        student: pretrained; None for one from scratch.
+        dst: the student's tokens.
+        pad_id: of padding.
+        batch_size: texts that the student reads at once.
+    """
+    examples = spread(len(dst), config.examples)
+    length = int(dst.lengths[examples].max())
+    aligned = [teacher.aligned(examples, length) for teacher in teachers]
+    mask = torch.stack([a.mask for a in aligned]).all(0)
+    rows = [Rows(a.keys[mask], a.values[mask]) for a in aligned]
+    if student is None:
+        return Fitted(int(mask.sum()), fit(projectors, rows, config).explained_variance, None)
+    queries, own, ropes, positions = _student_cache(student, dst, examples, length, pad_id, batch_size)
+    both = (
+        rearrange(x, "layer batch head time dim -> batch time layer head dim")[mask] for x in (own.keys, own.values)
+    )
+    report, cosine = fit(projectors, rows, config, Rows(*both)), None
+    if queries is not None:
+        with torch.no_grad():
+            targets = [p.eval()(a.keys, a.values) for p, a in zip(projectors, aligned, strict=True)]
+        cosine = [output_cosine(queries, own, target, ropes, mask, positions) for target in targets]
+    return Fitted(int(mask.sum()), report.explained_variance, cosine)
+
+
+def _student_cache(
+    student: nn.Module, dst: Encoding, examples: np.ndarray, length: int, pad_id: int, batch_size: int
+) -> tuple[Tensor | None, KV, list[Rope], Tensor]:
+    """The student's queries (None where its family shows none) and cache on the examples, padded to `length`, its layers'
+    rotary embeddings, and the positions `(batch, time)`."""
+    parts: list[list[Tensor]] = []
+    device, training, head = next(student.parameters()).device, student.training, Head.of(student)
+    student.eval()
+    for some in (examples[i : i + batch_size] for i in range(0, len(examples), batch_size)):
+        batch = collate(dst, some, pad_id).to(device)
+        with torch.no_grad(), Recorder(student) as recorder:
+            inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+            final_states(student, head, **inputs)
+        missing = (0, 0, 0, length - batch.input_ids.shape[1])
+        kv = recorder.kv()
+        seen = [kv.keys, kv.values, *([recorder.queries()] if recorder.sees_queries else [])]
+        parts.append([pad(x.float(), missing).cpu() for x in seen])
+    student.train(training)
+    keys, values, *queries = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+    inside = torch.arange(length) < torch.from_numpy(dst.lengths[examples])[:, None]
+    return queries[0] if queries else None, KV(keys, values), recorder.ropes, positions_from_mask(inside.long())
+
+
 # ---------------------------------------------------------------- all layers
 def fit(
     projectors: list[Projector],
@@ -265,11 +348,11 @@ def _reconstruct(
     for _ in range(config.steps):
         batch = torch.randint(len(xs[0]), (min(512, len(xs[0])),), generator=generator)
         loss = torch.zeros(())
-        for encoder, decoder, x, target, anchor, spread in zip(
+        for encoder, decoder, x, target, anchor, width in zip(
             encoders, decoders, inputs, scaled, anchors, spreads, strict=True
         ):
             z = encoder(x[batch])
-            drift = (z - anchor[batch]).square().mean() / spread
+            drift = (z - anchor[batch]).square().mean() / width
             loss = loss + (decoder(z) - target[batch]).square().mean() + 0.1 * drift
         loss.backward()
         optimizer.step()

@@ -1,8 +1,8 @@
-"""Fusion: one target from the aligned caches of several teachers (spec 3.7).
+"""Fusion: one target from the aligned caches of several teachers.
 
-Every fusion is a module with one interface: `Targets` in, `Fused` out. A kind only says how much it prefers each
+Every fusion is a module with one interface: `TeacherCaches` in, `Fused` out. A kind only says how much it prefers each
 teacher (`Fusion.preference`, in log space); masking of missing teachers, normalisation and the weighted sum are the
-same for all. Targets must share one space before they are fused (spec section 4): sums of unrelated bases interfere.
+same for all. Targets must share one space before they are fused: sums of unrelated bases interfere.
 """
 
 from __future__ import annotations
@@ -10,26 +10,29 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from einops import rearrange, reduce
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from kvpipe.config import FUSIONS
+from kvpipe.config.fusions import (
+    AgreementFusionConfig,
+    AttentionFusionConfig,
+    FixedFusionConfig,
+    LearnableFusionConfig,
+    MeanFusionConfig,
+    SelectFusionConfig,
+    SimilarityFusionConfig,
+    TaskFusionConfig,
+)
 from kvpipe.models.likelihood import wide
 
 
-@runtime_checkable
-class Caches(Protocol):
-    """Anything with the aligned keys and values of all teachers, ``(teacher, layer, batch, head, time, dim)``."""
-
-    keys: Tensor
-    values: Tensor
-
-
 @dataclass(frozen=True)
-class Targets:
+class TeacherCaches:
     """Aligned caches of all teachers in the student's shape."""
 
     keys: Float[Tensor, "teacher layer batch head time dim"]
@@ -50,19 +53,35 @@ class Fused:
 
 
 class Fusion(nn.Module):
-    """The interface. `present` is ``(teacher, batch)``, or ``(teacher, batch, time)`` where alignment left holes."""
+    """The interface. `present` is ``(teacher, batch)``, or ``(teacher, batch, time)`` where alignment left holes.
+
+    A kind says in its settings what it `needs` of a batch, and is built from them by `of`.
+    """
+
+    @classmethod
+    def of(cls, settings: Any, teachers: int, hidden_size: int) -> Fusion:
+        """From its settings, for so many teachers and a student of this width."""
+        return cls()
+
+    def begin(self, targets: TeacherCaches, present: Bool[Tensor, "teacher batch time"]) -> None:
+        """A first look at the targets of some training examples, where the settings need `prototypes`."""
+
+    def prior(self, teachers: int, tasks: Sequence[str]) -> Float[Tensor, "teacher batch"]:
+        """Log-weights of kinds whose weights are known before any cache is."""
+        raise ValueError(f"{type(self).__name__} weighs teachers by their caches, and knows no weights without them")
 
     def forward(
         self,
-        targets: Caches,
+        targets: TeacherCaches,
         *,
         present: Bool[Tensor, "teacher batch"] | Bool[Tensor, "teacher batch time"] | None = None,
         tasks: Sequence[str] | None = None,
         queries: Float[Tensor, "layer batch query_head time dim"] | None = None,
         hidden: Float[Tensor, "layer batch time hidden"] | None = None,
         teacher_losses: Float[Tensor, "teacher batch"] | None = None,
+        span_losses: Float[Tensor, "teacher batch time"] | None = None,
     ) -> Fused:
-        """Fuses; a kind raises `ValueError` without what it needs of `tasks`, `queries`, `hidden`, `teacher_losses`."""
+        """Fuses; a kind raises `ValueError` without what it needs of the keyword arguments."""
         teachers, _, batch = targets.keys.shape[:3]
         if present is None:
             present = torch.ones(teachers, batch, dtype=torch.bool, device=targets.keys.device)
@@ -72,7 +91,13 @@ class Fusion(nn.Module):
                 f"expected ({teachers}, {batch}) or ({teachers}, {batch}, time)"
             )
         preference = self.preference(
-            targets, tasks=tasks, queries=queries, hidden=hidden, teacher_losses=teacher_losses
+            targets,
+            present=present,
+            tasks=tasks,
+            queries=queries,
+            hidden=hidden,
+            teacher_losses=teacher_losses,
+            span_losses=span_losses,
         )
         if len(preference) != teachers:
             raise ValueError(
@@ -82,7 +107,7 @@ class Fusion(nn.Module):
         weights = self.weigh(preference, mask)
         return Fused(_mix(targets.keys, weights, mask), _mix(targets.values, weights, mask), weights)
 
-    def preference(self, targets: Caches, **context: Any) -> Float[Tensor, "teacher layers batch heads times"]:
+    def preference(self, targets: TeacherCaches, **context: Any) -> Float[Tensor, "teacher layers batch heads times"]:
         """Log-weights up to a constant over teachers; −inf is weight 0."""
         raise NotImplementedError
 
@@ -91,15 +116,29 @@ class Fusion(nn.Module):
         return masked_softmax(preference, mask)
 
 
-class MeanFusion(Fusion):
+class KnownFusion(Fusion):
+    """Kinds whose weights follow from the example's task alone."""
+
+    def preference(self, targets: TeacherCaches, *, tasks: Sequence[str] | None = None, **context: Any) -> Tensor:
+        """The log-weights of each example."""
+        tasks = [""] * targets.keys.shape[2] if tasks is None else tasks
+        if len(tasks) != targets.keys.shape[2]:
+            raise ValueError(f"{len(tasks)} tasks came for {targets.keys.shape[2]} examples")
+        prior = self.prior(len(targets.keys), tasks).to(targets.keys.device)
+        return rearrange(prior, "teacher batch -> teacher 1 batch 1 1")
+
+
+@FUSIONS.built_from(MeanFusionConfig)
+class MeanFusion(KnownFusion):
     """The same weight for every teacher that is present."""
 
-    def preference(self, targets: Caches, **context: Any) -> Tensor:
+    def prior(self, teachers: int, tasks: Sequence[str]) -> Tensor:
         """Zeros."""
-        return wide(targets.keys.new_zeros(len(targets.keys), 1, targets.keys.shape[2], 1, 1))
+        return torch.zeros(teachers, len(tasks))
 
 
-class FixedFusion(Fusion):
+@FUSIONS.built_from(FixedFusionConfig)
+class FixedFusion(KnownFusion):
     """One given weight per teacher."""
 
     log_weights: Tensor
@@ -108,13 +147,18 @@ class FixedFusion(Fusion):
         super().__init__()
         self.register_buffer("log_weights", _log_row(weights, "fixed"))
 
-    def preference(self, targets: Caches, **context: Any) -> Tensor:
+    @classmethod
+    def of(cls, settings: FixedFusionConfig, teachers: int, hidden_size: int) -> Fusion:
+        """With the weights that are set."""
+        return cls(_as_many(settings.weights, teachers))
+
+    def prior(self, teachers: int, tasks: Sequence[str]) -> Tensor:
         """The logarithm of the given weights."""
-        batch = targets.keys.shape[2]
-        return rearrange(self.log_weights.expand(batch, -1), "batch teacher -> teacher 1 batch 1 1")
+        return self.log_weights[:, None].expand(-1, len(tasks))
 
 
-class TaskFusion(Fusion):
+@FUSIONS.built_from(TaskFusionConfig)
+class TaskFusion(KnownFusion):
     """A row of weights per task, e.g. ``{"math": [0.7, 0.3], "code": [0.3, 0.7], "default": [0.5, 0.5]}``.
 
     A task without a row takes ``default``; without that row it is an error. With `learnable`, each row trains an
@@ -134,12 +178,19 @@ class TaskFusion(Fusion):
         self.register_buffer("log_weights", torch.stack([_log_row(row, task) for task, row in weights.items()]))
         self.offsets = nn.Parameter(torch.zeros_like(self.log_weights)) if learnable else None
 
-    def preference(self, targets: Caches, *, tasks: Sequence[str] | None = None, **context: Any) -> Tensor:
+    @classmethod
+    def of(cls, settings: TaskFusionConfig, teachers: int, hidden_size: int) -> Fusion:
+        """With the table that is set."""
+        return cls({task: _as_many(row, teachers) for task, row in settings.weights.items()}, settings.offsets)
+
+    def preference(self, targets: TeacherCaches, *, tasks: Sequence[str] | None = None, **context: Any) -> Tensor:
         """Each example's row of the table."""
         if tasks is None:
             raise ValueError("task fusion needs `tasks`, the task's name of every example")
-        if len(tasks) != targets.keys.shape[2]:
-            raise ValueError(f"{len(tasks)} tasks came for {targets.keys.shape[2]} examples")
+        return super().preference(targets, tasks=tasks)
+
+    def prior(self, teachers: int, tasks: Sequence[str]) -> Tensor:
+        """Each example's row of the table."""
         unknown = sorted(set(tasks) - set(self.tasks))
         if unknown and "default" not in self.tasks:
             raise ValueError(
@@ -147,10 +198,10 @@ class TaskFusion(Fusion):
                 "Add a row for it, or a row `default`"
             )
         table = self.log_weights if self.offsets is None else self.log_weights + self.offsets
-        rows = [self.tasks[task] if task in self.tasks else self.tasks["default"] for task in tasks]
-        return rearrange(table[rows], "batch teacher -> teacher 1 batch 1 1")
+        return table[[self.tasks[task] if task in self.tasks else self.tasks["default"] for task in tasks]].T
 
 
+@FUSIONS.built_from(AttentionFusionConfig)
 class AttentionFusion(Fusion):
     """Per layer, KV head and position: softmax over teachers of ``query · key / sqrt(dim)``.
 
@@ -159,7 +210,7 @@ class AttentionFusion(Fusion):
     detached, so that the student cannot move the target towards itself.
     """
 
-    def preference(self, targets: Caches, *, queries: Tensor | None = None, **context: Any) -> Tensor:
+    def preference(self, targets: TeacherCaches, *, queries: Tensor | None = None, **context: Any) -> Tensor:
         """The scaled scores."""
         if queries is None:
             raise ValueError(
@@ -177,6 +228,7 @@ class AttentionFusion(Fusion):
         return torch.stack([(grouped * wide(keys)).sum(-1) for keys in targets.keys]) * dim**-0.5
 
 
+@FUSIONS.built_from(LearnableFusionConfig)
 class LearnableFusion(Fusion):
     """Per layer and position: an MLP over the student's hidden state, shared by the layers, one output per teacher.
 
@@ -191,7 +243,12 @@ class LearnableFusion(Fusion):
         nn.init.zeros_(last.bias)
         self.router = nn.Sequential(nn.LayerNorm(hidden_size), nn.Linear(hidden_size, width), nn.SiLU(), last)
 
-    def preference(self, targets: Caches, *, hidden: Tensor | None = None, **context: Any) -> Tensor:
+    @classmethod
+    def of(cls, settings: LearnableFusionConfig, teachers: int, hidden_size: int) -> Fusion:
+        """A router begun at the mean."""
+        return cls(teachers, hidden_size)
+
+    def preference(self, targets: TeacherCaches, *, hidden: Tensor | None = None, **context: Any) -> Tensor:
         """The router's logits."""
         if hidden is None:
             raise ValueError(
@@ -201,20 +258,38 @@ class LearnableFusion(Fusion):
         return rearrange(wide(logits), "layer batch time teacher -> teacher layer batch 1 time")
 
 
+@FUSIONS.built_from(SelectFusionConfig)
 class SelectFusion(Fusion):
-    """The teacher with the lowest loss on the example, among those present; equal losses share."""
+    """The teacher with the lowest loss, among those present, on the example or on each student token's bytes.
 
-    def preference(self, targets: Caches, *, teacher_losses: Tensor | None = None, **context: Any) -> Tensor:
+    Equal losses share.
+    """
+
+    def __init__(self, per: Literal["example", "span"] = "example"):
+        super().__init__()
+        self.per = per
+
+    @classmethod
+    def of(cls, settings: SelectFusionConfig, teachers: int, hidden_size: int) -> Fusion:
+        """Per example or per span, as set."""
+        return cls(settings.per)
+
+    def preference(
+        self,
+        targets: TeacherCaches,
+        *,
+        teacher_losses: Tensor | None = None,
+        span_losses: Tensor | None = None,
+        **context: Any,
+    ) -> Tensor:
         """The negated losses."""
-        if teacher_losses is None:
-            raise ValueError(
-                "select fusion needs `teacher_losses`, each teacher's loss on each example (teacher, batch)"
-            )
-        if teacher_losses.isnan().any():
-            raise ValueError(
-                "select fusion got NaN in `teacher_losses`; say by `present` which teachers an example has"
-            )
-        return rearrange(-wide(teacher_losses.detach()), "teacher batch -> teacher 1 batch 1 1")
+        losses = teacher_losses if self.per == "example" else span_losses
+        if losses is None:
+            name, axes = ("teacher_losses", "batch") if self.per == "example" else ("span_losses", "batch, time")
+            raise ValueError(f"select fusion per {self.per} needs `{name}`, each teacher's loss (teacher, {axes})")
+        if losses.isnan().any():
+            raise ValueError("select fusion got NaN for a loss; say by `present` which teachers an example has")
+        return _over_cache(-wide(losses.detach()))
 
     def weigh(self, preference: Tensor, mask: Tensor) -> Tensor:
         """All weight on the best of the teachers present."""
@@ -223,29 +298,109 @@ class SelectFusion(Fusion):
         return masked_softmax(torch.zeros_like(scores), best)
 
 
-KINDS: dict[str, type[Fusion]] = {
-    "mean": MeanFusion,
-    "fixed": FixedFusion,
-    "task": TaskFusion,
-    "attention": AttentionFusion,
-    "learnable": LearnableFusion,
-    "select": SelectFusion,
-}
+@FUSIONS.built_from(SimilarityFusionConfig)
+class SimilarityFusion(Fusion):
+    """Softmax over teachers of the cosine, over τ, of an example's mean target to the teacher's prototype.
+
+    The prototype is the mean target of a first look at some training examples (`begin`), layer by layer: a teacher counts
+    for more on an example that looks like its usual ones.
+    """
+
+    prototypes: Tensor
+
+    def __init__(self, temperature: float = 0.1):
+        super().__init__()
+        self.temperature = temperature
+        self.register_buffer("prototypes", torch.zeros(0))
+
+    @classmethod
+    def of(cls, settings: SimilarityFusionConfig, teachers: int, hidden_size: int) -> Fusion:
+        """At the temperature that is set."""
+        return cls(settings.temperature)
+
+    @torch.no_grad()
+    def begin(self, targets: TeacherCaches, present: Tensor) -> None:
+        """Prototypes, `(teacher, layer, feature)`: means over all positions of all examples that have a target."""
+        means, counts = self._means(targets, present)
+        shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+        self.prototypes = (means * rearrange(shares, "teacher batch -> teacher 1 batch 1")).sum(2)
+
+    def preference(self, targets: TeacherCaches, *, present: Tensor | None = None, **context: Any) -> Tensor:
+        """Cosines over the temperature."""
+        if not len(self.prototypes):
+            raise ValueError("similarity fusion needs a first look at the targets: call `begin` once")
+        if present is None:
+            present = torch.ones(*targets.keys.shape[:1], *targets.keys.shape[2:3], dtype=torch.bool)
+        means, _ = self._means(targets, present)
+        cosine = torch.cosine_similarity(means, self.prototypes.to(means)[:, :, None], dim=-1)
+        return rearrange(cosine.mean(1) / self.temperature, "teacher batch -> teacher 1 batch 1 1")
+
+    @staticmethod
+    def _means(targets: TeacherCaches, present: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values side by side, averaged over each example's positions with a target, and how many these are."""
+        if present.ndim == 2:
+            present = present[..., None].expand(-1, -1, targets.keys.shape[4])
+        counts = present.sum(-1)
+        shown = rearrange(present.to(targets.keys.device), "teacher batch time -> teacher 1 batch 1 time 1")
+        sums = [
+            rearrange(
+                wide(x).masked_fill(~shown, 0).sum(4), "teacher layer batch head dim -> teacher layer batch (head dim)"
+            )
+            for x in (targets.keys.detach(), targets.values.detach())
+        ]
+        return torch.cat(sums, -1) / counts[:, None, :, None].clamp(min=1), counts.to(sums[0])
 
 
-def build_fusion(kind: str, *, n_teachers: int, hidden_size: int | None = None, **options: Any) -> Fusion:
-    """The fusion named `kind` (a key of `KINDS`) with its options; checks that weights fit the number of teachers."""
-    if kind not in KINDS:
-        raise ValueError(f"unknown fusion kind {kind!r}; known: {', '.join(KINDS)}")
-    if kind == "learnable":
-        if hidden_size is None:
-            raise ValueError("learnable fusion needs hidden_size, the width of the student's hidden state")
-        options |= {"n_teachers": n_teachers, "hidden_size": hidden_size}
-    fusion = KINDS[kind](**options)
-    table = getattr(fusion, "log_weights", None)
-    if table is not None and table.shape[-1] != n_teachers:
-        raise ValueError(f"{kind} fusion got {table.shape[-1]} weights per row for {n_teachers} teachers: one each")
-    return fusion
+@FUSIONS.built_from(AgreementFusionConfig)
+class AgreementFusion(Fusion):
+    """Per layer and position, softmax over teachers of the mean cosine, over τ, to the other teachers' targets.
+
+    Two teachers agree with each other equally; from three on, one that stands apart counts for less.
+    """
+
+    def __init__(self, temperature: float = 0.1):
+        super().__init__()
+        self.temperature = temperature
+
+    @classmethod
+    def of(cls, settings: AgreementFusionConfig, teachers: int, hidden_size: int) -> Fusion:
+        """At the temperature that is set."""
+        return cls(settings.temperature)
+
+    @torch.no_grad()
+    def preference(self, targets: TeacherCaches, *, present: Tensor | None = None, **context: Any) -> Tensor:
+        """Mean cosines over the temperature; 0 for a teacher without others."""
+        if present is None:
+            present = torch.ones(*targets.keys.shape[:1], *targets.keys.shape[2:3], dtype=torch.bool)
+        shown = _over_cache(present.to(targets.keys.device)).to(wide(targets.keys[:0]).dtype)
+        both = [
+            rearrange(wide(x), "teacher layer batch head time dim -> teacher layer batch time (head dim)")
+            for x in (targets.keys, targets.values)
+        ]
+        unit = torch.nn.functional.normalize(torch.cat(both, -1), dim=-1)
+        here = rearrange(shown, "teacher 1 batch 1 time -> teacher 1 batch time")
+        unit = unit.masked_fill(here[..., None] == 0, 0)
+        others = unit.sum(0, keepdim=True) - unit
+        count = (here.sum(0, keepdim=True) - here).clamp(min=1)
+        cosine = (unit * others).sum(-1) / count
+        return rearrange(cosine / self.temperature, "teacher layer batch time -> teacher layer batch 1 time")
+
+
+def build_fusion(settings: Any, teachers: int, hidden_size: int = 0) -> Fusion:
+    """The fusion of some settings, `FUSIONS(kind, …)`.
+
+    Args:
+        settings: its kind's.
+        teachers: how many are fused.
+        hidden_size: the student's width, which `learnable` reads.
+    """
+    return FUSIONS.of(settings).of(settings, teachers, hidden_size)
+
+
+def _as_many(row: Sequence[float], teachers: int) -> Sequence[float]:
+    if len(row) != teachers:
+        raise ValueError(f"fusion got {len(row)} weights for {teachers} teachers: one each")
+    return row
 
 
 def position_entropy(

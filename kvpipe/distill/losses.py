@@ -1,13 +1,13 @@
-"""Losses, unreduced: one number per example and position, 0 where masked (spec 3.8).
+"""Losses, unreduced: one number per example and position, 0 where masked.
 
-The training loss is ``CE + λ_K · L_K + λ_V · L_V``. Everything here is a pure function; weights come from `Schedule`.
+Everything here is a pure function; `kvpipe.distill.terms` makes terms of them, whose weights come from `Schedule`.
 All losses are computed in float32, or in float64 where an input is. A batch may come in parts (micro-batches,
 processes): a part's loss is its `masked_sum` over the count of the whole batch, scaled by `pooled_std` of all parts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import cos, pi
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -17,6 +17,7 @@ from einops import rearrange, reduce
 from jaxtyping import Float, Integer, Shaped
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from kvpipe.models.head import Head
 from kvpipe.models.likelihood import wide
@@ -258,6 +259,36 @@ class TopKL:
         return loss.detach(), gradient
 
 
+@dataclass(frozen=True)
+class Mixed:
+    """Several losses of the same rows, each with a share per row."""
+
+    parts: Sequence[tuple[RowLoss, Float[Tensor, "row"]]]
+
+    def __call__(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """Sums of shares · loss, and of shares · gradient."""
+        total, gradient = logits.new_zeros(len(logits)), torch.zeros_like(logits)
+        for loss, shares in self.parts:
+            each, by_logits = loss(logits, rows)
+            share = shares[rows].to(logits)
+            total, gradient = total + each * share, gradient.add_(by_logits * share[:, None])
+        return total, gradient
+
+
+def row_nll(head: Head, states: Float[Tensor, "row width"], targets: Integer[Tensor, "row"]) -> Float[Tensor, "row"]:
+    """−log p of each target with its graph, for losses that are no sums of rows; logits are made again for the gradient."""
+    cast = head.cast(states.dtype)
+
+    def piece_nll(states: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(wide(cast.logits(states)), targets.long(), reduction="none")
+
+    pieces = [
+        checkpoint(piece_nll, states[piece], targets[piece], use_reentrant=False)
+        for piece in head.pieces(states, LEAST)
+    ]
+    return torch.cat(pieces) if pieces else states.new_zeros(0)
+
+
 def head_losses(
     head: Head,
     states: Float[Tensor, "row width"],
@@ -338,20 +369,20 @@ class _InPieces(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Schedule:
-    """A loss weight over training: linear warm-up from 0, then constant, or annealed to `final`.
+    """A loss weight over training: linear warm-up from 0, then constant, annealed to `final`, or stopped there.
 
     `warmup` and `until` are shares of all steps: the weight reaches `value` after `warmup` and `final` at `until`.
     """
 
     value: float | int = 1.0
-    kind: Literal["constant", "linear", "cosine"] = "constant"
+    kind: Literal["constant", "linear", "cosine", "stop"] = "constant"
     warmup: float | int = 0.0
     final: float | int = 0.0
     until: float | int = 1.0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("constant", "linear", "cosine"):
-            raise ValueError(f"schedule kind must be constant, linear or cosine; got {self.kind!r}")
+        if self.kind not in ("constant", "linear", "cosine", "stop"):
+            raise ValueError(f"schedule kind must be constant, linear, cosine or stop; got {self.kind!r}")
         if not 0 <= self.warmup < self.until <= 1:
             raise ValueError(f"schedule needs 0 <= warmup < until <= 1; got warmup {self.warmup}, until {self.until}")
 
@@ -360,8 +391,10 @@ class Schedule:
         share = step / max(total, 1)
         if share < self.warmup:
             return self.value * share / self.warmup
-        if self.kind == "constant":
+        if self.kind == "constant" or (self.kind == "stop" and share < self.until):
             return float(self.value)
+        if self.kind == "stop":
+            return float(self.final)
         progress = min(1.0, (share - self.warmup) / (self.until - self.warmup))
         fall = progress if self.kind == "linear" else (1 - cos(pi * progress)) / 2
         return self.value + (self.final - self.value) * fall

@@ -17,7 +17,8 @@ from kvpipe.align.dim import ElasticBottleneck
 from kvpipe.align.head import HeadMixer, grouped_average
 from kvpipe.align.layermap import KINDS, LayerPlan
 from kvpipe.cache.kv import KV
-from kvpipe.config import ProjectorConfig
+from kvpipe.config import PROJECTORS, ProjectorSettings
+from kvpipe.config.projection import ElasticProjectorConfig, HeadsProjectorConfig, LinearProjectorConfig
 from kvpipe.experiment.files import content_digest, read_json, save_tensors, verify, write_json
 
 
@@ -45,6 +46,7 @@ def select(x: Rows, plan: LayerPlan, kind: int) -> Float[Tensor, "dst_layer batc
     return (picked * beta).sum(3, keepdim=True)
 
 
+@PROJECTORS.built_from(LinearProjectorConfig)
 class LinearProjector(nn.Module):
     """One affine map per student layer over the flattened k·head·dim, for keys and for values."""
 
@@ -55,6 +57,11 @@ class LinearProjector(nn.Module):
         width = geometry.dst_heads * geometry.dst_dim
         self.weight = nn.Parameter(torch.zeros(2, geometry.dst_layers, features, width))
         self.bias = nn.Parameter(torch.zeros(2, geometry.dst_layers, width))
+
+    @classmethod
+    def of(cls, settings: ProjectorSettings, geometry: Geometry, plan: LayerPlan, src_params: int) -> nn.Module:
+        """From its settings."""
+        return cls(geometry, plan)
 
     def forward(self, keys: Rows, values: Rows) -> KV:
         """Both projected: (dst_layer, batch, dst_head, time, dst_dim)."""
@@ -76,10 +83,11 @@ class LinearProjector(nn.Module):
         self.weight[kind, layer], self.bias[kind, layer] = weight, bias
 
 
+@PROJECTORS.built_from(ElasticProjectorConfig)
 class ElasticProjector(nn.Module):
     """An `ElasticBottleneck` per student layer, for keys and for values; starts from a linear map."""
 
-    def __init__(self, geometry: Geometry, plan: LayerPlan, config: ProjectorConfig, src_params: int):
+    def __init__(self, geometry: Geometry, plan: LayerPlan, config: ElasticProjectorConfig, src_params: int):
         super().__init__()
         self.geometry, self.plan = geometry, plan
         features = (plan.k if plan.concat else 1) * geometry.src_heads * geometry.src_dim
@@ -98,6 +106,11 @@ class ElasticProjector(nn.Module):
         """All bottlenecks, keys first."""
         return [m for kind in self.maps for m in kind]  # type: ignore[union-attr,attr-defined]
 
+    @classmethod
+    def of(cls, settings: ElasticProjectorConfig, geometry: Geometry, plan: LayerPlan, src_params: int) -> nn.Module:
+        """From its settings."""
+        return cls(geometry, plan, settings, src_params)
+
     def forward(self, keys: Rows, values: Rows) -> KV:
         """Both projected: (dst_layer, batch, dst_head, time, dst_dim)."""
         return KV(self._one(keys, 0), self._one(values, 1))
@@ -113,6 +126,7 @@ class ElasticProjector(nn.Module):
         self.maps[kind][layer].warm_start(weight.T.contiguous(), bias)  # type: ignore[index,operator]
 
 
+@PROJECTORS.built_from(HeadsProjectorConfig)
 class HeadsProjector(nn.Module):
     """Two steps that keep heads apart: head dimension per head, then head mixing from the grouped average."""
 
@@ -128,6 +142,11 @@ class HeadsProjector(nn.Module):
             for _ in KINDS
         )
 
+    @classmethod
+    def of(cls, settings: ProjectorSettings, geometry: Geometry, plan: LayerPlan, src_params: int) -> nn.Module:
+        """From its settings."""
+        return cls(geometry, plan)
+
     def forward(self, keys: Rows, values: Rows) -> KV:
         """Both projected: (dst_layer, batch, dst_head, time, dst_dim)."""
         return KV(self._one(keys, 0), self._one(values, 1))
@@ -140,23 +159,20 @@ class HeadsProjector(nn.Module):
         return torch.stack([m(h) for m, h in zip(self.mixers[kind], narrowed, strict=True)])  # type: ignore[call-overload]
 
 
-Projector = LinearProjector | ElasticProjector | HeadsProjector
+Projector = Any
+"""A module with `geometry` and `plan`: keys and values `Rows` → `KV`, and where it is fitted by a linear map `set_linear`."""
 
 
-def build_projector(config: ProjectorConfig, geometry: Geometry, plan: LayerPlan, src_params: int) -> Projector:
+def build_projector(settings: ProjectorSettings, geometry: Geometry, plan: LayerPlan, src_params: int) -> Projector:
     """The projector of an arm for one teacher, unfitted.
 
     Args:
-        config: kind and width.
+        settings: of its kind.
         geometry: heads and dimensions on both sides.
         plan: teacher layers of each student layer, counted as in the rows that `forward` gets.
         src_params: parameters of the teacher; the default width of `elastic` follows it.
     """
-    if config.kind == "linear":
-        return LinearProjector(geometry, plan)
-    if config.kind == "elastic":
-        return ElasticProjector(geometry, plan, config, src_params)
-    return HeadsProjector(geometry, plan)
+    return PROJECTORS.of(settings).of(settings, geometry, plan, src_params)
 
 
 # ---------------------------------------------------------------- on disk

@@ -103,6 +103,6 @@ def _training(work: Workload, student: Shape, gpus: int) -> Need:
 
 def _targets_bytes(work: Workload, student: Shape) -> float:
     """Targets that a cell holds: keys and values in the student's shape for every training token, if they fit."""
-    teachers = max((len(arm.teachers) for arm in work.dag.arms.values() if arm.loss.kind == "kv"), default=0)
+    teachers = max((len(arm.teachers) for arm in work.dag.arms.values() if "targets" in arm.needs), default=0)
     numbers = teachers * work.tokens(work.config.student) * 2 * student.layers * student.kv_heads * student.head_dim
     return min(work.config.train.hold_targets_gb * GB, 4.0 * numbers)

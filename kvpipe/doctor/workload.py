@@ -157,7 +157,7 @@ class Workload:
         measured = any(arm.layer.kind == "cka" for arm in arms)  # any layer may turn out similar
         if self.config.store.layers == "all" or measured or student is None:
             return theirs.layers
-        return min(theirs.layers, student.layers + any(arm.loss.kind == "relation" for arm in arms))
+        return min(theirs.layers, student.layers + any("keys" in arm.needs for arm in arms))
 
     @property
     def missing_stores(self) -> list[tuple[str, TextSource]]:

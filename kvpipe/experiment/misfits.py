@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from kvpipe.config import Arm
+from kvpipe.config.terms import LogitsConfig, RelationsConfig
 from kvpipe.experiment.plan import Dag
 from kvpipe.experiment.sizes import Shape
 
@@ -23,21 +24,27 @@ def misfits(dag: Dag, shapes: Mapping[str, Shape], arms: Iterable[str] | None = 
         lines += [f"arms.{name}.set.{line}" for line in _layers(arm, dag.config.student, shapes)]
         lines += [f"arms.{name}.set.{line}" for line in _identity(arm, dag.config.student, shapes)]
         lines += [f"arms.{name}.set.{line}" for line in _relations(arm, dag.config.student, shapes)]
-        if dag.uses_store(arm) or arm.loss.kind == "logit_kd":
+        if "top_logits" in arm.needs:
             lines += _tops(arm, dag.config.store.top_logits, shapes)
+        if any(term.candidates == "all" for term in arm.of_kind(LogitsConfig)):
+            lines += [f"arms.{name}.set.{line}" for line in _vocabularies(arm, dag.config.student, shapes)]
     return list(dict.fromkeys(lines))
 
 
 def _layers(arm: Arm, student: str, shapes: Mapping[str, Shape]) -> Iterator[str]:
     """Explicit layers, against the numbers that the models have."""
-    own, listed = shapes.get(student), arm.layer.layers
-    beyond = [layer for layer in arm.loss.layers or [] if own is not None and layer >= own.layers]
-    if arm.loss.kind == "kv" and own is not None and beyond:
-        yield f"loss.layers: {beyond} not in the student ({student}), whose layers are 0 to {own.layers - 1}"
-    for teacher in arm.teachers if arm.loss.kind == "kv" and arm.layer.kind == "cka" else ():
+    own = shapes.get(student)
+    for name, term in arm.loss.items():
+        beyond = [
+            n for n in getattr(term, "layers", None) or [] if own is not None and not -own.layers <= n < own.layers
+        ]
+        if own is not None and beyond:
+            yield f"loss.{name}.layers: {beyond} not in the student ({student}), whose layers are 0 to {own.layers - 1}"
+    for teacher in arm.teachers if "targets" in arm.needs and arm.layer.kind == "cka" else ():
         if teacher in shapes and arm.layer.k > shapes[teacher].layers:
             yield f"layer.k: {arm.layer.k} layers of the teacher {teacher}, which has {shapes[teacher].layers}"
-    if arm.loss.kind != "kv" or arm.layer.kind != "list" or listed is None:
+    listed = arm.layer.layers
+    if listed is None:
         return
     if own is not None and len(listed) != own.layers:
         yield f"layer.layers: {len(listed)} numbers; expected {own.layers}, one for each layer of the student ({student})"
@@ -49,7 +56,7 @@ def _layers(arm: Arm, student: str, shapes: Mapping[str, Shape]) -> Iterator[str
 
 def _identity(arm: Arm, student: str, shapes: Mapping[str, Shape]) -> Iterator[str]:
     """Heads and their dimension, which a cache that is taken as it is has in common with the student's."""
-    if arm.loss.kind != "kv" or arm.fit.method != "identity" or student not in shapes:
+    if "targets" not in arm.needs or arm.fit.method != "identity" or student not in shapes:
         return
     own = shapes[student]
     for name in (name for name in arm.teachers if name in shapes):
@@ -60,10 +67,19 @@ def _identity(arm: Arm, student: str, shapes: Mapping[str, Shape]) -> Iterator[s
 
 def _relations(arm: Arm, student: str, shapes: Mapping[str, Shape]) -> Iterator[str]:
     """Relation heads, into which keys and values are divided anew."""
-    for name in (student, *arm.teachers) if arm.loss.kind == "relation" else ():
-        width = shapes[name].kv_heads * shapes[name].head_dim if name in shapes else 0
-        if width % arm.loss.relation_heads:
-            yield f"loss.relation_heads: {arm.loss.relation_heads} does not divide the {width} numbers of {name}'s keys"
+    for term, settings in arm.loss.items():
+        for name in (student, *arm.teachers) if isinstance(settings, RelationsConfig) else ():
+            width = shapes[name].kv_heads * shapes[name].head_dim if name in shapes else 0
+            if width % settings.heads:
+                yield f"loss.{term}.heads: {settings.heads} does not divide the {width} numbers of {name}'s keys"
+
+
+def _vocabularies(arm: Arm, student: str, shapes: Mapping[str, Shape]) -> Iterator[str]:
+    """Whole distributions are compared word by word."""
+    for teacher in arm.teachers:
+        if teacher in shapes and student in shapes and shapes[teacher].vocab != shapes[student].vocab:
+            sizes = f"{teacher} has {shapes[teacher].vocab} words and {student} {shapes[student].vocab}"
+            yield f"loss.logits.candidates: all needs one vocabulary; {sizes}. Set top, or loss.likelihood across tokenizers"
 
 
 def _tops(arm: Arm, top: int, shapes: Mapping[str, Shape]) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import cached_property
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from kvpipe.config import Arm, Config, HubModel, PrunedModel, RandomModel
@@ -44,7 +45,7 @@ class Dag:
     @property
     def recorded_models(self) -> list[str]:
         """Models whose keys and values, or queries, are recorded: teachers, and the student where an arm matches them."""
-        matched = any(arm.loss.kind in ("kv", "relation") for arm in self.arms.values())
+        matched = any("own_kv" in arm.needs for arm in self.arms.values())
         return [*self.teachers, self.config.student] if matched else self.teachers
 
     def arms_of(self, teacher: str) -> list[str]:
@@ -71,6 +72,12 @@ class Dag:
             raise KeyError(f"no model {name!r}; the configuration has {', '.join(self.config.models)}")
         return name
 
+    @cached_property
+    def extensions(self) -> dict[str, Any]:
+        """A part of the settings of steps that an extension has a say in: the digest of every file; empty without any."""
+        files = {name: sha256(Path(name).read_bytes()).hexdigest()[:16] for name in self.config.extensions}
+        return {"extensions": files} if files else {}
+
     # ------------------------------------------------------------ what an arm needs
     def uses_store(self, arm: Arm) -> bool:
         """Whether cells of the arm read a store (else they read nothing, or run the teacher live)."""
@@ -87,7 +94,7 @@ class Dag:
 
     def needs_fit(self, arm: Arm) -> bool:
         """Whether the arm has projectors."""
-        return arm.loss.kind == "kv"
+        return "targets" in arm.needs
 
     def fit_spec(self, arm: Arm) -> dict[str, Any]:
         """All that decides the arm's fitted projectors; arms that agree in it share them."""
@@ -95,7 +102,7 @@ class Dag:
             "teachers": arm.teachers,
             "time": arm.time.model_dump(),
             "layer": arm.layer.model_dump(),
-            "projector": arm.projector.model_dump(include={"kind", "mlp_ratio", "dropout"}),
+            "projector": arm.projector.model_dump(exclude={"mode", "learning_rate"}),
             "fit": arm.fit.model_dump(),
         }
 

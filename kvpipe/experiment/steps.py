@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpipe.config import Arm, Config, FileData, HubData, LocalModel, PrunedModel
+from kvpipe.config.terms import HiddenConfig
 from kvpipe.experiment.paths import MANIFEST, SPLITS, Paths
 from kvpipe.experiment.plan import Dag
 
@@ -235,12 +236,14 @@ class TeacherKV(Step):
         return [*self.of_store(teacher, reading), *parts]
 
     def settings(self, teacher, reading):
-        arms = [arm for arm in self.dag.arms.values() if teacher in arm.teachers]
+        arms = [arm for arm in self.dag.arms.values() if teacher in arm.teachers and arm.time.text == reading]
         layers: Any = sorted({arm.layer.model_dump_json() for arm in arms})
         return {
             "store": self.config.store.model_dump(exclude={"budget_gb", "batch_size", "mode"}),
             # the layers follow from the arms' layer settings and the layer map (an input)
             "layers": layers if self.config.store.layers == "needed" else "all",
+            "columns": sorted({column for arm in arms for column in arm.needs if not column.startswith("own_")}),
+            "hidden": sorted({term.model_dump_json() for arm in arms for term in arm.of_kind(HiddenConfig)}),
         }
 
 
@@ -283,7 +286,7 @@ class Fit(Step):
         return self.of_arm(self.dag.fit_arm(fit))
 
     def settings(self, fit):
-        return self.dag.fit_spec(self.dag.fit_arm(fit))
+        return self.dag.fit_spec(self.dag.fit_arm(fit)) | self.dag.extensions
 
 
 # ---------------------------------------------------------------- cells
@@ -319,6 +322,7 @@ class Train(Cell):
             "train": self.config.train.model_dump(exclude=unread),
             "template": self.config.data.template.model_dump(),
             "store_mode": self.config.store.mode if found.teachers else None,
+            **self.dag.extensions,
         }
 
 
@@ -447,7 +451,8 @@ class Stats(Step):
     def settings(self):
         # what families are made of
         arms = {name: (arm.role, self.config.arms[name].base) for name, arm in self.dag.arms.items()}
-        return {"stats": self.config.stats.model_dump(), "arms": arms, "seeds": self.config.seeds}
+        stats = {"stats": self.config.stats.model_dump(), "arms": arms, "seeds": self.config.seeds}
+        return stats | self.dag.extensions
 
 
 class Page(Step):

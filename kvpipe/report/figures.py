@@ -236,7 +236,7 @@ def _mark_layers(results: Results, axes: Axes, teacher: str, document: dict, kin
     """Squares for layers chosen by similarity, a dot in the corner for proportional or listed ones."""
     chosen: dict[str, set[tuple[int, int]]] = {"square": set(), "dot": set()}
     for arm in results.dag.arms.values():
-        if teacher not in arm.teachers or arm.loss.kind != "kv":
+        if teacher not in arm.teachers or "targets" not in arm.needs:
             continue
         sizes = document["src_layers"], document["dst_layers"]
         source = results.manifests.get(results.config.student, {}).get("source", {})

@@ -71,23 +71,25 @@ def components(arm: Arm) -> dict[str, str]:
     if not arm.teachers:
         return out
     out["teachers"] = ", ".join(arm.teachers) + (" (shuffled)" if arm.shuffle_teacher else "")
-    if len(arm.teachers) > 1 and arm.loss.kind != "relation":
-        out["fusion"] = arm.fuse.kind + (
-            "".join(f" {t} {'/'.join(f'{w:g}' for w in row)}" for t, row in arm.fuse.weights.items())
-        )
-    if arm.loss.kind == "logit_kd":
-        out["time"] = "same byte end"
-        return out | {"loss": f"CE + {arm.loss.weight:g} logit KD"}
-    mode = f" ({arm.time.mode})" if arm.time.kind != "position" else ""
-    out["time"] = arm.time.kind + mode + (", own text" if arm.time.text == "own" else "")
-    if arm.loss.kind == "relation":
-        return out | {"layer": "last", "loss": f"CE + {arm.loss.weight:g} relation"}
-    layer = arm.layer
-    out["layer"] = f"CKA top-{layer.k}, {layer.combine}" if layer.kind == "cka" else layer.kind
-    out["projector"] = f"{arm.projector.kind}, {arm.projector.mode}"
-    out["fit"] = arm.fit.method
-    terms = [f"{w:g} {kind}" for w, kind in ((arm.loss.lambda_k, "K"), (arm.loss.lambda_v, "V")) if w > 0]
-    return out | {"loss": " + ".join(["CE", *terms])}
+    read = frozenset().union(*(term.reads for term in arm.loss.values()))
+    if len(arm.teachers) > 1 and "fuse" in read:
+        rows = getattr(arm.fuse, "weights", {})
+        table = rows if isinstance(rows, dict) else {"": rows}
+        out["fusion"] = arm.fuse.kind + "".join(f" {t} {'/'.join(f'{w:g}' for w in row)}" for t, row in table.items())
+    out["time"] = "same byte end"
+    if "time" in read:
+        mode = f" ({arm.time.mode})" if arm.time.kind != "position" else ""
+        out["time"] = arm.time.kind + mode + (", own text" if arm.time.text == "own" else "")
+        out["time"] += ", inside segments" if arm.time.borders == "keep" else ""
+    if "layer" in read:
+        layer = arm.layer
+        out["layer"] = f"CKA top-{layer.k}, {layer.combine}" if layer.kind == "cka" else layer.kind
+        out["projector"] = f"{arm.projector.kind}, {arm.projector.mode}"
+        out["fit"] = arm.fit.method
+    short = {"cross_entropy": "CE"}
+    terms = [(short.get(name, name.replace("_", " ")), term.weight) for name, term in arm.terms.items()]
+    parts = [name if weight == 1 and name == "CE" else f"{weight:g} {name}" for name, weight in terms if weight]
+    return out | {"loss": " + ".join(parts)}
 
 
 def sizes(results: Results) -> list[dict[str, Any]]:

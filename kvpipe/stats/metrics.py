@@ -182,5 +182,23 @@ METRICS: dict[str, Metric] = {
     )
 }  # fmt: skip
 """Name → metric, in the order of the report's columns."""
+ITEM_METRICS = {name: metric for name, metric in METRICS.items() if metric.per == "item"}
+"""Those that are measured on items."""
+
+
+def register(metric: Metric) -> Metric:
+    """Enter a metric of an extension: tables, statistics, the report and the cards follow.
+
+    Raises:
+        ValueError: its name is taken.
+    """
+    if metric.name in METRICS and METRICS[metric.name].measure.__module__ != metric.measure.__module__:
+        raise ValueError(f"metric {metric.name!r} is taken: rename yours")
+    METRICS[metric.name] = metric
+    if metric.per == "item":
+        ITEM_METRICS[metric.name] = metric
+    return metric
+
+
 PRIMARY = METRICS["bits_per_byte"]
 """What verdicts on the first screen are about."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from kvpipe.experiment.files import read_json, read_table
 from kvpipe.experiment.paths import COST, Paths
 from kvpipe.experiment.plan import Dag
-from kvpipe.stats.metrics import METRICS
+from kvpipe.stats.metrics import ITEM_METRICS, METRICS
 
 ALL = "all"
 UNTRAINED = "untrained"
@@ -21,7 +21,6 @@ CELL = "cell"
 """Attribute of a table of items: the arm and seed whose scores they are, None for a model that is no cell."""
 ITEM_COLUMNS = ("id", "task", "nll", "tokens", "bytes", "nll_all", "tokens_all", "bytes_all", "correct")
 """Columns that every table of items has."""
-ITEM_METRICS = {name: metric for name, metric in METRICS.items() if metric.per == "item"}
 Parts = list[NDArray[np.float64]]
 """One matrix ``(seed, item)`` for each task: the metric is the mean of their means; NaN where a cell is missing."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,39 @@ FIELDS = {"prompt": True, "answer": True, "reasoning": False, "teacher_reasoning
 EXPERIMENT_FILE = "experiment.json"
 
 
+@dataclass(frozen=True)
+class Method:
+    """What `kvpipe train --teacher` is told of the method."""
+
+    fusion: str | None = None
+    projector: str | None = None
+    terms: tuple[str, ...] = ()
+    """`name` or `name=weight`; keys and values without any."""
+
+    def arm(self, teachers: list[str]) -> dict[str, Any]:
+        """The settings of an arm."""
+        loss: dict[str, Any] = {} if self.terms else {"keys": {}, "values": {}}
+        for term in self.terms:
+            name, _, weight = term.partition("=")
+            try:
+                loss[name] = {"weight": float(weight)} if weight else {}
+            except ValueError:
+                raise ConfigError(f"--term {term}: expected name or name=weight, as in values=3") from None
+        found: dict[str, Any] = {"teachers": teachers, "loss": loss}
+        # ridge goes onto the student's own keys and values, which only terms on caches look at
+        if {"keys", "values", "attention"} & loss.keys():
+            found["fit"] = {"method": {"elastic": "reconstruct", "heads": "random"}.get(self.projector or "", "ridge")}
+        found |= {"projector": {"kind": self.projector}} if self.projector else {}
+        return found | ({"fuse": {"kind": self.fusion}} if self.fusion else {})
+
+
 def experiment(
-    teachers: list[Path], student: Path, data: Path, out: Path, overrides: list[str] | None = None
+    teachers: list[str],
+    student: str,
+    data: Path,
+    out: Path,
+    overrides: list[str] | None = None,
+    method: Method = Method(),
 ) -> tuple[Config, Paths]:
     """The configuration of one arm and its control, and the folder of its artefacts below `out`.
 
@@ -33,31 +65,29 @@ def experiment(
     its own weights work in; `--set` changes this and everything else.
 
     Args:
-        teachers: model folders.
-        student: a model folder with weights.
+        teachers: model folders, or hub ids.
+        student: a model folder with weights, or a hub id.
         data: JSONL or Parquet with the columns prompt and answer, and, where there are some, reasoning and
             teacher_reasoning. The last tenth of the rows is kept for validation and test.
         out: folder of the cell.
         overrides: `dotted.key=value`.
+        method: fusion, projector and terms.
 
     Raises:
         ConfigError: a folder without a model, a file without the columns, or fewer rows than a batch.
     """
-    for path in (*teachers, student):
-        if not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
-            raise ConfigError(f"{path} is not a model folder: it needs config.json and safetensors")
     source, count = _source(data)
     names = _names(teachers)
-    kv = {"teachers": list(names), "loss": {"kind": "kv"}, "fit": {"method": "ridge"}}
     values = {
         "title": out.name,
         "seeds": [0],
         "student": "student",
-        "models": {
-            name: {"source": "local", "path": str(path)} for name, path in {**names, "student": student}.items()
-        },
+        "models": {name: _model(given) for name, given in {**names, "student": student}.items()},
         "data": {"sources": [source]},
-        "arms": {"control": {"role": "control"}, ARM: {"base": "control", "role": "experiment", "set": kv}},
+        "arms": {
+            "control": {"role": "control"},
+            ARM: {"base": "control", "role": "experiment", "set": method.arm(list(names))},
+        },
         "train": {"learning_rate": 1e-4},  # the student has learnt before
     }
     config = parse(values, overridden(overrides), origin="kvpipe train")
@@ -67,7 +97,7 @@ def experiment(
             f"give more or --set train.batch_size={count}"
         )
     # what the artefacts are made from: other inputs get another folder
-    made_from = digest([digest_of(data, "sha256"), *(str(p.resolve()) for p in (*teachers, student))])
+    made_from = digest([digest_of(data, "sha256"), *map(_place, (*teachers, student))])
     return config, Paths(out / "artefacts" / made_from)
 
 
@@ -91,8 +121,8 @@ def kept(cell: Path, overrides: list[str] | None = None) -> tuple[Config, Paths]
 
 
 def train_direct(
-    teachers: list[Path],
-    student: Path,
+    teachers: list[str],
+    student: str,
     data: Path,
     out: Path,
     arm: str | None = None,
@@ -100,6 +130,7 @@ def train_direct(
     checkpoints: Path | None = None,
     made: bool = False,
     overrides: list[str] | None = None,
+    method: Method = Method(),
     log=print,
 ) -> None:
     """Train one cell of `experiment` into `out`, which keeps what it was trained by."""
@@ -107,20 +138,40 @@ def train_direct(
     from kvpipe.steps.inputs import Inputs
     from kvpipe.steps.train import make_cell
 
-    config, paths = experiment(teachers, student, data, out, overrides)
+    config, paths = experiment(teachers, student, data, out, overrides, method)
     make_cell(Inputs(config, paths), arm or ARM, seed, out, checkpoints, made, log)
     keep(config, paths, out)
 
 
-def _names(teachers: list[Path]) -> dict[str, Path]:
+def _model(given: str) -> dict[str, Any]:
+    """The source of a folder or of a hub id.
+
+    Raises:
+        ConfigError: neither.
+    """
+    path = Path(given)
+    if path.is_dir():
+        if not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
+            raise ConfigError(f"{path} is not a model folder: it needs config.json and safetensors")
+        return {"source": "local", "path": given}
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", given):
+        raise ConfigError(f"{given} is neither a model folder nor a hub id (owner/name)")
+    return {"source": "hub", "repo": given}
+
+
+def _place(given: str) -> str:
+    return str(Path(given).resolve()) if Path(given).is_dir() else given
+
+
+def _names(teachers: list[str]) -> dict[str, str]:
     """A name for every teacher: its folder's, with a number where two have the same and no dot, which parts keys in --set."""
-    names: dict[str, Path] = {}
-    for path in teachers:
-        base = re.sub(r"[^A-Za-z0-9_-]", "-", path.resolve().name).lstrip("-_") or "teacher"
+    names: dict[str, str] = {}
+    for given in teachers:
+        base = re.sub(r"[^A-Za-z0-9_-]", "-", Path(_place(given)).name).lstrip("-_") or "teacher"
         name, number = base, 2
         while name in names or name == "student":
             name, number = f"{base}-{number}", number + 1
-        names[name] = path
+        names[name] = given
     return names
 
 

@@ -18,8 +18,10 @@ from kvpipe.cache.capture import kv_geometry
 from kvpipe.cache.store import Store, StoreKey
 from kvpipe.cache.teacher import AlignedTeacher, LiveRows, StoredRows
 from kvpipe.config import Arm, Config, ConfigError, ScratchModel
+from kvpipe.config.terms import HiddenConfig
 from kvpipe.data.encoding import Encoding, load_encoding
 from kvpipe.data.records import Record, read_records
+from kvpipe.distill.terms import teacher_layers
 from kvpipe.experiment.device import resolve_device
 from kvpipe.experiment.files import content_digest
 from kvpipe.experiment.misfits import misfits
@@ -36,6 +38,9 @@ from kvpipe.models.folders import (
     recorded,
 )
 from kvpipe.steps.make import Work
+
+CACHED = frozenset({"targets", "keys", "values"})
+"""What an arm needs of a teacher's caches."""
 
 
 class Inputs(Work):
@@ -122,11 +127,12 @@ class Inputs(Work):
             arm = self.dag.arms[name]
             if (size := self.config.train.batch_size) > (count := len(self.training_examples(arm))):
                 lines.append(f"train.batch_size: {size} exceeds the {count} examples of arm {name}: lower it")
-            if arm.loss.kind == "kv" and arm.loss.skip_sink:
-                longest = int(self.student_encoding("train").lengths[self.training_examples(arm)].max())
-                if arm.loss.skip_sink >= longest:
-                    what = f"{arm.loss.skip_sink} leaves nothing: the longest training text has {longest} tokens"
-                    lines.append(f"arms.{name}.set.loss.skip_sink: {what}")
+            skipped = {term: n for term, settings in arm.loss.items() if (n := getattr(settings, "skip_sink", 0))}
+            longest = int(self.student_encoding("train").lengths[self.training_examples(arm)].max()) if skipped else 0
+            for term, number in skipped.items():
+                if number >= longest:
+                    what = f"{number} leaves nothing: the longest training text has {longest} tokens"
+                    lines.append(f"arms.{name}.set.loss.{term}.skip_sink: {what}")
         if lines:
             raise ConfigError("\n".join(lines))
 
@@ -137,29 +143,55 @@ class Inputs(Work):
         source = recorded(self.paths.model(self.config.student)).get("source", {})
         return layer_plan(at_kept_depth(arm.layer, src, source), src, dst, self.paths.layer_map(teacher))
 
-    def stored_layers(self, teacher: str) -> tuple[int, ...]:
-        """Layers that a store of this teacher keeps: all, or those that some arm needs."""
-        if self.config.store.layers == "all":
-            return tuple(range(kv_geometry(self.model_config(teacher)).layers))
+    @property
+    def live(self) -> bool:
+        """Whether teachers run beside the student."""
+        return self.config.store.mode == "live"
+
+    def _arms_of(self, teacher: str, reading: str) -> list[Arm]:
         arms = (self.dag.arms[name] for name in self.dag.arms_of(teacher))
+        return [arm for arm in arms if arm.time.text == reading]
+
+    def stored_layers(self, teacher: str, reading: str) -> tuple[int, ...]:
+        """Layers that a store of this teacher keeps: all, or those that some arm needs."""
+        arms = [arm for arm in self._arms_of(teacher, reading) if arm.needs & CACHED]
+        if self.config.store.layers == "all" and arms:
+            return tuple(range(kv_geometry(self.model_config(teacher)).layers))
         return tuple(sorted({layer for arm in arms for layer in self.needed_layers(arm, teacher)}))
 
     def needed_layers(self, arm: Arm, teacher: str) -> tuple[int, ...]:
-        """Layers of a teacher that an arm looks at."""
-        if arm.loss.kind == "relation":  # compares the last layers, whatever the plan
-            return (kv_geometry(self.model_config(teacher)).layers - 1,)
-        return tuple(self.plan(arm, teacher).src_layers)
+        """Layers of a teacher whose caches an arm looks at."""
+        last = kv_geometry(self.model_config(teacher)).layers - 1
+        # relations are those of the last layer, whatever the plan
+        relations = {last} if "keys" in arm.needs else set()
+        planned = set(self.plan(arm, teacher).src_layers) if "targets" in arm.needs else set()
+        return tuple(sorted(planned | relations))
+
+    def hidden_layers(self, arm: Arm, teacher: str) -> tuple[int, ...]:
+        """Layers of a teacher whose inputs an arm looks at."""
+        src, dst = (kv_geometry(self.model_config(name)).layers for name in (teacher, self.config.student))
+        terms = arm.of_kind(HiddenConfig)
+        return tuple(sorted({layer for term in terms for layer in teacher_layers(term, src, dst)}))
+
+    def stored_hidden(self, teacher: str, reading: str) -> tuple[int, ...]:
+        """Layers whose inputs a store of this teacher keeps."""
+        arms = self._arms_of(teacher, reading)
+        return tuple(sorted({layer for arm in arms for layer in self.hidden_layers(arm, teacher)}))
 
     def store_key(self, teacher: str, reading: str) -> StoreKey:
         """What a store's content depends on."""
+        needs = frozenset().union(*(arm.needs for arm in self._arms_of(teacher, reading)))
         return StoreKey(
             model=manifest_hash(self.paths.model(teacher)),
             data=content_digest(self.paths.encoding(teacher, "train", reading)),
-            layers=self.stored_layers(teacher),
+            layers=self.stored_layers(teacher, reading),
             reading=reading,
             dtype=self.config.store.dtype,
-            top_logits=self.config.store.top_logits,
+            top_logits=self.config.store.top_logits if "top_logits" in needs else 0,
             shards=self.config.store.shards,
+            nll=bool(needs & {"nll", "teacher_losses", "span_losses"}),
+            states="states" in needs,
+            hidden=self.stored_hidden(teacher, reading),
         )
 
     def store(self, teacher: str, reading: str) -> Store:
@@ -178,16 +210,22 @@ class Inputs(Work):
     def aligned_teacher(self, arm: Arm, teacher: str, seed: int = 0) -> AlignedTeacher:
         """A teacher's cache of the training split on the student's positions, from its store or computed live."""
         src, dst = self.encoding(teacher, "train", arm.time.text), self.student_encoding("train")
+        if arm.time.kind == "segment" and (src.segment_hashes == dst.segment_hashes).all():
+            raise ConfigError(
+                f"time.kind: segment has no effect: {teacher} has no text of its own in any training example, so both "
+                "read the same. Map teacher_reasoning in data.sources, or set time: {kind: overlap, borders: keep}"
+            )
         time = build_time_map(
             arm.time, src, dst, derangement(self.tasks.tolist(), seed) if arm.shuffle_teacher else None
         )
         rows: StoredRows | LiveRows
-        if self.config.store.mode == "stored":
-            rows = StoredRows(self.store(teacher, arm.time.text), src.offsets)
-        else:
+        if self.live:
             pad_id, size = self.tokenizer(teacher).pad_token_id, self.config.store.batch_size
-            rows = LiveRows(self.teacher_model(teacher), src, self.needed_layers(arm, teacher), pad_id, size)
-        return AlignedTeacher(teacher, rows, src.offsets, dst.offsets, time)
+            layers, hidden = self.needed_layers(arm, teacher), self.hidden_layers(arm, teacher)
+            rows = LiveRows(self.teacher_model(teacher), src, layers, pad_id, size, hidden)
+        else:
+            rows = StoredRows(self.store(teacher, arm.time.text), src.offsets)
+        return AlignedTeacher(teacher, rows, src, dst, time)
 
 
 def trusts_folder(config: Config, paths: Paths, folder: Path) -> bool:

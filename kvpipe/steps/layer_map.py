@@ -9,7 +9,7 @@ from kvpipe.align import layermap
 from kvpipe.align.layer import StreamingCKA
 from kvpipe.align.timemap import build_time_map
 from kvpipe.cache.capture import Recorder, kv_geometry
-from kvpipe.cache.teacher import AlignedTeacher, HiddenRows, LiveRows, RowSource
+from kvpipe.cache.teacher import AlignedTeacher, LiveRows
 from kvpipe.config import TimeConfig
 from kvpipe.data.batches import collate, schedule, spread
 from kvpipe.distill.losses import masked_mean
@@ -27,18 +27,15 @@ def make_layer_map(inputs: Inputs, teacher: str) -> None:
     """
     config = inputs.config.layer_map
     inputs.check(inputs.dag.arms_of(teacher))
-    reference = _reference_student(inputs)
-    device = next(reference.parameters()).device
     model, pad_id = inputs.teacher_model(teacher), inputs.tokenizer(teacher).pad_token_id
     src = inputs.encoding(teacher, "validation")
     dst = inputs.student_encoding("validation")
     time = build_time_map(TimeConfig(), src, dst)
+    reference = _reference_student(inputs)
+    device = next(reference.parameters()).device
     size = inputs.config.store.batch_size
-    sources: dict[str, RowSource] = {
-        "cache": LiveRows(model, src, tuple(range(kv_geometry(model.config).layers)), pad_id, size),
-        "hidden": HiddenRows(model, src, pad_id),
-    }
-    teachers = {n: AlignedTeacher(teacher, rows, src.offsets, dst.offsets, time) for n, rows in sources.items()}
+    layers = tuple(range(kv_geometry(model.config).layers))
+    aligned_teacher = AlignedTeacher(teacher, LiveRows(model, src, layers, pad_id, size, layers), src, dst, time)
     examples = spread(len(dst), config.examples)
     streams = {kind: StreamingCKA() for kind in layermap.MEASURED}
     rows = 0
@@ -48,12 +45,14 @@ def make_layer_map(inputs: Inputs, teacher: str) -> None:
             moved = batch.to(device)
             reference(input_ids=moved.input_ids, attention_mask=moved.attention_mask, use_cache=False)
         kv, hidden = recorder.kv().to("cpu"), recorder.hidden_states().cpu()
-        theirs = {name: t.aligned(chunk, batch.input_ids.shape[1]) for name, t in teachers.items()}
-        mask = batch.mask & theirs["cache"].mask
+        theirs = aligned_teacher.aligned(chunk, batch.input_ids.shape[1], layermap.MEASURED)
+        mask = batch.mask & theirs.mask
         rows += int(mask.sum())
-        streams["keys"].update(_student_rows(kv.keys, mask), _teacher_rows(theirs["cache"].keys, mask))
-        streams["values"].update(_student_rows(kv.values, mask), _teacher_rows(theirs["cache"].values, mask))
-        streams["hidden"].update(hidden[:, mask], _teacher_rows(theirs["hidden"].keys, mask))
+        streams["keys"].update(_student_rows(kv.keys, mask), _teacher_rows(theirs.keys, mask))
+        streams["values"].update(_student_rows(kv.values, mask), _teacher_rows(theirs.values, mask))
+        streams["hidden"].update(
+            hidden[:, mask], rearrange(theirs.columns["hidden"][mask], "row layer width -> layer row width")
+        )
     similarity = {kind: stream.compute() for kind, stream in streams.items()}
     layermap.write_layer_map(inputs.paths.layer_map(teacher), teacher, similarity, rows)
 

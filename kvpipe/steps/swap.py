@@ -9,14 +9,12 @@ from torch.nn.functional import cross_entropy
 from transformers import Cache
 
 from kvpipe.align.timemap import build_time_map
-from kvpipe.config import Arm, FitConfig, ProjectorConfig
-from kvpipe.data.batches import spread
+from kvpipe.config import PROJECTORS, Arm, FitConfig
 from kvpipe.data.encoding import encode_records
 from kvpipe.data.records import Record
-from kvpipe.distill import fit as fitting
+from kvpipe.distill.fit import fit_projectors
 from kvpipe.distill.projectors import Projector
 from kvpipe.distill.translate import translate_cache
-from kvpipe.steps.fit import rows_of, student_cache
 from kvpipe.steps.inputs import Inputs
 from kvpipe.steps.projectors import fitted, unfitted
 
@@ -81,15 +79,15 @@ def nll_after(student, ids: Tensor, counted: Tensor, cache: Cache | None) -> flo
 def ridge_after(inputs: Inputs, arm: Arm, student) -> Projector:
     """A linear map of the arm's teacher onto the cache of a trained student, fitted on training texts: the usual way."""
     after = arm.model_copy(
-        update={"projector": ProjectorConfig(), "fit": FitConfig(method="ridge"), "shuffle_teacher": False}
+        update={
+            "projector": PROJECTORS(),
+            "fit": FitConfig(method="ridge", examples=EXAMPLES),
+            "shuffle_teacher": False,
+        }
     )
     (teacher,) = arm.teachers
     source, dst = inputs.aligned_teacher(after, teacher), inputs.student_encoding("train")
-    examples = spread(len(dst), EXAMPLES)
-    length = int(dst.lengths[examples].max())
-    aligned = source.aligned(examples, length)
-    own = student_cache(inputs, student, examples, length)[1]
     (projector,) = unfitted(inputs, after, [source.layers])
-    rows = fitting.Rows(aligned.keys[aligned.mask], aligned.values[aligned.mask])
-    fitting.fit([projector], [rows], after.fit, rows_of(own, aligned.mask))
+    pad_id, size = inputs.student_tokenizer.pad_token_id, inputs.config.store.batch_size
+    fit_projectors([projector], [source], after.fit, student, dst, pad_id, size)
     return projector.eval()

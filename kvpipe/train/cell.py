@@ -10,7 +10,7 @@ from torch import nn
 
 from kvpipe.config import Arm, ConfigError, EvaluateConfig, TrainConfig
 from kvpipe.data.encoding import Encoding
-from kvpipe.distill.objectives import Distiller
+from kvpipe.distill.objective import Objective
 
 
 @dataclass
@@ -27,8 +27,8 @@ class Cell:
     scoring: EvaluateConfig
     student: nn.Module
     """Before training; it is trained in place."""
-    objective: Distiller | None
-    """What the arm adds to cross-entropy; None for nothing."""
+    objective: Objective
+    """The terms of the arm's loss."""
     train: Encoding
     validation: Encoding
     pad_id: int

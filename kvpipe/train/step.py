@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from kvpipe.cache.capture import Recorder
-from kvpipe.data.batches import Batch, collate, count_predicted
-from kvpipe.distill.losses import check_finite, masked_sum
-from kvpipe.distill.objectives import Distiller, Term, Terms, Whole
-from kvpipe.models.likelihood import token_nll
+from kvpipe.config.arms import CROSS_ENTROPY
+from kvpipe.data.batches import Batch, collate
+from kvpipe.distill.losses import check_finite
+from kvpipe.distill.objective import Loss, Objective
+from kvpipe.distill.terms import Row, Said, Student
+from kvpipe.models.head import Head, final_states
 from kvpipe.train.cell import Cell
 
 if TYPE_CHECKING:
@@ -26,41 +28,40 @@ class Part:
     """A micro-batch of this process, and what the teachers say of it."""
 
     batch: Batch
-    read: Any
+    said: Said
 
 
 @dataclass
 class StepBatch:
-    """A step's batch: this process's parts; predicted tokens and `whole` are those of all processes."""
+    """A step's batch: this process's parts; `whole` is what all parts of all processes amount to."""
 
     step: int
     parts: list[Part]
-    predicted: int
     logged: bool
-    whole: Whole | None
+    whole: dict[str, Row] | None
 
 
 class BatchLoss:
-    """Cross-entropy and what the arm adds, of the batches of one cell.
+    """The loss of the batches of one cell.
 
     Args:
         cell: gives encoding, settings and seed.
         model: the student as accelerate wraps it.
-        objective: what the arm adds, on its device; None for one that learns from the text alone.
+        objective: the arm's terms, on its device.
         accelerator: of this process.
     """
 
-    def __init__(self, cell: Cell, model: nn.Module, objective: Distiller | None, accelerator: Accelerator):
+    def __init__(self, cell: Cell, model: nn.Module, objective: Objective, accelerator: Accelerator):
         self.cell, self.config, self.encoding = cell, cell.config, cell.train
         self.model, self.objective, self.accelerator = model, objective, accelerator
         self.device = accelerator.device
+        self.head = Head.of(accelerator.unwrap_model(model))
 
     def begin(self, step: int, examples: np.ndarray, recorder: Recorder | None, logged: bool) -> StepBatch:
         """A step's batch, its teachers asked and what its terms are divided by measured."""
         own = self.split(examples)[self.accelerator.process_index :: self.accelerator.num_processes]
-        predicted = count_predicted(self.encoding, examples, self.config.loss_on)
-        batch = StepBatch(step, [self._part(micro) for micro in own], predicted, logged, None)
-        if self.objective is not None and recorder is not None and len(batch.parts) > 1:
+        batch = StepBatch(step, [self._part(micro) for micro in own], logged, None)
+        if len(batch.parts) > 1:
             batch.whole = self._measure(batch, recorder)
         return batch
 
@@ -71,18 +72,17 @@ class BatchLoss:
     def zero_grad(self) -> None:
         """Forget the gradients of the student and of the objective."""
         for module in (self.model, self.objective):
-            if module is not None:
-                module.zero_grad(set_to_none=True)
+            module.zero_grad(set_to_none=True)
 
     def _part(self, examples: np.ndarray) -> Part:
         """A micro-batch; its teachers are asked here and not again."""
         batch = collate(self.encoding, examples, self.cell.pad_id, self.config.loss_on).to(self.device)
-        return Part(batch, None if self.objective is None else self.objective.read(batch))
+        return Part(batch, self.objective.read(batch))
 
-    def _whole(self, rows: list[torch.Tensor]) -> Whole:
+    def _whole(self, rows: list[dict[str, Row]]) -> dict[str, Row]:
         """What the rows that were measured of micro-batches amount to over all processes."""
-        assert self.objective is not None
-        return self.objective.whole(self.accelerator.gather(torch.stack(rows)))
+        stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return self.objective.whole({name: self.accelerator.gather(row) for name, row in stacked.items()})
 
     def _draw(self, step: int) -> None:
         """Begin the random numbers of a step (dropout): each process its own, and every pass over a batch the same."""
@@ -91,16 +91,13 @@ class BatchLoss:
         torch.manual_seed(int(state[0]))
 
     @torch.no_grad()
-    def _measure(self, batch: StepBatch, recorder: Recorder) -> Whole:
+    def _measure(self, batch: StepBatch, recorder: Recorder | None) -> dict[str, Row]:
         """What the terms of micro-batches are divided by; one micro-batch measures itself in its own forward."""
-        assert self.objective is not None
         self._draw(batch.step)
         rows = []
         for part in batch.parts:
-            hidden = self._forward(part.batch)[1] if self.objective.reads_student else None
-            rows.append(
-                self.objective.measure(part.batch, self.objective.target(part.batch, part.read, hidden, recorder))
-            )
+            student = self._forward(part.batch, recorder) if self.objective.reads_student else None
+            rows.append(self.objective.measure(part.batch, self.objective.resolve(part.batch, part.said, student)))
         return self._whole(rows)
 
     def gradients(
@@ -114,28 +111,24 @@ class BatchLoss:
         processes = self.accelerator.num_processes
         sums: dict[str, Any] = {}
         watched: list[dict[str, tuple[float, float]]] = []
-        added = Terms({}, dict)
+        weights: dict[str, float] = {}
         for number, part in enumerate(batch.parts):
             last = number == len(batch.parts) - 1
             with nullcontext() if last and only is None else self.accelerator.no_sync(self.model):
-                cross_entropy, added = self._terms(batch, part, recorder)
-                terms = {"ce": Term(cross_entropy, 1.0)} | added.terms
-                for name, term in terms.items():
-                    sums[name] = sums.get(name, 0.0) + term.value.detach()
-                wanted = [term.value * term.weight for name, term in terms.items() if only in (None, name)]
-                total = sum(wanted) * processes  # which average their gradients
+                loss = self._loss(batch, part, recorder, only)
+                for name, value in loss.values.items():
+                    sums[name] = sums.get(name, 0.0) + value
+                weights, total = loss.weights, loss.total * processes  # which average their gradients
                 if only is None:
                     self.accelerator.backward(total)
                 elif total.requires_grad:
                     total.backward()
             if batch.logged and only is None:
-                watched.append(added.watch())
-        if self.objective is not None:
-            self._average_gradients(self.objective)  # which is not inside DDP, as the student is
+                watched.append(loss.watch())
+        self._average_gradients(self.objective)  # which is not inside DDP, as the student is
         whole = self.accelerator.reduce(torch.stack(list(sums.values())), "sum")
         values = dict(zip(sums, whole, strict=True))
         check_finite(values, batch.step + 1)
-        weights = {name: term.weight for name, term in added.terms.items()}
         return {name: value.item() for name, value in values.items()}, weights, self._watched(watched)
 
     def _average_gradients(self, module: nn.Module) -> None:
@@ -156,42 +149,33 @@ class BatchLoss:
         totals = {name: np.sum([part[name] for part in parts if name in part], axis=0).tolist() for name in names}
         return {name: above / below for name, (above, below) in totals.items() if below}
 
-    def _forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The student's logits, and the input of every layer, which its keys and values are made from."""
-        needs_hidden = self.objective is not None and self.objective.needs_hidden
-        output = self.model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            use_cache=False,
-            output_hidden_states=needs_hidden,
-        )
-        return output.logits, torch.stack(output.hidden_states[:-1]) if needs_hidden else None
+    def _forward(self, batch: Batch, recorder: Recorder | None) -> Student:
+        """The student's forward, without logits."""
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+        states, _ = final_states(self.model, self.head, **inputs)
+        return Student(self.head, states, recorder)
 
-    def _terms(self, batch: StepBatch, part: Part, recorder: Recorder | None) -> tuple[torch.Tensor, Terms]:
-        """A micro-batch's share of cross-entropy and of what the arm adds."""
-        logits, hidden = self._forward(part.batch)
-        cross_entropy = masked_sum(token_nll(logits, part.batch.labels), part.batch.predicted) / batch.predicted
-        if self.objective is None or recorder is None:
-            return cross_entropy, Terms({}, dict)
-        target = self.objective.target(part.batch, part.read, hidden, recorder)
-        whole = batch.whole
+    def _loss(self, batch: StepBatch, part: Part, recorder: Recorder | None, only: str | None) -> Loss:
+        """A micro-batch's share of the loss."""
+        student = self._forward(part.batch, recorder)
+        said, whole = self.objective.resolve(part.batch, part.said, student), batch.whole
         if whole is None:
-            whole = self._whole([self.objective.measure(part.batch, target)])
-        progress = (batch.step, self.config.steps)
-        return cross_entropy, self.objective.terms(part.batch, target, whole, logits, recorder, progress)
+            whole = self._whole([self.objective.measure(part.batch, said)])
+        return self.objective.loss(part.batch, said, whole, student, (batch.step, self.config.steps), only)
 
     def gradient_ratios(self, batch: StepBatch, recorder: Recorder | None) -> dict[str, float]:
         """Norm of each weighted term's gradient on the student, relative to that of the cross-entropy."""
-        if self.objective is None:
+        names = [name for name in self.objective.terms if name != CROSS_ENTROPY]
+        if len(names) == len(self.objective.terms):
             return {}
 
-        def norm(name: str) -> tuple[float, list[str]]:
-            _, weights, _ = self.gradients(batch, recorder, name)
+        def norm(name: str) -> float:
+            self.gradients(batch, recorder, name)
             self._average_gradients(self.model)
             grads = [p.grad for p in self.model.parameters() if p.grad is not None]
             found = float(sum(g.float().square().sum() for g in grads)) ** 0.5
             self.zero_grad()
-            return found, list(weights)
+            return found
 
-        base, names = norm("ce")
-        return {f"grad_ratio_{name}": norm(name)[0] / max(base, 1e-12) for name in names}
+        base = norm(CROSS_ENTROPY) if names else 0.0
+        return {f"grad_ratio_{name}": norm(name) / max(base, 1e-12) for name in names}

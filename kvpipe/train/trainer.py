@@ -153,7 +153,7 @@ class Loop:
         # all processes but the main one would say the same
         self.log = log if self.accelerator.is_main_process else lambda *_: None
         device = self.accelerator.device
-        self.objective = None if cell.objective is None else cell.objective.to(device)
+        self.objective = cell.objective.to(device)
         self.model, self.optimizer = self.accelerator.prepare(cell.student, self._optimizer())
         self.loss = BatchLoss(cell, self.model, self.objective, self.accelerator)
         self.validation_batches = scoring_batches(cell.validation, cell.pad_id, cell.scoring.batch_size)
@@ -178,11 +178,11 @@ class Loop:
             {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.config.weight_decay, "peak": peak},
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, "peak": peak},
         ]
-        extra = [] if self.objective is None else [p for p in self.objective.parameters() if p.requires_grad]
-        if extra:
-            projector = self.cell.arm.projector
-            rate = projector.learning_rate if projector.mode == "slow" else peak
-            groups.append({"params": extra, "weight_decay": 0.0, "peak": rate})
+        projector = self.cell.arm.projector
+        slow = projector.learning_rate if projector.mode == "slow" else peak
+        for module, rate in ((self.objective.targets, slow), (self.objective.trained, peak)):
+            extra = [] if module is None else [p for p in module.parameters() if p.requires_grad]
+            groups += [{"params": extra, "weight_decay": 0.0, "peak": rate}] if extra else []
         return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.99), fused=True)
 
     # ------------------------------------------------------------ the loop
@@ -191,8 +191,11 @@ class Loop:
         step = self._resume()
         if step == 0:
             self._evaluate(0)
-        # an arm that adds nothing is not recorded: control pays for nothing it does not use
-        recorder = None if self.objective is None else Recorder(self.accelerator.unwrap_model(self.model))
+        # an arm that looks at no cache is not recorded: control pays for nothing it does not use
+        recorder = None
+        if self.objective.records:
+            unwrapped = self.accelerator.unwrap_model(self.model)
+            recorder = Recorder(unwrapped, hidden=self.objective.records_hidden)
         with recorder or nullcontext():
             while step < self.config.steps:
                 begun = time.perf_counter()
@@ -228,9 +231,8 @@ class Loop:
         values, weights, watched = self.loss.gradients(batch, recorder)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         gradients = {"gradient": norm}
-        if self.objective is not None:
-            learned = [p.grad for p in self.objective.parameters() if p.grad is not None]
-            gradients |= {"gradient of projectors and fusion": nn.utils.get_total_norm(learned)} if learned else {}
+        learned = [p.grad for p in self.objective.parameters() if p.grad is not None]
+        gradients |= {"gradient of what the objective trains": nn.utils.get_total_norm(learned)} if learned else {}
         if self.config.precision != "fp16":  # whose loss scaling skips such steps itself
             check_finite(gradients, step + 1)
         self.optimizer.step()
@@ -274,8 +276,7 @@ class Loop:
 
     @property
     def _modules(self) -> nn.ModuleDict:
-        more = {} if self.objective is None else {"distiller": self.objective}
-        return nn.ModuleDict({"student": self.cell.student, **more})
+        return nn.ModuleDict({"student": self.cell.student, "objective": self.objective})
 
     @property
     def _made_from(self) -> dict[str, Any]:

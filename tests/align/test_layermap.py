@@ -104,7 +104,7 @@ def test_counting_in_stored_layers_names_the_same_layers():
 
 def test_the_step_measures_keys_values_and_hidden_states(tiny):
     from kvpipe.align.layer import linear_cka
-    from kvpipe.cache.teacher import HiddenRows
+    from kvpipe.cache.teacher import LiveRows
     from kvpipe.data.batches import spread
     from kvpipe.steps.layer_map import make_layer_map
 
@@ -122,8 +122,9 @@ def test_the_step_measures_keys_values_and_hidden_states(tiny):
     folder = tiny.paths.model(teacher)
     model, encoding = load_model(folder), encoded(tiny, teacher, "validation", "student")
     examples = spread(len(encoding), 3)
-    rows, _ = HiddenRows(model, encoding, load_tokenizer(folder).pad_token_id).fetch(examples)
+    layers, pad = tuple(range(shape[1])), load_tokenizer(folder).pad_token_id
+    rows = LiveRows(model, encoding, (), pad, 3, layers).fetch(examples, ["hidden"])["hidden"]
     ids = torch.from_numpy(encoding.ids[encoding.rows(examples[0])])[None]
     own = torch.stack(model(ids, output_hidden_states=True).hidden_states[:-1])[:, 0]
-    torch.testing.assert_close(rows[: ids.shape[1], :, 0], own.transpose(0, 1), atol=1e-5, rtol=1e-4)
-    assert linear_cka(rows[:, 0, 0], rows[:, 0, 0]).item() == pytest.approx(1)
+    torch.testing.assert_close(rows[: ids.shape[1]], own.transpose(0, 1), atol=1e-5, rtol=1e-4)
+    assert linear_cka(rows[:, 0], rows[:, 0]).item() == pytest.approx(1)

@@ -33,7 +33,7 @@ ARMS = {
     "one": {
         "base": "control",
         "role": "experiment",
-        "set": {"teachers": ["alpha"], "loss.kind": "kv", "layer": {"kind": "cka", "k": 2}},
+        "set": {"teachers": ["alpha"], "loss": {"keys": {}, "values": {}}, "layer": {"kind": "cka", "k": 2}},
     },
 }
 SETTINGS: dict[str, Any] = {"seeds": [0], "arms": ARMS, "train.steps": 2, "train.checkpoint_every": 1}

@@ -82,7 +82,7 @@ DOCTOR = [
     doctor("a teacher with other names", r"alpha.*foo\.", do=tensors(WEIGHTS, renamed)),
     doctor("a teacher that is quantised", r"alpha.*quantised by gptq", do=config(quantization_config={"quant_method": "gptq"})),
     doctor("a teacher that is an encoder", r"alpha.*bert", do=config(model_type="bert", architectures=["BertForMaskedLM"])),
-    doctor("negative weights", r"weights.*greater than or equal to 0", arm={"fuse": {"kind": "fixed", "weights": {"default": [-1]}}}),
+    doctor("negative weights", r"weights.*greater than or equal to 0", arm={"fuse": {"kind": "fixed", "weights": [-1]}}),
     doctor("an arm with a list beyond the teacher's layers", r"layer\.layers: 9 is not in the teacher alpha", arm={"layer": {"kind": "list", "layers": [0, 1, 9]}}),
     doctor("data that are not there", r"none\.jsonl", set={"data.sources": [{"kind": "files", "task": "math", "train": "none.jsonl", "validation": "none.jsonl", "test": "none.jsonl"}]}, do=(RESULTS / "data/train.parquet").unlink),
     doctor("a teacher's folder that is not there", r"teachers/none", set={"models.alpha.path": "teachers/none"}),

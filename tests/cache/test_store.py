@@ -12,9 +12,9 @@ from tiny import encoded
 
 from kvpipe.cache import forward, rowfile, store
 from kvpipe.cache.capture import capture, kv_geometry
-from kvpipe.cache.forward import next_tokens
+from kvpipe.cache.forward import Keep, forward_rows, next_tokens
 from kvpipe.cache.rowfile import RowFile
-from kvpipe.cache.store import Store, StoreKey, attention_cosine, forward_rows, pack, shard_bounds, unpack, write_index
+from kvpipe.cache.store import Store, StoreKey, attention_cosine, pack, shard_bounds, unpack, write_index
 from kvpipe.config import StoreConfig
 from kvpipe.models import head
 from kvpipe.models.folders import load_model
@@ -33,7 +33,15 @@ def teacher(tiny):
 
 
 def key_of(dtype="bf16", shards=1, **changes):
-    values = {"model": "m", "data": "d", "layers": (0, 2, 4), "reading": "student", "dtype": dtype, "top_logits": TOP}
+    values = {
+        "model": "m",
+        "data": "d",
+        "layers": (0, 2, 4),
+        "reading": "student",
+        "dtype": dtype,
+        "top_logits": TOP,
+        "nll": True,
+    }
     return StoreKey(**{**values, "shards": shards, **changes})
 
 
@@ -50,7 +58,7 @@ def build(teacher, folder, key, batch_size=7):
 @pytest.fixture(scope="module")
 def live(teacher):
     model, encoding, pad = teacher
-    return forward_rows(model, encoding, np.arange(len(encoding)), key_of().layers, 64, pad, TOP, nll=True)
+    return forward_rows(model, encoding, np.arange(len(encoding)), Keep(key_of().layers, True, TOP), 64, pad)
 
 
 # ---------------------------------------------------------------- storage types
@@ -148,7 +156,7 @@ def test_batch_size_and_order_do_not_change_rows(teacher, live):
     examples = np.array([9, 2, 20, 4])
     rows = np.concatenate([np.arange(len(encoding.ids))[encoding.rows(e)] for e in examples])
     for batch_size in (1, 3):
-        found = forward_rows(model, encoding, examples, key_of().layers, batch_size, pad, nll=True)
+        found = forward_rows(model, encoding, examples, Keep(key_of().layers, True), batch_size, pad)
         for name in ("keys", "values", "nll"):
             torch.testing.assert_close(getattr(found, name), getattr(live, name)[rows], atol=2e-4, rtol=1e-4)
 

@@ -11,10 +11,17 @@ from pydantic import ValidationError
 
 from kvpipe.cache.store import estimate_bytes
 from kvpipe.config import (
+    FUSIONS,
+    PROJECTORS,
+    TERMS,
     Arm,
     Config,
     ConfigError,
+    FitConfig,
+    LayerConfig,
+    ScheduleConfig,
     StoreConfig,
+    TimeConfig,
     load,
     parse,
     read,
@@ -77,7 +84,7 @@ def test_the_example_in_the_readme_is_true():
     example = yaml.safe_load(configdocs.readme().split("## `arms`")[1].split("```")[1].removeprefix("yaml"))
     config = parse({**EMBEDDED, "arms": {**EMBEDDED["arms"], **example["arms"]}})
     arm, base = config.arm("keys-only"), config.arm("exp1")
-    assert (arm.loss.lambda_k, arm.loss.lambda_v) == (3, 0) and base.loss.lambda_k == 0
+    assert list(arm.loss) == ["keys"] and arm.loss["keys"].weight == 3 and list(base.loss) == ["values"]
     assert (arm.role, base.role) == ("ablation", "experiment")
 
 
@@ -173,11 +180,13 @@ MISTAKES = [
     ({"arms.exp5.base": "exp"}, "arms.exp5.base", "'exp6'"),
     ({"arms.exp1.role": "nul"}, "arms.exp1.role", "'null'"),
     ({"arms.exp1.set.teachers": ["code", "mth"]}, "arms.exp1.set.teachers[1]", "'math'"),
-    ({"arms.exp1.set.loss.lambda_kk": 1}, "arms.exp1.set.loss.lambda_kk", "'lambda_k'"),
+    ({"arms.exp1.set.loss.valeus": {}}, "arms.exp1.set.loss.valeus", "'values'"),
+    ({"arms.exp1.set.loss.values.wieght": 1}, "arms.exp1.set.loss.values.wieght", "'weight'"),
+    ({"arms.exp1.set.loss.more": {"kind": "kyes"}}, "arms.exp1.set.loss.more.kind", "'keys'"),
     ({"arms.exp1.set.los": {}}, "arms.exp1.set.los", "'loss'"),
     ({"arms.exp6.set.fuse.kind": "tsk"}, "arms.exp6.set.fuse.kind", "'task'"),
-    ({"arms.full.set": {"loss.kind.x": 1}}, "arms.full.set.loss.kind.x", "not a section"),
-    ({"arms.exp1.set.time": {"text": "own"}}, "arms.exp1.set.time", "needs kind: segment"),
+    ({"arms.full.set": {"title": 1, "title.x": 1}}, "arms.full.set.title.x", "not a section"),
+    ({"arms.exp1.set.time": {"differing": "predictive"}}, "arms.exp1.set.time.differing", "no effect under 'overlap'"),
     ({"arms.control.base": "full"}, "arms.control.base", "circular"),
     ({"train.steps": "many"}, "train.steps", "'many'"),
     ({"train.steps": -3}, "train.steps", "greater than 0"),
@@ -219,8 +228,12 @@ MISTAKES = [
     ({"stats.headline": "control"}, "stats.headline", "is the control"),
     ({"stats.contrasts": [["full", "exp9"]]}, "stats.contrasts[0]", "no arm is named 'exp9'"),
     ({"stats.contrasts": [["full", "full"]]}, "stats.contrasts[0]", "compared with itself"),
-    ({"arms.control.set": {"teachers": ["math"], "loss.kind": "kv"}}, "arms.control.set", "leave out teachers (math)"),
-    ({"arms.control.set": {"loss.kind": "kv"}}, "arms.control.set", "both or neither"),
+    (
+        {"arms.control.set": {"teachers": ["math"], "loss": {"keys": {}, "values": {}}}},
+        "arms.control.set",
+        "leave out teachers (math)",
+    ),
+    ({"arms.control.set": {"loss": {"keys": {}, "values": {}}}}, "arms.control.set", "or neither"),
     # keys that had another name
     ({"arms.exp1.set.steps": 3}, "arms.exp1.set.steps", "is called step_factor now"),
     (
@@ -229,24 +242,41 @@ MISTAKES = [
         "is shuffle_teacher now: true for",
     ),
     ({"arms.exp2.set.layer": {"kind": "cka", "by": "own"}}, "arms.exp2.set.layer.by", "own is called kv now"),
+    ({"arms.exp1.set.loss.lambda_v": 3}, "arms.exp1.set.loss.lambda_v", "is loss.values.weight now"),
+    ({"arms.exp1.set.loss": {"kind": "kv"}}, "arms.exp1.set.loss.kind", "a loss is a set of terms"),
+    ({"arms.exp4.set.time.text": "own"}, "arms.exp4.set.time.text", "under segment the teacher reads its own text"),
     ({"models.math.parameters": 7000}, "models.math.parameters", "are counted; leave it out"),
     # what an arm matches
     ({"arms.exp1.set.teachers": ["math", "math"]}, "arms.exp1.set", "math is named twice"),
-    ({"arms.exp1.set.loss.skip_sink": 512}, "arms.exp1.set.loss.skip_sink", "at most 512 tokens"),
-    ({"arms.exp1.set.loss.layers": []}, "arms.exp1.set.loss.layers", "at least 1 item"),
-    ({"arms.exp1.set.loss.layers": [-1]}, "arms.exp1.set.loss.layers[0]", "greater than or equal to 0"),
-    ({"arms.exp1.set.loss.layers": [1, 1]}, "arms.exp1.set.loss", "holds a layer twice"),
+    ({"arms.exp1.set.loss.values.skip_sink": 512}, "arms.exp1.set.loss.values.skip_sink", "at most 512 tokens"),
+    ({"arms.exp1.set.loss.values.layers": []}, "arms.exp1.set.loss.values.layers", "at least 1 item"),
+    ({"arms.exp1.set.loss.values.layers": [-1]}, "arms.exp1.set.loss.values.layers[0]", "greater than or equal to 0"),
+    ({"arms.exp1.set.loss.values.layers": [1, 1]}, "arms.exp1.set.loss.values", "holds a layer twice"),
     ({"arms.exp1.set.layer": {"kind": "list"}}, "arms.exp1.set.layer", "kind: list needs layers"),
     ({"arms.exp1.set.layer": {"kind": "list", "layers": []}}, "arms.exp1.set.layer.layers", "at least 1 item"),
-    ({"arms.exp1.set.loss.lambda_v": 0}, "arms.exp1.set.loss", "both 0"),
-    ({"arms.relation.set.loss.weight": 0}, "arms.relation.set.loss", "nothing of kind: relation"),
-    ({"arms.relation.set.teachers": ["math", "code"]}, "arms.relation.set", "relation has one teacher"),
-    ({"arms.exp1.set.loss.schedule": {"warmup": 0.5, "until": 0.5}}, "arms.exp1.set.loss.schedule", "below until"),
+    ({"arms.exp1.set.loss.values.weight": 0}, "arms.exp1.set.loss.values.weight", "greater than 0"),
+    ({"arms.control.set.loss.cross_entropy.weight": 0}, "arms.control.set", "nothing to train on"),
+    ({"arms.relation.set.teachers": ["math", "code"]}, "arms.relation.set", "loss.relations has one teacher"),
+    (
+        {"arms.exp1.set.loss.values.schedule": {"kind": "linear", "warmup": 0.5, "until": 0.5}},
+        "arms.exp1.set.loss.values.schedule",
+        "below until",
+    ),
+    # settings that have no effect
+    ({"arms.relation.set.fit": {"method": "ridge"}}, "arms.relation.set", "fit: has no effect on the terms"),
+    ({"arms.relation.set.layer": {"kind": "cka"}}, "arms.relation.set", "layer: has no effect on the terms"),
+    ({"arms.control.set.time": {"mode": "iou"}}, "arms.control.set", "time: has no effect on the terms"),
+    ({"arms.control.set.shuffle_teacher": True}, "arms.control.set", "no effect without teachers"),
+    ({"arms.exp1.set.layer.k": 4}, "arms.exp1.set.layer.k", "no effect under 'proportional'"),
+    ({"arms.exp1.set.projector.mlp_ratio": 2}, "arms.exp1.set.projector.mlp_ratio", "unknown key"),
+    ({"arms.exp1.set.projector.learning_rate": 1}, "arms.exp1.set.projector.learning_rate", "no effect under 'frozen'"),
+    ({"arms.exp1.set.loss.values.temperature": 7}, "arms.exp1.set.loss.values.temperature", "unknown key"),
+    ({"arms.exp1.set.fit.method": "reconstruct"}, "arms.exp1.set", "cannot start projector.kind: linear"),
     ({"store.top_logits": 0}, "store.top_logits", "arm 'logit-kd'"),
     # fusion
-    ({"arms.exp1.set.fuse.entropy": 0.1}, "arms.exp1.set.fuse", "weights that are learned"),
+    ({"arms.exp1.set.fuse.entropy": 0.1}, "arms.exp1.set.fuse.entropy", "unknown key"),
     ({"arms.exp6.set.fuse.entropy": 0.1}, "arms.exp6.set.fuse", "weights that are learned"),
-    ({"arms.exp5.set.fuse.offsets": True}, "arms.exp5.set.fuse", "offsets: true is for kind: task"),
+    ({"arms.exp5.set.fuse.offsets": True}, "arms.exp5.set.fuse.offsets", "unknown key"),
     ({"arms.exp6.set.fuse.weights.math": [0, 0]}, "arms.exp6.set.fuse", "weights.math: [0.0, 0.0] sums to 0"),
     ({"arms.exp6.set.fuse.weights.math": [0.9, 0.9]}, "arms.exp6.set.fuse", "sums to 1.8"),
     (
@@ -257,8 +287,12 @@ MISTAKES = [
     ({"arms.exp6.set.fuse.weights.math": [float("nan"), 1]}, "arms.exp6.set.fuse.weights.math[0]", "finite number"),
     ({"arms.exp6.set.fuse.weights.math": [1.0]}, "arms.exp6.set", "1 weights for 2 teachers"),
     ({"arms.exp6.set.fuse.weights.maht": [1, 0]}, "arms.exp6.set.fuse.weights.maht", "'math'"),
-    ({"arms.exp6.set.fuse": {"kind": "fixed", "weights": {"math": [1, 0]}}}, "arms.exp6.set", "fuse.weights.default"),
-    ({"arms.logit-kd.set.fuse": {"kind": "select"}}, "arms.logit-kd.set", "mean, fixed or task"),
+    (
+        {"arms.exp6.set.fuse": {"kind": "fixed", "weights": {"math": [1, 0]}}},
+        "arms.exp6.set.fuse.weights",
+        "valid list",
+    ),
+    ({"arms.logit-kd.set.fuse": {"kind": "select"}}, "arms.logit-kd.set", "weighs teachers by mean, fixed, task"),
 ]
 
 
@@ -279,13 +313,14 @@ def test_numbers_are_written_as_yaml_has_them():
     train = parse({**EMBEDDED, "train": yaml.safe_load(text)}).train
     assert (train.learning_rate, train.weight_decay, train.max_grad_norm) == (0.001, 0.0, 1.0)
     assert train.gradient_checkpointing is True and train.device == "cuda:1"
-    thirds = {"kind": "fixed", "weights": {"default": [0.33, 0.67]}}
-    assert parse(EMBEDDED, {"arms.exp5.set.fuse": thirds}).arm("exp5").fuse.weights == {"default": [0.33, 0.67]}
+    thirds = {"kind": "fixed", "weights": [0.33, 0.67]}
+    assert parse(EMBEDDED, {"arms.exp5.set.fuse": thirds}).arm("exp5").fuse.weights == [0.33, 0.67]
 
 
 def test_no_number_takes_a_truth_value_and_no_truth_value_a_number():
     """Whatever field: every section of the configuration and of an arm."""
-    sections, seen = [Config, Arm], set()
+    kinds = [settings for one in (FUSIONS, PROJECTORS, TERMS) for settings in one.settings.values()]
+    sections, seen = [Config, Arm, *kinds], set()
     checked = {"number": 0, "truth": 0}
     while sections:
         section = sections.pop()
@@ -300,7 +335,8 @@ def test_no_number_takes_a_truth_value_and_no_truth_value_a_number():
                 checked[kind] += 1
                 said = "expected a number, got true" if kind == "number" else "expected true or false, got 1"
                 forms = wrong, [wrong], {"a": wrong}, {"a": [wrong]}  # one of them is the field's
-                assert any(said in str(_refused(section, {name: value})) for value in forms), (section, name)
+                under = {section.tag: section.options[name][0]} if name in section.options else {}
+                assert any(said in str(_refused(section, {**under, name: value})) for value in forms), (section, name)
     assert checked["number"] > 50 and checked["truth"] >= 7, checked
 
 
@@ -327,7 +363,7 @@ def test_several_mistakes_are_told_together():
 
 def test_a_base_answers_for_its_own_mistake():
     # `derived` comes first in the file and inherits the mistake
-    arms = {"derived": {"base": "wrong"}, "wrong": {"base": "exp1", "set": {"loss.lambda_x": 1}}, **EMBEDDED["arms"]}
+    arms = {"derived": {"base": "wrong"}, "wrong": {"base": "exp1", "set": {"loss.lambda_x": {}}}, **EMBEDDED["arms"]}
     with pytest.raises(ConfigError, match=r"arms\.wrong\.set\.loss\.lambda_x: unknown key"):
         parse({**EMBEDDED, "arms": arms})
 
@@ -360,16 +396,15 @@ def test_control_must_be_there():
 def test_set_changes_one_setting_or_replaces_a_section():
     arms = {
         **EMBEDDED["arms"],
-        "one": {"base": "exp1", "set": {"loss.lambda_k": 7}},
-        "whole": {"base": "exp1", "set": {"loss": {"kind": "kv", "lambda_k": 7}}},
-        "order": {"base": "exp1", "set": {"loss": {"kind": "kv"}, "loss.lambda_v": 5}},
+        "one": {"base": "exp1", "set": {"loss.keys.weight": 7}},
+        "whole": {"base": "exp1", "set": {"loss": {"keys": {"weight": 7}}}},
+        "order": {"base": "exp1", "set": {"loss": {"keys": {}}, "loss.keys.weight": 5}},
+        "less": {"base": "one", "set": {"loss.values": None}},
     }
     config = parse({**EMBEDDED, "arms": arms})
-    base, default = config.arm("exp1").loss, Arm().loss
-    assert base.lambda_v != default.lambda_v
-    assert (config.arm("one").loss.lambda_k, config.arm("one").loss.lambda_v) == (7, base.lambda_v)
-    assert (config.arm("whole").loss.lambda_k, config.arm("whole").loss.lambda_v) == (7, default.lambda_v)
-    assert (config.arm("order").loss.lambda_k, config.arm("order").loss.lambda_v) == (default.lambda_k, 5)
+    weights = {name: {term: s.weight for term, s in config.arm(name).loss.items()} for name in arms}
+    assert weights["exp1"] == {"values": 3} and weights["one"] == {"values": 3, "keys": 7}
+    assert weights["whole"] == weights["less"] == {"keys": 7} and weights["order"] == {"keys": 5}
 
 
 def test_resolving_an_arm_changes_nothing():
@@ -454,7 +489,7 @@ def test_overlays_are_laid_over_in_order_as_snakemake_does(tmp_path):
     from snakemake.utils import update_config
 
     overlays = [
-        {"seeds": [5], "train": {"steps": 7}, "arms": {"exp1": {"set": {"loss": {"lambda_k": 0.5}}}}},
+        {"seeds": [5], "train": {"steps": 7}, "arms": {"exp1": {"set": {"loss": {"keys": {"weight": 0.5}}}}}},
         {"train": {"batch_size": 3, "steps": 9}, "arms": {"more": {"base": "exp1"}}, "title": "third"},
     ]
     paths, expected = [CONFIG / "config.yaml"], parse(EMBEDDED).model_dump(exclude_unset=True)
@@ -480,3 +515,26 @@ def test_a_mistake_in_an_overlay_names_the_files(tmp_path):
     path.write_text("train: {stepps: 3}\n")
     with pytest.raises(ConfigError, match=r"config\.yaml, .*over\.yaml:\ntrain\.stepps: unknown key"):
         load([CONFIG / "config.yaml", path])
+
+
+# ---------------------------------------------------------------- every option of every kind
+@pytest.mark.parametrize("kinds", [FUSIONS, PROJECTORS, TERMS], ids=lambda kinds: kinds.what)
+def test_an_option_of_another_kind_is_an_unknown_key(kinds):
+    everything = {option for settings in kinds.settings.values() for option in settings.model_fields}
+    refused = 0
+    for kind, settings in kinds.settings.items():
+        for option in sorted(everything - set(settings.model_fields)):
+            with pytest.raises(ValidationError, match="unknown keys"):
+                settings.model_validate({"kind": kind, option: 1})
+            refused += 1
+    assert refused >= 4
+
+
+@pytest.mark.parametrize("section", [TimeConfig, LayerConfig, FitConfig, ScheduleConfig])
+def test_an_option_without_effect_is_refused_under_every_kind_that_has_none(section):
+    kinds = get_args(section.model_fields[section.tag].annotation)
+    for option, allowed in section.options.items():
+        assert set(allowed) <= set(kinds) and option in section.model_fields, option
+        for kind in set(kinds) - set(allowed):
+            with pytest.raises(ValidationError, match="idle keys"):
+                section.model_validate({section.tag: kind, option: section.model_fields[option].default})

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kvpipe.align.layermap import LayerPlan
-from kvpipe.config import FitConfig, ProjectorConfig
+from kvpipe.config import PROJECTORS, FitConfig
 from kvpipe.distill.fit import (
     LINEAR,
     Rows,
@@ -49,7 +49,10 @@ def plan():
 
 def teachers(kind="linear", rows=ROWS):
     sizes = (FIRST, SECOND)
-    projectors = [build_projector(ProjectorConfig(kind=kind, mlp_ratio=0.5), g, plan(), 1000) for g in sizes]
+    projectors = [
+        build_projector(PROJECTORS(kind, **({"mlp_ratio": 0.5} if kind == "elastic" else {})), g, plan(), 1000)
+        for g in sizes
+    ]
     signal = torch.randn(2, rows, 4, 8)
     data = []
     for g in sizes:
@@ -321,7 +324,7 @@ def test_the_step_does_not_depend_on_the_random_state_it_starts_with(tiny):
 
 def test_identity_is_the_teachers_own_cache_and_needs_the_students_shape():
     same = Geometry(src_heads=2, src_dim=6, dst_heads=2, dst_dim=6, dst_layers=3)
-    projector = build_projector(ProjectorConfig(), same, plan(), 1000)
+    projector = build_projector(PROJECTORS(), same, plan(), 1000)
     rows = Rows(torch.randn(57, 4, 2, 6), 9 * torch.randn(57, 4, 2, 6) + 5)
     fit([projector], [rows], FitConfig(method="identity"))
     out = projector(rows.keys[None], rows.values[None])

@@ -2,20 +2,21 @@
 
 import math
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
 
+from kvpipe.config import FUSIONS
 from kvpipe.distill.fusion import (
-    KINDS,
+    AgreementFusion,
     AttentionFusion,
     FixedFusion,
     LearnableFusion,
     MeanFusion,
     SelectFusion,
-    Targets,
+    SimilarityFusion,
     TaskFusion,
+    TeacherCaches,
     build_fusion,
     collapse_report,
     entropy,
@@ -32,9 +33,27 @@ def rows(n):
     return {"math": [i + 1.0 for i in range(n)], "code": [2.0 ** (n - i) for i in range(n)], "default": [1.0] * n}
 
 
+SETTINGS = {
+    "mean": {},
+    "fixed": {},
+    "task": {},
+    "attention": {},
+    "learnable": {},
+    "select": {},
+    "select-span": {"kind": "select", "per": "span"},
+    "similarity": {},
+    "agreement": {},
+}
+KINDS = list(SETTINGS)
+
+
 def build(kind, n):
-    options = {"fixed": {"weights": rows(n)["math"]}, "task": {"weights": rows(n)}}.get(kind, {})
-    fusion = build_fusion(kind, n_teachers=n, hidden_size=HIDDEN, **options)
+    options = {"kind": kind} | SETTINGS[kind]
+    if kind in ("fixed", "task"):
+        table = {task: [weight / sum(row) for weight in row] for task, row in rows(n).items()}
+        options["weights"] = table["math"] if kind == "fixed" else table
+    fusion = build_fusion(FUSIONS(**options), n, HIDDEN)
+    fusion.begin(targets(n), torch.ones(n, BATCH, TIME, dtype=torch.bool))
     with torch.no_grad():
         for parameter in fusion.parameters():
             parameter.normal_(std=0.3)
@@ -42,7 +61,9 @@ def build(kind, n):
 
 
 def targets(n):
-    return Targets(torch.randn(n, LAYER, BATCH, HEAD, TIME, DIM), torch.randn(n, LAYER, BATCH, HEAD, TIME, VALUE_DIM))
+    return TeacherCaches(
+        torch.randn(n, LAYER, BATCH, HEAD, TIME, DIM), torch.randn(n, LAYER, BATCH, HEAD, TIME, VALUE_DIM)
+    )
 
 
 def context(n):
@@ -52,6 +73,7 @@ def context(n):
         "queries": torch.randn(LAYER, BATCH, HEAD * GROUP, TIME, DIM),
         "hidden": torch.randn(LAYER, BATCH, TIME, HIDDEN),
         "teacher_losses": torch.rand(n, BATCH),
+        "span_losses": torch.rand(n, BATCH, TIME),
     }
 
 
@@ -65,6 +87,8 @@ def permuted(fusion, order):
     with torch.no_grad():
         if hasattr(fusion, "log_weights"):
             fusion.log_weights.copy_(fusion.log_weights[..., order])
+        if isinstance(fusion, SimilarityFusion):
+            fusion.prototypes = fusion.prototypes[order]
         if isinstance(fusion, LearnableFusion):
             last = fusion.router[-1]
             last.weight.copy_(last.weight[order])
@@ -97,15 +121,15 @@ def test_permuting_the_teachers_permutes_the_weights(kind, n):
     extra["present"] = torch.rand(n, BATCH) > 0.3
     fusion = build(kind, n)
     before = fusion(given, **extra)
-    extra |= {"present": extra["present"][order], "teacher_losses": extra["teacher_losses"][order]}
-    after = permuted(fusion, order)(Targets(given.keys[order], given.values[order]), **extra)
+    extra |= {name: extra[name][order] for name in ("present", "teacher_losses", "span_losses")}
+    after = permuted(fusion, order)(TeacherCaches(given.keys[order], given.values[order]), **extra)
     torch.testing.assert_close(after.weights, before.weights[order])
     torch.testing.assert_close(after.keys, before.keys)
 
 
 @pytest.mark.parametrize("by_position", [False, True])
 @pytest.mark.parametrize("n", TEACHERS[1:])
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "select"])
+@pytest.mark.parametrize("kind", ["mean", "fixed", "task", "attention", "learnable"])
 def test_a_missing_teacher_is_masked_and_the_rest_renormalised(kind, n, by_position):
     given, extra, fusion = targets(n), context(n), build(kind, n)
     full = fusion(given, **extra).weights
@@ -199,7 +223,7 @@ def test_select_takes_the_best_teacher_present_and_shares_ties():
     expected = torch.tensor([[0, 0, 0.5, 0], [1, 1, 0.5, 1], [0, 0, 0, 0]])
     torch.testing.assert_close(weights.flatten(1), expected)
     losses[2, 3] = torch.nan
-    with pytest.raises(ValueError, match="NaN in `teacher_losses`"):
+    with pytest.raises(ValueError, match="NaN for a loss"):
         SelectFusion()(given, teacher_losses=losses)
 
 
@@ -218,24 +242,69 @@ def test_what_a_kind_needs_is_named():
         MeanFusion()(given, present=torch.ones(3, BATCH, dtype=torch.bool))
 
 
-def test_any_object_with_keys_and_values_is_a_target():
+def test_selection_per_span_chooses_position_by_position():
+    given, losses = targets(2), torch.rand(2, BATCH, TIME)
+    present = torch.ones(2, BATCH, TIME, dtype=torch.bool)
+    present[1, :, 2] = False
+    weights = SelectFusion("span")(given, present=present, span_losses=losses).weights
+    expected = (losses[0] <= losses[1]) | ~present[1]
+    assert torch.equal(weights[0, 0, :, 0], expected.float())
+    with pytest.raises(ValueError, match="per span needs `span_losses`"):
+        SelectFusion("span")(given, teacher_losses=losses[..., 0])
+
+
+def test_similarity_favours_the_teacher_whose_target_is_like_its_usual_one():
+    """An example that is a teacher's prototype has cosine 1 with it; what a missing teacher left behind does not count."""
+    usual, present = targets(2), torch.ones(2, BATCH, TIME, dtype=torch.bool)
+    present[0, 2] = False
+    usual.keys[0, :, 2] = torch.nan
+    fusion = SimilarityFusion(temperature=0.5)
+    with pytest.raises(ValueError, match="call `begin` once"):
+        fusion(usual)
+    fusion.begin(usual, present)
+    both = [x.movedim(3, 5).flatten(3, 4).movedim(-1, 3) for x in (usual.keys, usual.values)]
+    flat = [torch.cat([b[t][:, [0, 1, 3] if t == 0 else [0, 1, 2, 3]].flatten(1, 2) for b in both], -1) for t in (0, 1)]
+    assert fusion.prototypes.shape == (2, LAYER, HEAD * (DIM + VALUE_DIM))
+    assert torch.isfinite(fusion.prototypes).all() and len(flat) == 2
     given = targets(2)
-    fused = MeanFusion()(SimpleNamespace(keys=given.keys, values=given.values))
-    torch.testing.assert_close(fused.values, given.values.mean(0))
+    given.keys[1], given.values[1] = (
+        usual.keys[1].mean((1, 3), keepdim=True),
+        usual.values[1].mean((1, 3), keepdim=True),
+    )
+    given.keys[0], given.values[0] = -given.keys[1], -given.values[1]
+    weights = fusion(given).weights
+    assert (weights[1] > weights[0]).all()
+
+
+def test_agreement_turns_from_a_teacher_that_stands_apart():
+    given = targets(3)
+    given.keys[1], given.values[1] = given.keys[0], given.values[0]
+    weights = AgreementFusion()(given).weights
+    assert (weights[2] < weights[0]).all()
+    torch.testing.assert_close(weights[0], weights[1])
+    cosine = torch.cosine_similarity(
+        *(torch.cat([given.keys[t, 2, 1, :, 4].flatten(), given.values[t, 2, 1, :, 4].flatten()]) for t in (0, 2)),
+        dim=0,
+    )
+    expected = torch.stack([(1 + cosine) / 2, (1 + cosine) / 2, cosine]).div(0.1).softmax(0)
+    torch.testing.assert_close(weights[:, 2, 1, 0, 4], expected, atol=1e-5, rtol=1e-4)
+    present = torch.ones(3, BATCH, dtype=torch.bool)
+    present[1] = False
+    given.keys[1] = torch.nan
+    two = AgreementFusion()(given, present=present).weights
+    torch.testing.assert_close(two, torch.tensor([0.5, 0.0, 0.5]).reshape(3, 1, 1, 1, 1).expand_as(two))
 
 
 def test_build_fusion_refuses_what_does_not_fit():
-    with pytest.raises(ValueError, match="unknown fusion kind 'maen'; known: mean"):
-        build_fusion("maen", n_teachers=2)
-    with pytest.raises(ValueError, match="3 weights per row for 2 teachers"):
-        build_fusion("task", n_teachers=2, weights={"math": [1, 1, 1]})
-    with pytest.raises(ValueError, match="hidden_size"):
-        build_fusion("learnable", n_teachers=2)
+    with pytest.raises(ValueError, match="unknown fusion 'maen'; did you mean 'mean'"):
+        FUSIONS("maen")
+    with pytest.raises(ValueError, match="3 weights for 2 teachers"):
+        build_fusion(FUSIONS("task", weights={"math": [0.2, 0.2, 0.6]}), 2)
     for wrong in ([-1, 2], [0, 0], [], [math.nan, 1]):
         with pytest.raises(ValueError, match="must be finite"):
-            build_fusion("fixed", n_teachers=2, weights=wrong)
+            FixedFusion(wrong)
     with pytest.raises(ValueError, match="rows of length"):
-        build_fusion("task", n_teachers=2, weights={"math": [1, 1], "code": [1]})
+        TaskFusion({"math": [1, 1], "code": [1]})
 
 
 def as_weights(table):

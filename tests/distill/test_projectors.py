@@ -5,7 +5,7 @@ import torch
 
 from kvpipe.align.head import grouped_average
 from kvpipe.align.layermap import LayerPlan
-from kvpipe.config import ProjectorConfig
+from kvpipe.config import PROJECTORS
 from kvpipe.distill.projectors import Geometry, build_projector, select
 
 BATCH, TIME, SRC_LAYERS = 2, 7, 5
@@ -52,7 +52,7 @@ def test_concat_shares_the_squared_norm_out_as_beta():
 @pytest.mark.parametrize("kind", ["linear", "elastic"])
 def test_a_linear_map_is_the_einsum(kind, k, concat):
     plan, (keys, values) = plan_of(k, concat), rows()
-    projector = build_projector(ProjectorConfig(kind=kind), SIZES, plan, 1000).eval()
+    projector = build_projector(PROJECTORS(kind=kind), SIZES, plan, 1000).eval()
     blocks = k if concat else 1
     weight = torch.randn(2, 4, blocks * 30, WIDTH)
     bias = torch.randn(2, 4, WIDTH)
@@ -70,7 +70,7 @@ def test_a_linear_map_is_the_einsum(kind, k, concat):
 
 def test_keys_and_values_of_each_layer_have_their_own_map():
     plan, (keys, values) = plan_of(1, False), rows()
-    projector = build_projector(ProjectorConfig(), SIZES, plan, 1000)
+    projector = build_projector(PROJECTORS(), SIZES, plan, 1000)
     projector.set_linear(1, 2, torch.randn(30, WIDTH), torch.zeros(WIDTH))
     found = projector(keys, values)
     assert not found.keys.any() and found.values[2].any() and not found.values[[0, 1, 3]].any()
@@ -78,7 +78,7 @@ def test_keys_and_values_of_each_layer_have_their_own_map():
 
 def test_heads_begin_at_the_grouped_average_of_heads_and_of_dimension():
     plan, (keys, values) = plan_of(3, False), rows()
-    found = build_projector(ProjectorConfig(kind="heads"), SIZES, plan, 1000)(keys, values)
+    found = build_projector(PROJECTORS(kind="heads"), SIZES, plan, 1000)(keys, values)
     heads, dims = grouped_average(3, 2), grouped_average(10, 6)
     for number, (x, out) in enumerate(((keys, found.keys), (values, found.values))):
         picked = select(x, plan, number)[:, :, :, 0]
@@ -86,19 +86,19 @@ def test_heads_begin_at_the_grouped_average_of_heads_and_of_dimension():
         torch.testing.assert_close(out, expected)
     constant = torch.ones_like(keys)
     assert torch.allclose(
-        build_projector(ProjectorConfig(kind="heads"), SIZES, plan, 1)(constant, constant).keys, torch.ones(())
+        build_projector(PROJECTORS(kind="heads"), SIZES, plan, 1)(constant, constant).keys, torch.ones(())
     )
 
 
 def test_heads_refuse_layers_side_by_side():
     with pytest.raises(ValueError, match=r"layer\.combine: mix"):
-        build_projector(ProjectorConfig(kind="heads"), SIZES, plan_of(2, True), 1000)
+        build_projector(PROJECTORS(kind="heads"), SIZES, plan_of(2, True), 1000)
 
 
 @pytest.mark.parametrize("kind", ["linear", "elastic", "heads"])
 def test_an_example_is_projected_alone(kind):
     plan, (keys, values) = plan_of(1, False), rows()
-    projector = build_projector(ProjectorConfig(kind=kind), SIZES, plan, 1000).eval()
+    projector = build_projector(PROJECTORS(kind=kind), SIZES, plan, 1000).eval()
     for parameter in projector.parameters():
         torch.nn.init.normal_(parameter)
     both, alone = projector(keys, values), projector(keys[1:, 3:4], values[1:, 3:4])

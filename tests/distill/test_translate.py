@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from kvpipe.align.layermap import LayerPlan
-from kvpipe.config import ProjectorConfig
+from kvpipe.config import PROJECTORS
 from kvpipe.distill.projectors import Geometry, build_projector
 from kvpipe.distill.translate import translate_cache
 
@@ -27,7 +27,7 @@ def identity(layers=range(LAYERS)):
     """A projector that takes these rows' layers as they are."""
     index = torch.tensor(list(layers))[None, :, None].expand(2, -1, 1)
     plan = LayerPlan(index, torch.ones(2, len(index[0]), 1), False)
-    projector = build_projector(ProjectorConfig(), Geometry(HEADS, DIM, HEADS, DIM, len(index[0])), plan, 1)
+    projector = build_projector(PROJECTORS(), Geometry(HEADS, DIM, HEADS, DIM, len(index[0])), plan, 1)
     for kind in range(2):
         for layer in range(len(index[0])):
             projector.set_linear(kind, layer, torch.eye(HEADS * DIM), torch.zeros(HEADS * DIM))

@@ -30,7 +30,7 @@ def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("made")
     arm = (
         {"role": "control"},
-        {"base": "control", "set": {"teachers": ["alpha"], "loss.kind": "kv", "layer.kind": "cka"}},
+        {"base": "control", "set": {"teachers": ["alpha"], "loss": {"keys": {}, "values": {}}, "layer.kind": "cka"}},
     )
     work = build(root, {"arms": {"control": arm[0], "mine": arm[1]}}, teachers=("alpha",))
     prepare(work, "mine", log=[].append)
@@ -89,10 +89,10 @@ def test_another_template_keeps_the_data(work):
 
 def test_a_teacher_retrained_in_place_is_taken_anew(work):
     folder = work.paths.root.parent / "teachers" / "alpha"
-    before = Store(work.paths.store("alpha", "student")).rows("nll")
+    before = Store(work.paths.store("alpha", "student")).rows("keys")
     retrained(folder)
     assert again(work) == {"model alpha", "encode alpha", *BELOW} - {"encode student"}
-    assert not torch.equal(Store(work.paths.store("alpha", "student")).rows("nll"), before)
+    assert not torch.equal(Store(work.paths.store("alpha", "student")).rows("keys"), before)
     (copied,), (own,) = (list(f.glob("*.safetensors")) for f in (work.paths.model("alpha"), folder))
     assert copied.read_bytes() == own.read_bytes()
     assert again(work) == set()

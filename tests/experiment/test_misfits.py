@@ -16,11 +16,11 @@ from kvpipe.steps.train import prepare
 
 # tiny: the student has 3 layers, alpha 4 (vocabulary 330), beta 5 (2 heads of 14, vocabulary 340)
 CASES = {
-    "a student layer too many": ({"loss.layers": [0, 3]}, "loss.layers: [3] not in the student"),
+    "a student layer too many": ({"loss.keys.layers": [0, 3]}, "loss.keys.layers: [3] not in the student"),
     "one number too few": ({"layer": {"kind": "list", "layers": [0, 1]}}, "layer.layers: 2 numbers; expected 3"),
     "no such layer": ({"layer": {"kind": "list", "layers": [0, 1, 4]}}, "layer.layers: 4 is not in the teacher alpha"),
     "another shape": ({"fit.method": "identity"}, "fit.method: identity: 3 heads of 8 in alpha, 2 of 6 in student"),
-    "relation heads": ({"loss": {"kind": "relation", "relation_heads": 5}}, "loss.relation_heads: 5 does not divide"),
+    "relation heads": ({"loss": {"relations": {"heads": 5}}}, "loss.relations.heads: 5 does not divide"),
 }
 TOPS = ({"store.top_logits": 331}, "store.top_logits: 331 next tokens of alpha, whose vocabulary has 330")
 MISFITS = [({"arms.mine": {"base": "one", "set": s}}, f"arms.mine.set.{said}") for s, said in CASES.values()] + [TOPS]
@@ -65,23 +65,23 @@ def test_the_doctor_finds_it_with_and_without_models_made(place, tmp_path, overr
 def test_what_fits_passes(place):
     assert [f.status for f in check_arms(Workload(config(place), Paths(place / "results")))] == ["ok"]
     layers = {"kind": "list", "layers": [3, 0, 1]}
-    fitting = mine(loss__layers=[2, 0], layer=layers, loss__skip_sink=7) | {"store.top_logits": 330}
+    fitting = mine(loss__keys__layers=[2, 0], layer=layers, loss__keys__skip_sink=7) | {"store.top_logits": 330}
     workspace(place, fitting).check(["mine", "two", "control", "logit", "relation"])
 
 
 def test_models_that_are_not_known_are_not_judged(place):
-    dag = Dag(config(place, mine(loss__layers=[9])))
+    dag = Dag(config(place, mine(loss__keys__layers=[9])))
     assert misfits(dag, {}) == []
     student = shape({"num_hidden_layers": 3, "hidden_size": 24, "num_attention_heads": 4})
     assert [line.split(":")[0] for line in misfits(dag, {"student": student}, ["mine"])] == [
-        "arms.mine.set.loss.layers"
+        "arms.mine.set.loss.keys.layers"
     ]
 
 
 def test_first_positions_that_are_left_out_leave_some(place):
     longest = int(workspace(place, {}).student_encoding("train").lengths.max())
-    workspace(place, mine(loss__skip_sink=longest - 1)).check(["mine"])
+    workspace(place, mine(loss__keys__skip_sink=longest - 1)).check(["mine"])
     with pytest.raises(
-        ConfigError, match=rf"arms\.mine\.set\.loss\.skip_sink: {longest} leaves nothing.*{longest} tokens"
+        ConfigError, match=rf"arms\.mine\.set\.loss\.keys\.skip_sink: {longest} leaves nothing.*{longest} tokens"
     ):
-        workspace(place, mine(loss__skip_sink=longest)).check(["mine"])
+        workspace(place, mine(loss__keys__skip_sink=longest)).check(["mine"])

@@ -75,13 +75,13 @@ def test_an_unknown_fit_or_arm_is_named(shipped):
 
 
 def test_settings_of_training_do_not_touch_the_fit():
-    for setting in ("loss.lambda_k", "loss.lambda_v", "projector.learning_rate"):
+    for setting in ("loss.keys.weight", "loss.values.weight", "learning_rate_factor"):
         assert reached(arm_with("exp2", **{setting: 0.5})) == {"train/exp2", "report"}
 
 
 # ---------------------------------------------------------------- what a change reaches
 CHANGES = {
-    "an arm's loss": (arm_with("exp3", loss__skip_sink=1), {"train/exp3", "report"}),
+    "an arm's loss": (arm_with("exp3", loss__values__skip_sink=1), {"train/exp3", "report"}),
     "an arm's layers": (arm_with("exp3", layer__k=3), {"train/exp3", "fit/exp3", "report"}),
     "an arm's label": (
         {"arms.exp3": SHIPPED.arms["exp3"].model_dump(exclude_unset=True) | {"label": "other"}},
@@ -104,7 +104,7 @@ def test_a_change_reaches_its_steps_only(name):
 
 
 def test_a_base_reaches_the_arms_that_are_built_on_it():
-    found = {key for key in reached(arm_with("exp6", loss__distance="smooth_l1")) if key.startswith("train/")}
+    found = {key for key in reached(arm_with("exp6", loss__values__distance="smooth_l1")) if key.startswith("train/")}
     assert found == {"train/exp6", "train/full", "train/null-shuffled", "train/null-random", "train/full-joint"}
 
 
@@ -126,7 +126,6 @@ def test_stores_of_needed_layers_depend_on_the_arms_layers():
         ("train", "exp3"),
         ("fit", "exp3"),
         ("teacher_kv", "math", "student"),
-        ("teacher_kv", "math", "own"),
         ("report",),
     }
 

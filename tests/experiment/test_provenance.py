@@ -106,7 +106,7 @@ def test_training_does_not_hang_on_what_comes_after_it():
     assert not [name for name in found if name.startswith("kvpipe.report")]
     assert {
         "kvpipe.train.trainer",
-        "kvpipe.distill.objectives",
+        "kvpipe.distill.objective",
         "kvpipe.align.rope",
         "kvpipe.distill.losses",
         "kvpipe.cache.capture",

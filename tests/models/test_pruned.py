@@ -174,7 +174,7 @@ def test_kept_layers_are_the_whole_models_own_and_of_others_those_at_their_depth
 
 def test_a_whole_model_teaches_what_was_cut_from_it(tmp_path):
     """The first layer's cache follows from the embedding alone: there the student has its target before any step."""
-    arm = {"teachers": ["beta"], "layer.kind": "kept", "fit.method": "identity", "loss.kind": "kv"}
+    arm = {"teachers": ["beta"], "layer.kind": "kept", "fit.method": "identity", "loss": {"keys": {}, "values": {}}}
     entry = {"source": "pruned", "of": "beta", "layers": [0, 3, 4]}
     work = build(tmp_path, {"models.student": entry, "arms": {"control": {}, "heal": {"base": "control", "set": arm}}})
     prepare(work, "heal", log=lambda *_: None)

@@ -13,7 +13,7 @@ from kvpipe.stats.audit import AuditFailure, audit
 
 ARMS = {
     "control": {"role": "control"},
-    "one": {"base": "control", "set": {"teachers": ["alpha"], "loss.kind": "kv"}},
+    "one": {"base": "control", "set": {"teachers": ["alpha"], "loss": {"keys": {}, "values": {}}}},
     "null": {"base": "one", "set": {"shuffle_teacher": True}},
 }
 

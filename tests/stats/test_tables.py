@@ -23,7 +23,11 @@ SEEDS = [4, 2, 9]
 MEASURED = [name for name, metric in METRICS.items() if metric.per == "item" and not metric.column]
 ARMS = {
     "control": {"role": "control"},
-    "exp1": {"base": "control", "role": "experiment", "set": {"teachers": ["alpha"], "loss.kind": "kv"}},
+    "exp1": {
+        "base": "control",
+        "role": "experiment",
+        "set": {"teachers": ["alpha"], "loss": {"keys": {}, "values": {}}},
+    },
     "exp3": {"base": "exp1", "role": "experiment", "set": {"layer.kind": "cka"}},
     "full": {"base": "exp1", "role": "experiment", "set": {"time.kind": "segment"}},
     "null-shuffled": {"base": "full", "role": "null", "set": {"shuffle_teacher": True}},
@@ -257,7 +261,11 @@ def test_families_are_every_arm_against_control_and_components_against_exp1(fini
 
 EVERY_ROLE = {
     "control": {"role": "control"},
-    "exp1": {"base": "control", "role": "experiment", "set": {"teachers": ["alpha"], "loss.kind": "kv"}},
+    "exp1": {
+        "base": "control",
+        "role": "experiment",
+        "set": {"teachers": ["alpha"], "loss": {"keys": {}, "values": {}}},
+    },
     "exp2": {"base": "exp1", "role": "experiment"},
     "null": {"base": "exp2", "role": "null"},
     "mine": {"base": "exp1"},

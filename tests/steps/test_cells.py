@@ -76,7 +76,7 @@ def test_a_kept_cell_is_done_and_its_scores_come_back_whole(done, tmp_path):
     ("overrides", "stale"),
     [
         ({"train.steps": 7}, {"control", "one"}),
-        ({"arms.one.set": {"teachers": ["alpha"], "loss": {"kind": "kv", "lambda_k": 0}}}, {"one"}),
+        ({"arms.one.set": {"teachers": ["alpha"], "loss": {"values": {}}}}, {"one"}),
         ({"arms.one.label": "in other words", "train.threads": 2, "title": "other"}, set()),
         ({"evaluate.max_new_tokens": 6}, {"control", "one"}),
     ],

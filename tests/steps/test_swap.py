@@ -14,7 +14,7 @@ from kvpipe.steps.inputs import Inputs
 from kvpipe.steps.make import make
 from kvpipe.steps.swap import swapped_nll
 
-MATCH = {"teachers": ["beta"], "layer.kind": "kept", "fit": {"method": "identity"}, "loss.kind": "kv"}
+MATCH = {"teachers": ["beta"], "layer.kind": "kept", "fit": {"method": "identity"}, "loss": {"keys": {}, "values": {}}}
 FOREIGN = {"teachers": ["alpha"], "layer": {"kind": "proportional"}, "fit": {"method": "ridge", "examples": 20}}
 ARMS = {
     "control": {},

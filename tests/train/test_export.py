@@ -278,7 +278,7 @@ def test_one_command_gives_one_student(tmp_path, arm):
 
 def test_dropout_is_that_of_control_whatever_an_arm_draws(tmp_path):
     """An arm of next to no weight is control, with learned fusion (which is drawn) and dropout too."""
-    zero = {"base": "attention", "set": {"loss.lambda_k": 0, "loss.lambda_v": 1e-30}}
+    zero = {"base": "attention", "set": {"loss": {"values": {"weight": 1e-30}}}}
     work = experiment(tmp_path, **{"arms.zero": zero, "train.lora": {"rank": 3, "dropout": 0.3}})
     found, control = (
         load_file(run(work, tmp_path / arm, arm) / "model" / "model.safetensors") for arm in ("zero", "control")

@@ -46,7 +46,9 @@ def cell(work, tmp_path):
         prepare(work, arm, log=lambda *_: None)
         train_cell(work, arm, 0, tmp_path / arm, tmp_path / f"{arm}-checkpoints", log=lambda *_: None)
         history = [json.loads(line) for line in (tmp_path / arm / "history.jsonl").read_text().splitlines()]
-        return [line for line in history if "ce" in line], load_file(tmp_path / arm / "model" / "model.safetensors")
+        return [line for line in history if "cross_entropy" in line], load_file(
+            tmp_path / arm / "model" / "model.safetensors"
+        )
 
     return train
 

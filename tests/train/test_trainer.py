@@ -18,7 +18,7 @@ from tiny import build, config
 
 from kvpipe.data.batches import schedule
 from kvpipe.data.records import render
-from kvpipe.distill import objectives as distill
+from kvpipe.distill import terms as distill
 from kvpipe.distill.losses import NonFiniteLossError
 from kvpipe.models.folders import load_model
 from kvpipe.models.likelihood import score, scoring_batches
@@ -78,14 +78,15 @@ def test_golden_curve_of_thirty_steps(cell):
     for arm in ("control", "task"):
         history = cell(arm, {"train.steps": 30, "train.eval_every": 5}).history
         found[arm] = {
-            key: [line[key] for line in history if key in line] for key in ("validation_loss", "ce", "k", "v")
+            key: [line[key] for line in history if key in line]
+            for key in ("validation_loss", "cross_entropy", "keys", "values")
         }
     if os.environ.get("KVPIPE_GOLDEN") == "write":
         GOLDEN.parent.mkdir(exist_ok=True)
         GOLDEN.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
     for arm, curves in golden.items():
-        assert len(curves["ce"]) == 30
+        assert len(curves["cross_entropy"]) == 30
         assert len(curves["validation_loss"]) == 7
         for key, curve in curves.items():
             assert found[arm][key] == pytest.approx(curve, rel=1e-4), f"{arm}: {key}"
@@ -106,7 +107,7 @@ def test_cells_of_one_seed_share_all_but_the_arm(cell):
     """Initialisation, order of the data and its amount."""
     cells = [cell(arm) for arm in ("control", "one", "two", "joint", "logit", "relation")]
     assert len({c.curve("validation_loss")[0] for c in cells}) == 1
-    assert len({c.curve("ce")[0] for c in cells}) == 1
+    assert len({c.curve("cross_entropy")[0] for c in cells}) == 1
     assert len({tuple(c.curve("tokens")) for c in cells}) == 1
     assert len({c.weights for c in cells}) == len(cells), "and each arm trains something else"
 
@@ -119,10 +120,10 @@ def test_null_control_is_control_of_another_seed(cell):
 @pytest.mark.parametrize(
     ("base", "zero"),
     [
-        ("two", {"loss.lambda_k": 1e-12, "loss.lambda_v": 0}),
-        ("joint", {"loss.lambda_k": 0, "loss.lambda_v": 1e-12}),
-        ("logit", {"loss.weight": 1e-12}),
-        ("relation", {"loss.weight": 1e-12}),
+        ("two", {"loss": {"keys": {"weight": 1e-12}}}),
+        ("joint", {"loss": {"values": {"weight": 1e-12}}}),
+        ("logit", {"loss.logits.weight": 1e-12}),
+        ("relation", {"loss.relations.weight": 1e-12}),
     ],
 )
 def test_an_arm_of_weight_zero_is_control(cell, base, zero):
@@ -138,31 +139,34 @@ def test_two_micro_batches_are_one_batch(cell):
     """Example lengths differ inside a batch, so a mean of the micro-batches' means would be another loss."""
     random = {"train.batching": "random", "train.steps": 12}
     whole, parts = (cell("control", random | {"train.accumulate": n}) for n in (1, 2))
-    for key in ("ce", "validation_loss", "grad_norm"):
+    for key in ("cross_entropy", "validation_loss", "grad_norm"):
         assert parts.curve(key) == pytest.approx(whole.curve(key), rel=1e-5), key
     assert parts.curve("tokens") == whole.curve("tokens")
 
 
 def test_micro_batches_of_a_distilled_arm_agree(cell):
     """Targets are scaled by their deviation in a micro-batch, hence near equality only where they are scaled."""
-    arms = {f"arms.{scale}": {"base": "two", "set": {"loss.scale": scale}} for scale in ("std", "none")}
+    arms = {
+        f"arms.{scale}": {"base": "two", "set": {"loss.keys.scale": scale, "loss.values.scale": scale}}
+        for scale in ("std", "none")
+    }
     settings = arms | {"train.batching": "random", "train.steps": 6}
     for arm, tolerance in (("std", 0.1), ("none", 0.005)):
         whole, parts = (cell(arm, settings | {"train.accumulate": n}) for n in (1, 2))
-        for key in ("ce", "k", "v", "validation_loss"):
+        for key in ("cross_entropy", "keys", "values", "validation_loss"):
             assert parts.curve(key) == pytest.approx(whole.curve(key), rel=tolerance), key
 
 
 @pytest.mark.parametrize("arm", ["control", "attention"])
 def test_gradient_checkpointing_changes_nothing(cell, arm):
     plain, saved = (cell(arm, {"train.gradient_checkpointing": on}) for on in (False, True))
-    for key in ("ce", "k", "v", "validation_loss"):
+    for key in ("cross_entropy", "keys", "values", "validation_loss"):
         assert saved.curve(key) == pytest.approx(plain.curve(key), rel=1e-5), key
 
 
 def test_held_and_gathered_targets_are_the_same(cell):
     held, gathered = (cell("task", {"train.hold_targets_gb": gb}) for gb in (1.0, 0.0))
-    for key in ("ce", "k", "v", "validation_loss"):
+    for key in ("cross_entropy", "keys", "values", "validation_loss"):
         assert gathered.curve(key) == pytest.approx(held.curve(key), rel=1e-5), key
 
 
@@ -173,7 +177,7 @@ def test_stored_and_live_teachers_teach_the_same(tmp_path, dtype, tolerance):
     live_config = config(tmp_path, EVERY_STEP | {"store.dtype": dtype, "store.mode": "live"})
     live = Cell(Inputs(live_config, work.paths), "own", tmp_path / "live")
     assert live.weights != stored.weights, "the store rounds: equality would mean that live was not live"
-    for key in ("ce", "k", "v", "validation_loss"):
+    for key in ("cross_entropy", "keys", "values", "validation_loss"):
         assert live.curve(key) == pytest.approx(stored.curve(key), rel=tolerance), key
 
 
@@ -195,21 +199,23 @@ def test_loss_on_completion_is_the_mean_over_reasoning_answer_and_end(cell):
             logprobs = model(input_ids=torch.from_numpy(ids)[None]).logits[0].log_softmax(-1)
         assert ids[-1] == work.student_tokenizer.eos_token_id
         nats += [-float(logprobs[i - 1, ids[i]]) for i in range(first, len(ids))]
-    assert made.curve("ce")[0] == pytest.approx(np.mean(nats), rel=1e-5)
-    assert cell("control", settings | {"train.loss_on": "all"}).curve("ce")[0] != pytest.approx(np.mean(nats), rel=1e-3)
+    assert made.curve("cross_entropy")[0] == pytest.approx(np.mean(nats), rel=1e-5)
+    assert cell("control", settings | {"train.loss_on": "all"}).curve("cross_entropy")[0] != pytest.approx(
+        np.mean(nats), rel=1e-3
+    )
     assert "reasoning and answer, not the prompt" in (made.out / "model" / "README.md").read_text(encoding="utf-8")
 
 
 def test_micro_batches_weigh_by_the_tokens_that_carry_loss(cell):
     settings = {"train.loss_on": "completion", "train.batching": "random", "train.steps": 12}
     whole, parts = (cell("control", settings | {"train.accumulate": n}) for n in (1, 3))
-    for key in ("ce", "validation_loss", "grad_norm"):
+    for key in ("cross_entropy", "validation_loss", "grad_norm"):
         assert parts.curve(key) == pytest.approx(whole.curve(key), rel=1e-5), key
 
 
 # ---------------------------------------------------------------- what a cell leaves
-STEP_KEYS = {"step", "tokens", "learning_rate", "grad_norm", "ce"}
-KV_KEYS = {"k", "v", "lambda_k", "lambda_v", "target_std_k", "target_std_v", "masked_share"}
+STEP_KEYS = {"step", "tokens", "learning_rate", "grad_norm", "cross_entropy", "lambda_cross_entropy"}
+KV_KEYS = {"keys", "values", "lambda_keys", "lambda_values", "target_std_keys", "target_std_values", "masked_share"}
 WEIGHT_KEYS = {f"weight/{task}/{teacher}" for task in ("math", "code") for teacher in ("alpha", "beta")}
 
 
@@ -220,10 +226,10 @@ def test_history_lines_have_their_keys(cell):
             {"step", "tokens", "validation_loss"}
         ] * 3
         assert [line["step"] for line in history if "validation_loss" in line] == [0, 3, 6]
-        assert [line["step"] for line in history if "ce" in line] == [1, 2, 3, 4, 5, 6]
-    assert all(set(line) == STEP_KEYS for line in control if "ce" in line)
-    for line in (line for line in kv if "ce" in line):
-        expected = STEP_KEYS | KV_KEYS | ({"grad_ratio_k", "grad_ratio_v"} if line["step"] % 3 == 0 else set())
+        assert [line["step"] for line in history if "cross_entropy" in line] == [1, 2, 3, 4, 5, 6]
+    assert all(set(line) == STEP_KEYS for line in control if "cross_entropy" in line)
+    for line in (line for line in kv if "cross_entropy" in line):
+        expected = STEP_KEYS | KV_KEYS | ({"grad_ratio_keys", "grad_ratio_values"} if line["step"] % 3 == 0 else set())
         assert expected <= set(line) <= expected | WEIGHT_KEYS
         for task, weights in (("math", (0.7, 0.3)), ("code", (0.3, 0.7))):
             found = [line.get(f"weight/{task}/{teacher}") for teacher in ("alpha", "beta")]
@@ -314,7 +320,7 @@ def test_nan_in_a_term_stops_with_step_and_term(cell, monkeypatch, tmp_path):
         return real(*args, **kwargs) * (float("nan") if next(calls) == 7 else 1.0)
 
     monkeypatch.setattr(distill, "kv_loss", poisoned)
-    with pytest.raises(NonFiniteLossError, match=r"step 4: loss term 'v' is NaN"):
+    with pytest.raises(NonFiniteLossError, match=r"step 4: loss term 'values' is NaN"):
         cell("two", {"train.checkpoint_every": 3, "train.eval_every": 6})
     assert sorted(p.name for p in tmp_path.glob("*/checkpoints/*")) == ["step-00000001", "step-00000003"]
     assert not list(tmp_path.glob("*/out/*"))
@@ -322,14 +328,15 @@ def test_nan_in_a_term_stops_with_step_and_term(cell, monkeypatch, tmp_path):
 
 def test_a_gradient_that_is_not_finite_is_not_applied(cell, monkeypatch, tmp_path):
     """The loss may be finite where its gradient is not: the weights would be lost, and saved."""
-    real, calls = batch_step.token_nll, iter(range(1000))
+    real, calls = batch_step.final_states, iter(range(1000))
 
-    def poisoned(logits, labels):
+    def poisoned(*args, **inputs):
+        states, output = real(*args, **inputs)
         if next(calls) == 4:
-            logits.register_hook(lambda gradient: gradient * float("inf"))
-        return real(logits, labels)
+            states.register_hook(lambda gradient: gradient * float("inf"))
+        return states, output
 
-    monkeypatch.setattr(batch_step, "token_nll", poisoned)
+    monkeypatch.setattr(batch_step, "final_states", poisoned)
     with pytest.raises(NonFiniteLossError, match=r"step 5: .*gradient"):
         cell("control", {"train.checkpoint_every": 1})
     assert max(p.name for p in tmp_path.glob("*/checkpoints/*")) == "step-00000004"

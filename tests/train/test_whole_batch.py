@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from processes import cells, together
 from safetensors.torch import load_file
-from tiny import build, config
+from tiny import MORE_ARMS, build, config
 
 from kvpipe.cache.teacher import LiveRows
 from kvpipe.config import ConfigError
@@ -29,7 +29,8 @@ SETTINGS = {
     "train.max_grad_norm": 1e9,
     "train.batching": "random",
 }
-HEADS = {"projector": {"kind": "heads", "mode": "slow"}, "fit.method": "grouped", "layer.combine": "mix"}
+UNSCALED = {"scale": "none", "distance": "smooth_l1", "skip_sink": 2}
+HEADS = {"projector": {"kind": "heads", "mode": "slow"}, "fit.method": "grouped"}
 MORE = {
     "slow": {"base": "two", "set": HEADS},
     "learnable": {"base": "two", "set": {"fuse": {"kind": "learnable", "entropy": 0.1}}},
@@ -37,12 +38,27 @@ MORE = {
         "base": "two",
         "set": {"fuse": {"kind": "task", "weights": {"default": [0.7, 0.3]}, "offsets": True, "entropy": 0.1}},
     },
-    "unscaled": {"base": "two", "set": {"loss.scale": "none", "loss.distance": "smooth_l1", "loss.skip_sink": 2}},
-    "layers": {"base": "joint", "set": {"loss.layers": [2, 0]}},
+    "unscaled": {"base": "two", "set": {"loss": {"keys": UNSCALED, "values": UNSCALED}}},
+    "layers": {"base": "joint", "set": {"loss.keys.layers": [2, 0], "loss.values.layers": [2, 0]}},
     "moving": {"base": "elastic", "set": {"projector.mode": "joint"}},
 }
-LEARNED = ("joint", "slow", "learnable", "offsets")
-ARMS = (*LEARNED, "one", "attention", "select", "own", "unscaled", "layers", "moving", "logit", "relation")
+MORE |= {name: MORE_ARMS[name] for name in ("many", "states", "likelihood", "attention-outputs")}
+LEARNED = ("joint", "slow", "learnable", "offsets", "states")
+ARMS = (
+    *LEARNED,
+    "one",
+    "attention",
+    "select",
+    "own",
+    "unscaled",
+    "layers",
+    "moving",
+    "logit",
+    "relation",
+    "many",
+    "likelihood",
+    "attention-outputs",
+)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +137,9 @@ def test_a_live_teacher_reads_every_micro_batch_once(tmp_path, monkeypatch):
     asked = []
     fetch = LiveRows.fetch
     monkeypatch.setattr(
-        LiveRows, "fetch", lambda self, examples: (asked.append(len(examples)), fetch(self, examples))[1]
+        LiveRows,
+        "fetch",
+        lambda self, examples, columns: (asked.append(len(examples)), fetch(self, examples, columns))[1],
     )
     for accumulate in (1, 3):
         cells(tmp_path, tmp_path / str(accumulate), live | {"train.accumulate": accumulate}, ["learnable"], False)

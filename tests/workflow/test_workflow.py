@@ -300,11 +300,12 @@ CHANGES = {
     "the image": Change({"image": "containers/other.sif"}, {"data", "model"} | BELOW_DATA, True),
     # arms and seeds
     "an arm's loss": Change(
-        yaml_change(lambda v: v["arms"]["exp2"]["set"].update({"loss.lambda_k": 0.5})), arm_jobs("exp2"), True
+        yaml_change(lambda v: v["arms"]["exp2"]["set"].update({"loss.keys.weight": 0.5})), arm_jobs("exp2"), True
     ),
     "an arm's layers": Change(yaml_change(lambda v: v["arms"]["exp3"]["set"].update(layer=LAYERS)), arm_jobs("exp3")),
     "a new arm": Change(
-        yaml_change(lambda v: v["arms"].update(mine={"base": "exp1", "set": {"loss.lambda_k": 0.0}})), arm_jobs("mine")
+        yaml_change(lambda v: v["arms"].update(mine={"base": "exp1", "set": {"loss.keys.weight": 0.1}})),
+        arm_jobs("mine"),
     ),
     "a new seed": Change(
         yaml_change(lambda v: v["seeds"].append(5)),

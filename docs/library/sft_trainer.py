@@ -1,0 +1,24 @@
+"""Distil with TRL's SFTTrainer: python docs/library/sft_trainer.py STUDENT TEACHER TEXTS.jsonl"""
+
+import sys
+
+from datasets import load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+from kvpipe import KV, DistillationMixin, Distiller, Logits
+
+
+class DistillTrainer(DistillationMixin, SFTTrainer):
+    """TRL's trainer, with a distiller's loss beside its own."""
+
+
+student_id, teacher_id, path = sys.argv[1:]
+data = load_dataset("json", data_files=path, split="train")
+student = AutoModelForCausalLM.from_pretrained(student_id)
+tokenizer = AutoTokenizer.from_pretrained(student_id, padding_side="right")
+distiller = Distiller.fit(student, tokenizer, {"teacher": teacher_id}, data["text"], terms=KV() | Logits(0.5))
+args = SFTConfig("build/sft", max_steps=8, per_device_train_batch_size=4, logging_steps=1, report_to=[],
+                 learning_rate=1e-3, save_strategy="no", use_cpu=True, bf16=False, disable_tqdm=True)  # fmt: skip
+trainer = DistillTrainer(student, args, train_dataset=data, processing_class=tokenizer, distiller=distiller)
+trainer.train()
