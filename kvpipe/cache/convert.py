@@ -20,7 +20,7 @@ from kvpipe.cache.store import Store, StoreKey, attention_cosine, pack, unpack, 
 from kvpipe.experiment.files import content_digest, save_tensors
 from kvpipe.experiment.plan import digest
 
-NAMES = re.compile(r"(?:past_key_values\.|layers\.)?(\d+)\.(key|value)s?$")
+TENSOR_NAMES = re.compile(r"(?:past_key_values\.|layers\.)?(\d+)\.(key|value)s?$")
 """How a layer's tensors are called: `3.key`, `past_key_values.3.value`, `layers.3.keys`."""
 
 
@@ -31,7 +31,7 @@ def import_caches(
 
     Args:
         folder: of `*.safetensors`, one for each text, read in the order of their names. Each layer has two tensors, named
-            as `NAMES` says, `(head, time, dim)` or with a batch axis of 1 in front. Texts are not padded.
+            as `TENSOR_NAMES` says, `(head, time, dim)` or with a batch axis of 1 in front. Texts are not padded.
         out: the store's folder.
         config: of the model that made them, whose rotary embedding turns the keys back.
         dtype: storage type, as `store.dtype`.
@@ -86,7 +86,7 @@ def _read(file: Path, config: PretrainedConfig) -> tuple[Tensor, Tensor]:
         raise ValueError(f"{file} is cut off, or no safetensors file ({error})") from None
     found: dict[tuple[int, str], Tensor] = {}
     for name, tensor in tensors.items():
-        if match := NAMES.match(name):
+        if match := TENSOR_NAMES.match(name):
             found[int(match[1]), match[2]] = tensor[0] if tensor.ndim == 4 and len(tensor) == 1 else tensor
     layers, heads, dim = kv_geometry(config)
     both = []
