@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kvpipe.align.time import segment_weights as segment_weights
     from kvpipe.cache.capture import Recorder as Recorder
     from kvpipe.cache.capture import capture as capture
+    from kvpipe.cache.convert import import_caches as import_caches
     from kvpipe.cache.store import Store as Store
     from kvpipe.config.kinds import FUSIONS as FUSIONS
     from kvpipe.config.kinds import PROJECTORS as PROJECTORS
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from kvpipe.distill.losses import relation_loss as relation_loss
     from kvpipe.distill.terms import HeadTerm as HeadTerm
     from kvpipe.distill.terms import Term as Term
+    from kvpipe.distill.translate import translate_cache as translate_cache
     from kvpipe.tokens.matrix import common_prefix_positions as common_prefix_positions
     from kvpipe.tokens.matrix import overlap as overlap
     from kvpipe.tokens.spans import encode as encode
@@ -62,12 +64,14 @@ HOMES = {
     "align.rope": ("Rope", "rebase"),
     "align.time": ("gather_time", "segment_weights"),
     "cache.capture": ("Recorder", "capture"),
+    "cache.convert": ("import_caches",),
     "cache.store": ("Store",),
     "config.kinds": ("FUSIONS", "PROJECTORS", "TERMS"),
     "distill.distiller": ("KV", "DistillationMixin", "Distiller", "Logits"),
     "distill.fusion": ("Fusion", "build_fusion"),
     "distill.losses": ("kv_loss", "logit_kd_loss", "relation_loss"),
     "distill.terms": ("HeadTerm", "Term"),
+    "distill.translate": ("translate_cache",),
     "tokens.matrix": ("common_prefix_positions", "overlap"),
     "tokens.spans": ("encode", "token_bytes"),
 }

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kvpipe.experiment.files import lock
+from kvpipe.experiment.files import lock_file
 
 STORED_AS = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8", torch.int32: "I32",
@@ -39,7 +39,7 @@ class RowFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self.partial, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            ours = lock(self._file) and self.partial.stat().st_ino == os.fstat(self._file).st_ino
+            ours = lock_file(self._file) and self.partial.stat().st_ino == os.fstat(self._file).st_ino
         except FileNotFoundError:
             ours = False
         if not ours:  # what was opened is another process's, which may have finished since

@@ -54,7 +54,7 @@ class HeadsProjectorConfig(ProjectorSettings):
     """Head dimension, then head mixing."""
 
 
-SHARED = ("pca", "joint_pca", "procrustes", "reconstruct", "random")
+SPACES = ("pca", "joint_pca", "procrustes", "reconstruct", "random")
 """Methods that make a space of their own, which all teachers of an arm share."""
 
 
@@ -63,8 +63,8 @@ class FitConfig(Section):
 
     tag: ClassVar[str] = "method"
     options: ClassVar = {
-        "basis": SHARED,
-        "whiten": SHARED,
+        "basis": SPACES,
+        "whiten": SPACES,
         "steps": ("reconstruct",),
         "ridge": ("joint_pca", "reconstruct", "ridge"),
         "seed": ("random", "reconstruct"),

@@ -5,18 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kvpipe.config import Template
+from kvpipe.config import Reading, Template
 from kvpipe.experiment.files import replacing
 from kvpipe.tokens.segments import Segmented
 
 OPTIONAL = ("tests", "choices", "messages")
 """Fields that few data sets have."""
-Reading = Literal["student", "own"]
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from kvpipe.distill.terms import Facts, Said, Student, TeacherFacts, teacher_lay
 from kvpipe.experiment.files import GB, read_json, save_tensors, write_json
 from kvpipe.experiment.sizes import estimate_bytes
 from kvpipe.models.head import Head
-from kvpipe.tokens.decode import decode
+from kvpipe.tokens.decode import decoded
 from kvpipe.tokens.matrix import common_prefix_positions
 from kvpipe.tokens.segments import Segmented
 from kvpipe.tokens.vocabulary import same_tokens
@@ -250,7 +250,7 @@ class Distiller(nn.Module):
         dst, length = (
             encoded_ids(
                 [row[mask] for row, mask in zip(batch.input_ids.cpu(), batch.mask.cpu(), strict=True)],
-                lambda ids: decode(self.tokenizer, ids),
+                lambda ids: decoded(self.tokenizer, ids),
             ),
             batch.input_ids.shape[1],
         )

@@ -121,7 +121,7 @@ def set_mode(*paths: Path) -> None:
 
 
 # ---------------------------------------------------------------- one process at a time
-def lock(handle: int, wait: bool = False) -> bool:
+def lock_file(handle: int, wait: bool = False) -> bool:
     """Take the lock of an open file, which ends with the process; False where another process has it.
 
     A file system that has no locks (Lustre mounted without `flock`) lets everyone in.
@@ -150,11 +150,11 @@ def alone(path: Path, taken: str, log: Callable[[str], object] | None = None) ->
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
-        if not lock(file.fileno()):
+        if not lock_file(file.fileno()):
             if log is None:
                 raise OSError(f"{taken} ({path} is locked): wait for it, or stop it and run the same command again")
             log(f"{taken}; waiting for it")
-            lock(file.fileno(), wait=True)
+            lock_file(file.fileno(), wait=True)
         yield
 
 

@@ -42,7 +42,7 @@ COMPANIONS = (
 )  # fmt: skip
 """Files of a model folder beside config and weights that a model made from it takes over."""
 CODED = "it is code of its own (config.json: auto_map), which runs with models.<name>.trust_remote_code: true only"
-OLDER = re.compile("rope_|rotary_|partial_rotary_|_|sliding_window_pattern")
+OLDER_KEYS = re.compile("rope_|rotary_|partial_rotary_|_|sliding_window_pattern")
 """Beginnings of fields that transformers still reads, under other names."""
 
 
@@ -237,7 +237,7 @@ def build_model(architecture: dict[str, Any], tokenizer: Any, seed: int) -> PreT
         raise ValueError(f"architecture: model_type is missing (has {sorted(values)})")
     known = AutoConfig.for_model(values["model_type"])
     for key in values:
-        if not hasattr(known, key) and not OLDER.match(
+        if not hasattr(known, key) and not OLDER_KEYS.match(
             key
         ):  # transformers takes any key, and reads those that it knows
             raise ValueError(

@@ -78,9 +78,7 @@ class KeptCells:
         return {
             "settings": settings,
             "data": {split: _content(inputs, split) for split, path in splits.items() if path.is_file()},
-            "models": {
-                name: digest(recorded(path.parent)["files"], 16) for name, path in models.items() if path.is_file()
-            },
+            "models": {name: _weights(path.parent) for name, path in models.items() if path.is_file()},
             "code": code_hash("kvpipe.steps.train"),
             "commit": git_commit(),
         }
@@ -108,8 +106,10 @@ class KeptCells:
         """
         out, paths = self.folder_of(arm, seed), self.paths
         out.mkdir(parents=True, exist_ok=True)
-        for path in (paths.history(arm, seed), paths.cost(arm, seed)):
-            shutil.copyfile(path, out / path.name)
+        shutil.copyfile(paths.history(arm, seed), out / HISTORY)
+        cost = read_json(paths.cost(arm, seed), "train the cell again")
+        cost.get("provenance", {}).pop("host", None)  # of no use elsewhere
+        write_json(out / COST, cost)
         made = self.made_from(arm, paths.items(arm, seed).is_file())
         if paths.items(arm, seed).is_file():
             items = pd.read_parquet(paths.items(arm, seed))
@@ -236,3 +236,11 @@ def _said(section: Section, exclude: set[str] | None = None) -> dict[str, Any]:
 def _content(inputs: Inputs, split: str) -> str:
     """Of the records, whatever the file's format."""
     return digest([asdict(record) for record in inputs.records(split)], 16)
+
+
+def _weights(folder: Path) -> str:
+    """Of a model's weights and tokenizer; its config names the version of the package that wrote it."""
+    files = recorded(folder)["files"]
+    return digest(
+        {name: files[name] for name in files if name.endswith(".safetensors") or name == "tokenizer.json"}, 16
+    )

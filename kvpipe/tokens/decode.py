@@ -14,10 +14,10 @@ from kvpipe.tokens.spans import token_bytes
 _bytes_of = lru_cache(maxsize=8)(token_bytes)
 
 
-def decode(tokenizer: Any, ids: Int64[Tensor, "time"]) -> tuple[str, Int64[Tensor, "time 2"]]:
+def decoded(tokenizer: Any, ids: Int64[Tensor, "time"]) -> tuple[str, Int64[Tensor, "time 2"]]:
     """The text that ids spell, and the byte span of each; special tokens have empty spans where they stand.
 
-    >>> text, spans = decode(tokenizer, ids)                                             # doctest: +SKIP
+    >>> text, spans = decoded(tokenizer, ids)                                             # doctest: +SKIP
 
     A space that a tokenizer invents in front of the text is not one of its bytes. Where the ids end inside a character, the
     text ends before it.

@@ -19,7 +19,7 @@ from kvpipe.models.folders import load_model, load_tokenizer
 from kvpipe.models.head import Head, final_states
 from kvpipe.steps.objective import load_objective
 from kvpipe.steps.train import prepare
-from kvpipe.tokens.decode import decode
+from kvpipe.tokens.decode import decoded
 from kvpipe.tokens.spans import encode
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "library"
@@ -198,9 +198,9 @@ def test_ids_are_decoded_to_the_spans_that_they_were_encoded_with(work, name):
     for text in ("k=8\nl=k-2\n", "What is 12 + 3? It is 15.", "naïve ≠ 愛 🙂", ""):
         tokens = encode(tokenizer, text) if text else None
         if tokens is None:
-            assert decode(tokenizer, torch.zeros(0, dtype=torch.long))[0] == ""
+            assert decoded(tokenizer, torch.zeros(0, dtype=torch.long))[0] == ""
             continue
-        found, spans = decode(tokenizer, tokens.ids)
+        found, spans = decoded(tokenizer, tokens.ids)
         assert found == text
         assert torch.equal(spans, tokens.spans)
 
@@ -208,7 +208,7 @@ def test_ids_are_decoded_to_the_spans_that_they_were_encoded_with(work, name):
 def test_ids_that_end_inside_a_character_end_before_it(work):
     tokenizer = load_tokenizer(work.paths.model("alpha"))
     ids = encode(tokenizer, "a🙂").ids
-    text, spans = decode(tokenizer, ids[:-1])
+    text, spans = decoded(tokenizer, ids[:-1])
     assert text == "a" and spans[-1, 1] == 1
 
 
