@@ -124,7 +124,7 @@ class KnownFusion(Fusion):
         tasks = [""] * targets.keys.shape[2] if tasks is None else tasks
         if len(tasks) != targets.keys.shape[2]:
             raise ValueError(f"{len(tasks)} tasks came for {targets.keys.shape[2]} examples")
-        prior = self.prior(len(targets.keys), tasks).to(targets.keys.device)
+        prior = self.prior(len(targets.keys), tasks).to(wide(targets.keys[:0]))
         return rearrange(prior, "teacher batch -> teacher 1 batch 1 1")
 
 

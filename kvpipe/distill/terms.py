@@ -448,7 +448,8 @@ class StatesTerm(Term):
         masks = self._masks(batch, said)
         count = sum((mask * share[:, None].to(device)).sum() for mask, share in zip(masks, shares, strict=True))
         moments = [
-            target_moments(self.theirs(said, t).to(device)[:, :, None], mask).flatten() for t, mask in enumerate(masks)
+            target_moments(self.theirs(said, t).to(device).double()[:, :, None], mask).flatten()
+            for t, mask in enumerate(masks)
         ]
         return torch.cat([torch.as_tensor(count, device=device).to(moments[0])[None], *moments])
 

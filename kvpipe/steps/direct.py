@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvpipe.config import Config, ConfigError, FileData, overridden, parse
+from kvpipe.config import Config, ConfigError, FileData, HubModel, overridden, parse
 from kvpipe.data.rows import read_rows
 from kvpipe.experiment.files import digest_of, write_json
 from kvpipe.experiment.paths import Paths
@@ -52,8 +53,8 @@ class Method:
 
 
 def experiment(
-    teachers: list[str],
-    student: str,
+    teachers: Sequence[str | Path],
+    student: str | Path,
     data: Path,
     out: Path,
     overrides: list[str] | None = None,
@@ -121,8 +122,8 @@ def kept(cell: Path, overrides: list[str] | None = None) -> tuple[Config, Paths]
 
 
 def train_direct(
-    teachers: list[str],
-    student: str,
+    teachers: Sequence[str | Path],
+    student: str | Path,
     data: Path,
     out: Path,
     arm: str | None = None,
@@ -139,11 +140,15 @@ def train_direct(
     from kvpipe.steps.train import make_cell
 
     config, paths = experiment(teachers, student, data, out, overrides, method)
+    if any(isinstance(model, HubModel) for model in config.models.values()):
+        from kvpipe.models.hub import lock
+
+        config = config.model_copy(update={"lock": lock(config)})
     make_cell(Inputs(config, paths), arm or ARM, seed, out, checkpoints, made, log)
     keep(config, paths, out)
 
 
-def _model(given: str) -> dict[str, Any]:
+def _model(given: str | Path) -> dict[str, Any]:
     """The source of a folder or of a hub id.
 
     Raises:
@@ -153,19 +158,21 @@ def _model(given: str) -> dict[str, Any]:
     if path.is_dir():
         if not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
             raise ConfigError(f"{path} is not a model folder: it needs config.json and safetensors")
-        return {"source": "local", "path": given}
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", given):
-        raise ConfigError(f"{given} is neither a model folder nor a hub id (owner/name)")
-    return {"source": "hub", "repo": given}
+        return {"source": "local", "path": str(given)}
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(given)):
+        raise ConfigError(
+            f"{given} is not a model folder: it needs config.json and safetensors; nor is it a hub id (owner/name)"
+        )
+    return {"source": "hub", "repo": str(given)}
 
 
-def _place(given: str) -> str:
-    return str(Path(given).resolve()) if Path(given).is_dir() else given
+def _place(given: str | Path) -> str:
+    return str(Path(given).resolve()) if Path(given).is_dir() else str(given)
 
 
-def _names(teachers: list[str]) -> dict[str, str]:
+def _names(teachers: Sequence[str | Path]) -> dict[str, str | Path]:
     """A name for every teacher: its folder's, with a number where two have the same and no dot, which parts keys in --set."""
-    names: dict[str, str] = {}
+    names: dict[str, str | Path] = {}
     for given in teachers:
         base = re.sub(r"[^A-Za-z0-9_-]", "-", Path(_place(given)).name).lstrip("-_") or "teacher"
         name, number = base, 2

@@ -93,8 +93,11 @@ def train_cell(inputs: Inputs, arm: str, seed: int, out: Path, checkpoints: Path
     """
     busy = f"another process is training {arm}, seed {seed}"
     first = os.environ.get("RANK") in (None, "", "0")
-    with alone(checkpoints / ".lock", busy) if first else nullcontext():
+    held = checkpoints.with_name(f"{checkpoints.name}.lock")
+    with alone(held, busy) if first else nullcontext():
         _train_cell(inputs, arm, seed, out, checkpoints, log)
+        if first:
+            held.unlink(missing_ok=True)
 
 
 def _train_cell(inputs: Inputs, arm: str, seed: int, out: Path, checkpoints: Path, log) -> None:

@@ -64,7 +64,7 @@ def test_grouping_by_length_pads_less(steps):
 
 
 def test_too_few_examples_is_an_error():
-    with pytest.raises(ValueError, match="batch_size 7 exceeds the 3"):
+    with pytest.raises(ValueError, match="batch_size: 7 exceeds the 3"):
         schedule(np.array([3, 4, 5]), 7, 1, 0, True)
 
 

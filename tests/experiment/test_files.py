@@ -118,7 +118,7 @@ def test_two_runs_of_one_cell_say_so(tmp_path):
     prepare(work, "control", log=lambda line: None)
     checkpoints = tmp_path / "checkpoints"
     with (
-        alone(checkpoints / ".lock", "the first"),
+        alone(checkpoints.with_name("checkpoints.lock"), "the first"),
         pytest.raises(OSError, match="another process is training control, seed 0"),
     ):
         train_cell(work, "control", 0, work.paths.cell("control", 0), checkpoints, log=lambda line: None)

@@ -44,7 +44,7 @@ def test_a_student_from_folders_and_a_file(place, tmp_path):
     assert done.exit_code == 0, done.output + repr(done.exception)
     AutoModelForCausalLM.from_pretrained(out / "model")
     lines = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
-    assert any("v" in line and "k" not in line for line in lines), "the value term alone"
+    assert any("values" in line and "keys" not in line for line in lines), "the value term alone"
     assert "expert" in (out / "model" / "README.md").read_text()
     (made,) = (out / "artefacts").iterdir()
     sizes = {

@@ -12,7 +12,7 @@ from kvpipe.steps.train import prepare, train_cell
 NAMES = ("alpha", "beta", "gamma")
 FUSIONS = {
     "mean": {},
-    "fixed": {"weights": {"default": [0.5, 0.3, 0.2]}},
+    "fixed": {"weights": [0.5, 0.3, 0.2]},
     "task": {"weights": {"math": [0.6, 0.3, 0.1], "default": [0.2, 0.2, 0.6]}},
     "attention": {},
     "learnable": {"entropy": 0.01},
@@ -25,7 +25,11 @@ def arms(names) -> dict:
     order = [NAMES.index(name) for name in names]
     made = {}
     for kind, more in FUSIONS.items():
-        table = {task: [row[i] for i in order] for task, row in more.get("weights", {}).items()}
+        rows = more.get("weights", {})
+        if isinstance(rows, list):
+            table = [rows[i] for i in order]
+        else:
+            table = {task: [row[i] for i in order] for task, row in rows.items()}
         fuse = {**more, "kind": kind} | ({"weights": table} if table else {})
         made[f"{kind}-{'-'.join(names)}"] = {"base": "two", "set": {"teachers": list(names), "fuse": fuse}}
     return made
@@ -59,7 +63,7 @@ def test_weights_sum_to_one_and_follow_the_teachers(cell, kind):
     turned_steps, turned = cell(kind, NAMES[::-1])
     seen = 0
     for line, other in zip(steps, turned_steps, strict=True):
-        assert line["k"] > 0 and line["v"] > 0
+        assert line["keys"] > 0 and line["values"] > 0
         for task in ("math", "code"):
             weights = [line.get(f"weight/{task}/{name}") for name in NAMES]
             if weights[0] is None:  # none of that task in the batch
