@@ -161,7 +161,7 @@ def _model(given: str | Path) -> dict[str, Any]:
         return {"source": "local", "path": str(given)}
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(given)):
         raise ConfigError(
-            f"{given} is not a model folder: it needs config.json and safetensors; nor is it a hub id (owner/name)"
+            f"{given} is neither a model folder nor a hub id (owner/name): a model folder holds config.json and safetensors"
         )
     return {"source": "hub", "repo": str(given)}
 

@@ -72,7 +72,11 @@ def export(
     kept = np.concatenate([encoding.ids[encoding.rows(i)] for i in examples])
     if not np.array_equal(again.ids, kept):
         raise SavedStudentDiffers(f"{unchecked}: its tokenizer gives other ids than the student's own in {source}")
-    saved = _nats(cell, load_model(unchecked, torch.float32, str(device), trust), again)
+    try:
+        loaded = load_model(unchecked, torch.float32, str(device), trust)
+    except ValueError as error:
+        raise SavedStudentDiffers(f"{error}. The cell does not count as done and its checkpoints stay") from error
+    saved = _nats(cell, loaded, again)
     spent += time.perf_counter() - begun
     if not abs(saved - in_memory) <= TOLERANCE[dtype]:  # NaN fits no tolerance
         raise SavedStudentDiffers(
