@@ -13,6 +13,7 @@ from kvpipe.cli import steps, use
 from kvpipe.cli.options import say
 from kvpipe.config import ConfigError
 from kvpipe.config.errors import printable
+from kvpipe.experiment import progress
 
 # what a user can put right is told without a traceback
 USER_ERRORS = (ConfigError, OSError, KeyError, ValueError, RuntimeError, ArithmeticError, ImportError, MemoryError)
@@ -56,6 +57,7 @@ def main() -> None:
     try:
         app(one_by_one(sys.argv[1:]), standalone_mode=True)
     except Exception as error:
+        progress.stop()
         # safetensors has an error of its own for a full disk or a damaged file; importing it here would cost every call
         users = isinstance(error, USER_ERRORS) or type(error).__name__ == "SafetensorError"
         # CPython's own import ends in a SystemError where memory runs out
@@ -75,3 +77,5 @@ def main() -> None:
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(1)
         raise SystemExit(1) from None
+    finally:
+        progress.stop()

@@ -32,6 +32,7 @@ UNHASHED = {
     "kvpipe.experiment.plan",
     "kvpipe.experiment.steps",
     "kvpipe.experiment.provenance",
+    "kvpipe.experiment.progress",
     "kvpipe.train.card",
     "kvpipe.steps.make",
     "kvpipe.cli.app",
