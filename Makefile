@@ -18,7 +18,7 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install login image wheelhouse image-offline lock report test test-slow test-lm-eval test-real test-cluster torture study real real-weights real-check teachers bench compat messages validate-stats lint format config clean
+.PHONY: help install login image wheelhouse image-offline lock report test test-slow test-lm-eval test-real test-cluster torture study real real-weights real-check teachers bench compat messages validate-stats robustness lint format config clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
@@ -120,6 +120,9 @@ bench: $(STAMP)  ## measure docs/benchmarks.md again
 
 validate-stats: $(STAMP)  ## the tables of docs/statistics.md: coverage, error, power by simulation; ten minutes of one core
 	$(TOOL) tools/validate_stats.py --out docs/statistics.md
+
+robustness: $(STAMP)  ## the verdicts under other arithmetic, into docs/statistics.md; an hour and a half
+	$(TOOL) tools/robustness.py
 
 compat: $(STAMP)  ## the tables of docs/method.md: architectures, rotary embeddings, tokenizers
 	$(TOOL) tools/compat.py
