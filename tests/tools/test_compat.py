@@ -1,4 +1,4 @@
-"""The tables of docs/method.md have a row for every entry of the zoos, and are those that the runs give."""
+"""The tables of docs/method/compatibility.md have a row for every entry of the zoos, and are those that the runs give."""
 
 import re
 
