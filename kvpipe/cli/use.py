@@ -242,9 +242,9 @@ recipes = typer.Typer(no_args_is_help=True, help="Overlays for other machines an
 @recipes.command("ls")
 def list_recipes() -> None:
     """List the shipped ones."""
-    from kvpipe.experiment.project import recipes
+    from kvpipe.experiment.project import shipped_recipes
 
-    for name, text in recipes().items():
+    for name, text in shipped_recipes().items():
         say(f"{name:<16}{text}")
 
 

@@ -63,7 +63,7 @@ def _texts(name: str, template: TemplateName) -> dict[str, str]:
         "README.md": Template(found["README.md.jinja"], trim_blocks=True, keep_trailing_newline=True).render(
             name=name, template=template, version=__version__
         ),
-        ".gitignore": "results/\n.snakemake/\n",
+        ".gitignore": found["gitignore"],
         "workflow/Snakefile": found["Snakefile"],
         "config/config.yaml": f"# yaml-language-server: $schema=schema.json\n{config}",
     }
@@ -81,7 +81,7 @@ def _copies(template: TemplateName) -> dict[str, Path]:
     return {name: SHIPPED / name for name in sorted(names)}
 
 
-def recipes() -> dict[str, str]:
+def shipped_recipes() -> dict[str, str]:
     """Name → what it is over, by the first sentence of its file."""
     files = sorted(RECIPES.glob("*.yaml"))
     heads = {path.stem: path.read_text(encoding="utf-8").split("\n\n")[0].replace("\n# ", " ") for path in files}
@@ -95,8 +95,8 @@ def copy_recipe(name: str, out: Path) -> Path:
         ConfigError: no such recipe; names the nearest.
         FileExistsError: the file is there already.
     """
-    if name not in recipes():
-        raise ConfigError(f"no recipe {name!r}{nearest(name, recipes())}")
+    if name not in shipped_recipes():
+        raise ConfigError(f"no recipe {name!r}{nearest(name, shipped_recipes())}")
     path = out / f"{name}.yaml" if out.is_dir() or not out.suffix else out
     if path.exists():
         raise FileExistsError(f"{path}: there already; name another file")

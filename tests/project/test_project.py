@@ -15,7 +15,7 @@ from kvpipe import __version__
 from kvpipe.cli import app as cli
 from kvpipe.cli.app import one_by_one
 from kvpipe.config import load
-from kvpipe.experiment.project import CONFIGURATIONS, SHIPPED, copy_recipe, init, recipes
+from kvpipe.experiment.project import CONFIGURATIONS, SHIPPED, copy_recipe, init, shipped_recipes
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,7 +74,7 @@ def test_recipes_are_listed_and_copied(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     listed = CliRunner().invoke(cli.app, ["recipes", "ls"]).output.splitlines()
     assert [line.split()[0] for line in listed] == sorted(p.stem for p in (ROOT / "config/recipes").glob("*.yaml"))
-    assert all(text.startswith("Over config/") for text in recipes().values())
+    assert all(text.startswith("Over config/") for text in shipped_recipes().values())
     done = CliRunner().invoke(cli.app, ["recipes", "cp", "gpu24"])
     assert done.exit_code == 0, repr(done.exception)
     assert Path("config/recipes/gpu24.yaml").read_text() == (ROOT / "config/recipes/gpu24.yaml").read_text()
