@@ -161,6 +161,7 @@ class Objective(nn.Module):
             progress: (step, steps).
             only: name of a term.
         """
+        student.progress = progress[0] / max(progress[1], 1)
         weights: dict[str, float] = {name: term.weight(*progress) for name, term in self.terms.items()}
         counts = {name: weight if only in (None, name) else 0.0 for name, weight in weights.items()}
         heads = {name: term for name, term in self.terms.items() if isinstance(term, HeadTerm)}
