@@ -39,6 +39,10 @@ class Batch:
         counted[:, 0] = False
         return counted
 
+    def __getitem__(self, some: slice) -> Batch:
+        """Some of the examples, as long as they are."""
+        return Batch(self.examples[some], self.input_ids[some], self.attention_mask[some], self.labels[some])
+
     def to(self, device) -> Batch:
         """The tensors on another device."""
         return Batch(self.examples, self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))

@@ -65,6 +65,14 @@ class Encoding:
             texts=tuple(self.texts[i] for i in examples) if self.texts else (),
         )
 
+    def __add__(self, other: Encoding) -> Encoding:
+        """The examples of both."""
+        both = {
+            name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in ARRAYS if name != "offsets"
+        }
+        offsets = np.concatenate([self.offsets, self.offsets[-1] + other.offsets[1:]])
+        return Encoding(**both, offsets=offsets, texts=self.texts + other.texts)
+
     def rows(self, example: SupportsIndex) -> slice:
         """The rows of one example."""
         return slice(int(self.offsets[example]), int(self.offsets[int(example) + 1]))

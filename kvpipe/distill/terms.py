@@ -116,6 +116,13 @@ class Said:
     fused: FusedTarget | None = None
     """The projected, fused caches."""
 
+    def __add__(self, other: Said) -> Said:
+        """Of both batches, one below the other, padded to one length."""
+        rows = [a + b if a is not None and b is not None else None for a, b in zip(self.rows, other.rows, strict=True)]
+        top = [tuple(map(torch.cat, zip(a, b, strict=True))) for a, b in zip(self.top, other.top, strict=True)]
+        shares = None if self.shares is None else torch.cat([self.weights, other.weights], dim=1)
+        return Said(rows, top, shares)  # type: ignore[arg-type]
+
     def of(self, teacher: int) -> Aligned:
         """The columns of a teacher."""
         found = self.rows[teacher]

@@ -11,6 +11,7 @@ from torch import nn
 from kvpipe.config import Arm, ConfigError, EvaluateConfig, TrainConfig
 from kvpipe.data.encoding import Encoding
 from kvpipe.distill.objective import Objective
+from kvpipe.train.online import OnPolicy
 
 
 @dataclass
@@ -36,6 +37,8 @@ class Cell:
     """Numbers of the training examples that it sees."""
     made_from: dict[str, Any]
     """What must agree when a checkpoint is continued, as JSON."""
+    online: OnPolicy | None = None
+    """What the student writes itself, where the arm asks for it."""
 
 
 def budget(config: TrainConfig, arm: Arm) -> TrainConfig:
