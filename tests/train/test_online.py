@@ -61,7 +61,9 @@ def test_a_written_text_is_read_as_a_training_text_is(work):
     places = online.places(examples)
     for place, example in zip(places, examples, strict=True):
         # but for the end of text, which a completion may lack
-        assert np.array_equal(online.encoding.ids[online.encoding.rows(place)], encoding.ids[encoding.rows(example)][:-1])
+        assert np.array_equal(
+            online.encoding.ids[online.encoding.rows(place)], encoding.ids[encoding.rows(example)][:-1]
+        )
     given = collate(encoding, examples, cell.pad_id)
     length = int(online.encoding.lengths.max())
     written = collate(online.encoding, places, cell.pad_id)
