@@ -174,7 +174,11 @@ def encode_texts(
         spans.append(span)
         stripped.append(text)
         room = Segmented(*text, *[""] * (most - len(text)))
-        segments.append(token_segments(span, room.boundaries))
+        if chat and len(whole) > SEGMENTS:  # a mark has no bytes left to say on which side of an answer's end it stands
+            marked = Segmented(*whole, *[""] * (most - len(whole)))
+            segments.append(token_segments(tokens.spans.numpy(), marked.boundaries))
+        else:
+            segments.append(token_segments(span, room.boundaries))
         byte_segments.append(list(pairwise(room.boundaries)))
         hashes.append([hash_bytes(segment.encode()) for segment in room])
     take = "the row brings one and the tokenizer or kvpipe another: take it out of the rows or of data.template"

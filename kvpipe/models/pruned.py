@@ -1,4 +1,5 @@
-"""A model of some layers of another: chosen one by one by the loss that their removal costs, or at even distances."""
+"""A model of some layers of another: chosen one by one by the loss that their removal costs, or at even distances; its
+width is cut by `width`."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")
 
 
 def prune(entry: PrunedModel, whole: Path, texts: list[Record], config: Config, out: Path) -> dict[str, Any]:
-    """Write a model folder with some layers, heads and channels of another; its other weights, its tokenizer and their type stay as they are.
+    """Write a model folder with some layers, heads and channels of another; all else of it stays as it is.
 
     Args:
         entry: which layers, or how many and by what.
