@@ -88,13 +88,12 @@ class Encoding:
     def _of_turns(self, turns: int) -> Encoding:
         """With room for so many."""
         more = turns * SEGMENTS - self.segments.shape[1]
-        ends = {
-            name: np.concatenate([x, np.repeat(x[:, -1:, 1:], 2, axis=2).repeat(more, axis=1)], axis=1)
-            for name in ("segments", "byte_segments")
-            for x in [getattr(self, name)]
-        }
+        parts, spelled = (
+            np.concatenate([x, x[:, -1:, [1, 1]].repeat(more, axis=1)], axis=1)
+            for x in (self.segments, self.byte_segments)
+        )
         hashes = np.pad(self.segment_hashes, ((0, 0), (0, more)), constant_values=hash_bytes(b""))
-        return replace(self, **ends, segment_hashes=hashes)
+        return replace(self, segments=parts, byte_segments=spelled, segment_hashes=hashes)
 
     def rows(self, example: SupportsIndex) -> slice:
         """The rows of one example."""
