@@ -14,10 +14,10 @@ GROUP = 32
 
 @torch.no_grad()
 def quantize(model: nn.Module, kind: Bits) -> int:
-    """Round the weights of all linear layers but the head, in place, symmetric, by torchao.
+    """Round the weights of all linear layers but the head to so many bits, symmetric, and back, in place.
 
-    They are dequantized at once: few processors have kernels for such weights, and what is computed is the same
-    everywhere.
+    Few processors have kernels that multiply such weights; rounded ones compute the same everywhere, in the time of the
+    others. (torchao, imported by transformers wherever it is installed, adds a second to every command.)
 
     Returns:
         Bytes of the weights as a file would hold them: packed, with a scale for each row or group, all else as it is.
@@ -25,23 +25,20 @@ def quantize(model: nn.Module, kind: Bits) -> int:
     Raises:
         ValueError: a layer's inputs do not divide into groups.
     """
-    # seconds to import
-    from torchao.quantization import IntxWeightOnlyConfig, PerAxis, PerGroup, quantize_
-
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    chosen = {id(m): m for m in model.modules() if isinstance(m, nn.Linear) and m is not head}
-    for name, module in model.named_modules():
-        if kind == "int4" and id(module) in chosen and module.in_features % GROUP:
-            raise ValueError(
-                f"evaluate.variants: int4 takes {GROUP} weights at a time, and {name} has {module.in_features} inputs; use int8"
-            )
+    head, most = model.get_output_embeddings(), {"int8": 127, "int4": 7}[kind]  # type: ignore[operator]
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    bits, granularity = (8, PerAxis(0)) if kind == "int8" else (4, PerGroup(GROUP))
-    config = IntxWeightOnlyConfig(weight_dtype=getattr(torch, kind), granularity=granularity)
-    quantize_(model, config, lambda module, _name: id(module) in chosen)
-    for layer in chosen.values():
-        weight = layer.weight.dequantize()
-        layer.weight = nn.Parameter(weight, requires_grad=False)
-        scales = weight.shape[0] if kind == "int8" else weight.numel() // GROUP
-        size -= weight.numel() * weight.element_size() - weight.numel() * bits // 8 - scales * weight.element_size()
+    for name, layer in model.named_modules():
+        if not isinstance(layer, nn.Linear) or layer is head:
+            continue
+        if kind == "int4" and layer.in_features % GROUP:
+            what = f"int4 takes {GROUP} weights at a time, and {name} has {layer.in_features} inputs; use int8"
+            raise ValueError(f"evaluate.variants: {what}")
+        weight = layer.weight
+        rows = weight.float().reshape(-1, layer.in_features if kind == "int8" else GROUP)
+        scales = rows.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / most
+        zeros = torch.zeros(len(rows), dtype=torch.int32, device=rows.device)
+        rounded = torch.fake_quantize_per_channel_affine(rows, scales, zeros, 0, -most - 1, most)
+        weight.copy_(rounded.reshape(weight.shape))
+        saved = weight.numel() * weight.element_size() - weight.numel() * (8 if kind == "int8" else 4) // 8
+        size += len(rows) * weight.element_size() - saved
     return size
