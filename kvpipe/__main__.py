@@ -13,9 +13,9 @@ def main() -> None:
 
             serve(sys.argv[2])  # goes on in a child, with that one's command line
         elif os.sep in server:
-            from kvpipe.cli.server import ask
+            from kvpipe.cli.server import delegate
 
-            ask(server)
+            delegate(server)
         from kvpipe.cli.app import main as run
 
         run()

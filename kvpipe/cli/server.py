@@ -1,6 +1,6 @@
 """One process that has imported the libraries, which takes seconds, and forks a child for each step of a `snakemake` call.
 
-The Snakefile calls `start`, and every `kvpipe` whose KVPIPE_SERVER is an address `ask`: it hands over files, folder, arguments
+The Snakefile calls `start`, and every `kvpipe` whose KVPIPE_SERVER is an address `delegate`: it hands over files, folder, arguments
 and environment, forwards signals, and ends as the child ended. Where what a child cannot be given differs (`fixed`), the
 server says so once and the step runs by itself. Nothing heavy is imported at the top.
 """
@@ -43,7 +43,7 @@ def fixed() -> dict[str, str]:
     }
 
 
-def say(text: str) -> None:
+def announce(text: str) -> None:
     """A line for people."""
     print(f"kvpipe server: {text}", file=sys.stderr, flush=True)
 
@@ -54,7 +54,7 @@ def start(threads: int, elsewhere: str | None) -> None:
     if wanted == "off" or (wanted != "on" and (elsewhere or "SLURM_JOB_ID" in os.environ)):
         return
     if elsewhere or not hasattr(os, "pidfd_open"):
-        say(f"none, since steps run {elsewhere or 'on a system without pidfd_open'}; each imports for itself")
+        announce(f"none, since steps run {elsewhere or 'on a system without pidfd_open'}; each imports for itself")
         return
     os.environ["KVPIPE_SERVER"] = address = str(Path(tempfile.mkdtemp(prefix="kvpipe-")) / "socket")
     # as Snakemake sets them for each rule; and pyarrow's allocator would start a thread
@@ -66,7 +66,7 @@ def start(threads: int, elsewhere: str | None) -> None:
     os.close(lives)
 
 
-def ask(address: str) -> None:
+def delegate(address: str) -> None:
     """Run this process's command line in a child of a server and end as it does; return where that cannot be."""
     server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
@@ -79,7 +79,7 @@ def ask(address: str) -> None:
     except OSError as error:  # it was killed, or the environment is too long for one message
         with suppress(OSError):
             Path(address).unlink()  # whoever can remove it is the first one
-            say(f"no answer ({error}); this step and the next ones run by themselves")
+            announce(f"no answer ({error}); this step and the next ones run by themselves")
         return
     # without a terminal a process does not obey SIGTSTP
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD}:
@@ -112,7 +112,7 @@ def serve(address: str) -> None:
         given = json.loads(message or "{}")
         differing = {name for name, _ in own.items() ^ given.get("fixed", own).items()}
         if differing - told:
-            say(f"steps import for themselves where these differ: {', '.join(sorted(differing - told))}")
+            announce(f"steps import for themselves where these differ: {', '.join(sorted(differing - told))}")
             told |= differing
         if given and not differing and os.fork() == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)

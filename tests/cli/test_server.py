@@ -23,7 +23,7 @@ server.LIBRARIES = sys.argv[3:]
 if sys.argv[1] == "serve":
     server.serve(sys.argv[2])
 elif "KVPIPE_SERVER" in os.environ:
-    server.ask(os.environ["KVPIPE_SERVER"])
+    server.delegate(os.environ["KVPIPE_SERVER"])
 import signal, time
 exec(sys.argv[1])
 """
