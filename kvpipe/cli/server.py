@@ -1,6 +1,6 @@
 """One process that has imported the libraries, which takes seconds, and forks a child for each step of a `snakemake` call.
 
-The Snakefile calls `start`, and every `kvpipe` whose KVPIPE_SERVER is an address `delegate`: it hands over files, folder, arguments
+The Snakefile calls `start`, every `kvpipe` whose KVPIPE_SERVER is an address `delegate`: it hands over files, folder, arguments
 and environment, forwards signals, and ends as the child ended. Where what a child cannot be given differs (`fixed`), the
 server says so once and the step runs by itself. Nothing heavy is imported at the top.
 """
