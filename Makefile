@@ -21,7 +21,7 @@ export HF_HUB_OFFLINE = 1
 .PHONY: help install login image wheelhouse image-offline lock report test test-slow test-lm-eval test-real test-cluster test-cluster-long torture study real real-weights real-check teachers bench compat messages validate-stats lint format config clean
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 24
 
 install: $(STAMP)  ## .venv with the locked packages
 
