@@ -73,7 +73,9 @@ def image(cluster, cache):
             os.chown(folder / "containers" / path.name, 1000, 1000)
     make = f"make image-offline VARIANT={VARIANT} BASE=/cache/base WHEELHOUSE=/cache/wheelhouse"
     # half of a build is compression, for a file that stays here
-    said = cluster.run(f"APPTAINER_OPTIONS=--mksquashfs-args=-no-compression {make}", seconds=3600, folder=Path("/home/ann/kvpipe"))
+    said = cluster.run(
+        f"APPTAINER_OPTIONS=--mksquashfs-args=-no-compression {make}", seconds=3600, folder=Path("/home/ann/kvpipe")
+    )
     if not kept.exists():
         kept.parent.mkdir(exist_ok=True)
         for path in (folder / name, folder / f"{name}.sha256"):

@@ -25,6 +25,11 @@ rule threads:
     threads: 2
     resources: mem_mb=500, runtime=5
     shell: "echo {threads} $SLURM_CPUS_PER_TASK > {output}"
+
+rule cell:
+    output: "reports/cell{n}.txt"
+    resources: mem_mb=lambda wildcards: 500 * int(wildcards.n), runtime=5
+    shell: "scontrol show job $SLURM_JOB_ID | grep -o 'ReqTRES=.*mem=[0-9]*M' | sed 's/.*mem=//' > {output}"
 """
 
 
@@ -35,11 +40,26 @@ def small(cluster):
     (cluster.home / "kvpipe" / "reports.smk").write_text(SNAKEFILE, encoding="utf-8")
 
     def make(name: str) -> list[str]:
-        assert site.finish(site.start(f"{PROFILE} --snakefile reports.smk", f"reports/{name}.txt"), 300) == 0, site.tell()
+        assert site.finish(site.start(f"{PROFILE} --snakefile reports.smk", f"reports/{name}.txt"), 300) == 0, (
+            site.tell()
+        )
         return (site.outside / "reports" / f"{name}.txt").read_text(encoding="utf-8").split()
 
     yield site, make
     site.settle()
+
+
+def test_tasks_of_an_array_have_the_memory_of_the_first(small):
+    """Why docs/hpc.md does not use arrays: a second attempt, with more memory, would stand beside a first."""
+    site, _ = small
+    found = {}
+    for name, options in (("each", ""), ("array", "--slurm-array-jobs cell")):
+        site.cluster.run("rm -f reports/cell*.txt", folder=site.inside)
+        started = site.start(f"{PROFILE} {options} --snakefile reports.smk", "reports/cell1.txt reports/cell3.txt")
+        assert site.finish(started, 300) == 0, site.tell()
+        found[name] = [(site.outside / f"reports/cell{n}.txt").read_text(encoding="utf-8").strip() for n in (1, 3)]
+    assert found["each"] == ["500M", "1500M"]
+    assert len(set(found["array"])) == 1, found
 
 
 def test_a_job_of_two_gpus_sees_both(small):
@@ -82,4 +102,6 @@ def test_a_tmpdir_that_the_image_does_not_have_is_said(cluster, image):
     cluster.run("mkdir -p /var/spool/scratch && chmod 777 /var/spool/scratch", user="root")
     doctor = "python3 -m kvpipe doctor --profile profiles/slurm-test || true"
     said = cluster.run(f"TMPDIR=/var/spool/scratch {doctor}", 120, folder=HOME / "kvpipe")
-    assert "TMPDIR in the image" in said and "TMPDIR in the image" not in cluster.run(doctor, 120, folder=HOME / "kvpipe")
+    assert "TMPDIR in the image" in said and "TMPDIR in the image" not in cluster.run(
+        doctor, 120, folder=HOME / "kvpipe"
+    )

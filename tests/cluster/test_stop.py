@@ -96,6 +96,8 @@ def test_what_was_stopped_so_often_is_what_was_not(stops):
     process = stops.start()
     assert process.wait(timeout=1800) == 0, stops.log.read_text(encoding="utf-8")
     assert "continuing after step" in stops.log.read_text(encoding="utf-8")
-    stopped = {name: (stops.folder / "stop" / name).read_bytes() for name in ("history.jsonl", "model/model.safetensors")}
+    stopped = {
+        name: (stops.folder / "stop" / name).read_bytes() for name in ("history.jsonl", "model/model.safetensors")
+    }
     assert stops.start("whole").wait(timeout=1800) == 0
     assert stopped == {name: (stops.folder / "whole" / name).read_bytes() for name in stopped}
