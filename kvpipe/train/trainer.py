@@ -86,7 +86,8 @@ class Stop:
     def receive(self, number: int, frame: FrameType | None) -> None:
         """End at once while there is nothing to save: in an image the signal has ended the file system below, too."""
         self.signals.append(number)
-        if not self.to_save:
+        # a launcher passes on what SLURM has sent as well: once is enough
+        if not self.to_save and len(self.signals) == 1:
             raise Interrupted(EXIT_INTERRUPTED)
 
     def __str__(self) -> str:
