@@ -40,7 +40,7 @@ def small(cluster):
     (cluster.home / "kvpipe" / "reports.smk").write_text(SNAKEFILE, encoding="utf-8")
 
     def make(name: str) -> list[str]:
-        assert site.finish(site.start(f"{PROFILE} --snakefile reports.smk", f"reports/{name}.txt"), 300) == 0, (
+        assert site.finish(site.start(f"{PROFILE} --snakefile reports.smk", f"reports/{name}.txt")) == 0, (
             site.tell()
         )
         return (site.outside / "reports" / f"{name}.txt").read_text(encoding="utf-8").split()
@@ -56,7 +56,7 @@ def test_tasks_of_an_array_have_the_memory_of_the_first(small):
     for name, options in (("each", ""), ("array", "--slurm-array-jobs cell")):
         site.cluster.run("rm -f reports/cell*.txt", folder=site.inside)
         started = site.start(f"{PROFILE} {options} --snakefile reports.smk", "reports/cell1.txt reports/cell3.txt")
-        assert site.finish(started, 300) == 0, site.tell()
+        assert site.finish(started) == 0, site.tell()
         found[name] = [(site.outside / f"reports/cell{n}.txt").read_text(encoding="utf-8").strip() for n in (1, 3)]
     assert found["each"] == ["500M", "1500M"]
     assert len(set(found["array"])) == 1, found
@@ -83,7 +83,7 @@ def test_snakemake_in_a_job_starts_jobs_with_more_threads_than_its_own(small):
     job = site.cluster.run(
         f"sbatch --parsable --ntasks 1 --mem 500 --output outer.log --wrap '{command}'", folder=site.inside
     ).strip()
-    state = site.wait_state(job, "COMPLETED", "FAILED", seconds=300)
+    state = site.wait_state(job, "COMPLETED", "FAILED", seconds=900)
     assert state == "COMPLETED", (site.outside / "outer.log").read_text(encoding="utf-8")
     assert (site.outside / "reports/threads.txt").read_text(encoding="utf-8").split() == ["2", "2"]
 
