@@ -33,7 +33,7 @@ class Stops:
         self.log = cluster.home / "stop.log"
         self.checkpoints = self.folder / "stop.checkpoints"
         arm = "--arm control"
-        cluster.run(f"{IMAGE} python -m kvpipe prepare {arm} --results prepared", 900, folder=HOME / "kvpipe")
+        cluster.run(f"{IMAGE} python -m kvpipe prepare {arm} --results prepared", 3600, folder=HOME / "kvpipe")
         self.command = f"{IMAGE} python -m kvpipe train --made {arm} --seed 0 --results prepared {SETTINGS}"
 
     def start(self, out: str = "stop") -> subprocess.Popen:
@@ -46,7 +46,7 @@ class Stops:
 
     def wait(self, what: str, condition) -> None:
         """Wait for a moment, looking as often as a step may be short."""
-        wait_for(what, condition, 600, 0.002, lambda: self.log.read_text(encoding="utf-8"))
+        wait_for(what, condition, 3600, 0.002, lambda: self.log.read_text(encoding="utf-8"))
 
     def signal(self, process: subprocess.Popen) -> int:
         """TERM to all that belongs to the image, the server of its files first; the exit status."""
@@ -56,7 +56,7 @@ class Stops:
         for member in family:
             with suppress(psutil.NoSuchProcess):
                 member.send_signal(signal.SIGTERM)
-        return process.wait(timeout=120)
+        return process.wait(timeout=600)
 
     def stop(self, spot: str) -> str:
         """Stop a process at a place of its run; what its log says at the end."""
@@ -94,10 +94,10 @@ def test_nothing_is_lost_but_the_step_in_hand(stops, spot, number):
 
 def test_what_was_stopped_so_often_is_what_was_not(stops):
     process = stops.start()
-    assert process.wait(timeout=1800) == 0, stops.log.read_text(encoding="utf-8")
+    assert process.wait(timeout=3600) == 0, stops.log.read_text(encoding="utf-8")
     assert "continuing after step" in stops.log.read_text(encoding="utf-8")
     stopped = {
         name: (stops.folder / "stop" / name).read_bytes() for name in ("history.jsonl", "model/model.safetensors")
     }
-    assert stops.start("whole").wait(timeout=1800) == 0
+    assert stops.start("whole").wait(timeout=3600) == 0
     assert stopped == {name: (stops.folder / "whole" / name).read_bytes() for name in stopped}

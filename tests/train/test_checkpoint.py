@@ -154,7 +154,7 @@ def killed(tmp_path_factory):
         capture_output=True,
         text=True,
         check=False,
-        timeout=600,
+        timeout=3600,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
@@ -239,6 +239,14 @@ def stopped(tiny, tmp_path, monkeypatch):
     folder = tmp_path / "checkpoints"
     assert sorted(p.name for p in folder.iterdir()) == ["step-00000002", "step-00000004"]
     return folder, go
+
+
+def test_a_run_that_goes_on_saves_after_its_own_first_step(stopped, monkeypatch):
+    """What saving needs is loaded in this process, too, before a signal can take an image's files away."""
+    folder, go = stopped
+    with interrupted(monkeypatch, 5):
+        go()
+    assert sorted(p.name for p in folder.iterdir()) == ["step-00000004", "step-00000005"]
 
 
 @pytest.mark.parametrize("file", [checkpoint.TENSORS, checkpoint.STATE])
