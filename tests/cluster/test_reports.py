@@ -40,9 +40,7 @@ def small(cluster):
     (cluster.home / "kvpipe" / "reports.smk").write_text(SNAKEFILE, encoding="utf-8")
 
     def make(name: str) -> list[str]:
-        assert site.finish(site.start(f"{PROFILE} --snakefile reports.smk", f"reports/{name}.txt")) == 0, (
-            site.tell()
-        )
+        assert site.finish(site.start(f"{PROFILE} --snakefile reports.smk", f"reports/{name}.txt")) == 0, site.tell()
         return (site.outside / "reports" / f"{name}.txt").read_text(encoding="utf-8").split()
 
     yield site, make
