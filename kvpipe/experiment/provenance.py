@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import os
 import platform
+import re
 import subprocess
+import sys
 from functools import cache
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
@@ -13,7 +15,18 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = Path(__file__).parents[1]
-PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "scipy", "pandas", "snakemake")
+PACKAGES = (
+    "kvpipe",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "accelerate",
+    "datasets",
+    "numpy",
+    "scipy",
+    "pandas",
+    "snakemake",
+)
 UNHASHED = {
     "kvpipe.config",
     "kvpipe.experiment.paths",
@@ -21,6 +34,7 @@ UNHASHED = {
     "kvpipe.experiment.plan",
     "kvpipe.experiment.steps",
     "kvpipe.experiment.provenance",
+    "kvpipe.experiment.progress",
     "kvpipe.train.card",
     "kvpipe.steps.make",
     "kvpipe.cli.app",
@@ -42,8 +56,22 @@ def describe(**more: Any) -> dict[str, Any]:
         "container": os.environ.get("KVPIPE_IMAGE_DIGEST") or os.environ.get("APPTAINER_CONTAINER"),
         "host": platform.node(),
         "platform": platform.platform(),
+        **_arithmetic(),
         **more,
     }
+
+
+def _arithmetic() -> dict[str, Any]:
+    """What last bits hang on: processor type; and of torch, where it is loaded, vector instructions, BLAS and threads."""
+    cpuinfo = Path("/proc/cpuinfo")
+    words = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else ""
+    model = re.search(r"^model name\s*: (.*)$", words, re.MULTILINE)
+    found: dict[str, Any] = {"processor": model[1] if model else platform.processor() or platform.machine()}
+    if torch := sys.modules.get("torch"):
+        blas = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
+        capability = torch.backends.cpu.get_cpu_capability()
+        found |= {"cpu_capability": capability, "blas": blas and blas[1], "threads": torch.get_num_threads()}
+    return found
 
 
 def _version(name: str) -> str | None:
@@ -55,12 +83,15 @@ def _version(name: str) -> str | None:
 
 @cache
 def git_commit() -> str | None:
-    """Commit of the checkout, with `+changes` where tracked files differ; None outside a checkout."""
+    """Commit of kvpipe's checkout, with `+changes` where tracked files differ; None outside of one."""
 
     def git(*arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(["git", "-C", str(PACKAGE), *arguments], capture_output=True, text=True, check=False)
 
     try:
+        # an environment may lie inside a checkout of something else
+        if git("ls-files", "--error-unmatch", "__init__.py").returncode != 0:
+            return os.environ.get("KVPIPE_GIT_COMMIT")
         commit = git("rev-parse", "HEAD")
         if commit.returncode != 0:
             return os.environ.get("KVPIPE_GIT_COMMIT")

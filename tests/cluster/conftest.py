@@ -132,7 +132,7 @@ def site(user):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """The table of docs/hpc.md."""
+    """The table of docs/log/2026-11-24-cluster-faults.md."""
     if not SUMMARY:
         return
     terminalreporter.section(f"make test-cluster, {time.strftime('%Y-%m-%d')}")
