@@ -80,7 +80,9 @@ def components(arm: Arm) -> dict[str, str]:
     out["time"] = "same byte end"
     if "time" in read:
         mode = f" ({arm.time.mode})" if arm.time.kind != "position" else ""
-        out["time"] = arm.time.kind + mode + {"own": ", own text", "written": ", own text as written"}.get(arm.time.text, "")
+        out["time"] = (
+            arm.time.kind + mode + {"own": ", own text", "written": ", own text as written"}.get(arm.time.text, "")
+        )
         out["time"] += ", inside segments" if arm.time.borders == "keep" else ""
     if "layer" in read:
         layer = arm.layer
@@ -277,9 +279,11 @@ def store_rows(results: Results) -> list[dict[str, Any]]:
     return [
         {
             "teacher": teacher,
-            "reading": {"student": "the records’ text", "own": "its own longer reasoning", "written": "what it has written"}[
-                reading
-            ],
+            "reading": {
+                "student": "the records’ text",
+                "own": "its own longer reasoning",
+                "written": "what it has written",
+            }[reading],
             "dtype": index["key"]["dtype"],
             "layers": ", ".join(map(str, index["key"]["layers"])),
             "rows": f"{index['rows']:,}",
