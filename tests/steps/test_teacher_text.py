@@ -176,13 +176,11 @@ def test_a_run_that_was_stopped_goes_on_and_writes_the_same(tmp_path, scripted):
 
 
 def test_below_half_the_arms_are_refused(tmp_path, scripted):
-    work = experiment(tmp_path, scripted, tries=1, tasks={"code": {}})
     scripted.right = staticmethod(lambda prompt, seed: False)
-    with pytest.raises(
-        ConfigError, match=r"alpha answers 0 of 13 .* task code .*min_kept is 0.5: the arms written would"
-    ):
-        make_texts(work, "alpha")
-    assert not work.paths.teacher_text("alpha").exists()
+    message = r"alpha answers 0 of 13 .* task code .*min_kept is 0.5: the arms written would"
+    with pytest.raises(ConfigError, match=message):
+        experiment(tmp_path, tries=1, tasks={"code": {}})
+    assert not Paths(tmp_path / "results").teacher_text("alpha").exists()
 
 
 def test_only_the_listed_tasks_and_teachers_write(tmp_path, scripted):
