@@ -31,24 +31,26 @@ class ReadExample:
 
 
 def read_example(results: Results) -> ReadExample | None:
-    """The first training record of which teachers of some arms read another text than their student; None without any."""
-    arms = [arm for arm in results.dag.arms.values() if arm.teachers and arm.time.text != arm.reading]
-    arms.sort(key=lambda arm: (OWN.index(arm.time.text), -len(arm.teachers)))
-    if not arms or not results.records("train"):
+    """A training record of which teachers of some arms, as many as can be, read another text than their student."""
+    alike: dict[tuple[Reading, Reading], dict[str, Arm]] = {}
+    for arm in results.dag.arms.values():
+        if arm.time.text != arm.reading:
+            alike.setdefault((arm.time.text, arm.reading), {}).update(dict.fromkeys(arm.teachers, arm))
+    found = sorted(alike.items(), key=lambda pair: (-min(MOST, len(pair[1])), OWN.index(pair[0][0])))
+    if not found or not found[0][1] or not results.records("train"):
         return None
-    alike = (arm for arm in arms if (arm.time.text, arm.reading) == (arms[0].time.text, arms[0].reading))
-    pairs = list({teacher: arm for arm in alike for teacher in arm.teachers}.items())[:MOST]
-    reading, short = arms[0].time.text, results.config.data.short
-    student = read_as(results.records("train"), arms[0].reading, short)
-    read = {}
+    (reading, own_reading), teachers = found[0]
+    pairs = list(teachers.items())[:MOST]
+    student = read_as(results.records("train"), own_reading, results.config.data.short)
+    read: dict[str, list[Record]] = {}
     for teacher, _ in pairs:
         path = results.paths.records(teacher, "train", reading)
         if not path.is_file() or not (results.paths.model(teacher) / "tokenizer.json").is_file():
             return None
         read[teacher] = read_as(read_records(path), "student" if reading == "written" else reading)
-    differs = (i for i, r in enumerate(student) if all(r.reasoning != own[i].reasoning for own in read.values()))
-    number = next(differs, None)
-    if number is None:
+    differing = [sum(r.reasoning != own[i].reasoning for own in read.values()) for i, r in enumerate(student)]
+    number = max(range(len(student)), key=differing.__getitem__)
+    if not differing[number]:
         return None
     dst = _encoded(results, student[number], results.config.student)
     sources = {teacher: _encoded(results, own[number], teacher) for teacher, own in read.items()}
