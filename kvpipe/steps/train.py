@@ -179,7 +179,7 @@ def write_cell(
             trained.model,
             inputs.paths.model(student),
             out / STUDENT,
-            inputs.records("validation"),
+            inputs.records("validation", cell.arm.reading),
             config.data.template,
             config.trusts(student),
             log,
