@@ -19,6 +19,7 @@ from kvpipe.align.regime import by_own_length, switch_lengths
 from kvpipe.config import ScoringConfig, TeacherTextConfig
 from kvpipe.data.chat import end_of_turn
 from kvpipe.data.encoding import prompt_ids
+from kvpipe.experiment.progress import track
 from kvpipe.models.folders import load_model, load_tokenizer
 
 MARGIN = 8
@@ -89,7 +90,7 @@ def continuations(
         for members in batched([i for i in order if outgrows[i] == anew], costs, batch_size, batch_tokens)
     ]
     with _plain_generation(model):
-        for members, cached in batches:
+        for members, cached in track(batches, "generating", "answers", lambda batch: len(batch[0])):
             longest = max(len(encoded[i]) for i in members)
             ids = torch.full((len(members), longest), pad)
             mask = torch.zeros(len(members), longest, dtype=torch.long)
