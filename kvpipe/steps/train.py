@@ -22,7 +22,7 @@ from kvpipe.experiment.provenance import describe
 from kvpipe.models.folders import manifest_hash
 from kvpipe.steps.inputs import Inputs
 from kvpipe.steps.make import make
-from kvpipe.steps.objective import load_objective
+from kvpipe.steps.objective import load_objective, load_on_policy
 from kvpipe.train.card import write_card
 from kvpipe.train.cell import Cell, budget, freeze
 from kvpipe.train.export import export
@@ -140,6 +140,7 @@ def load_cell(inputs: Inputs, arm_name: str, seed: int, log=print) -> Cell:
         student.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         student.enable_input_require_grads()
     torch.manual_seed(drawn)  # whatever the student has drawn
+    objective = load_objective(inputs, arm, drawn)
     return Cell(
         name=arm_name,
         arm=arm,
@@ -147,7 +148,8 @@ def load_cell(inputs: Inputs, arm_name: str, seed: int, log=print) -> Cell:
         config=training,
         scoring=config.evaluate,
         student=student,
-        objective=load_objective(inputs, arm, drawn),
+        objective=objective,
+        online=load_on_policy(inputs, arm, objective, drawn),
         train=encoding,
         validation=inputs.student_encoding("validation", arm),
         pad_id=inputs.student_tokenizer.pad_token_id,
