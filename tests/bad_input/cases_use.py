@@ -65,7 +65,7 @@ COMMANDS = [
     Case("an unknown model", r"'gamma'.*alpha", "models --name gamma"),
     Case("an unknown reading", r"--reading.*'nonsense'.*student.*own", "teacher-kv --teacher alpha --reading nonsense"),
     Case("a reading outside of the folder", r"--reading.*'\.\./\.\./x'", "teacher-kv --teacher alpha --reading ../../x"),
-    Case("a shard of none", r"shard 7 of 1: count from 0", "teacher-kv --teacher alpha --shard 7"),
+    Case("a shard of none", r"shard 7 of 2: count from 0", "teacher-kv --teacher alpha --shard 7"),
     Case("a shard that is no number", r"--shard': .*integer", "teacher-kv --teacher alpha --shard x"),
     Case("pretrain of an unknown model", r"--only nix: no such model with a recipe and a path", "pretrain --only nix"),
     Case("pretrain without a recipe", r"no model of the configuration has a recipe and a path", "pretrain"),

@@ -167,6 +167,17 @@ def test_an_open_brace_costs_no_time():
     assert extract(r"\boxed{" + "{a" * 3000, scoring) is None
 
 
+LONG = ["1", "1,", "1 000 ", "answer is ", "answer to ", "5 because ", "** a ", "1 = ", "```python\n", "def f():\n", "\n \n"]
+
+
+@pytest.mark.parametrize("preset", ["gsm8k", "math", "mbpp_chat"])
+@pytest.mark.parametrize("text", LONG)
+def test_a_long_text_costs_no_time(monkeypatch, preset, text):
+    """Patterns are near linear in what a model may repeat until its tokens end: 20,000 characters within a second of work."""
+    monkeypatch.setattr("kvpipe.data.patterns.LIMIT_SECONDS", 1.0)
+    extract(text * (20_000 // len(text)), EvaluateConfig(sandbox={"run_code": True}, **PRESETS[preset]["evaluate"]))
+
+
 # ---------------------------------------------------------------- other people's answers
 GSM8K, MATH = (EvaluateConfig(**PRESETS[name]["evaluate"]) for name in ("gsm8k", "math"))
 
