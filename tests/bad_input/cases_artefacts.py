@@ -145,7 +145,7 @@ ARTEFACTS = [
     Case("a manifest without files", r"models/alpha/MANIFEST\.json is damaged|MANIFEST\.json.*files", "report", do=edited(MANIFEST, lambda d: d.pop("files") and None)),
     Case("a manifest without files, read by a pass", r"models/alpha/MANIFEST\.json is damaged \(no files\)", "layer-map --teacher alpha", do=edited(MANIFEST, lambda d: d.pop("files") and None)),
     Case("weights replaced after the manifest", r"model\.safetensors is damaged or was replaced", "layer-map --teacher alpha", do=lambda: flip(RESULTS / "models/alpha/model.safetensors")),
-    Case("the student's tokenizer replaced after the manifest", r"models/student: tokenizer\.json is damaged or was replaced", "encode --model student", do=lambda: flip(RESULTS / "models/student/tokenizer.json"), makes=("encoding/",)),
+    Case("the student's tokenizer replaced after the manifest", r"models/student/tokenizer\.json is damaged or was replaced", "encode --model student", do=lambda: flip(RESULTS / "models/student/tokenizer.json"), makes=("encoding/",)),
     Case("the tokenizer replaced after the manifest", r"tokenizer\.json is damaged or was replaced", "encode --model alpha", do=lambda: flip(RESULTS / "models/alpha/tokenizer.json")),
     Case("a file of the manifest is gone", r"models/alpha: \*\.safetensors is missing", "layer-map --teacher alpha", do=(RESULTS / "models/alpha/model.safetensors").unlink),
     Case("a split is gone", r"data/train\.parquet", "encode --model alpha", do=(RESULTS / "data/train.parquet").unlink),

@@ -167,7 +167,19 @@ def test_an_open_brace_costs_no_time():
     assert extract(r"\boxed{" + "{a" * 3000, scoring) is None
 
 
-LONG = ["1", "1,", "1 000 ", "answer is ", "answer to ", "5 because ", "** a ", "1 = ", "```python\n", "def f():\n", "\n \n"]
+LONG = [
+    "1",
+    "1,",
+    "1 000 ",
+    "answer is ",
+    "answer to ",
+    "5 because ",
+    "** a ",
+    "1 = ",
+    "```python\n",
+    "def f():\n",
+    "\n \n",
+]
 
 
 @pytest.mark.parametrize("preset", ["gsm8k", "math", "mbpp_chat"])
@@ -276,6 +288,11 @@ def test_a_number_is_found_however_it_is_said(text, reference):
         (r"The answer is $5$. I'd write \boxed{\text{answer}}, as \boxed{...}", "5"),
         (r"\boxed{x = \boxed{5}}", "5"),
         (r"\boxed{x \in [1,2]}", "[1,2]"),
+        (r"\boxed{1} and $\boxed{2}$", r"\{1,2\}"),
+        (r"so \boxed{255} is one. The final answer is $10,455$. I hope it is correct.", "10455"),
+        ("Final Answer: The largest $n$ is 34.", "34"),
+        (r"Thus $x \ge 5$ is all.", r"x \geq 5"),
+        ("1 000", "1000"),
     ],
 )
 def test_an_expression_is_found_however_it_is_said(text, reference):
@@ -306,6 +323,8 @@ SAME = [
     [r"2\pi", "2 pi", "2pi"],
     ["x=3, x=4", "3, 4", r"x=3\text{ or }x=4"],
     [r"\log_2 8", "3"],
+    [r"\frac{1}{12}", "0.0833333333333333"],
+    [r"\frac{14}{3}", r"f(0)+f(1)=2+\frac{8}{3}=\frac{14}{3}"],
 ]  # fmt: skip
 
 

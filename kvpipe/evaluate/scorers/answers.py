@@ -10,7 +10,7 @@ import re
 import textwrap
 import unicodedata
 from collections.abc import Callable
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal, InvalidOperation, localcontext
 from fractions import Fraction
 from importlib.metadata import version
 
@@ -107,6 +107,16 @@ _MENTIONED = re.compile(
 """What stands in a box that is only mentioned."""
 
 
+_BOX = r"\\boxed\s*\{(?:[^{}]++|\{(?:[^{}]++|\{[^{}]*+\})*+\})++\}"
+_AND = r"(?:\\quad|(?:and|or)\b|\\text\s*\{\s*(?:and|or)\s*\})"
+_BETWEEN = rf"[$.\s]*(?:[,;]|{_AND})(?:[$,\s]|{_AND})*"
+
+
+def _one_box(boxes: re.Match) -> str:
+    """`\\boxed{1} and \\boxed{2}` as `\\boxed{1, 2}`."""
+    return rf"\boxed{{{', '.join(box.partition('{')[2][:-1] for box in re.findall(_BOX, boxes[0]))}}}"
+
+
 def extract(text: str, config: ScoringConfig) -> str | None:
     """The answer in a generated text, or None: the first pattern that finds one decides, and its last match that is not empty.
 
@@ -115,6 +125,8 @@ def extract(text: str, config: ScoringConfig) -> str | None:
     """
     if config.scorer == "number":
         text = plain(text)
+    elif config.scorer == "math":
+        text = re.sub(rf"{_BOX}(?:{_BETWEEN}{_BOX})+", _one_box, text)
     for pattern in [config.answer_pattern] if isinstance(config.answer_pattern, str) else config.answer_pattern:
         with time_limit(f"evaluate.answer_pattern {pattern!r}"):
             matches = list(re.finditer(pattern, text))
@@ -188,8 +200,8 @@ def same_expression(prediction: str, reference: str) -> bool:
         return True
     if any(re.search(r"[\dA-F]_\d|\d_|(?<!_)\d\s+\d", text) or text.count("{") != text.count("}") for text in written):
         return False
-    equations = [text for text in written if "=" in text]
-    if len(equations) == 1 and _EQUATION.search(equations[0].rpartition("=")[0].replace("^{-1}", "")):
+    left, equals, _ = written[1].replace("^{-1}", "").rpartition("=")
+    if equals and "=" not in written[0] + left and _EQUATION.search(left):
         return False
     from math_verify import parse, verify  # sympy takes a second to import
     from math_verify.errors import TimeoutException
@@ -207,7 +219,7 @@ _EQUATION = re.compile(r"[a-zA-Z].*[-+^*/]|[-+^*/].*[a-zA-Z]|\d[a-zA-Z]|\\frac")
 _NAMES = "pi|sqrt|theta|alpha|beta|phi|infty"
 _WORDS = rf"(?:\s+(?!(?:or|and|to|by|mod|{_NAMES}|sin|cos|tan|cot|sec|csc|ln|log|exp)\b)[a-zA-Z]{{2,}})*"
 _PLAIN_NUMBER = re.compile(
-    r"([-+]?)\$?((?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?(?: ?\d+/\d+|/\d+)?" + _WORDS + ")"
+    r"([-+]?)\$?((?:(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?(?: ?\d+/\d+|/\d+)?" + _WORDS + ")"
 )
 
 
@@ -222,7 +234,10 @@ def _in_latex(text: str) -> str:
     if (said := _PLAIN_NUMBER.fullmatch(plain(text).strip())) and (
         value := number(said[1] + said[2], _AS_IT_IS)
     ) is not None:
-        return str(value.numerator) if value.denominator == 1 else rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+        if "/" in said[2]:
+            return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+        with localcontext(prec=2 * LONGEST):
+            return f"{Decimal(value.numerator) / value.denominator:f}"
     text = re.sub(r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
     return re.sub(rf"(?<![\\a-zA-Z])({_NAMES})(?![a-zA-Z])", r"\\\1 ", text)
 
