@@ -153,7 +153,8 @@ def outcome(case: Case, base: Path, folder: Path) -> Outcome:
         lost = sorted(
             name
             for name, found in before.items()
-            if after.get(name) != found and not name.endswith(".partial")
+            if after.get(name) != found
+            and not name.endswith(".partial")
             and (
                 name not in after
                 or _content(Path("results", name)) != content.get(name, _content(base / "results" / name))
