@@ -127,6 +127,22 @@ def extract(text: str, config: ScoringConfig) -> str | None:
         text = plain(text)
     elif config.scorer == "math":
         text = re.sub(rf"{_BOX}(?:{_BETWEEN}{_BOX})+", _one_box, text)
+    found = _found(text, config)
+    return None if found is None else found[0]
+
+
+def worked(text: str, config: ScoringConfig) -> str:
+    """What a generated text says before its answer, without the sentence that states it; empty where there is nothing."""
+    found = _found(text, config)
+    if found is None and config.scorer == "number":  # an answer in another spelling
+        text = plain(text)
+        found = _found(text, config)
+    before = "" if found is None else text[: found[1]]
+    return re.match(r"(?s)(?:.*(?:\n|[.!?:](?=\s)))?", before)[0].strip()  # type: ignore[index]
+
+
+def _found(text: str, config: ScoringConfig) -> tuple[str, int] | None:
+    """The answer in a text, and where what states it begins."""
     for pattern in [config.answer_pattern] if isinstance(config.answer_pattern, str) else config.answer_pattern:
         with time_limit(f"evaluate.answer_pattern {pattern!r}"):
             matches = list(re.finditer(pattern, text))
@@ -138,7 +154,7 @@ def extract(text: str, config: ScoringConfig) -> str | None:
             # a box is the group of that name
             wordless = config.scorer == "number" and "final" in named and not re.search(r"\d", answer)
             if not wordless and not _MENTIONED.fullmatch(answer):
-                return answer
+                return answer, match.start()
     return None
 
 
