@@ -22,7 +22,7 @@ from kvpipe.experiment.provenance import describe
 from kvpipe.models.folders import manifest_hash
 from kvpipe.steps.inputs import Inputs
 from kvpipe.steps.make import make
-from kvpipe.steps.objective import load_objective
+from kvpipe.steps.objective import load_objective, load_on_policy
 from kvpipe.train.card import write_card
 from kvpipe.train.cell import Cell, budget, freeze
 from kvpipe.train.export import export
@@ -130,7 +130,7 @@ def load_cell(inputs: Inputs, arm_name: str, seed: int, log=print) -> Cell:
     set_up(training)
     check_settings(training, log)
     inputs.check([arm_name])
-    encoding = inputs.student_encoding("train")
+    encoding = inputs.student_encoding("train", arm)
     torch.manual_seed(drawn)  # adapters are drawn
     student = inputs.student(drawn, arm.init).train()
     if training.lora is not None:
@@ -140,6 +140,7 @@ def load_cell(inputs: Inputs, arm_name: str, seed: int, log=print) -> Cell:
         student.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         student.enable_input_require_grads()
     torch.manual_seed(drawn)  # whatever the student has drawn
+    objective = load_objective(inputs, arm, drawn)
     return Cell(
         name=arm_name,
         arm=arm,
@@ -147,9 +148,10 @@ def load_cell(inputs: Inputs, arm_name: str, seed: int, log=print) -> Cell:
         config=training,
         scoring=config.evaluate,
         student=student,
-        objective=load_objective(inputs, arm, drawn),
+        objective=objective,
+        online=load_on_policy(inputs, arm, objective, drawn),
         train=encoding,
-        validation=inputs.student_encoding("validation"),
+        validation=inputs.student_encoding("validation", arm),
         pad_id=inputs.student_tokenizer.pad_token_id,
         examples=inputs.training_examples(arm),
         made_from={
@@ -183,7 +185,7 @@ def write_cell(
             trained.model,
             inputs.paths.model(student),
             out / STUDENT,
-            inputs.records("validation"),
+            inputs.records("validation", cell.arm.reading),
             config.data.template,
             config.trusts(student),
             log,
