@@ -16,6 +16,7 @@ from kvpipe.experiment.paths import Paths
 from kvpipe.report import figures, tables, wording
 from kvpipe.report.alignment import token_alignment
 from kvpipe.report.collect import ROLES, Results
+from kvpipe.report.readings import read_example
 from kvpipe.stats.metrics import METRICS, PRIMARY
 from kvpipe.stats.scores import ALL
 
@@ -41,9 +42,10 @@ def write_report(config: Config, paths: Paths, out: Path) -> None:
         FileNotFoundError: `stats/arms.csv` or `stats/contrasts.csv` is missing.
         ValueError: a table lacks a column.
     """
+    shown = content(Results(config, paths))
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = resources.files("kvpipe.report").joinpath("template.html").read_text(encoding="utf-8")
-    text = environment.from_string(source).render(**content(Results(config, paths)))
+    text = environment.from_string(source).render(**shown)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, text)
 
@@ -83,6 +85,8 @@ def content(results: Results) -> dict[str, Any]:
         "curves": figures.learning_curves(results),
         "similarity": figures.layer_similarity(results),
         "alignments": token_alignment(results),
+        "read_example": read_example(results),
+        "text_rows": tables.text_rows(results),
         "fusion": figures.fusion_weights(weights),
         "explained": figures.explained_variance(results),
         "teacher_rows": tables.teacher_rows(results),

@@ -5,8 +5,10 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 from kvpipe import config as configuration
+from kvpipe.cli import server
 from kvpipe.experiment import launch
 from kvpipe.experiment.plan import Dag, digest
 from kvpipe.experiment.paths import Paths
@@ -61,7 +63,7 @@ wildcard_constraints:
     seed="|".join(map(str, PLAN.config.seeds)),
     model="|".join(PLAN.config.models),
     teacher="|".join(PLAN.teachers) or "none",
-    reading="student|own",
+    reading="|".join(get_args(configuration.Reading)),
     shard=r"\d+",
 
 
@@ -125,6 +127,13 @@ def examine():
         raise WorkflowError(
             f"{done.stdout}nothing was started, since it would fail ({log}); --no-hooks starts it all the same"
         )
+
+
+def serve():
+    """Steps that are processes of this machine are forked from one that has imported the libraries."""
+    where = "in another executor" if not workflow.local_exec else "in an image" if APPTAINER else None
+    if not workflow.touch:
+        server.start(PLAN.config.train.threads, where)
 
 
 # ---------------------------------------------------------------- processes of a cell, by its resources
