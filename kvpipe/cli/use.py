@@ -94,8 +94,8 @@ def train(
             raise typer.BadParameter("--compare trains both arms: leave out --arm, --checkpoints and --made")
         out = out or Path("runs") / Path(student).name
         method = Method(fusion, projector, tuple(term or ()))
-        more = {"overrides": given.overrides, "method": method, "compare": compare, "log": say}
-        train_direct(teacher, student, data, out, arm, seed, checkpoints, made, **more)
+        where = (arm, seed, checkpoints, made)
+        train_direct(teacher, student, data, out, *where, given.overrides, method, compare, log=say)
     elif arm is None or student or data or fusion or projector or term or compare:
         raise typer.BadParameter("give either --arm, or --teacher, --student and --data")
     else:

@@ -66,7 +66,7 @@ def forecast(inputs: Inputs, cells: list[tuple[str, int]], scored: bool) -> Tabl
     for name, what, operations, disk_bytes, memory_bytes in parts:
         sizes = (f"{size / GB:.2f} GB" if size else "" for size in (disk_bytes, memory_bytes))
         table.add_row(name, what, f"{operations:.1e}", _clock(operations / rate), *sizes)
-    whole = [sum(part[i] for part in parts) for i in (2, 3)]
+    whole = sum(part[2] for part in parts), sum(part[3] for part in parts)
     most = max(part[4] for part in parts)
     table.add_section()
     table.add_row(
