@@ -170,7 +170,7 @@ class Objective(nn.Module):
                 value = term(batch, said, whole[name], student)
                 values[name] = value.detach()
                 total = total + counts[name] * value if counts[name] else total
-        return Loss(total, values, weights, lambda: self._watch(batch, said, whole))
+        return Loss(total, values, weights, lambda: self._watch(batch, said, whole, student))
 
     def _of_head(
         self,
@@ -215,8 +215,12 @@ class Objective(nn.Module):
         return self.known[0].prior(teachers, self._tasks(batch)).detach().softmax(0)
 
     @torch.no_grad()
-    def _watch(self, batch: Batch, said: Said, whole: Mapping[str, Row]) -> dict[str, tuple[float, float]]:
-        out = {key: (value, 1.0) for name, term in self.terms.items() for key, value in term.watch(whole[name]).items()}
+    def _watch(
+        self, batch: Batch, said: Said, whole: Mapping[str, Row], student: Student
+    ) -> dict[str, tuple[float, float]]:
+        out: dict[str, tuple[float, float]] = {}
+        for name, term in self.terms.items():
+            out |= term.watch(batch, said, whole[name], student)
         if self.targets is not None:
             mask = batch.mask & said.target.mask
             out["masked_share"] = (float(batch.mask.sum() - mask.sum()), float(batch.mask.sum()))

@@ -47,6 +47,7 @@ from kvpipe.distill.losses import (
     Schedule,
     TopKL,
     kv_loss,
+    layer_kv_losses,
     masked_sum,
     pooled_std,
     relation_loss,
@@ -178,8 +179,8 @@ class Term(nn.Module):
         """A part's share of the term."""
         raise NotImplementedError
 
-    def watch(self, whole: Row) -> dict[str, float]:
-        """Numbers worth logging of a whole batch."""
+    def watch(self, batch: Batch, said: Said, whole: Row, student: Student) -> dict[str, tuple[float, float]]:
+        """Numbers worth logging of a part, each a sum and what it is divided by."""
         return {}
 
 
@@ -240,15 +241,27 @@ class CacheTerm(Term):
         moments = rearrange(rows[:, 1:], "part (stat layer) -> part stat layer", stat=3)
         return torch.cat([rows[:, 0].sum(0, keepdim=True), pooled_std(moments)])
 
-    def distance(self, own: Tensor, target: Tensor, mask: Tensor, whole: Row) -> Tensor:
-        """A part's share, of either side's tensors."""
-        scale = whole[1:] if self.settings.scale == "std" else None
-        loss = kv_loss(own, target, mask, self.settings.distance, scale)
+    def sides(self, batch: Batch, said: Said, student: Student) -> tuple[Tensor, Tensor]:
+        """The student's tensors and what they are held against, `(layer, batch, head, time, dim)`."""
+        raise NotImplementedError
+
+    def scale(self, whole: Row) -> Tensor | None:
+        """What each layer's residual is divided by."""
+        return whole[1:] if self.settings.scale == "std" else None
+
+    def forward(self, batch: Batch, said: Said, whole: Row, student: Student) -> Tensor:
+        """The distance of the two sides, averaged over layers."""
+        mask = self.counted(batch, said)
+        loss = kv_loss(*self.sides(batch, said, student), mask, self.settings.distance, self.scale(whole))
         return masked_sum(loss, mask) / whole[0].clamp(min=1)
 
-    def watch(self, whole: Row) -> dict[str, float]:
-        """The target's deviation: a falling one means that a trainable projector collapses."""
-        return {f"target_std_{self.settings.kind}": whole[1:].mean().item()}
+    def watch(self, batch: Batch, said: Said, whole: Row, student: Student) -> dict[str, tuple[float, float]]:
+        """The target's deviation (a falling one means that a trainable projector collapses), the loss of each layer."""
+        name, mask, sides = self.settings.kind, self.counted(batch, said), self.sides(batch, said, student)
+        sums = layer_kv_losses(*sides, mask, self.settings.distance, self.scale(whole)).sum((1, 2)).tolist()
+        layers = range(len(sums)) if self.settings.layers is None else self.settings.layers
+        found = {f"layer/{name}/{layer}": (total, float(mask.sum())) for layer, total in zip(layers, sums, strict=True)}
+        return {f"target_std_{name}": (whole[1:].mean().item(), 1.0), **found}
 
 
 @TERMS.built_from(KeysConfig)
@@ -259,9 +272,9 @@ class KeysTerm(CacheTerm):
         """The fused keys."""
         return said.target.fused.keys[self.layers]
 
-    def forward(self, batch: Batch, said: Said, whole: Row, student: Student) -> Tensor:
-        """Against the student's."""
-        return self.distance(student.kv.keys[self.layers], self.target(said), self.counted(batch, said), whole)
+    def sides(self, batch: Batch, said: Said, student: Student) -> tuple[Tensor, Tensor]:
+        """The student's keys and the fused ones."""
+        return student.kv.keys[self.layers], self.target(said)
 
 
 @TERMS.built_from(ValuesConfig)
@@ -272,9 +285,9 @@ class ValuesTerm(CacheTerm):
         """The fused values."""
         return said.target.fused.values[self.layers]
 
-    def forward(self, batch: Batch, said: Said, whole: Row, student: Student) -> Tensor:
-        """Against the student's."""
-        return self.distance(student.kv.values[self.layers], self.target(said), self.counted(batch, said), whole)
+    def sides(self, batch: Batch, said: Said, student: Student) -> tuple[Tensor, Tensor]:
+        """The student's values and the fused ones."""
+        return student.kv.values[self.layers], self.target(said)
 
 
 @TERMS.built_from(AttentionTermConfig)
@@ -284,8 +297,8 @@ class AttentionTerm(ValuesTerm):
     Where there is no target the student's own entry stands on both sides. Scaled by the values' deviation.
     """
 
-    def forward(self, batch: Batch, said: Said, whole: Row, student: Student) -> Tensor:
-        """Distance of the two attention outputs."""
+    def sides(self, batch: Batch, said: Said, student: Student) -> tuple[Tensor, Tensor]:
+        """The two attention outputs."""
         mask, fused, own = said.target.mask & batch.mask, said.target.fused, student.kv
         inside = mask[None, :, None, :, None]
         mixed = KV(
@@ -293,10 +306,8 @@ class AttentionTerm(ValuesTerm):
         )
         positions, chosen = positions_from_mask(batch.attention_mask), self.layers
         queries, ropes = student.queries.detach()[chosen], _chosen(student.ropes, chosen)
-        outputs = [
-            attention_outputs(queries, KV(kv.keys[chosen], kv.values[chosen]), ropes, positions) for kv in (own, mixed)
-        ]
-        return self.distance(outputs[0], outputs[1], self.counted(batch, said), whole)
+        own, mixed = (KV(kv.keys[chosen], kv.values[chosen]) for kv in (own, mixed))
+        return tuple(attention_outputs(queries, kv, ropes, positions) for kv in (own, mixed))
 
 
 @TERMS.built_from(LogitsConfig)

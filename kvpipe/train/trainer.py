@@ -104,6 +104,8 @@ class Trained:
     """Without the wrappers of devices and precision."""
     history: list[dict[str, Any]]
     counters: Counters
+    router: dict[str, Any] | None
+    """How much each teacher weighs in each layer of some training examples, where there are several."""
     device: torch.device
     processes: int
     main: bool
@@ -133,6 +135,7 @@ def train(cell: Cell, checkpoints: Path, attempt: Attempt, log=print) -> Trained
         model=loop.accelerator.unwrap_model(loop.model, keep_fp32_wrapper=False),
         history=loop.history,
         counters=loop.counters,
+        router=loop.router,
         device=loop.accelerator.device,
         processes=loop.accelerator.num_processes,
         main=loop.accelerator.is_main_process,
@@ -169,6 +172,7 @@ class Loop:
         ]
         self.counters = Counters()
         self.history: list[dict[str, Any]] = []
+        self.router: dict[str, Any] | None = None
         torch.manual_seed(cell.drawn)  # dropout, whatever was drawn before
 
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -203,6 +207,8 @@ class Loop:
                 step += 1
                 self.counters.seconds += time.perf_counter() - begun
                 last = step == self.config.steps
+                if last:
+                    self.router = self.loss.router(recorder)
                 if step % self.config.log_every == 0 or last:
                     self.history.append(line)
                 if step % self.config.eval_every == 0 or last:

@@ -92,6 +92,20 @@ def test_golden_curve_of_thirty_steps(cell):
             assert found[arm][key] == pytest.approx(curve, rel=1e-4), f"{arm}: {key}"
 
 
+# ---------------------------------------------------------------- what is logged
+@pytest.mark.parametrize("arm", ["attention", "one"])
+def test_a_cell_says_how_teachers_were_weighed_example_by_example(cell, arm):
+    made = cell(arm, {"train.steps": 2, "train.eval_every": 2})
+    assert ("router" in made.cost) == (arm == "attention")
+    if arm == "attention":
+        router = made.cost["router"]
+        weights = np.array(router["weights"])  # example layer teacher
+        layers = sum(key.startswith("layer/values/") for key in made.history[-2])
+        assert weights.shape == (len(router["examples"]), layers, 2) and router["teachers"] == ["alpha", "beta"]
+        assert weights.sum(-1) == pytest.approx(np.ones(weights.shape[:2]), abs=2e-4)
+        assert weights[..., 0].std(0).min() > 1e-3, "examples differ"
+
+
 # ---------------------------------------------------------------- determinism
 @pytest.mark.parametrize("arm", ["control", "joint"])
 def test_the_same_seed_gives_the_same_bits(cell, arm):
