@@ -560,8 +560,8 @@ def test_numbers_are_those_of_the_tables(whole):
     text = Page(whole).text
     assert "incomplete" not in text
     assert (
-        "0.420 against 0.600 bits per byte: 0.70 × control’s (95% interval 0.67 to 0.73), −0.180 (−0.209 to −0.151) bits per byte, "
-        "p 0.0028." in text
+        "0.420 against 0.600 bits per byte: 0.70 × control’s (95% interval 0.67 to 0.73), "
+        "−0.180 (−0.209 to −0.151) bits per byte, p 0.0028." in text
     )
     assert "1.878 against 2.460: 0.76 × control’s (0.73 to 0.80), p 0.0028." in text
     assert "45.5% against 35.0%: +10.5 (+8.8 to +12.2) points, p 0.0028." in text
