@@ -307,7 +307,8 @@ class AttentionTerm(ValuesTerm):
         positions, chosen = positions_from_mask(batch.attention_mask), self.layers
         queries, ropes = student.queries.detach()[chosen], _chosen(student.ropes, chosen)
         own, mixed = (KV(kv.keys[chosen], kv.values[chosen]) for kv in (own, mixed))
-        return tuple(attention_outputs(queries, kv, ropes, positions) for kv in (own, mixed))
+        found, target = (attention_outputs(queries, kv, ropes, positions) for kv in (own, mixed))
+        return found, target
 
 
 @TERMS.built_from(LogitsConfig)

@@ -73,12 +73,13 @@ def _forest(results: Results, blocks: list[tuple[str, str, list[str]]]) -> Figur
         for title, reference, arms in blocks:
             panels[0].text(-0.005, y, title, transform=panels[0].get_yaxis_transform(), ha="right", va="center",
                            weight="bold", color=SOFT, size=8)  # fmt: skip
-            for y, arm in enumerate(arms, start=int(y) + 1):  # noqa: B020
+            for arm in arms:
+                y += 1
                 for axes, metric in zip(panels, metrics, strict=True):
                     _interval(results, axes, y, arm, reference, metric)
                 ticks.append(y)
                 labels.append(arm)
-            y = ticks[-1] + 1.4
+            y += 1.4
         panels[0].set_yticks(ticks, labels)
         panels[0].set_ylim(y - 0.9, -0.7)
         for axes, metric in zip(panels, metrics, strict=True):
@@ -233,7 +234,7 @@ def _heat(axes: Axes, matrix: np.ndarray, highest: float, annotated: bool, lowes
     image = axes.pcolormesh(matrix, cmap="cividis", vmin=lowest, vmax=highest, edgecolors="face", linewidth=0.3)
     for (i, j), value in np.ndenumerate(matrix) if annotated else ():
         axes.text(j + 0.5, i + 0.5, number(value, 2), ha="center", va="center", size=7.5,
-                  color=on(image.cmap(image.norm(value))))  # fmt: skip
+                  color=on(tuple(image.cmap(image.norm(value)))))  # fmt: skip
     axes.invert_yaxis()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -264,8 +265,12 @@ def layers(results: Results) -> Figure | None:
             axes.set_title(f"{teacher}: {kind}")
             axes.set_aspect("equal")
             every = 1 if cell > 0.22 else 2  # room for two digits
-            axes.set_xticks(np.arange(0, document["src_layers"], every) + 0.5, range(0, document["src_layers"], every))
-            axes.set_yticks(np.arange(0, document["dst_layers"], every) + 0.5, range(0, document["dst_layers"], every))
+            axes.set_xticks(
+                np.arange(0, document["src_layers"], every) + 0.5, [*map(str, range(0, document["src_layers"], every))]
+            )
+            axes.set_yticks(
+                np.arange(0, document["dst_layers"], every) + 0.5, [*map(str, range(0, document["dst_layers"], every))]
+            )
         _labels(figure, "teacher layer", "student layer")
         _bar(figure, image, grid, "debiased linear CKA")
     return figure
@@ -370,7 +375,7 @@ def router(results: Results) -> Figure | None:
                 axes.axhline(first, color="#fefefe", linewidth=1.5)
             middles = [(a + b) / 2 for a, b in zip(firsts, [*firsts[1:], len(tasks)], strict=True)]
             axes.set_yticks(middles, [tasks[i] for i in firsts], rotation=90, va="center")
-            axes.set_xticks(np.arange(matrix.shape[1]) + 0.5, range(matrix.shape[1]))
+            axes.set_xticks(np.arange(matrix.shape[1]) + 0.5, [*map(str, range(matrix.shape[1]))])
         _labels(figure, "student layer", "training examples, by task")
         _bar(figure, image, grid, "weight of the teacher")
     return figure

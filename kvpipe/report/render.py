@@ -42,13 +42,14 @@ def write_report(config: Config, paths: Paths, out: Path) -> None:
     figures = {name: figure for name, draw in DRAWN.items() if (figure := draw(results)) is not None}
     built = tables.tables(results)
     beside = Paths(out.parent if out == paths.report else out.with_suffix(""))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, page(results, built, figures))
     for folder in (beside.figures, beside.table_files):
         folder.mkdir(parents=True, exist_ok=True)
     for name in FIGURES:
         style.save(figures[name] if name in figures else style.nothing(name), beside.figures / name)
     for name, table in built.items():
         table.write(beside.table_files / name)
-    write_text(out, page(results, built, figures))
 
 
 def page(results: Results, built: dict[str, tables.Table], figures: dict[str, Figure]) -> str:

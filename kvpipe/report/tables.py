@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from math import isfinite, log
 from pathlib import Path
@@ -25,6 +26,8 @@ ROLE_TEXTS = {
     "baseline": "what one would use instead of this method; a method worth using beats it",
     "null": "contains no usable teacher knowledge; if it beat control, the benefit would not come from the teacher",
 }
+SIGNS = str.maketrans({"−": "$-$", "×": r"$\times$", "–": "--", "’": "'", "∞": r"$\infty$"})
+"""Signs of these tables that LaTeX does not read."""
 
 
 @dataclass(frozen=True)
@@ -116,16 +119,12 @@ class Table:
         style = frame.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
         left = len(frame.columns) - len(self.columns)
         columns = "l" * left + "".join("r" if column.number else "l" for column in self.columns)
-        tex = style.to_latex(
-            hrules=True, column_format=columns, caption=_escaped(self.caption), position_float="centering"
-        )
+        caption = re.sub(r"([&%$#_{}])", r"\\\1", self.caption)
+        tex = style.to_latex(hrules=True, column_format=columns, caption=caption, position_float="centering")
+        tex = tex.translate(SIGNS)
         for suffix, text in ((".csv", frame.to_csv(index=False)), (".tex", tex)):
             with replacing(stem.with_suffix(suffix)) as partial:
                 partial.write_text(text, encoding="utf-8")
-
-
-def _escaped(text: str) -> str:
-    return pd.DataFrame([text]).style.format(escape="latex")._translate(False, False)["body"][0][1]["display_value"]
 
 
 def _words(*labels: str) -> list[Column]:

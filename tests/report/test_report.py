@@ -324,9 +324,11 @@ def test_figures_and_tables_are_files_with_their_fonts(finished, whole):
 def test_special_characters_of_tex_are_escaped(tmp_path):
     table = tables.Table("50% of _x_ & y", "arm", [tables.Column("a_b", "%")])
     table.add("x_1 & $2", "3% #4")
+    table.add("x", "× −3")
     table.write(tmp_path / "t")
     text = (tmp_path / "t.tex").read_text(encoding="utf-8")
     assert r"x\_1 \& \$2 & 3\% \#4" in text and r"\caption{50\% of \_x\_ \& y}" in text and r"a\_b, \%" in text
+    assert r"x & $\times$ $-$3" in text
 
 
 def luminance(colour: str) -> float:
