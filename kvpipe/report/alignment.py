@@ -21,15 +21,17 @@ TOKENIZER = "tokenizer.json"
 
 
 def shown_example(results: Results) -> tuple[str, Record] | None:
-    """The first teacher whose tokenizer is not the student's, else the first, and a validation example of the first task,
-    so that no test item is shown twice. Models of random weights share their original's tokenizer and are left out."""
-    files = {t: results.paths.model(t) / TOKENIZER for t in (*results.dag.judged_teachers, results.config.student)}
-    texts = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
-    own = texts.pop(results.config.student, b"")
+    """A validation example of the first task, so that no test item is shown twice, and the teacher whose tokens of it
+    differ most from the student's. Models of random weights share their original's tokenizer and are left out."""
+    names = [results.config.student, *results.dag.judged_teachers]
+    names = [name for name in names if (results.paths.model(name) / TOKENIZER).is_file()]
     record = next((r for r in results.records("validation") if r.task == results.tasks[0]), None)
-    if record is None or not texts or not own:
+    if record is None or results.config.student not in names or len(names) < 2:
         return None
-    return next((name for name, text in texts.items() if text != own), next(iter(texts))), record
+    text = render(record, results.config.data.template).text
+    own, *others = ({tuple(s) for s in encode(results.tokenizer(name), text).spans.tolist()} for name in names)
+    differences = [len(own ^ spans) for spans in others]
+    return names[1 + differences.index(max(differences))], record
 
 
 def time_mode(results: Results) -> Mode:

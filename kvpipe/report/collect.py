@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from kvpipe.experiment.sizes import shape
 from kvpipe.models.folders import load_tokenizer, recorded
 from kvpipe.stats.metrics import METRICS, PRIMARY
 from kvpipe.stats.scores import ALL, UNTRAINED, read_history
+from kvpipe.stats.tables import CONTRAST_COLUMNS
 
 ROLES = ("control", "experiment", "ablation", "baseline", "null")
 LOSSLESS = 1e-4
@@ -46,38 +48,12 @@ class Estimate:
         return isfinite(self.mean)
 
 
-@dataclass(frozen=True)
-class Contrast:
-    """Arm minus reference: what the page shows of a row of `contrasts.csv`."""
+class Contrast(SimpleNamespace):
+    """Arm minus reference: a row of `contrasts.csv`.
 
-    arm: str
-    reference: str
-    metric: str
-    task: str
-    estimate: float
-    verdict: str
-    """`better`, `worse` or `undecided` by the primary method, corrected for its family; `constant` where seeds do not
-    vary, `untested` where some are lost or one is all, `missing` without an estimate."""
-    p_dunnett: float
-    ratio: float
-    ratio_low: float
-    ratio_high: float
-    ratio_low_plain: float
-    ratio_high_plain: float
-    difference_low: float
-    difference_high: float
-    difference_low_plain: float
-    difference_high_plain: float
-    effect_size_seeds: float
-    mde: float
-    mde_ratio: float
-    n_seeds: int
-    n_items: int
-    low_corrected: float
-    high_corrected: float
-    p_bonferroni: float
-    p_holm: float
-    """The last four: of the bootstrap that stands beside it."""
+    Its verdict is `better`, `worse` or `undecided` by the primary method, corrected for its family; `constant` where seeds
+    do not vary, `untested` where some are lost or one is all, `missing` without an estimate.
+    """
 
     @property
     def known(self) -> bool:
@@ -126,7 +102,7 @@ class Results:
     @cached_property
     def contrasts(self) -> dict[tuple[str, str, str, str], Contrast]:
         """(arm, reference, metric, task) → contrast, in the order of the tables."""
-        table = self._tables(CONTRASTS, [field.name for field in fields(Contrast)])
+        table = self._tables(CONTRASTS, CONTRAST_COLUMNS)
         found = (Contrast(**row) for row in table.to_dict("records"))
         return {(c.arm, c.reference, c.metric, c.task): c for c in found}
 
@@ -311,7 +287,7 @@ class Results:
         folder = self.paths.benchmark("x").parent
         for path in sorted(folder.rglob("*.tsv")):
             step = path.relative_to(folder).parts[0].removesuffix(".tsv")
-            if step != "train":
+            if step not in ("train", "report"):  # cells say it of all attempts; the page is not there yet
                 row = pd.read_csv(path, sep="\t", na_values="-").iloc[-1]
                 found.setdefault(step, []).append(
                     (row["s"], row["s"] * (device and step in ON_DEVICE), row["max_rss"] / 1e3)

@@ -132,7 +132,7 @@ def _interval(results: Results, axes: Axes, y: float, arm: str, reference: str, 
     )  # fmt: skip
 
 
-def _ticks(axis: Any, limits: tuple[float, float], steps: tuple[float, ...] = (1, 1.5, 2, 3, 4, 5, 7)) -> None:
+def _ticks(axis: Any, limits: tuple[float, float], steps: tuple[float | int, ...] = (1, 1.5, 2, 3, 4, 5, 7)) -> None:
     """Round numbers on a logarithmic axis, eight at most."""
     low, high = limits
     inside = [m * 10.0**e for e in range(-5, 5) for m in steps if low <= m * 10.0**e <= high]

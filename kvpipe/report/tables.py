@@ -436,9 +436,11 @@ def _rule(arm: Arm) -> str:
         return {"proportional": "same relative depth", "kept": "depth in the whole model", "list": "as listed"}[
             layer.kind
         ]
+    count = "" if layer.k == 1 else f"{layer.k} "
     near = "" if layer.near is None else f" at most {layer.near} from the same depth"
     what = "keys to keys, values to values" if layer.by == "kv" else "hidden states"
-    return f"the {layer.k} most similar{near} ({what}), {'side by side' if layer.combine == 'concat' else 'added'}"
+    joined = "" if layer.k == 1 else ", side by side" if layer.combine == "concat" else ", added"
+    return f"the {count}most similar{near} ({what}){joined}"
 
 
 def teachers(results: Results) -> Table:
@@ -500,7 +502,7 @@ def cost(results: Results) -> Table:
     for row in spending[spending.step != "train"].itertuples():
         cells = (str(row.jobs), number(row.hours, 3), number(row.gpu_hours, 3), number(row.memory, 2), "")
         table.add(row.step, *cells, group="other steps, as the workflow measured them")
-    total = (str(spending.jobs.sum()), number(spending.hours.sum(), 3), number(spending.gpu_hours.sum(), 3))
+    total = (str(spending.jobs.sum()), *(number(float(spending[c].sum()), 3) for c in ("hours", "gpu_hours")))
     table.add("all", *total, number(float(spending.memory.max()) if len(spending) else np.nan, 2), "", group="total")
     if not set(spending.step) & set(ON_DEVICE):
         table.letter("The other steps ran outside Snakemake, which would have measured them.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
@@ -25,7 +24,7 @@ from kvpipe.report.render import SAMPLES_PER_TASK, samples
 from kvpipe.stats.metrics import METRICS as ENTRIES
 from kvpipe.stats.metrics import Metric
 from kvpipe.stats.scores import ITEM_METRICS
-from kvpipe.stats.tables import write_stats
+from kvpipe.stats.tables import CONTRAST_COLUMNS, write_stats
 from kvpipe.steps.inputs import Inputs
 from kvpipe.steps.models import make_model
 
@@ -143,7 +142,7 @@ def fake_stats(work: Inputs, nan: tuple[str, str] | None = None, **shift: float)
         folder.mkdir(parents=True, exist_ok=True)
         columns = ["arm", "metric", "task", "mean", "low", "high", "n_seeds", "n_items"]
         pd.DataFrame(arms, columns=columns).to_csv(folder / "arms.csv", index=False)
-        pd.DataFrame(contrasts).to_csv(folder / "contrasts.csv", index=False)
+        pd.DataFrame(contrasts, columns=CONTRAST_COLUMNS).to_csv(folder / "contrasts.csv", index=False)
 
 
 def fake_cell(work: Inputs, name: str, seed: int, rng: np.random.Generator) -> None:
@@ -769,7 +768,8 @@ def test_the_units_of_a_contrast(work):
     results = Results(workspace(work.paths.root))
     found = {m: wording.difference(results.contrasts["full", "control", m, "all"]) for m in METRICS}
     assert found["tokens_to_control"] == "−150 thousand tokens (3 seeds, not tested)"
-    constant = dataclasses.replace(results.contrasts["full", "control", "accuracy", "all"], verdict="constant")
+    accuracy = results.contrasts["full", "control", "accuracy", "all"]
+    constant = collect.Contrast(**vars(accuracy) | {"verdict": "constant"})
     assert wording.difference(constant) == "+10.5 points (seeds do not vary, not tested)"
     assert wording.detectable(results.contrasts["full", "control", "bits_per_byte", "all"]) == "× 0.93"
     assert wording.detectable(constant) == "1.4"
