@@ -105,6 +105,9 @@ class TrainConfig(Section):
     """Steps between validation losses (the learning curve)."""
     log_every: Count = 10
     """Steps between lines of history.jsonl."""
+    report_to: list[str] = Field(default=[])
+    """Trackers that get these lines too, of those that accelerate knows: `tensorboard` writes below `results/trackers`, one
+    run a cell, `wandb` and others where they are installed. No cell is trained anew for it."""
     hold_targets_gb: NotNegative = 1.0
     """Targets of frozen projectors are computed once and held when they fit into this many GB; else batch by batch."""
     checkpoint_every: Count = 200

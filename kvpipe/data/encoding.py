@@ -21,6 +21,7 @@ from kvpipe.config import Template
 from kvpipe.data.chat import carries_special, name_of, rendered, without_special
 from kvpipe.data.records import Reading, Record
 from kvpipe.experiment.files import save_tensors
+from kvpipe.experiment.progress import track
 from kvpipe.tokens.matrix import encode
 from kvpipe.tokens.segments import Segmented, token_segments
 
@@ -121,7 +122,7 @@ def encode_texts(
         raise ValueError(f"{name_of(tokenizer)} has no end-of-text token (eos_token): name one")
     ids, spans, segments, byte_segments, hashes, stripped = [], [], [], [], [], []
     doubled: dict[str, list[str]] = {"bos": [], "eos": [], "prompt": []}
-    for name, whole in zip(names, texts, strict=True):
+    for name, whole in track(list(zip(names, texts, strict=True)), "encoding", "texts"):
         tokens, text = encode(tokenizer, whole.text, add_special_tokens=not chat), whole
         these, span = tokens.ids.numpy(), tokens.spans.numpy()
         if end:

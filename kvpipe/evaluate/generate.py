@@ -14,6 +14,7 @@ from kvpipe.align.regime import by_own_length, switch_lengths
 from kvpipe.config import ScoringConfig
 from kvpipe.data.chat import end_of_turn
 from kvpipe.data.encoding import prompt_ids
+from kvpipe.experiment.progress import track
 
 MARGIN = 8
 """Tokens looked at beside the bytes of the longest stop string: some spell a part of a character, or nothing."""
@@ -51,7 +52,7 @@ def generate(
         for start in range(0, len(alike), batch_size)
     ]
     with _plain_generation(model):
-        for members, cached in batches:
+        for members, cached in track(batches, "generating", "answers", lambda batch: len(batch[0])):
             longest = max(len(encoded[i]) for i in members)
             ids = torch.full((len(members), longest), pad)
             mask = torch.zeros(len(members), longest, dtype=torch.long)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from kvpipe.align.regime import by_own_length, of_length
 from kvpipe.data.batches import IGNORE, Batch, collate
 from kvpipe.data.encoding import Encoding
+from kvpipe.experiment.progress import track
 from kvpipe.models.head import Head, final_states
 
 TOKENS = 8192
@@ -110,7 +111,7 @@ def score(model, encoding: Encoding, batches: list[Batch]) -> Scores:
     training = by_own_length(model).training
     model.eval()
     scores, head = empty_scores(encoding), Head.of(model)
-    for batch in batches:
+    for batch in track(batches, "scoring", "examples", lambda batch: len(batch.examples)):
         moved = batch.to(device)
         inputs = {"input_ids": moved.input_ids, "attention_mask": moved.attention_mask, "use_cache": False}
         states, _ = final_states(model, head, **inputs)

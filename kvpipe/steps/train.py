@@ -157,6 +157,8 @@ def load_cell(inputs: Inputs, arm_name: str, seed: int, log=print) -> Cell:
             "data": digest(encoding.ids.tolist(), 16),
             "inputs": _digests(inputs, arm_name),
         },
+        seed=seed,
+        trackers=inputs.paths.trackers,
     )
 
 

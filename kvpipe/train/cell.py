@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,10 @@ class Cell:
     """Numbers of the training examples that it sees."""
     made_from: dict[str, Any]
     """What must agree when a checkpoint is continued, as JSON."""
+    seed: int
+    """Of the cell, whatever it draws by."""
+    trackers: Path
+    """Folder of what `train.report_to` writes."""
 
 
 def budget(config: TrainConfig, arm: Arm) -> TrainConfig:

@@ -25,9 +25,11 @@ from kvpipe.distill.losses import NonFiniteLossError, check_finite
 from kvpipe.experiment import launch
 from kvpipe.experiment.attempts import Attempt
 from kvpipe.experiment.device import check_device, check_precision, meet, resolve_device, without_environment
+from kvpipe.experiment.files import GB
 from kvpipe.experiment.outofmemory import explained
+from kvpipe.experiment.progress import Progress
 from kvpipe.models.likelihood import score, scoring_batches
-from kvpipe.train import checkpoint
+from kvpipe.train import checkpoint, tracking
 from kvpipe.train.cell import Cell
 from kvpipe.train.step import BatchLoss
 
@@ -57,6 +59,7 @@ def check_settings(config: TrainConfig, log=print) -> None:
     """
     check_device(config.device, log)
     check_precision(config.precision, resolve_device(config.device))
+    tracking.check_trackers(config.report_to)
     without_environment()
     processes = launch.group_size(os.environ)
     if config.accumulate * processes > config.batch_size:
@@ -193,6 +196,17 @@ class Loop:
     def run(self, stop: list[int]) -> None:
         """All steps that are left; `stop` has the signals that came."""
         step = self._resume()
+        if self.config.report_to:
+            cell = self.cell
+            tracking.begin(self.accelerator, self.config.report_to, cell.trackers, cell.name, cell.seed, step)
+            self.log(f"{', '.join(self.config.report_to)}: {cell.trackers / cell.name / f'seed{cell.seed}'}")
+        try:
+            self._run(step, stop)
+        finally:
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+
+    def _run(self, step: int, stop: list[int]) -> None:
         if step == 0:
             self._evaluate(0)
         # an arm that looks at no cache is not recorded: control pays for nothing it does not use
@@ -200,7 +214,8 @@ class Loop:
         if self.objective.records:
             unwrapped = self.accelerator.unwrap_model(self.model)
             recorder = Recorder(unwrapped, hidden=self.objective.records_hidden)
-        with recorder or nullcontext():
+        label = f"training {self.cell.name}, seed {self.cell.seed}"
+        with recorder or nullcontext(), Progress(label, self.config.steps, "steps", step) as progress:
             while step < self.config.steps:
                 begun = time.perf_counter()
                 line = self._step(step, recorder)
@@ -209,8 +224,9 @@ class Loop:
                 last = step == self.config.steps
                 if last:
                     self.router = self.loss.router(recorder)
+                progress.add(1, ", ".join(f"{name} {line[name]:.3f}" for name in self.objective.terms))
                 if step % self.config.log_every == 0 or last:
-                    self.history.append(line)
+                    self._note(line)
                 if step % self.config.eval_every == 0 or last:
                     self._evaluate(step)
                 stopping = self._must_stop(stop)
@@ -270,8 +286,16 @@ class Loop:
                 f"the validation loss after step {step} is {loss}: look at the student's weights and the split (before "
                 "step 1), or lower the learning rate; nothing of this step was saved"
             )
-        self.history.append({"step": step, "tokens": self.counters.tokens, "validation_loss": loss})
+        self._note({"step": step, "tokens": self.counters.tokens, "validation_loss": loss})
         self.log(f"step {step}/{self.config.steps}  validation loss {loss:.4f}")
+
+    def _note(self, line: dict[str, Any]) -> None:
+        """A line of the history, for the trackers too."""
+        self.history.append(line)
+        if self.accelerator.trackers:
+            measured = {name: value for name, value in line.items() if name != "step"}
+            memory = {"peak_memory_gb": peak_memory(self.accelerator.device) / GB}
+            self.accelerator.log(measured | memory, step=line["step"])
 
     # ------------------------------------------------------------ stopping and going on
     def _must_stop(self, stop: list[int]) -> bool:

@@ -272,7 +272,7 @@ MISTAKES = [
     ({"arms.exp1.set.projector.learning_rate": 1}, "arms.exp1.set.projector.learning_rate", "no effect under 'frozen'"),
     ({"arms.exp1.set.loss.values.temperature": 7}, "arms.exp1.set.loss.values.temperature", "unknown key"),
     ({"arms.exp1.set.fit.method": "reconstruct"}, "arms.exp1.set", "cannot start projector.kind: linear"),
-    ({"store.top_logits": 0}, "store.top_logits", "arm 'logit-kd'"),
+    ({"store.top_logits": 0, "arms.logit-kd.set.loss": {"logits": {}}}, "store.top_logits", "arm 'logit-kd'"),
     # fusion
     ({"arms.exp1.set.fuse.entropy": 0.1}, "arms.exp1.set.fuse.entropy", "unknown key"),
     ({"arms.exp6.set.fuse.entropy": 0.1}, "arms.exp6.set.fuse", "weights that are learned"),

@@ -96,6 +96,8 @@ def code(step):
 
 
 # ---------------------------------------------------------------- before the first job
+# the rules call `python`: that of the environment which Snakemake runs in, though nobody has activated it
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 APPTAINER = "apptainer" in {str(method) for method in workflow.deployment_settings.deployment_method}
 IN_IMAGE = f"apptainer exec --home $PWD {workflow.deployment_settings.apptainer_args} {IMAGE}" if APPTAINER else ""
 if APPTAINER and "://" not in IMAGE and not Path(IMAGE).exists():
