@@ -130,6 +130,23 @@ def evaluate(
 
 
 @with_experiment
+def answers(
+    given: Experiment,
+    questions: Annotated[Path, typer.Option(help="JSONL: question_id, and turns, the user's messages.")],
+    out: Annotated[Path, typer.Option(help="JSONL file, named as the model.", callback=writable_file)],
+    model: Annotated[Path | None, typer.Option(help="Model folder.")] = None,
+    cell: Annotated[Path | None, typer.Option(help="Instead of --model: folder of `kvpipe train --teacher`.")] = None,
+) -> None:
+    """Answer questions of several turns, in the format that MT-Bench's judge reads."""
+    from kvpipe.steps.evaluate import answer_questions
+    from kvpipe.steps.inputs import Inputs
+
+    if (model is None) == (cell is None):
+        raise typer.BadParameter("give either --model or --cell")
+    say(answer_questions(Inputs(*given.of(cell)), model or Path(cell or "") / STUDENT, questions, out))
+
+
+@with_experiment
 def cells(
     given: Experiment,
     kept: Annotated[Path, typer.Option(help="Folder of finished cells, to be committed.", callback=writable_folder)],
@@ -261,5 +278,6 @@ def copy_recipe(
 
 
 COMMANDS = {
-    f.__name__: f for f in (init, doctor, lock, prepare, train, evaluate, cells, status, align, report, card, publish)
+    f.__name__: f
+    for f in (init, doctor, lock, prepare, train, evaluate, answers, cells, status, align, report, card, publish)
 }

@@ -27,10 +27,11 @@ def kv_loss(
     student: Float[Tensor, "*layer batch head time dim"],
     target: Float[Tensor, "*layer batch head time dim"],
     mask: Shaped[Tensor, "batch time"],
-    kind: Literal["mse", "smooth_l1"] = "mse",
+    kind: Literal["mse", "smooth_l1", "cosine"] = "mse",
     scale: Literal["std"] | Tensor | None = None,
 ) -> Float[Tensor, "batch time"]:
-    """Squared or smooth-L1 (β = 1) distance of caches, averaged over layer, head and dim.
+    """Squared, smooth-L1 (β = 1) or cosine (1 − cos of each head's vectors, without scale) distance of caches, averaged
+    over layer, head and dim.
 
     `mask` is nonzero where a position counts; what stands in masked positions of either side, NaN too, has no
     influence on the loss, its gradient or the scale. With ``scale="std"`` each layer's residual is divided by the
@@ -45,11 +46,14 @@ def layer_kv_losses(
     student: Float[Tensor, "*layer batch head time dim"],
     target: Float[Tensor, "*layer batch head time dim"],
     mask: Shaped[Tensor, "batch time"],
-    kind: Literal["mse", "smooth_l1"] = "mse",
+    kind: Literal["mse", "smooth_l1", "cosine"] = "mse",
     scale: Literal["std"] | Tensor | None = None,
 ) -> Float[Tensor, "*layer batch time"]:
-    """`kv_loss` of each layer by itself, for the log and for `check_finite`."""
+    """`kv_loss` of each layer by itself."""
     hidden = rearrange(mask == 0, "batch time -> batch 1 time 1")
+    if kind == "cosine":
+        own, other = (wide(x).masked_fill(hidden, 1) for x in (student, target))
+        return reduce(1 - F.cosine_similarity(own, other, dim=-1), "... batch head time -> ... batch time", "mean")
     # Masked before anything else: 0 · NaN is NaN, in the backward pass too.
     residual = (wide(student) - wide(target)).masked_fill(hidden, 0)
     if isinstance(scale, Tensor) or scale == "std":
@@ -62,7 +66,7 @@ def layer_kv_losses(
     elif kind == "smooth_l1":
         loss = F.smooth_l1_loss(residual, torch.zeros_like(residual), reduction="none")
     else:
-        raise ValueError(f"kind must be 'mse' or 'smooth_l1'; got {kind!r}")
+        raise ValueError(f"kind must be 'mse', 'smooth_l1' or 'cosine'; got {kind!r}")
     return reduce(loss, "... batch head time dim -> ... batch time", "mean")
 
 
@@ -141,10 +145,16 @@ def relation_loss(
         scores = split @ split.mT * split.shape[-1] ** -0.5
         return scores.masked_fill(~allowed, -torch.inf).log_softmax(-1)
 
-    student_log, teacher_log = log_relation(student, "student"), log_relation(teacher, "teacher")
-    gap = (teacher_log - student_log).masked_fill(~allowed, 0)
-    divergence = reduce(teacher_log.exp() * gap, "batch relation query key -> batch relation query", "sum")
+    divergence = row_divergence(log_relation(student, "student"), log_relation(teacher, "teacher"))
     return divergence.mean(1).masked_fill(~shown, 0)
+
+
+def row_divergence(
+    student: Float[Tensor, "*row outcome"], teacher: Float[Tensor, "*row outcome"]
+) -> Float[Tensor, "*row"]:
+    """KL(teacher ‖ student) of log-probabilities; what is −∞ in both is no outcome."""
+    none = teacher.isneginf() & student.isneginf()
+    return (teacher.exp() * (teacher - student).masked_fill(none, 0)).sum(-1)
 
 
 def logit_kd_loss(

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from kvpipe.align.timemap import shared_spans
+from kvpipe.cache.forward import Keep, forward_rows
 from kvpipe.cache.teacher import COLUMNS, Aligned, AlignedTeacher
 from kvpipe.data.batches import Batch
+from kvpipe.data.encoding import Encoding
 from kvpipe.distill.fusion import Fusion
 from kvpipe.distill.losses import head_losses
 from kvpipe.distill.targets import FusedTargets
 from kvpipe.distill.terms import HeadTerm, Row, Said, Student, Term
+from kvpipe.tokens.matrix import common_prefix_positions
 
 RECORDED = frozenset({"own_kv", "own_queries", "own_hidden"})
 
@@ -99,18 +104,20 @@ class Objective(nn.Module):
         return tuple(name for name in COLUMNS if name in wanted or name in fused)
 
     # ------------------------------------------------------------ one batch
-    def read(self, batch: Batch) -> Said:
-        """What the teachers say of a part; nothing here depends on what trains."""
+    def read(self, batch: Batch, other: OtherTexts | None = None) -> Said:
+        """What the teachers say of a part, of its training texts or of others; nothing here depends on what trains."""
         length = batch.input_ids.shape[1]
+        texts = other or OtherTexts(self.teachers, self.top, batch.examples)
         rows: list[Aligned | None] = []
-        for number, teacher in enumerate(self.teachers):
+        for number, teacher in enumerate(texts.teachers):
             columns = self.columns(number)
-            rows.append(teacher.aligned(batch.examples, length, columns) if columns else None)
-        return self.said(batch, rows)
+            rows.append(teacher.aligned(texts.places, length, columns) if columns else None)
+        return self.said(batch, rows, [entry.padded(texts.places, length) for entry in texts.top])
 
-    def said(self, batch: Batch, rows: Sequence[Aligned | None]) -> Said:
+    def said(
+        self, batch: Batch, rows: Sequence[Aligned | None], top: Sequence[tuple[Tensor, Tensor, Tensor]] = ()
+    ) -> Said:
         """The same of rows that somebody else has read."""
-        top = [entry.padded(batch.examples, batch.input_ids.shape[1]) for entry in self.top]
         return Said(rows, top, self._shares(batch))
 
     def resolve(self, batch: Batch, said: Said, student: Student | None = None) -> Said:
@@ -161,6 +168,7 @@ class Objective(nn.Module):
             progress: (step, steps).
             only: name of a term.
         """
+        student.progress = progress[0] / max(progress[1], 1)
         weights: dict[str, float] = {name: term.weight(*progress) for name, term in self.terms.items()}
         counts = {name: weight if only in (None, name) else 0.0 for name, weight in weights.items()}
         heads = {name: term for name, term in self.terms.items() if isinstance(term, HeadTerm)}
@@ -170,7 +178,7 @@ class Objective(nn.Module):
                 value = term(batch, said, whole[name], student)
                 values[name] = value.detach()
                 total = total + counts[name] * value if counts[name] else total
-        return Loss(total, values, weights, lambda: self._watch(batch, said, whole, student))
+        return Loss(total, values, weights, lambda: self._watch(batch, said, whole))
 
     def _of_head(
         self,
@@ -215,17 +223,23 @@ class Objective(nn.Module):
         return self.known[0].prior(teachers, self._tasks(batch)).detach().softmax(0)
 
     @torch.no_grad()
-    def _watch(
-        self, batch: Batch, said: Said, whole: Mapping[str, Row], student: Student
-    ) -> dict[str, tuple[float, float]]:
-        out: dict[str, tuple[float, float]] = {}
-        for name, term in self.terms.items():
-            out |= term.watch(batch, said, whole[name], student)
+    def _watch(self, batch: Batch, said: Said, whole: Mapping[str, Row]) -> dict[str, tuple[float, float]]:
+        out = {key: value for name, term in self.terms.items() for key, value in term.watch(whole[name]).items()}
         if self.targets is not None:
             mask = batch.mask & said.target.mask
             out["masked_share"] = (float(batch.mask.sum() - mask.sum()), float(batch.mask.sum()))
             out |= self.targets.watch(said.target, mask, np.array(self._tasks(batch)))
         return out
+
+
+@dataclass(frozen=True)
+class OtherTexts:
+    """Texts that the teachers have read in the place of a batch's own."""
+
+    teachers: Sequence[AlignedTeacher]
+    top: Sequence[TopLogits]
+    places: Int64[np.ndarray, "batch"]
+    """Numbers of the batch's texts among them."""
 
 
 @dataclass(frozen=True)
@@ -237,6 +251,22 @@ class TopLogits:
     logprobs: Float[Tensor, "dst_row top"]
     mask: Tensor
     offsets: np.ndarray
+
+    @classmethod
+    def live(
+        cls,
+        model: Any,
+        src: Encoding,
+        dst: Encoding,
+        same: Int64[Tensor, "src_token"],
+        top: int,
+        batch_size: int,
+        pad_id: int,
+    ) -> TopLogits:
+        """Those of a teacher that reads all texts now; see `on_student`."""
+        rows = forward_rows(model, src, np.arange(len(src)), Keep(top=top), batch_size, pad_id).named()
+        pairs = common_prefix_positions(*shared_spans(src, dst))
+        return cls.on_student(rows["top_ids"], rows["top_logprobs"], pairs, same, dst.offsets)
 
     @classmethod
     def on_student(

@@ -279,7 +279,10 @@ class Results:
 
     @cached_property
     def spending(self) -> pd.DataFrame:
-        """Jobs, hours, GPU hours and peak memory (GB) of each step, as the cells and Snakemake's benchmarks say."""
+        """Jobs, hours, GPU hours and peak memory (GB) of each step, as the cells and Snakemake's benchmarks say.
+
+        Of the memory of other steps than training the benchmarks say nothing: steps may share a process.
+        """
         device = any(cost.get("provenance", {}).get("device", "cpu") != "cpu" for cost in self.costs.values())
         cells = [(c.get("wall_seconds", c["train_seconds"]), c.get("gpu_seconds", 0), c["peak_memory_bytes"] / 1e9)
                  for c in self.costs.values()]  # fmt: skip
@@ -288,12 +291,12 @@ class Results:
         for path in sorted(folder.rglob("*.tsv")):
             step = path.relative_to(folder).parts[0].removesuffix(".tsv")
             if step not in ("train", "report"):  # cells say it of all attempts; the page is not there yet
-                row = pd.read_csv(path, sep="\t", na_values="-").iloc[-1]
-                found.setdefault(step, []).append(
-                    (row["s"], row["s"] * (device and step in ON_DEVICE), row["max_rss"] / 1e3)
-                )
-        rows = [(step, len(jobs), *np.sum(jobs, axis=0)[:2] / 3600, np.nanmax(np.array(jobs)[:, 2], initial=0))
-                for step, jobs in found.items()]  # fmt: skip
+                seconds = float(pd.read_csv(path, sep="\t").s.iloc[-1])
+                found.setdefault(step, []).append((seconds, seconds * (device and step in ON_DEVICE), np.nan))
+        rows = [
+            (step, len(jobs), *np.sum(jobs, axis=0)[:2] / 3600, np.array(jobs)[:, 2].max())
+            for step, jobs in found.items()
+        ]
         return pd.DataFrame(rows, columns=["step", "jobs", "hours", "gpu_hours", "memory"])
 
     # ------------------------------------------------------------ teachers

@@ -439,7 +439,7 @@ def test_the_cost_sheet_adds_up(work):
     pd.DataFrame({"s": [1800.0], "max_rss": [512.0]}).to_csv(folder, sep="\t", index=False)
     rows = {row.name: [cell.text for cell in row.cells] for row in tables.cost(Results(work)).rows}
     assert rows["full"] == ["3", "6.000", "12.000", "1.20", "0"]
-    assert rows["evaluate"] == ["1", "0.500", "0.500", "0.51", ""], "a job beside cells on a GPU holds one"
+    assert rows["evaluate"] == ["1", "0.500", "0.500", "–", ""], "a job beside cells on a GPU holds one"
     others = 42 * 30.5 / 3600
     assert rows["all"][:3] == ["46", f"{6.5 + others:.3f}", "12.500"]
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from kvpipe import config as configuration
+from kvpipe.cli import server
 from kvpipe.experiment import launch
 from kvpipe.experiment.plan import Dag, digest
 from kvpipe.experiment.paths import Paths
@@ -125,6 +126,13 @@ def examine():
         raise WorkflowError(
             f"{done.stdout}nothing was started, since it would fail ({log}); --no-hooks starts it all the same"
         )
+
+
+def serve():
+    """Steps that are processes of this machine are forked from one that has imported the libraries."""
+    where = "in another executor" if not workflow.local_exec else "in an image" if APPTAINER else None
+    if not workflow.touch:
+        server.start(PLAN.config.train.threads, where)
 
 
 # ---------------------------------------------------------------- processes of a cell, by its resources
