@@ -19,6 +19,7 @@ from kvpipe.report import style, tables, wording
 from kvpipe.report.alignment import shown_example, time_mode
 from kvpipe.report.collect import ROLES, Results
 from kvpipe.report.figures import FIGURES as DRAWN
+from kvpipe.report.readings import read_example
 from kvpipe.stats.metrics import METRICS, PRIMARY
 
 SAMPLES_PER_TASK = 3
@@ -68,7 +69,7 @@ def _inlined(figures: dict[str, Figure]) -> dict[str, Any]:
 def content(results: Results, filed: dict[str, tables.Table]) -> dict[str, Any]:
     """Everything the template shows but the figures."""
     findings = {"audit": results.audit, "doctor": results.doctor}
-    example = shown_example(results)
+    example, read = shown_example(results), read_example(results)
     metrics = [name for name in tables.shown_metrics(results) if tables.contrasts(results, name).rows]
     return {
         "version": __version__,
@@ -90,6 +91,7 @@ def content(results: Results, filed: dict[str, tables.Table]) -> dict[str, Any]:
             "layers": tables.chosen_layers(results),
             "teachers": tables.teachers(results),
             "stores": tables.stores(results),
+            "written": tables.written(results),
             "audit": tables.checks((findings["audit"] or {}).get("checks", []), "Fairness audit."),
             "doctor": tables.checks((findings["doctor"] or {}).get("findings", []), "What the doctor found."),
             "provenance": tables.provenance(results),
@@ -103,6 +105,7 @@ def content(results: Results, filed: dict[str, tables.Table]) -> dict[str, Any]:
         "control": results.control,
         "headline": results.headline,
         "example": {"teacher": example[0], "record": example[1].id, "mode": time_mode(results)} if example else None,
+        "read": read and (read.record, *tables.readings(read)),
         "lossless": [", ".join(results.fit_users(name)) for name in results.lossless_fits],
         "samples": samples(results),
         "arm": results.headline or results.arm_order[-1],

@@ -15,6 +15,7 @@ from kvpipe.config import LOSS_ON, Arm
 from kvpipe.experiment.files import replacing
 from kvpipe.experiment.paths import SPLITS, TABLES
 from kvpipe.report.collect import ON_DEVICE, THIRDS, Results, read_document
+from kvpipe.report.readings import ReadExample
 from kvpipe.report.wording import DASH, VERDICTS, change, detectable, level, number, p_value, ratio, shown, signed
 from kvpipe.stats.metrics import METRICS, PRIMARY, tokens_to
 from kvpipe.stats.scores import ALL, UNTRAINED
@@ -26,6 +27,7 @@ ROLE_TEXTS = {
     "baseline": "what one would use instead of this method; a method worth using beats it",
     "null": "contains no usable teacher knowledge; if it beat control, the benefit would not come from the teacher",
 }
+READ = {"student": "the records’ text", "own": "its own longer reasoning", "written": "what it has written"}
 SIGNS = str.maketrans({"−": "$-$", "×": r"$\times$", "–": "--", "’": "'", "∞": r"$\infty$"})
 """Signs of these tables that LaTeX does not read."""
 
@@ -146,7 +148,8 @@ def arms(results: Results) -> Table:
 
 def components(arm: Arm) -> dict[str, str]:
     """An arm's settings in words; a dash where the component plays no part in it."""
-    out = dict.fromkeys(("teachers", "time", "layer", "projector", "fit", "fusion"), DASH) | {"loss": "CE"}
+    text = "" if arm.reading == "student" else f", {arm.student_reasoning} reasoning"
+    out = dict.fromkeys(("teachers", "time", "layer", "projector", "fit", "fusion"), DASH) | {"loss": "CE" + text}
     if not arm.teachers:
         return out
     out["teachers"] = ", ".join(arm.teachers) + (" (shuffled)" if arm.shuffle_teacher else "")
@@ -158,7 +161,8 @@ def components(arm: Arm) -> dict[str, str]:
     out["time"] = "same byte end"
     if "time" in read:
         mode = f" ({arm.time.mode})" if arm.time.kind != "position" else ""
-        out["time"] = arm.time.kind + mode + (", own text" if arm.time.text == "own" else "")
+        own = {"own": ", own text", "written": ", own text as written"}.get(arm.time.text, "")
+        out["time"] = arm.time.kind + mode + own
         out["time"] += ", inside segments" if arm.time.borders == "keep" else ""
     if "layer" in read:
         layer = arm.layer
@@ -168,7 +172,7 @@ def components(arm: Arm) -> dict[str, str]:
     short = {"cross_entropy": "CE"}
     terms = [(short.get(name, name.replace("_", " ")), term.weight) for name, term in arm.terms.items()]
     parts = [name if weight == 1 and name == "CE" else f"{weight:g} {name}" for name, weight in terms if weight]
-    return out | {"loss": " + ".join(parts)}
+    return out | {"loss": " + ".join(parts) + text}
 
 
 def data(results: Results) -> Table:
@@ -464,6 +468,39 @@ def teachers(results: Results) -> Table:
     return table
 
 
+def written(results: Results) -> Table:
+    """What teachers have written for the training prompts, by task."""
+    heads = [
+        Column("prompts"),
+        Column("kept", "%"),
+        Column("kept at try", number=False),
+        Column("kept reasoning", "mean bytes"),
+    ]
+    caption = (
+        "The reasoning that teachers have written for the training prompts: kept where the answer is right, at the first such "
+        "try; for the others the reference stands in."
+    )
+    table = Table(caption, "teacher", [*_words("task"), *heads, Column("its reference", "mean bytes")])
+    for teacher, found in results.text_counts.items():
+        for task, counts in found["tasks"].items():
+            share = number(100 * counts["kept"] / max(1, counts["asked"]), 1)
+            sizes = (number(float(counts[key]), 0) for key in ("mean_bytes", "mean_bytes_of_reference"))
+            table.add(teacher, task, f"{counts['asked']:,}", share, " / ".join(map(str, counts["kept_at_try"])), *sizes)
+    return table
+
+
+def readings(example: ReadExample) -> tuple[Table, Table]:
+    """The texts of one record as student and teachers read it, and what each student token reads."""
+    texts = Table("Two texts of one record, segment by segment.", "text of", _words("prompt", "reasoning", "answer"))
+    for name, text in example.texts:
+        texts.add(name, *(Cell(part, css="wrap") for part in text))
+    heads = _words("segment", *(f"reads of {name}" for name in example.teachers))
+    tokens = Table("The teacher token (@ its number) whose cache each student token reads.", "student token", heads)
+    for token, segment, read in example.rows:
+        tokens.add(token, segment, *(Cell(cell, css="hash") for cell in read))
+    return texts, tokens
+
+
 def stores(results: Results) -> Table:
     """Size and fidelity of the teacher KV stores."""
     table = Table(
@@ -475,7 +512,7 @@ def stores(results: Results) -> Table:
     for (teacher, reading), index in results.stores.items():
         per_token = index["bytes_per_token"]
         table.add(
-            teacher, {"student": "the student’s text", "own": "its own longer reasoning"}[reading], index["key"]["dtype"],
+            teacher, READ[reading], index["key"]["dtype"],
             ", ".join(map(str, index["key"]["layers"])), f"{index['rows']:,}", number(per_token, 0),
             number(index["rows"] * per_token / 1e6, 1), number(index["attention_cosine"], 6),
         )  # fmt: skip
