@@ -326,14 +326,14 @@ def test_lora_trains_adapters_and_merges_them(cell, arm):
 
 # ---------------------------------------------------------------- what must not be trained on
 def test_nan_in_a_term_stops_with_step_and_term(cell, monkeypatch, tmp_path):
-    real, calls = distill.kv_loss, iter(range(1000))
+    real, calls = distill.layer_kv_losses, iter(range(1000))
 
     def poisoned(*args, **kwargs):
         # one call for keys and one for values in every step (those whose gradients are watched apart have more): the
         # seventh is the values' of step 4
         return real(*args, **kwargs) * (float("nan") if next(calls) == 7 else 1.0)
 
-    monkeypatch.setattr(distill, "kv_loss", poisoned)
+    monkeypatch.setattr(distill, "layer_kv_losses", poisoned)
     with pytest.raises(NonFiniteLossError, match=r"step 4: loss term 'values' is NaN"):
         cell("two", {"train.checkpoint_every": 3, "train.eval_every": 6})
     assert sorted(p.name for p in tmp_path.glob("*/checkpoints/*")) == ["step-00000001", "step-00000003"]
