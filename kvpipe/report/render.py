@@ -55,9 +55,10 @@ def write_report(config: Config, paths: Paths, out: Path) -> None:
 
 def page(results: Results, built: dict[str, tables.Table], figures: dict[str, Figure]) -> str:
     """The HTML, with those figures that there are."""
+    shown = content(results, built) | {"figures": _inlined(figures)}
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = resources.files("kvpipe.report").joinpath("template.html").read_text(encoding="utf-8")
-    return environment.from_string(source).render(**content(results, built), figures=_inlined(figures))
+    return environment.from_string(source).render(**shown)
 
 
 def _inlined(figures: dict[str, Figure]) -> dict[str, Any]:
