@@ -42,9 +42,10 @@ def write_report(config: Config, paths: Paths, out: Path) -> None:
         FileNotFoundError: `stats/arms.csv` or `stats/contrasts.csv` is missing.
         ValueError: a table lacks a column.
     """
+    shown = content(Results(config, paths))
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = resources.files("kvpipe.report").joinpath("template.html").read_text(encoding="utf-8")
-    text = environment.from_string(source).render(**content(Results(config, paths)))
+    text = environment.from_string(source).render(**shown)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, text)
 
