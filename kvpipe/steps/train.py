@@ -130,7 +130,7 @@ def load_cell(inputs: Inputs, arm_name: str, seed: int, log=print) -> Cell:
     set_up(training)
     check_settings(training, log)
     inputs.check([arm_name])
-    encoding = inputs.student_encoding("train")
+    encoding = inputs.student_encoding("train", arm)
     torch.manual_seed(drawn)  # adapters are drawn
     student = inputs.student(drawn, arm.init).train()
     if training.lora is not None:
@@ -151,7 +151,7 @@ def load_cell(inputs: Inputs, arm_name: str, seed: int, log=print) -> Cell:
         objective=objective,
         online=load_on_policy(inputs, arm, objective, drawn),
         train=encoding,
-        validation=inputs.student_encoding("validation"),
+        validation=inputs.student_encoding("validation", arm),
         pad_id=inputs.student_tokenizer.pad_token_id,
         examples=inputs.training_examples(arm),
         made_from={
@@ -185,7 +185,7 @@ def write_cell(
             trained.model,
             inputs.paths.model(student),
             out / STUDENT,
-            inputs.records("validation"),
+            inputs.records("validation", cell.arm.reading),
             config.data.template,
             config.trusts(student),
             log,
@@ -203,6 +203,7 @@ def write_cell(
         "padding_share": 1 - counters.tokens / max(1, counters.padded_tokens),
         "restarts": counters.restarts,
         "processes": trained.processes,
+        **({} if trained.router is None else {"router": trained.router}),
         "model": saved,
         "settings": inputs.steps["train"].depends(arm=cell.name),
         "provenance": describe(
