@@ -22,6 +22,19 @@ def estimate_bytes(config: StoreConfig, geometry: tuple[int, int, int], layers: 
     return rows * (2 * layers * heads * per_head + 16 + top * 6)
 
 
+CPU_INFO = Path("/proc/cpuinfo")
+"""Where Linux says what its processors can."""
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this machine's processors multiply bf16 by instructions of their own (x86's AVX-512 or AMX, Arm's bf16).
+
+    Without them torch computes bf16 by way of fp32, slower than fp32 itself.
+    """
+    words = set(CPU_INFO.read_text(encoding="utf-8").split()) if CPU_INFO.is_file() else set()
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
 @dataclass(frozen=True)
 class Shape:
     """The sizes of a decoder that decide its memory."""
