@@ -221,9 +221,15 @@ class Recorder:
         `positions`: (batch, time) or (time,); by default the `position_ids` of the forward, else 0, 1, 2, …. Raises
         RuntimeError for layers that were not recorded, ValueError for shapes that the config does not promise.
         """
-        record = self._layers()
-        keys = self._unrotate([entry.key for entry in record], positions)
-        return KV(keys, torch.stack([entry.value for entry in record]))
+        return KV(self.keys(positions), self.values())
+
+    def keys(self, positions: Int[Tensor, "*batch time"] | None = None) -> Float[Tensor, "layer batch head time dim"]:
+        """The keys of `kv` alone."""
+        return self._unrotate([entry.key for entry in self._layers()], positions)
+
+    def values(self) -> Float[Tensor, "layer batch head time value_dim"]:
+        """The values of `kv` alone."""
+        return torch.stack([entry.value for entry in self._layers()])
 
     def rows(
         self, mask: Bool[Tensor, "batch time"]

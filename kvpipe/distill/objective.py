@@ -106,7 +106,19 @@ class Objective(nn.Module):
         for number, teacher in enumerate(self.teachers):
             columns = self.columns(number)
             rows.append(teacher.aligned(batch.examples, length, columns) if columns else None)
-        return self.said(batch, rows)
+        said = self.said(batch, rows)
+        if self.targets is None or self.targets.trains or self.reads_student:
+            return said
+        # made now, before there is a graph: what they are made of need not stay
+        fused = self.resolve(batch, said).fused
+        return Said([self._kept(one) for one in said.rows], said.top, said.shares, fused)
+
+    def _kept(self, read: Aligned | None) -> Aligned | None:
+        """Of what was read, the columns that terms look at beside the fused caches."""
+        if read is None:
+            return None
+        names = {name for term in self.terms.values() for name in getattr(term.settings, "needs", ())} | {"ends"}
+        return Aligned(read.mask, {name: x for name, x in read.columns.items() if name in names}, read.loss)
 
     def said(self, batch: Batch, rows: Sequence[Aligned | None]) -> Said:
         """The same of rows that somebody else has read."""
@@ -115,7 +127,7 @@ class Objective(nn.Module):
 
     def resolve(self, batch: Batch, said: Said, student: Student | None = None) -> Said:
         """With the caches projected and fused, by the forward that was just recorded where the fusion looks at it."""
-        if self.targets is None:
+        if self.targets is None or said.fused is not None:
             return said
 
         def seen() -> Student:

@@ -77,9 +77,19 @@ class Student:
         return self.recorder
 
     @cached_property
+    def keys(self) -> Float[Tensor, "layer batch head time dim"]:
+        """Keys before rotation."""
+        return self._recorded.keys()
+
+    @cached_property
+    def values(self) -> Float[Tensor, "layer batch head time value_dim"]:
+        """Values."""
+        return self._recorded.values()
+
+    @property
     def kv(self) -> KV:
-        """Keys before rotation, and values."""
-        return self._recorded.kv()
+        """Both."""
+        return KV(self.keys, self.values)
 
     @cached_property
     def queries(self) -> Float[Tensor, "layer batch query_head time dim"]:
@@ -261,7 +271,7 @@ class KeysTerm(CacheTerm):
 
     def forward(self, batch: Batch, said: Said, whole: Row, student: Student) -> Tensor:
         """Against the student's."""
-        return self.distance(student.kv.keys[self.layers], self.target(said), self.counted(batch, said), whole)
+        return self.distance(student.keys[self.layers], self.target(said), self.counted(batch, said), whole)
 
 
 @TERMS.built_from(ValuesConfig)
@@ -274,7 +284,7 @@ class ValuesTerm(CacheTerm):
 
     def forward(self, batch: Batch, said: Said, whole: Row, student: Student) -> Tensor:
         """Against the student's."""
-        return self.distance(student.kv.values[self.layers], self.target(said), self.counted(batch, said), whole)
+        return self.distance(student.values[self.layers], self.target(said), self.counted(batch, said), whole)
 
 
 @TERMS.built_from(AttentionTermConfig)
