@@ -18,14 +18,9 @@ from torch import Tensor
 from kvpipe.cache.capture import Recorder, kv_geometry
 from kvpipe.data.batches import Batch, collate
 from kvpipe.data.encoding import Encoding, concatenated_ranges
-from kvpipe.experiment.sizes import shape
+from kvpipe.experiment.sizes import MOST, ROOM, batch_numbers, shape
 from kvpipe.models.head import Head, final_states
 from kvpipe.models.likelihood import groups, wide
-
-ROOM = {"cpu": 0.4e9, "cuda": 2e9}
-"""Bytes for a batch's activations and caches."""
-MOST = {"cpu": 2048, "cuda": 16384}
-"""Tokens of a batch, where there is room for so many: more are no faster."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +64,8 @@ def batch_tokens(model, head: Head, layers: int) -> int:
     if found is None:
         return MOST[kind]
     width = 2 if model.dtype in (torch.bfloat16, torch.float16) else 4
-    numbers = 10 * found.hidden + 4 * found.intermediate + 4 * layers * found.kv_heads * found.head_dim
     logits = found.vocab * (width + 8) if head.weight is None else 0
-    return max(1, min(MOST[kind], int(ROOM[kind] / (width * numbers + logits))))
+    return max(1, min(MOST[kind], int(ROOM[kind] / (width * batch_numbers(found, layers) + logits))))
 
 
 def forward_batches(

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from kvpipe.experiment.sizes import LEAST
 from kvpipe.models.head import Head
 from kvpipe.models.likelihood import wide
 
@@ -207,10 +208,6 @@ def _merged_twins(
     total = log_probs[..., None, :].masked_fill(~same, -torch.inf).logsumexp(-1)
     repeated = same.tril(-1).any(-1)
     return ids.masked_fill(repeated, -1), total
-
-
-LEAST = 256
-"""Rows of a piece where the head trains: its gradient is added to once a piece, which is as much work as so many rows."""
 
 
 @runtime_checkable
