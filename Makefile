@@ -18,7 +18,7 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install login image wheelhouse image-offline lock report test test-slow test-lm-eval test-real test-cluster torture study real real-weights real-check teachers bench compat messages validate-stats lint format config clean
+.PHONY: help install login image wheelhouse image-offline lock report test test-slow test-lm-eval test-real test-cluster torture study real real-weights real-check teachers bench compat messages log validate-stats robustness lint format config clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
@@ -86,7 +86,7 @@ torture: $(STAMP)  ## kill a training process 20 times at random and compare bit
 	$(TOOL) tools/torture.py
 
 # Relative paths of the configuration are those of the checkout.
-study: $(STAMP)  ## the study behind docs/method.md (hours), to build/study/results/report.html and build/study-20000/
+study: $(STAMP)  ## the study behind docs/method/results.md (hours), to build/study/results/report.html and build/study-20000/
 	mkdir -p build/study build/study-20000
 	ln -sfn ../../config build/study/config
 	ln -sfn ../../config build/study-20000/config
@@ -121,11 +121,17 @@ bench: $(STAMP)  ## measure docs/benchmarks.md again
 validate-stats: $(STAMP)  ## the tables of docs/statistics.md: coverage, error, power by simulation; ten minutes of one core
 	$(TOOL) tools/validate_stats.py --out docs/statistics.md
 
-compat: $(STAMP)  ## the tables of docs/method.md: architectures, rotary embeddings, tokenizers
+robustness: $(STAMP)  ## the verdicts under other arithmetic, into docs/statistics.md; an hour and a half
+	$(TOOL) tools/robustness.py
+
+compat: $(STAMP)  ## the tables of docs/method/compatibility.md: architectures, rotary embeddings, tokenizers
 	$(TOOL) tools/compat.py
 
 messages: $(STAMP)  ## docs/messages.md: what is said of bad input
 	$(TOOL) tools/messages.py
+
+log: $(STAMP)  ## docs/log/README.md: the index of the log
+	$(TOOL) tools/log.py
 
 lint: $(STAMP)  ## formatting, lint, types, workflow
 	$(BIN)/ruff format --check .

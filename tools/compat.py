@@ -1,4 +1,4 @@
-"""The tables of docs/method.md, from real runs: `make compat`, or python tools/compat.py [--check].
+"""The tables of docs/method/compatibility.md, from real runs: `make compat`, or python tools/compat.py [--check].
 
 Every mark is the outcome of the test of the same subject, called here by name on one entry of a zoo: ✓ it holds, ✗ it does
 not, – the family has no such thing, *refused* an error that names the family (listed below the tables). Largest errors are
@@ -32,7 +32,7 @@ from kvpipe.align.rope import Rope
 from kvpipe.cache.capture import Recorder, capture, kv_geometry
 from kvpipe.tokens.matrix import encode
 
-METHOD = Path(__file__).parents[1] / "docs" / "method.md"
+METHOD = Path(__file__).parents[1] / "docs" / "method" / "compatibility.md"
 BEGIN, END = "<!-- compat:begin -->\n", "<!-- compat:end -->"
 LAYOUTS = ("stablelm", "cohere", "glm", "gptj", "llama4", "gpt_oss", "nanochat", "gemma3", "falcon_rotary")
 RANDOM_TEXTS = 200
@@ -288,7 +288,7 @@ def render() -> str:
 
 
 def committed() -> tuple[str, str, str]:
-    """docs/method.md before, between and after the markers."""
+    """docs/method/compatibility.md before, between and after the markers."""
     before, begin, rest = METHOD.read_text("utf-8").partition(BEGIN)
     between, end, after = rest.partition(END)
     if not begin or not end:

@@ -69,7 +69,7 @@ OVERLAY = {
     "title": "real shapes",
     "seeds": [0],
     # CKA of both layers and rows for 1,024 features a layer: all that there is
-    "arms": {ARM: {"set": {"fit": {"method": "ridge", "examples": 80}}}},
+    "arms": {ARM: {"set": {"fit": {"method": "ridge", "examples": 80}}}, "exp3": {"set": {"layer": {"k": 1}}}},
     "store": {"shards": 2, "batch_size": 4},
     "train": {
         "steps": 4,

@@ -1,4 +1,4 @@
-"""Draws alignment.svg: the path of one teacher's cache to the student's positions (docs/method.md).
+"""Draws alignment.svg: the path of one teacher's cache to the student's positions (docs/method/).
 
     python docs/figures/alignment.py
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import os
 import platform
+import re
 import subprocess
+import sys
 from functools import cache
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
@@ -42,8 +44,22 @@ def describe(**more: Any) -> dict[str, Any]:
         "container": os.environ.get("KVPIPE_IMAGE_DIGEST") or os.environ.get("APPTAINER_CONTAINER"),
         "host": platform.node(),
         "platform": platform.platform(),
+        **_arithmetic(),
         **more,
     }
+
+
+def _arithmetic() -> dict[str, Any]:
+    """What last bits hang on: processor type; and of torch, where it is loaded, vector instructions, BLAS and threads."""
+    cpuinfo = Path("/proc/cpuinfo")
+    words = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else ""
+    model = re.search(r"^model name\s*: (.*)$", words, re.MULTILINE)
+    found: dict[str, Any] = {"processor": model[1] if model else platform.processor() or platform.machine()}
+    if torch := sys.modules.get("torch"):
+        blas = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
+        capability = torch.backends.cpu.get_cpu_capability()
+        found |= {"cpu_capability": capability, "blas": blas and blas[1], "threads": torch.get_num_threads()}
+    return found
 
 
 def _version(name: str) -> str | None:

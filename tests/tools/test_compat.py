@@ -1,4 +1,4 @@
-"""The tables of docs/method.md have a row for every entry of the zoos, and are those that the runs give."""
+"""The tables of docs/method/compatibility.md have a row for every entry of the zoos, and are those that the runs give."""
 
 import re
 
@@ -45,16 +45,26 @@ def test_errors_are_bounded_from_above(error, text):
     assert error <= float(text[2:])
 
 
+ROOT = METHOD.parents[2]
+
+
 def test_method_says_what_every_arm_adds():
     """Each arm of the embedded experiment has a line that names its base."""
-    arms = load(METHOD.parents[1] / "config" / "config.yaml").arms
-    section = METHOD.read_text("utf-8").partition("## What each arm adds")[2].partition("\n## ")[0]
+    arms = load(ROOT / "config" / "config.yaml").arms
+    text = (METHOD.parent / "results.md").read_text("utf-8")
+    section = text.partition("## What each arm adds")[2].partition("\n## ")[0]
     lines = dict(re.findall(r"^\| `([\w-]+)` \| ([\w–-]+) \|", section, flags=re.MULTILINE))
     assert lines == {name: arm.base or "–" for name, arm in arms.items()}
 
 
-def test_method_names_only_tests_that_exist():
-    text = "".join(path.read_text("utf-8") for path in METHOD.parents[1].glob("tests/**/test_*.py"))
-    named = re.findall(r"`(?:[\w/]+\.py::)?(test_\w+)`", committed()[0])
-    assert len(named) > 20
-    assert not [name for name in named if f"def {name}(" not in text]
+def test_method_names_only_tests_and_files_that_exist():
+    files = {
+        path.relative_to(ROOT / "tests").as_posix(): path.read_text("utf-8") for path in ROOT.glob("tests/**/test_*.py")
+    }
+    pages = "".join(path.read_text("utf-8") for path in METHOD.parent.glob("*.md"))
+    functions = re.findall(r"`(?:[\w/]+\.py::)?(test_\w+)`", pages)
+    assert len(functions) >= 2 and not [name for name in functions if f"def {name}(" not in "".join(files.values())]
+    named = re.findall(r"`((?:[\w/]+/)?test_\w+\.py)", pages)
+    assert len(named) > 15 and not [
+        name for name in named if not any(f"/{file}".endswith(f"/{name}") for file in files)
+    ]

@@ -149,8 +149,8 @@ def render_table(rows: list[Row], note: str) -> str:
         f"| what | measured | bar | met |\n| --- | --- | --- | --- |\n{lines}\n"
         f"{NOTES}\n"
         "Measured elsewhere: the whole experiment's time and its effect sizes in the report (`make report`), "
-        "architectures, rotary embeddings and tokenizers in [method.md](method.md) (`make compat`), coverage of "
-        "the intervals by `tools/benchmarks/sim_coverage.py`, interrupted runs by `make torture` ([LOG.md](LOG.md)).\n"
+        "architectures, rotary embeddings and tokenizers in [compatibility](method/compatibility.md) (`make compat`), "
+        "coverage of the intervals by `make validate-stats`, interrupted runs by `make torture` ([log](log/README.md)).\n"
     )
 
 
