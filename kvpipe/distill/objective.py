@@ -83,6 +83,11 @@ class Objective(nn.Module):
         return "own_hidden" in self.needs
 
     @property
+    def records_queries(self) -> bool:
+        """Whether its queries are."""
+        return "own_queries" in self.needs
+
+    @property
     def reads_student(self) -> bool:
         """Whether the target depends on the student's forward."""
         return self.targets is not None and self.targets.reads_student

@@ -195,7 +195,7 @@ class Loop:
         recorder = None
         if self.objective.records:
             unwrapped = self.accelerator.unwrap_model(self.model)
-            recorder = Recorder(unwrapped, hidden=self.objective.records_hidden)
+            recorder = Recorder(unwrapped, self.objective.records_hidden, queries=self.objective.records_queries)
         with recorder or nullcontext():
             while step < self.config.steps:
                 begun = time.perf_counter()

@@ -137,7 +137,9 @@ class Cell:
         self.recorder = None
         if self.run.objective.records:  # as the loop itself decides
             model = self.run.accelerator.unwrap_model(self.run.model)
-            self.recorder = Recorder(model, hidden=self.run.objective.records_hidden)
+            self.recorder = Recorder(
+                model, self.run.objective.records_hidden, queries=self.run.objective.records_queries
+            )
         self.step = 0
 
     def steps(self, number: int) -> None:

@@ -1,0 +1,87 @@
+"""The memory that is announced is the memory that is used: formulas against peaks of a process of its own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PEAKS = """
+import contextlib, io, json, sys
+from pathlib import Path
+import numpy as np, torch, transformers
+import tiny
+from kvpipe.cache.store import StoreKey, build_shard
+from kvpipe.config import StoreConfig
+from kvpipe.data.encoding import Encoding
+from kvpipe.doctor.workload import Workload
+from kvpipe.experiment.attempts import Attempt
+from kvpipe.experiment.sizes import scoring_bytes, shape, teacher_pass_bytes, training_bytes
+from kvpipe.models.likelihood import score, scoring_batches
+from kvpipe.steps.train import load_cell, prepare
+from kvpipe.train.trainer import Loop, peak_memory
+
+def restart():
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory(torch.device("cpu"))
+
+def train(arm, precision):
+    work = tiny.build(folder / arm / precision, {
+        "models.student.architecture": {
+            "model_type": "llama", "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 5,
+            "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 64, "max_position_embeddings": 512},
+        "train.batch_size": 28, "train.precision": precision, "train.log_every": 9, "train.eval_every": 9,
+        "train.steps": 9})
+    with contextlib.redirect_stdout(io.StringIO()):
+        prepare(work, arm, log=lambda *_: None)
+    base = restart()
+    cell = load_cell(work, arm, 0, log=lambda *_: None)
+    loop = Loop(cell, folder / "unused", Attempt(folder / "unused", "cpu", 1))
+    from contextlib import nullcontext
+    from kvpipe.cache.capture import Recorder
+    with Recorder(cell.student, queries=False) if loop.objective.records else nullcontext() as recorder:
+        loop._step(0, recorder), loop._step(1, recorder)
+    tokens = loop.counters.padded_tokens // 2
+    found = shape(cell.student.config.to_dict(), parameters=cell.student.num_parameters())
+    return restart.__call__ and peak_memory(torch.device("cpu")) - base, training_bytes(found, cell.config, tokens, 10 if arm == "one" else 0)
+
+def store():
+    base = restart()
+    config = transformers.LlamaConfig(vocab_size=32000, hidden_size=512, intermediate_size=1408, num_hidden_layers=4,
+                                      num_attention_heads=8, num_key_value_heads=8)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    count, length = 40, 100
+    encoding = Encoding(
+        ids=np.random.default_rng(0).integers(3, 32000, count * length), spans=np.zeros((count * length, 2), np.int64),
+        offsets=np.arange(count + 1) * length, segments=np.zeros((count, 3, 2), np.int64),
+        byte_segments=np.zeros((count, 3, 2), np.int64), segment_hashes=np.zeros((count, 3), np.int64))
+    key = StoreKey("m", "d", (0, 1, 2, 3), "student", "bf16", 8, 1, True)
+    with contextlib.redirect_stdout(io.StringIO()):
+        build_shard(model, encoding, key, StoreConfig(top_logits=8), 0, folder / "shard.safetensors", 0)
+    peak = peak_memory(torch.device("cpu")) - base
+    found = shape(config.to_dict(), parameters=model.num_parameters())
+    scored = restart()
+    score(model, encoding, scoring_batches(encoding, 0, count))
+    weights = 4 * model.num_parameters()
+    return {
+        "teacher pass": (peak, teacher_pass_bytes(found, 4, length)),
+        "scoring": (peak_memory(torch.device("cpu")) - scored + weights, scoring_bytes(found, count * length)),
+    }
+
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+print(json.dumps({
+    "control, fp32": train("control", "fp32"), "control, bf16": train("control", "bf16"), **store()}))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks of a part of a process: Linux alone")
+def test_announced_memory_is_within_a_quarter_of_what_is_used(tmp_path):
+    command = [sys.executable, "-c", PEAKS, str(tmp_path)]
+    paths = ":".join([str(Path(__file__).parents[1]), *sys.path])
+    done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    for what, (used, announced) in found.items():
+        assert used == pytest.approx(announced, rel=0.25), (what, found)
