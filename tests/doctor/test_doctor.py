@@ -468,7 +468,7 @@ def test_jobs_ask_for_what_the_sizes_say(saved, tmp_path):
     small, large = (memory.job_memory(Workload(config(saved, o), Paths(tmp_path))) for o in (None, LARGE))
     assert {"train", "teacher_kv", "fit", "evaluate", "untrained"} <= set(small)
     assert large["train"] >= 16 * 1.1e9 / 1e6 > small["train"], "16 bytes for each of 1.1 billion parameters"
-    assert set(small.values()) == {1000}, "a tiny model takes what Python and torch take"
+    assert max(small.values()) <= 2000, "a tiny model takes what Python and torch take"
 
 
 def test_what_the_estimate_says_of_the_advice():

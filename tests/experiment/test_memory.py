@@ -12,10 +12,10 @@ import contextlib, io, json, sys
 from pathlib import Path
 import numpy as np, torch, transformers
 import tiny
+from kvpipe.cache.capture import Recorder
 from kvpipe.cache.store import StoreKey, build_shard
 from kvpipe.config import StoreConfig
 from kvpipe.data.encoding import Encoding
-from kvpipe.doctor.workload import Workload
 from kvpipe.experiment.attempts import Attempt
 from kvpipe.experiment.sizes import scoring_bytes, shape, teacher_pass_bytes, training_bytes
 from kvpipe.models.likelihood import score, scoring_batches
@@ -33,18 +33,17 @@ def train(arm, precision):
             "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 64, "max_position_embeddings": 512},
         "train.batch_size": 28, "train.precision": precision, "train.log_every": 9, "train.eval_every": 9,
         "train.steps": 9})
-    with contextlib.redirect_stdout(io.StringIO()):
-        prepare(work, arm, log=lambda *_: None)
+    prepare(work, arm, log=lambda *_: None)
     base = restart()
     cell = load_cell(work, arm, 0, log=lambda *_: None)
     loop = Loop(cell, folder / "unused", Attempt(folder / "unused", "cpu", 1))
-    from contextlib import nullcontext
-    from kvpipe.cache.capture import Recorder
-    with Recorder(cell.student, queries=False) if loop.objective.records else nullcontext() as recorder:
+    records = loop.objective.records
+    with Recorder(cell.student, queries=False) if records else contextlib.nullcontext() as recorder:
         loop._step(0, recorder), loop._step(1, recorder)
     tokens = loop.counters.padded_tokens // 2
     found = shape(cell.student.config.to_dict(), parameters=cell.student.num_parameters())
-    return restart.__call__ and peak_memory(torch.device("cpu")) - base, training_bytes(found, cell.config, tokens, 10 if arm == "one" else 0)
+    matched = 10 if loop.objective.records else 0
+    return peak_memory(torch.device("cpu")) - base, training_bytes(found, cell.config, tokens, matched)
 
 def store():
     base = restart()
@@ -57,8 +56,7 @@ def store():
         offsets=np.arange(count + 1) * length, segments=np.zeros((count, 3, 2), np.int64),
         byte_segments=np.zeros((count, 3, 2), np.int64), segment_hashes=np.zeros((count, 3), np.int64))
     key = StoreKey("m", "d", (0, 1, 2, 3), "student", "bf16", 8, 1, True)
-    with contextlib.redirect_stdout(io.StringIO()):
-        build_shard(model, encoding, key, StoreConfig(top_logits=8), 0, folder / "shard.safetensors", 0)
+    build_shard(model, encoding, key, StoreConfig(top_logits=8), 0, folder / "shard.safetensors", 0)
     peak = peak_memory(torch.device("cpu")) - base
     found = shape(config.to_dict(), parameters=model.num_parameters())
     scored = restart()
@@ -71,8 +69,9 @@ def store():
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
-print(json.dumps({
-    "control, fp32": train("control", "fp32"), "control, bf16": train("control", "bf16"), **store()}))
+with contextlib.redirect_stdout(io.StringIO()):
+    found = {"control": train("control", "fp32"), "keys and values": train("one", "fp32"), **store()}
+print(json.dumps(found))
 """
 
 
