@@ -193,11 +193,11 @@ def _activations(model: Shape, narrow: bool) -> float:
     return 24 * model.hidden + 16 * attention + 16 * model.intermediate
 
 
-def scoring_bytes(model: Shape, tokens: int, width: float = 4.0) -> float:
+def scoring_bytes(model: Shape, tokens: int, width: float = 4.0, cached: bool = True) -> float:
     """Memory of scoring or generating, the process itself aside: weights, one layer's activations and a piece of the logits,
-    and, of so many `tokens` at once, their cache twice, since it is grown by copying."""
+    and where it generates (`cached`), of so many `tokens` at once, their cache twice, since it is grown by copying."""
     alive = min(tokens, SCORED) * width * (8 * model.hidden + 4 * model.intermediate)
-    cache = 2 * tokens * width * 2 * model.layers * model.kv_heads * model.head_dim
+    cache = 2 * tokens * width * 2 * model.layers * model.kv_heads * model.head_dim if cached else 0.0
     return SLACK * (width * model.parameters + alive + cache + PIECE_BYTES * min(PIECE, tokens * model.vocab))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PEAKS = """
-import contextlib, io, json, sys
+import contextlib, json, os, sys
 from pathlib import Path
 import numpy as np, torch, transformers
 import tiny
@@ -17,61 +17,71 @@ from kvpipe.cache.store import StoreKey, build_shard
 from kvpipe.config import StoreConfig
 from kvpipe.data.encoding import Encoding
 from kvpipe.experiment.attempts import Attempt
+from kvpipe.experiment.device import resolve_device
 from kvpipe.experiment.sizes import scoring_bytes, shape, teacher_pass_bytes, training_bytes
 from kvpipe.models.likelihood import score, scoring_batches
 from kvpipe.steps.train import load_cell, prepare
 from kvpipe.train.trainer import Loop, peak_memory
 
-def restart():
-    Path("/proc/self/clear_refs").write_text("5")
+STUDENT = {
+    "model_type": "llama", "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 5, "num_attention_heads": 6,
+    "num_key_value_heads": 3, "head_dim": 64, "max_position_embeddings": 512}
+TEACHER = transformers.LlamaConfig(vocab_size=32000, hidden_size=512, intermediate_size=1408, num_hidden_layers=4,
+                                   num_attention_heads=8, num_key_value_heads=8)
+COUNT, LENGTH = 25, 100
+
+def peak():
     return peak_memory(torch.device("cpu"))
 
-def train(arm, precision):
-    work = tiny.build(folder / arm / precision, {
-        "models.student.architecture": {
-            "model_type": "llama", "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 5,
-            "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 64, "max_position_embeddings": 512},
-        "train.batch_size": 28, "train.precision": precision, "train.log_every": 9, "train.eval_every": 9,
-        "train.steps": 9})
+def began():
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak()
+
+def training(arm):
+    work = tiny.build(folder / arm, {"models.student.architecture": STUDENT, "train.batch_size": 28, "train.device": "cpu",
+                                     "train.log_every": 9, "train.eval_every": 9, "train.steps": 9})
     prepare(work, arm, log=lambda *_: None)
-    base = restart()
+    base = began()
     cell = load_cell(work, arm, 0, log=lambda *_: None)
     loop = Loop(cell, folder / "unused", Attempt(folder / "unused", "cpu", 1))
     records = loop.objective.records
     with Recorder(cell.student, queries=False) if records else contextlib.nullcontext() as recorder:
         loop._step(0, recorder), loop._step(1, recorder)
-    tokens = loop.counters.padded_tokens // 2
     found = shape(cell.student.config.to_dict(), parameters=cell.student.num_parameters())
-    matched = 10 if loop.objective.records else 0
-    return peak_memory(torch.device("cpu")) - base, training_bytes(found, cell.config, tokens, matched)
+    tokens = loop.counters.padded_tokens // 2
+    return peak() - base, training_bytes(found, cell.config, tokens, 10 if records else 0)
 
-def store():
-    base = restart()
-    config = transformers.LlamaConfig(vocab_size=32000, hidden_size=512, intermediate_size=1408, num_hidden_layers=4,
-                                      num_attention_heads=8, num_key_value_heads=8)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    count, length = 40, 100
+def reading(store):
+    base, count = began(), COUNT
+    model = transformers.AutoModelForCausalLM.from_config(TEACHER).eval()
     encoding = Encoding(
-        ids=np.random.default_rng(0).integers(3, 32000, count * length), spans=np.zeros((count * length, 2), np.int64),
-        offsets=np.arange(count + 1) * length, segments=np.zeros((count, 3, 2), np.int64),
+        ids=np.random.default_rng(0).integers(3, 32000, count * LENGTH), spans=np.zeros((count * LENGTH, 2), np.int64),
+        offsets=np.arange(count + 1) * LENGTH, segments=np.zeros((count, 3, 2), np.int64),
         byte_segments=np.zeros((count, 3, 2), np.int64), segment_hashes=np.zeros((count, 3), np.int64))
+    found = shape(TEACHER.to_dict(), parameters=model.num_parameters())
+    if not store:
+        score(model, encoding, scoring_batches(encoding, 0, count))
+        return peak() - base, scoring_bytes(found, count * LENGTH, cached=False)
     key = StoreKey("m", "d", (0, 1, 2, 3), "student", "bf16", 8, 1, True)
     build_shard(model, encoding, key, StoreConfig(top_logits=8), 0, folder / "shard.safetensors", 0)
-    peak = peak_memory(torch.device("cpu")) - base
-    found = shape(config.to_dict(), parameters=model.num_parameters())
-    scored = restart()
-    score(model, encoding, scoring_batches(encoding, 0, count))
-    weights = 4 * model.num_parameters()
-    return {
-        "teacher pass": (peak, teacher_pass_bytes(found, 4, length)),
-        "scoring": (peak_memory(torch.device("cpu")) - scored + weights, scoring_bytes(found, count * length)),
-    }
+    return peak() - base, teacher_pass_bytes(found, 4, LENGTH)
+
+def alone(name, measure, argument):
+    # a fresh heap: what another measurement has freed would be taken again unseen
+    read, write = os.pipe()
+    if os.fork() == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.write(write, json.dumps(measure(argument)).encode())
+        os._exit(0)
+    os.wait()
+    return json.loads(os.read(read, 1000))
 
 torch.set_num_threads(1)
+resolve_device("cpu")
 folder = Path(sys.argv[1])
-with contextlib.redirect_stdout(io.StringIO()):
-    found = {"control": train("control", "fp32"), "keys and values": train("one", "fp32"), **store()}
-print(json.dumps(found))
+asked = {"control": (training, "control"), "keys and values": (training, "one"), "teacher pass": (reading, True),
+         "scoring": (reading, False)}
+print(json.dumps({name: alone(name, *what) for name, what in asked.items()}))
 """
 
 
