@@ -119,11 +119,12 @@ class Objective(nn.Module):
         return Said([self._kept(one) for one in said.rows], said.top, said.shares, fused)
 
     def _kept(self, read: Aligned | None) -> Aligned | None:
-        """Of what was read, the columns that terms look at beside the fused caches."""
+        """What was read, without the caches where no term looks at them beside the fused ones."""
         if read is None:
             return None
-        names = {name for term in self.terms.values() for name in getattr(term.settings, "needs", ())} | {"ends"}
-        return Aligned(read.mask, {name: x for name, x in read.columns.items() if name in names}, read.loss)
+        looked = {name for term in self.terms.values() for name in getattr(term.settings, "needs", ())}
+        dropped = {"keys", "values"} - looked
+        return Aligned(read.mask, {name: x for name, x in read.columns.items() if name not in dropped}, read.loss)
 
     def said(self, batch: Batch, rows: Sequence[Aligned | None]) -> Said:
         """The same of rows that somebody else has read."""
