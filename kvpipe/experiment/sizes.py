@@ -196,9 +196,9 @@ def _activations(model: Shape, narrow: bool) -> float:
 def scoring_bytes(model: Shape, tokens: int, width: float = 4.0, cached: bool = True) -> float:
     """Memory of scoring or generating, the process itself aside: weights, one layer's activations and a piece of the logits,
     and where it generates (`cached`), of so many `tokens` at once, their cache twice, since it is grown by copying."""
-    alive = min(tokens, SCORED) * width * (8 * model.hidden + 4 * model.intermediate)
+    alive = min(tokens, SCORED) * width * 3 * (model.hidden + model.intermediate)
     cache = 2 * tokens * width * 2 * model.layers * model.kv_heads * model.head_dim if cached else 0.0
-    return SLACK * (width * model.parameters + alive + cache + PIECE_BYTES * min(PIECE, tokens * model.vocab))
+    return SLACK * (width * model.parameters + alive + cache + 10.0 * min(PIECE, tokens * model.vocab))
 
 
 def batch_numbers(teacher: Shape, layers: int) -> int:
