@@ -18,10 +18,10 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install login image wheelhouse image-offline lock report test test-slow test-lm-eval test-real test-cluster torture study real real-weights real-check teachers bench compat messages log validate-stats robustness lint format config clean
+.PHONY: help install login image wheelhouse image-offline lock report test coverage test-slow test-lm-eval test-real test-cluster test-cluster-long torture study real real-weights real-check teachers bench compat messages log validate-stats robustness lint format config clean
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 24
 
 install: $(STAMP)  ## .venv with the locked packages
 
@@ -60,6 +60,10 @@ report: $(STAMP)  ## the embedded experiment, to results/report.html
 test: $(STAMP)  ## the quick tests
 	$(WITHIN) python -m pytest -n 2 --dist loadfile -m "not slow and not cluster and not gpu and not real"
 
+# In two processes, as `make test`; what runs in processes that the tests start is not counted.
+coverage: $(STAMP)  ## the lines of kvpipe/ that the quick tests run; WHERE=tests/align for some of them
+	$(WITHIN) python -m pytest -n 2 --dist loadfile -m "not slow and not cluster and not gpu and not real" --cov=kvpipe --cov-report=term $(WHERE)
+
 test-slow: $(STAMP)  ## the tests that take minutes
 	$(WITHIN) python -m pytest -m "slow and not cluster and not gpu and not real"
 
@@ -80,6 +84,9 @@ test-real: $(STAMP)  ## whole data sets and released tokenizers; npm and a netwo
 	$(WITHIN) JAXTYPING_DISABLE=1 python -m pytest -m real -s tests/real
 
 test-cluster: $(STAMP)  ## the tests on a real one-node SLURM cluster; root and debootstrap
+	$(WITHIN) python -m pytest -m "cluster and not slow"
+
+test-cluster-long: $(STAMP)  ## the same, a cell on two nodes, and one that is stopped forty times
 	$(WITHIN) python -m pytest -m cluster
 
 torture: $(STAMP)  ## kill a training process 20 times at random and compare bit by bit

@@ -1,11 +1,21 @@
 """`python -m kvpipe`, and the command `kvpipe`."""
 
+import os
 import sys
 
 
 def main() -> None:
     """Run the command line; an interruption is one line, also while it is imported."""
     try:
+        server = os.environ.get("KVPIPE_SERVER", "")
+        if sys.argv[1:2] == ["serve"]:
+            from kvpipe.cli.server import serve
+
+            serve(sys.argv[2])  # goes on in a child, with that one's command line
+        elif os.sep in server:
+            from kvpipe.cli.server import delegate
+
+            delegate(server)
         from kvpipe.cli.app import main as run
 
         run()

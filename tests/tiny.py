@@ -130,7 +130,10 @@ MORE_ARMS: dict[str, Any] = {
         "base": "task",
         "set": {"loss.logits": {"weight": 0.5}, "loss.values.schedule": {"kind": "stop", "until": 0.5}},
     },
-    "attention-outputs": {"base": "two", "set": {"loss": {"attention": {}}}},
+    "attention-outputs": {
+        "base": "two",
+        "set": {"loss": {"attention": {"distance": "cosine"}, "attention_kl": {"opening": 0.75, "skip_sink": 1}}},
+    },
     "states": {
         "base": "control",
         "set": {

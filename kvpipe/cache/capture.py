@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -139,6 +140,15 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._recording = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Forwards inside are not recorded, nor refused for a cache that they go on from."""
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()
 
     def _start(self, _module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         self._record, self._hidden_states = {}, None

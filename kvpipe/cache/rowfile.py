@@ -1,10 +1,9 @@
-"""A safetensors file written row by row, in any order, that appears whole or not at all; and how far one has got."""
+"""A safetensors file written row by row, in any order, that appears whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import os
-import time
 from math import prod
 from pathlib import Path
 
@@ -19,8 +18,6 @@ STORED_AS = {
 """Storage types as the format calls them."""
 RESERVED = 256
 """Bytes of the header for what is known at the end alone."""
-INTERVAL = 10
-"""Seconds between two lines of progress."""
 
 
 class RowFile:
@@ -86,23 +83,3 @@ class RowFile:
         header, room = self._header(), self._data - 8
         self._put(room.to_bytes(8, "little") + header.ljust(room), 0)
         self.partial.replace(self.path)
-
-
-class Progress:
-    """Says every `INTERVAL` how many tokens are done, how many a second, and how long it will take."""
-
-    def __init__(self, name: str, total: int):
-        self.name, self.total, self.done = name, total, 0
-        self._begun = self._said = time.monotonic()
-
-    def add(self, tokens: int) -> None:
-        """So many more."""
-        self.done += tokens
-        now = time.monotonic()
-        if now - self._said >= INTERVAL or self.done == self.total:
-            self._said, rate = now, self.done / max(now - self._begun, 1e-9)
-            left = (self.total - self.done) / rate
-            print(
-                f"{self.name}: {self.done:,} of {self.total:,} tokens, {rate:,.0f} tokens/s, {left:,.0f} s left",
-                flush=True,
-            )

@@ -23,11 +23,12 @@ from torch import Tensor
 
 from kvpipe.cache.capture import kv_geometry
 from kvpipe.cache.forward import Keep, TeacherRows, forward_batches
-from kvpipe.cache.rowfile import Progress, RowFile
+from kvpipe.cache.rowfile import RowFile
 from kvpipe.config import StoreConfig
 from kvpipe.data.encoding import Encoding
 from kvpipe.experiment.files import GB, content_digest, read_json, verify, write_json
 from kvpipe.experiment.paths import INDEX
+from kvpipe.experiment.progress import Progress
 from kvpipe.experiment.sizes import estimate_bytes as estimate_bytes
 
 VERSION = 3
@@ -165,9 +166,11 @@ def build_shard(
         for layers in sorted({len(key.layers), geometry.layers})
     ]
     print(f"{path}: {offsets[-1]:,} tokens, layers {list(key.layers)}; {', '.join(said)}", flush=True)
-    progress = Progress(path.name, int(offsets[-1]))
     try:
-        with RowFile(path) as file:
+        with (
+            RowFile(path) as file,
+            Progress(f"{path.parent.parent.name} {path.stem}", int(offsets[-1]), "tokens") as progress,
+        ):
             for members, found in forward_batches(
                 model, encoding, np.arange(first, last), keep, config.batch_size, pad_id
             ):

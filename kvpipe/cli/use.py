@@ -13,6 +13,7 @@ import typer
 from kvpipe.cli.options import Experiment, say, with_experiment, writable_file, writable_folder
 from kvpipe.experiment.paths import STUDENT
 from kvpipe.experiment.plan import Dag
+from kvpipe.experiment.project import TemplateName
 
 ArmName = Annotated[str, typer.Option(help="Name of the arm.")]
 SeedNumber = Annotated[int, typer.Option(help="Seed of the cell.")]
@@ -129,6 +130,23 @@ def evaluate(
 
 
 @with_experiment
+def answers(
+    given: Experiment,
+    questions: Annotated[Path, typer.Option(help="JSONL: question_id, and turns, the user's messages.")],
+    out: Annotated[Path, typer.Option(help="JSONL file, named as the model.", callback=writable_file)],
+    model: Annotated[Path | None, typer.Option(help="Model folder.")] = None,
+    cell: Annotated[Path | None, typer.Option(help="Instead of --model: folder of `kvpipe train --teacher`.")] = None,
+) -> None:
+    """Answer questions of several turns, in the format that MT-Bench's judge reads."""
+    from kvpipe.steps.evaluate import answer_questions
+    from kvpipe.steps.inputs import Inputs
+
+    if (model is None) == (cell is None):
+        raise typer.BadParameter("give either --model or --cell")
+    say(answer_questions(Inputs(*given.of(cell)), model or Path(cell or "") / STUDENT, questions, out))
+
+
+@with_experiment
 def cells(
     given: Experiment,
     kept: Annotated[Path, typer.Option(help="Folder of finished cells, to be committed.", callback=writable_folder)],
@@ -221,6 +239,45 @@ def publish(
     publish(Dag(config), paths, arm, cell or paths.cell(arm, seed), repo, private=not public, log=say)
 
 
+def init(
+    folder: Annotated[Path, typer.Argument(help="Where it is written; made if it is not there.")],
+    template: Annotated[
+        TemplateName, typer.Option(help="Offline on a CPU; SmolLM2 on one machine; 7B teachers on a cluster.")
+    ] = "embedded",
+) -> None:
+    """Write a project of your own: configuration, Snakefile, profile, README."""
+    from kvpipe.experiment.project import init
+
+    writable_folder(folder)
+    written = init(folder, template)
+    say(f"{folder}: {len(written)} files. Next: cd {folder}, then the commands in README.md, `kvpipe doctor` first")
+
+
+recipes = typer.Typer(no_args_is_help=True, help="Overlays for other machines and sizes, to lay over a configuration.")
+
+
+@recipes.command("ls")
+def list_recipes() -> None:
+    """List the shipped ones."""
+    from kvpipe.experiment.project import shipped_recipes
+
+    for name, text in shipped_recipes().items():
+        say(f"{name:<16}{text}")
+
+
+@recipes.command("cp")
+def copy_recipe(
+    name: Annotated[str, typer.Argument(help="Its name, as listed by ls.")],
+    out: Annotated[Path, typer.Argument(help="A file (.yaml), or a folder.")] = Path("config/recipes"),
+) -> None:
+    """Copy one, to use or to change."""
+    from kvpipe.experiment.project import copy_recipe
+
+    path = copy_recipe(name, out)
+    say(f"{path}: lay it over a configuration by --config CONFIG {path} (--configfile in Snakemake)")
+
+
 COMMANDS = {
-    f.__name__: f for f in (doctor, lock, prepare, train, evaluate, cells, status, align, report, card, publish)
+    f.__name__: f
+    for f in (init, doctor, lock, prepare, train, evaluate, answers, cells, status, align, report, card, publish)
 }

@@ -5,7 +5,7 @@ against them by a test, and the Snakefile validates before any job starts.
 """
 
 from kvpipe.config.alignment import LayerConfig, Reading, TimeConfig
-from kvpipe.config.arms import Arm
+from kvpipe.config.arms import Arm, OnPolicyConfig
 from kvpipe.config.data import Chat, DataConfig, EmbeddedData, FileData, HubData, RowData, Template
 from kvpipe.config.fusions import FusionSettings
 from kvpipe.config.kinds import FUSIONS, PROJECTORS, TERMS

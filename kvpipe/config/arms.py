@@ -34,6 +34,18 @@ def _named(name: str, term: Any) -> bool:
     return name in TERMS.settings or (isinstance(term, dict) and "kind" in term)
 
 
+class OnPolicyConfig(Section):
+    """Texts that the student writes itself, and its teachers then read live (GKD, arXiv:2306.13649)."""
+
+    share: Annotated[float, Field(gt=0, le=1), NUMBER] = 0.5
+    """Share of every batch's examples whose text after the prompt the student has written. From these it learns by its
+    teachers alone: cross-entropy on one's own words teaches nothing."""
+    every: Count = 50
+    """The student writes anew after so many steps, with the weights that it then has."""
+    max_new_tokens: Count = 64
+    """Most tokens of a completion, which is drawn at temperature 1."""
+
+
 class Arm(Section):
     """One experimental condition, after `base` and `set` are resolved."""
 
@@ -55,6 +67,8 @@ class Arm(Section):
     """Learning rate as a multiple of `train.learning_rate`: every arm is compared at the one that was tuned for it."""
     examples: Count | None = None
     """Training examples of every task, the first ones; none takes all."""
+    on_policy: OnPolicyConfig | None = None
+    """Training on texts of the student's own; without it on the training texts alone."""
     time: TimeConfig = TimeConfig()
     """Which teacher tokens make up a student token."""
     layer: LayerConfig = LayerConfig()
@@ -95,6 +109,11 @@ class Arm(Section):
             )
         if all(term.weight == 0 for term in self.terms.values()):
             raise ValueError("loss.cross_entropy.weight: 0 leaves nothing to train on; give it a weight, or add a term")
+        if self.on_policy is not None and (self.shuffle_teacher or not self.teachers):
+            raise ValueError(
+                "on_policy: the student's own texts are read by teachers, each its own: name teachers and leave "
+                "out shuffle_teacher"
+            )
         twice = sorted({name for name in self.teachers if self.teachers.count(name) > 1})
         if twice:
             raise ValueError(f"teachers: {', '.join(twice)} is named twice, and would count twice")

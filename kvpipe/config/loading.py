@@ -35,6 +35,11 @@ def parse(values: dict, overrides: dict[str, Any] | None = None, origin: str = "
         if "steps" in train:
             raise ConfigError(f"{origin}:\ntrain: steps and max_steps are two names of one setting; give one of them")
         values["train"] = {"steps" if key == "max_steps" else key: value for key, value in train.items()}
+    if values.keys() & Config.model_fields.keys() and not values.keys() & {"student", "data"}:
+        raise ConfigError(
+            f"{origin}: this is an overlay, without a student and data of its own; give the experiment first: --config "
+            f"EXPERIMENT {origin} (Snakemake: --configfile)"
+        )
     try:
         return Config.model_validate(values)
     except ValidationError as error:

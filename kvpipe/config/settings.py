@@ -106,6 +106,9 @@ class TrainConfig(Section):
     """Steps between validation losses (the learning curve)."""
     log_every: Count = 10
     """Steps between lines of history.jsonl."""
+    report_to: list[str] = Field(default=[])
+    """Trackers that get these lines too, of those that accelerate knows: `tensorboard` writes below `results/trackers`, one
+    run a cell, `wandb` and others where they are installed. No cell is trained anew for it."""
     hold_targets_gb: NotNegative = 1.0
     """Targets of frozen projectors are computed once and held when they fit into this many GB; else batch by batch."""
     checkpoint_every: Count = 200
@@ -211,6 +214,9 @@ class EvaluateConfig(ScoringConfig):
     cache_swap: Name | None = None
     """Arm of one teacher by whose time, layers and projectors every cell's student starts from the teacher's cache of the
     prompt: as the arm has fitted them, and fitted again by ridge onto the trained student's own."""
+    variants: list[Literal["int8", "int4"]] = Field(default=[])
+    """Score the likelihood of every student again with its linear layers' weights in so many bits (weight only:
+    `int8` a scale for each row, `int4` for each 32 weights), dequantized for the computation: what it costs, and its size."""
     lm_eval_tasks: list[str] = Field(default=[])
     """Tasks of lm-evaluation-harness that every student is scored on as well (package `lm_eval`)."""
     lm_eval_folder: str | None = None

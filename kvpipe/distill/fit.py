@@ -30,6 +30,7 @@ from kvpipe.config import FitConfig
 from kvpipe.data.batches import collate, spread
 from kvpipe.data.encoding import Encoding
 from kvpipe.distill.projectors import ElasticProjector, HeadsProjector, Projector, select
+from kvpipe.experiment.progress import track
 from kvpipe.models.head import Head, final_states
 
 Matrix = Float64[Tensor, "row feature"]
@@ -229,7 +230,8 @@ def _student_cache(
     parts: list[list[Tensor]] = []
     device, training, head = next(student.parameters()).device, student.training, Head.of(student)
     student.eval()
-    for some in (examples[i : i + batch_size] for i in range(0, len(examples), batch_size)):
+    parted = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
+    for some in track(parted, "the student's own keys and values", "examples", len):
         batch = collate(dst, some, pad_id).to(device)
         with torch.no_grad(), Recorder(student) as recorder:
             inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
@@ -270,7 +272,7 @@ def fit(
             "fit.method: ridge and fit.basis: student need a student with weights of its own (they map onto its KV)"
         )
     for number, kind in enumerate(KINDS):
-        for layer in range(geometry.dst_layers):
+        for layer in track(range(geometry.dst_layers), f"fitting {kind}", "layers"):
             xs = [features(p, r, number, layer) for p, r in zip(projectors, rows, strict=True)]
             if len(xs[0]) <= max(x.shape[1] for x in xs):
                 raise ValueError(

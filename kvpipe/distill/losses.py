@@ -29,10 +29,11 @@ def kv_loss(
     student: Float[Tensor, "*layer batch head time dim"],
     target: Float[Tensor, "*layer batch head time dim"],
     mask: Shaped[Tensor, "batch time"],
-    kind: Literal["mse", "smooth_l1"] = "mse",
+    kind: Literal["mse", "smooth_l1", "cosine"] = "mse",
     scale: Literal["std"] | Tensor | None = None,
 ) -> Float[Tensor, "batch time"]:
-    """Squared or smooth-L1 (β = 1) distance of caches, averaged over layer, head and dim.
+    """Squared, smooth-L1 (β = 1) or cosine (1 − cos of each head's vectors, without scale) distance of caches, averaged
+    over layer, head and dim.
 
     `mask` is nonzero where a position counts; what stands in masked positions of either side, NaN too, has no
     influence on the loss, its gradient or the scale. With ``scale="std"`` each layer's residual is divided by the
@@ -40,8 +41,23 @@ def kv_loss(
     target is constant there has no such scale and is left as it is. A part of a batch is given the whole's deviations
     as ``scale``, one per layer.
     """
+    return layer_kv_losses(student, target, mask, kind, scale).reshape(-1, *mask.shape).mean(0)
+
+
+def layer_kv_losses(
+    student: Float[Tensor, "*layer batch head time dim"],
+    target: Float[Tensor, "*layer batch head time dim"],
+    mask: Shaped[Tensor, "batch time"],
+    kind: Literal["mse", "smooth_l1", "cosine"] = "mse",
+    scale: Literal["std"] | Tensor | None = None,
+) -> Float[Tensor, "*layer batch time"]:
+    """`kv_loss` of each layer by itself."""
+    if kind == "cosine":
+        hidden = rearrange(mask == 0, "batch time -> batch 1 time 1")
+        own, other = (wide(x).masked_fill(hidden, 1) for x in (student, target))
+        return reduce(1 - F.cosine_similarity(own, other, dim=-1), "... batch head time -> ... batch time", "mean")
     if kind not in ("mse", "smooth_l1"):
-        raise ValueError(f"kind must be 'mse' or 'smooth_l1'; got {kind!r}")
+        raise ValueError(f"kind must be 'mse', 'smooth_l1' or 'cosine'; got {kind!r}")
     if not isinstance(scale, Tensor) and scale not in (None, "std"):
         raise ValueError(f"scale must be None or 'std'; got {scale!r}")
     std = target_std(target, mask) if isinstance(scale, str) else scale
@@ -53,36 +69,36 @@ class _Distance(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, target: Tensor, shown: Tensor, std: Tensor | None, kind: str) -> Tensor:
-        """The loss of every position; 0 where nothing is shown."""
+        """The losses of every layer and position; 0 where nothing is shown."""
         hidden = rearrange(~shown, "batch time -> batch 1 time 1")
         ours, theirs = (x.reshape(-1, *x.shape[-4:]) for x in (student, target))
         units = torch.ones(len(ours)) if std is None else 1 / torch.where(std > 0, std, 1.0).flatten()
-        number = torch.promote_types(wide(student[:0]).dtype, target.dtype)
-        loss = torch.zeros(shown.shape, dtype=number, device=student.device)
-        count = len(ours) * ours.shape[2] * ours.shape[4]
+        number, count = torch.promote_types(wide(student[:0]).dtype, target.dtype), ours.shape[2] * ours.shape[4]
+        losses = torch.empty(len(ours), *shown.shape, dtype=number, device=student.device)
         forms = any(ctx.needs_input_grad)
         gradient = torch.empty_like(ours, dtype=number if ctx.needs_input_grad[1] else student.dtype) if forms else None
         for layer, unit in enumerate(units.tolist()):
             # masked before anything else: 0 · NaN is NaN
             residual = (ours[layer].to(number) - theirs[layer]).masked_fill_(hidden, 0).mul_(unit)
             if kind == "mse":
-                loss += residual.square().sum((1, 3))
+                losses[layer] = residual.square().mean((1, 3))
                 residual.mul_(2)
             else:
-                loss += F.smooth_l1_loss(residual, torch.zeros_like(residual), reduction="none").sum((1, 3))
+                losses[layer] = F.smooth_l1_loss(residual, torch.zeros_like(residual), reduction="none").mean((1, 3))
                 residual.clamp_(-1, 1)
             if gradient is not None:
                 gradient[layer] = residual.mul_(unit / count)
         ctx.save_for_backward(gradient)
         ctx.kinds = student.dtype, target.dtype, student.shape
-        return loss / count
+        return losses.view(*student.shape[:-4], *shown.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, by_loss: Tensor) -> Any:
+    def backward(ctx: Any, by_losses: Tensor) -> Any:
         """What the forward has formed, times what comes from above."""
         own, other, shape = ctx.kinds
-        gradient = (ctx.saved_tensors[0] * rearrange(by_loss, "batch time -> batch 1 time 1")).view(shape)
+        above = by_losses.reshape(-1, *by_losses.shape[-2:])
+        gradient = (ctx.saved_tensors[0] * rearrange(above, "layer batch time -> layer batch 1 time 1")).view(shape)
         by_target = (-gradient).to(other) if ctx.needs_input_grad[1] else None
         return gradient.to(own) if ctx.needs_input_grad[0] else None, by_target, None, None, None
 
@@ -163,10 +179,16 @@ def relation_loss(
         scores = split @ split.mT * split.shape[-1] ** -0.5
         return scores.masked_fill(~allowed, -torch.inf).log_softmax(-1)
 
-    student_log, teacher_log = log_relation(student, "student"), log_relation(teacher, "teacher")
-    gap = (teacher_log - student_log).masked_fill(~allowed, 0)
-    divergence = reduce(teacher_log.exp() * gap, "batch relation query key -> batch relation query", "sum")
+    divergence = row_divergence(log_relation(student, "student"), log_relation(teacher, "teacher"))
     return divergence.mean(1).masked_fill(~shown, 0)
+
+
+def row_divergence(
+    student: Float[Tensor, "*row outcome"], teacher: Float[Tensor, "*row outcome"]
+) -> Float[Tensor, "*row"]:
+    """KL(teacher ‖ student) of log-probabilities; what is −∞ in both is no outcome."""
+    none = teacher.isneginf() & student.isneginf()
+    return (teacher.exp() * (teacher - student).masked_fill(none, 0)).sum(-1)
 
 
 def logit_kd_loss(

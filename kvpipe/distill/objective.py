@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from kvpipe.align.timemap import shared_spans
+from kvpipe.cache.forward import Keep, forward_rows
 from kvpipe.cache.teacher import COLUMNS, Aligned, AlignedTeacher
 from kvpipe.data.batches import Batch
+from kvpipe.data.encoding import Encoding
 from kvpipe.distill.fusion import Fusion
 from kvpipe.distill.losses import head_losses
 from kvpipe.distill.targets import FusedTargets
 from kvpipe.distill.terms import HeadTerm, Row, Said, Student, Term
+from kvpipe.tokens.matrix import common_prefix_positions
 
 RECORDED = frozenset({"own_kv", "own_queries", "own_hidden"})
 
@@ -104,31 +109,34 @@ class Objective(nn.Module):
         return tuple(name for name in COLUMNS if name in wanted or name in fused)
 
     # ------------------------------------------------------------ one batch
-    def read(self, batch: Batch) -> Said:
-        """What the teachers say of a part; nothing here depends on what trains."""
+    def read(self, batch: Batch, other: OtherTexts | None = None) -> Said:
+        """What the teachers say of a part, of its training texts or of others; nothing here depends on what trains."""
         length = batch.input_ids.shape[1]
+        texts = other or OtherTexts(self.teachers, self.top, batch.examples)
         rows: list[Aligned | None] = []
-        for number, teacher in enumerate(self.teachers):
+        for number, teacher in enumerate(texts.teachers):
             columns = self.columns(number)
-            rows.append(teacher.aligned(batch.examples, length, columns) if columns else None)
-        said = self.said(batch, rows)
+            rows.append(teacher.aligned(texts.places, length, columns) if columns else None)
+        return self.said(batch, rows, [entry.padded(texts.places, length) for entry in texts.top])
+
+    def settled(self, batch: Batch, said: Said) -> Said:
+        """With the fused caches where nothing in them trains or looks at the student: made before there is a graph, they
+        need not keep beside it what they are made of."""
         if self.targets is None or self.targets.trains or self.reads_student:
             return said
-        # made now, before there is a graph: what they are made of need not stay
-        fused = self.resolve(batch, said).fused
-        return Said([self._kept(one) for one in said.rows], said.top, said.shares, fused)
-
-    def _kept(self, read: Aligned | None) -> Aligned | None:
-        """What was read, without the caches where no term looks at them beside the fused ones."""
-        if read is None:
-            return None
         looked = {name for term in self.terms.values() for name in getattr(term.settings, "needs", ())}
         dropped = {"keys", "values"} - looked
-        return Aligned(read.mask, {name: x for name, x in read.columns.items() if name not in dropped}, read.loss)
+        fused = self.resolve(batch, said).fused
+        rows = [
+            None if one is None else replace(one, columns={n: x for n, x in one.columns.items() if n not in dropped})
+            for one in said.rows
+        ]
+        return Said(rows, said.top, said.shares, fused)
 
-    def said(self, batch: Batch, rows: Sequence[Aligned | None]) -> Said:
+    def said(
+        self, batch: Batch, rows: Sequence[Aligned | None], top: Sequence[tuple[Tensor, Tensor, Tensor]] = ()
+    ) -> Said:
         """The same of rows that somebody else has read."""
-        top = [entry.padded(batch.examples, batch.input_ids.shape[1]) for entry in self.top]
         return Said(rows, top, self._shares(batch))
 
     def resolve(self, batch: Batch, said: Said, student: Student | None = None) -> Said:
@@ -179,6 +187,7 @@ class Objective(nn.Module):
             progress: (step, steps).
             only: name of a term.
         """
+        student.progress = progress[0] / max(progress[1], 1)
         weights: dict[str, float] = {name: term.weight(*progress) for name, term in self.terms.items()}
         counts = {name: weight if only in (None, name) else 0.0 for name, weight in weights.items()}
         heads = {name: term for name, term in self.terms.items() if isinstance(term, HeadTerm)}
@@ -243,6 +252,16 @@ class Objective(nn.Module):
 
 
 @dataclass(frozen=True)
+class OtherTexts:
+    """Texts that the teachers have read in the place of a batch's own."""
+
+    teachers: Sequence[AlignedTeacher]
+    top: Sequence[TopLogits]
+    places: Int64[np.ndarray, "batch"]
+    """Numbers of the batch's texts among them."""
+
+
+@dataclass(frozen=True)
 class TopLogits:
     """A teacher's most likely next tokens on the student's rows, as student ids (−1: it has none); masked where not
     aligned."""
@@ -251,6 +270,22 @@ class TopLogits:
     logprobs: Float[Tensor, "dst_row top"]
     mask: Tensor
     offsets: np.ndarray
+
+    @classmethod
+    def live(
+        cls,
+        model: Any,
+        src: Encoding,
+        dst: Encoding,
+        same: Int64[Tensor, "src_token"],
+        top: int,
+        batch_size: int,
+        pad_id: int,
+    ) -> TopLogits:
+        """Those of a teacher that reads all texts now; see `on_student`."""
+        rows = forward_rows(model, src, np.arange(len(src)), Keep(top=top), batch_size, pad_id).named()
+        pairs = common_prefix_positions(*shared_spans(src, dst))
+        return cls.on_student(rows["top_ids"], rows["top_logprobs"], pairs, same, dst.offsets)
 
     @classmethod
     def on_student(

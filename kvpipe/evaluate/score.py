@@ -23,6 +23,7 @@ from kvpipe.experiment.files import folder_digest
 from kvpipe.models.folders import load_model, load_tokenizer
 from kvpipe.models.likelihood import Scores, score, score_long, scoring_batches
 from kvpipe.models.limits import Limits
+from kvpipe.models.quantized import quantize
 
 
 def evaluate(
@@ -37,10 +38,18 @@ def evaluate(
 ) -> pd.DataFrame:
     """Scores of the model in a folder, whose code runs with `trust` only; see `evaluate_model`.
 
-    The folder's digest is in `attrs["model"]`, which Parquet keeps: scores say which weights they are of.
+    With `config.variants` also, for each, nats (`nll_int8`) and bytes of its weights (`model_bytes_int8`; `model_bytes` as it
+    is). The folder's digest is in `attrs["model"]`, which Parquet keeps: scores say which weights they are of.
     """
     model, tokenizer = load_model(folder, device=device, trust=trust), load_tokenizer(folder, trust)
     table = evaluate_model(model, tokenizer, records, template, config, log, context)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if config.variants:
+        table["model_bytes"] = sum(p.numel() * p.element_size() for p in model.parameters())
+    for kind in config.variants:
+        other = load_model(folder, device=device, trust=trust)
+        table[f"model_bytes_{kind}"] = quantize(other, kind)
+        table[f"nll_{kind}"] = likelihoods(other, tokenizer, records, template, config, pad).nll
     table.attrs["model"] = folder_digest(folder)
     return table
 

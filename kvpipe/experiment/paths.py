@@ -92,6 +92,11 @@ class Paths:
         """Checkpoints of a cell: outside the declared outputs, which Snakemake deletes when a job fails."""
         return self.root / "checkpoints" / arm / f"seed{seed}"
 
+    @property
+    def trackers(self) -> Path:
+        """What trackers such as TensorBoard write."""
+        return self.root / "trackers"
+
     def items(self, arm: str, seed: int | str) -> Path:
         """Per-item scores of a cell."""
         return self.root / "evaluate" / arm / f"seed{seed}.parquet"

@@ -15,7 +15,18 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = Path(__file__).parents[1]
-PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "scipy", "pandas", "snakemake")
+PACKAGES = (
+    "kvpipe",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "accelerate",
+    "datasets",
+    "numpy",
+    "scipy",
+    "pandas",
+    "snakemake",
+)
 UNHASHED = {
     "kvpipe.config",
     "kvpipe.experiment.paths",
@@ -23,6 +34,7 @@ UNHASHED = {
     "kvpipe.experiment.plan",
     "kvpipe.experiment.steps",
     "kvpipe.experiment.provenance",
+    "kvpipe.experiment.progress",
     "kvpipe.train.card",
     "kvpipe.steps.make",
     "kvpipe.cli.app",
@@ -71,12 +83,15 @@ def _version(name: str) -> str | None:
 
 @cache
 def git_commit() -> str | None:
-    """Commit of the checkout, with `+changes` where tracked files differ; None outside a checkout."""
+    """Commit of kvpipe's checkout, with `+changes` where tracked files differ; None outside of one."""
 
     def git(*arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(["git", "-C", str(PACKAGE), *arguments], capture_output=True, text=True, check=False)
 
     try:
+        # an environment may lie inside a checkout of something else
+        if git("ls-files", "--error-unmatch", "__init__.py").returncode != 0:
+            return os.environ.get("KVPIPE_GIT_COMMIT")
         commit = git("rev-parse", "HEAD")
         if commit.returncode != 0:
             return os.environ.get("KVPIPE_GIT_COMMIT")

@@ -152,9 +152,9 @@ class Model(Step):
         return sorted(path for path in own if path.is_file() and path.name != MANIFEST)
 
     def _is_chosen(self, model: str) -> bool:
-        """Whether its layers are chosen by their loss."""
+        """Whether its parts are chosen on texts."""
         found = self.config.models[model]
-        return isinstance(found, PrunedModel) and found.keep is not None and found.by == "greedy"
+        return isinstance(found, PrunedModel) and found.reads_texts
 
     def settings(self, model):
         source = self.dag.model_source(model)
@@ -316,7 +316,7 @@ class Train(Cell):
 
     def settings(self, arm, seed=""):
         found = self.dag.arm(arm)
-        unread = {"device", "threads", "checkpoint_every", "hold_targets_gb"}
+        unread = {"device", "threads", "checkpoint_every", "hold_targets_gb", "report_to"}
         return {
             "arm": found.model_dump(exclude={"role", "label"}),
             "train": self.config.train.model_dump(exclude=unread),

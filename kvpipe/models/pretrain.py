@@ -16,6 +16,7 @@ from kvpipe.data.corpus import generate
 from kvpipe.data.encoding import encode_records
 from kvpipe.data.records import Reading, Record, render
 from kvpipe.experiment.files import set_mode
+from kvpipe.experiment.progress import track
 from kvpipe.models.folders import build_model
 from kvpipe.models.limits import Limits
 from kvpipe.models.manifest import write_manifest
@@ -128,7 +129,7 @@ def pretrain(recipe: Recipe, data: DataConfig, out: Path, log=print) -> dict[str
         for encoding, count in zip(encodings, counts, strict=True)
     ]
     order = np.random.default_rng(recipe.seed).permutation(np.repeat(np.arange(len(encodings)), counts))
-    for step, reading in enumerate(order):
+    for step, reading in enumerate(track(order, "pretraining", "steps")):
         batch = collate(encodings[reading], next(batches[reading]), tokenizer.pad_token_id)
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         loss = cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())

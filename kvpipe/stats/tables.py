@@ -15,6 +15,7 @@ from kvpipe.config import Config, StatsConfig
 from kvpipe.experiment.files import replacing
 from kvpipe.experiment.paths import ARMS, CONTRASTS, PAIRS, Paths
 from kvpipe.experiment.plan import Dag
+from kvpipe.experiment.progress import track
 from kvpipe.stats.bootstrap import Bootstrap, adjust, crossed_bootstrap, effect_size, item_variance
 from kvpipe.stats.dunnett import minimum_detectable, welch_dunnett
 from kvpipe.stats.metrics import METRICS, PRIMARY, Metric, area_under
@@ -128,7 +129,7 @@ def contrasts_table(
     """
     rows = []
     arms = dict.fromkeys(arm for pairs in families.values() for pair in pairs for arm in pair)
-    for metric, task in measures:
+    for metric, task in track(measures, "contrasts", "metrics and tasks"):
         scores = {arm: parts(arm, metric, task) for arm in arms}
         for name, pairs in families.items():
             rows += _family(METRICS[metric], task, name, pairs, scores, config)

@@ -46,7 +46,7 @@ class Method:
                 raise ConfigError(f"--term {term}: expected name or name=weight, as in values=3") from None
         found: dict[str, Any] = {"teachers": teachers, "loss": loss}
         # ridge goes onto the student's own keys and values, which only terms on caches look at
-        if {"keys", "values", "attention"} & loss.keys():
+        if {"keys", "values", "attention", "attention_kl"} & loss.keys():
             found["fit"] = {"method": {"elastic": "reconstruct", "heads": "random"}.get(self.projector or "", "ridge")}
         found |= {"projector": {"kind": self.projector}} if self.projector else {}
         return found | ({"fuse": {"kind": self.fusion}} if self.fusion else {})

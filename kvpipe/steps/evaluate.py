@@ -9,11 +9,11 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from kvpipe.evaluate import harness, score
+from kvpipe.evaluate import dialogue, harness, score
 from kvpipe.experiment import device
 from kvpipe.experiment.files import replacing, write_json
 from kvpipe.experiment.outofmemory import explained
-from kvpipe.models.folders import load_model
+from kvpipe.models.folders import load_model, load_tokenizer
 from kvpipe.stats.scores import CELL, cell_of
 from kvpipe.steps.inputs import Inputs, trusts_folder
 from kvpipe.steps.swap import swapped_nll
@@ -58,6 +58,20 @@ def score_untrained(inputs: Inputs, out: Path) -> None:
             context=config.data.context,
         )
     _write(table, None, out)
+
+
+def answer_questions(inputs: Inputs, folder: Path, questions: Path, out: Path) -> str:
+    """Write a model folder's answers to questions of several turns; returns the line that says so."""
+    config, trust = inputs.config, trusts_folder(inputs.config, inputs.paths, folder)
+    asked = dialogue.read_questions(questions)
+    torch.set_num_threads(config.train.threads)
+    model = load_model(folder, device=device.resolve_device(config.train.device), trust=trust).eval()
+    with explained("answering", config.evaluate):
+        said = dialogue.answered(
+            model, load_tokenizer(folder, trust), asked, config.evaluate.of(""), config.evaluate.batch_size
+        )
+    dialogue.write_answers(asked, said, out)
+    return f"{out}: {len(asked)} questions, {sum(map(len, said))} turns answered"
 
 
 def score_tasks(inputs: Inputs, folder: Path, out: Path) -> Iterator[str]:

@@ -14,6 +14,7 @@ from kvpipe.config import TimeConfig
 from kvpipe.data.batches import collate, schedule, spread
 from kvpipe.distill.losses import masked_mean
 from kvpipe.experiment.device import resolve_device
+from kvpipe.experiment.progress import track
 from kvpipe.models.folders import has_weights
 from kvpipe.models.likelihood import token_nll
 from kvpipe.steps.inputs import Inputs
@@ -39,7 +40,8 @@ def make_layer_map(inputs: Inputs, teacher: str) -> None:
     examples = spread(len(dst), config.examples)
     streams = {kind: StreamingCKA() for kind in layermap.MEASURED}
     rows = 0
-    for chunk in (examples[i : i + size] for i in range(0, len(examples), size)):
+    parted = [examples[i : i + size] for i in range(0, len(examples), size)]
+    for chunk in track(parted, f"layers of {teacher}", "examples", len):
         batch = collate(dst, chunk, inputs.student_tokenizer.pad_token_id)
         with torch.no_grad(), Recorder(reference, hidden=True) as recorder:
             moved = batch.to(device)

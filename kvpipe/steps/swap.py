@@ -55,7 +55,8 @@ def swapped_nll(inputs: Inputs, arm_name: str, student, records: list[Record]) -
         if first < 1 or read < 1:
             raise ValueError(f"evaluate.cache_swap: the prompt of record {record.id!r} has no two tokens to translate")
         ids = torch.from_numpy(dst.ids[rows]).to(student.device)
-        counted = torch.from_numpy(dst.spans[rows, 1] > dst.spans[rows, 0])[first + 1 :]
+        with_bytes = dst.spans[rows, 1] > dst.spans[rows, 0]
+        counted = torch.from_numpy(with_bytes & dst.completion(example))[first + 1 :]
         prompt = torch.from_numpy(src.ids[src.rows(example)][:read])[None].to(model.device)
         cache = model(input_ids=prompt, use_cache=True).past_key_values
         here = slice(rows.start, rows.start + first)

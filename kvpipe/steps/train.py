@@ -22,12 +22,12 @@ from kvpipe.experiment.provenance import describe
 from kvpipe.models.folders import manifest_hash
 from kvpipe.steps.inputs import Inputs
 from kvpipe.steps.make import make
-from kvpipe.steps.objective import load_objective
+from kvpipe.steps.objective import load_objective, load_on_policy
 from kvpipe.train.card import write_card
 from kvpipe.train.cell import Cell, budget, freeze
 from kvpipe.train.export import export
 from kvpipe.train.lora import adapted, check_lora
-from kvpipe.train.trainer import Trained, check_settings, peak_memory, set_up, train
+from kvpipe.train.trainer import Trained, check_settings, peak_memory, set_up, stoppable, train
 
 
 def make_cell(
@@ -89,6 +89,7 @@ def train_cell(inputs: Inputs, arm: str, seed: int, out: Path, checkpoints: Path
     Raises:
         OSError: the cell could not be written; its checkpoints stay. Or another process is training it.
         SavedStudentDiffers: the folder scores otherwise than the model in memory; the checkpoints stay.
+        Interrupted: by SIGTERM, SIGUSR1 or SIGINT; what is done is saved.
         And what `kvpipe.train.trainer.train` raises.
     """
     busy = f"another process is training {arm}, seed {seed}"
@@ -102,8 +103,9 @@ def train_cell(inputs: Inputs, arm: str, seed: int, out: Path, checkpoints: Path
 
 def _train_cell(inputs: Inputs, arm: str, seed: int, out: Path, checkpoints: Path, log) -> None:
     attempt = attempts.Attempt(checkpoints, resolve_device(inputs.config.train.device), group_size(os.environ))
-    cell = load_cell(inputs, arm, seed, log)
-    trained = train(cell, checkpoints, attempt, log)
+    with stoppable(log) as stop:
+        cell = load_cell(inputs, arm, seed, log)
+        trained = train(cell, checkpoints, attempt, stop, log)
     if trained.main:
         try:
             write_cell(inputs, cell, trained, seed, attempt, out, log)
@@ -140,6 +142,7 @@ def load_cell(inputs: Inputs, arm_name: str, seed: int, log=print) -> Cell:
         student.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         student.enable_input_require_grads()
     torch.manual_seed(drawn)  # whatever the student has drawn
+    objective = load_objective(inputs, arm, drawn)
     return Cell(
         name=arm_name,
         arm=arm,
@@ -147,7 +150,8 @@ def load_cell(inputs: Inputs, arm_name: str, seed: int, log=print) -> Cell:
         config=training,
         scoring=config.evaluate,
         student=student,
-        objective=load_objective(inputs, arm, drawn),
+        objective=objective,
+        online=load_on_policy(inputs, arm, objective, drawn),
         train=encoding,
         validation=inputs.student_encoding("validation"),
         pad_id=inputs.student_tokenizer.pad_token_id,
@@ -160,6 +164,8 @@ def load_cell(inputs: Inputs, arm_name: str, seed: int, log=print) -> Cell:
             "data": digest(encoding.ids.tolist(), 16),
             "inputs": _digests(inputs, arm_name),
         },
+        seed=seed,
+        trackers=inputs.paths.trackers,
     )
 
 

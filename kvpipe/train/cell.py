@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import nn
 from kvpipe.config import Arm, ConfigError, EvaluateConfig, TrainConfig
 from kvpipe.data.encoding import Encoding
 from kvpipe.distill.objective import Objective
+from kvpipe.train.online import OnPolicy
 
 
 @dataclass
@@ -36,6 +38,12 @@ class Cell:
     """Numbers of the training examples that it sees."""
     made_from: dict[str, Any]
     """What must agree when a checkpoint is continued, as JSON."""
+    seed: int
+    """Of the cell, whatever it draws by."""
+    trackers: Path
+    """Folder of what `train.report_to` writes."""
+    online: OnPolicy | None = None
+    """What the student writes itself, where the arm asks for it."""
 
 
 def budget(config: TrainConfig, arm: Arm) -> TrainConfig:

@@ -10,8 +10,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,11 @@ from kvpipe.distill.losses import NonFiniteLossError, check_finite
 from kvpipe.experiment import launch
 from kvpipe.experiment.attempts import Attempt
 from kvpipe.experiment.device import check_device, check_precision, meet, resolve_device, without_environment
+from kvpipe.experiment.files import GB
 from kvpipe.experiment.outofmemory import explained
+from kvpipe.experiment.progress import Progress
 from kvpipe.models.likelihood import score, scoring_batches
-from kvpipe.train import checkpoint
+from kvpipe.train import checkpoint, tracking
 from kvpipe.train.cell import Cell
 from kvpipe.train.step import BatchLoss
 
@@ -57,6 +60,7 @@ def check_settings(config: TrainConfig, log=print) -> None:
     """
     check_device(config.device, log)
     check_precision(config.precision, resolve_device(config.device))
+    tracking.check_trackers(config.report_to)
     without_environment()
     processes = launch.group_size(os.environ)
     if config.accumulate * processes > config.batch_size:
@@ -73,14 +77,37 @@ def set_up(config: TrainConfig) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
+@dataclass
+class Stop:
+    """What has asked this process to end."""
+
+    signals: list[int] = field(default_factory=list)
+    """Numbers, as they came."""
+    to_save: bool = False
+    """Whether this process has done a step: the loop then acts at the end of the next."""
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """End at once while there is nothing to save: in an image the signal has ended the file system below, too."""
+        self.signals.append(number)
+        # a launcher passes on what SLURM has sent as well: once is enough
+        if not self.to_save and len(self.signals) == 1:
+            raise Interrupted(EXIT_INTERRUPTED)
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.signals)) or "to another process"
+
+
 @contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Signals only leave their number; the loop acts at a step's end."""
-    received: list[int] = []
-    handled = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    before = {s: signal.signal(s, lambda number, frame: received.append(number)) for s in handled}
+def stoppable(log=print) -> Iterator[Stop]:
+    """Signals end what happens inside by `Interrupted`, not the process."""
+    stop = Stop()
+    before = {s: signal.signal(s, stop.receive) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
-        yield received
+        yield stop
+    except Interrupted:
+        if not stop.to_save:
+            log(f"stopped by signal {stop} before a step was done; run the same command to go on")
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -112,22 +139,23 @@ class Trained:
     """For all processes."""
 
 
-def train(cell: Cell, checkpoints: Path, attempt: Attempt, log=print) -> Trained:
+def train(cell: Cell, checkpoints: Path, attempt: Attempt, stop: Stop, log=print) -> Trained:
     """Train from the newest checkpoint, or from the start, to the last step.
 
     Args:
         cell: what is trained, on what.
         checkpoints: their folder.
         attempt: where time and memory of this process are noted.
+        stop: of `stoppable`.
         log: takes plain lines.
 
     Raises:
-        Interrupted: after SIGTERM, SIGUSR1 or SIGINT, once a checkpoint is saved.
+        Interrupted: after a signal, once a checkpoint is saved.
         NonFiniteLossError: a loss term is NaN or Inf; nothing of that step is saved.
         OutOfMemory: the message names the setting to change.
     """
     loop = Loop(cell, checkpoints, attempt, log)
-    with _signals() as stop, explained("training", cell.config, loop.accelerator.num_processes):
+    with explained("training", cell.config, loop.accelerator.num_processes):
         loop.run(stop)
     return Trained(
         model=loop.accelerator.unwrap_model(loop.model, keep_fp32_wrapper=False),
@@ -186,9 +214,21 @@ class Loop:
         return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.99), fused=True)
 
     # ------------------------------------------------------------ the loop
-    def run(self, stop: list[int]) -> None:
-        """All steps that are left; `stop` has the signals that came."""
+    def run(self, stop: Stop) -> None:
+        """All steps that are left."""
         step = self._resume()
+        if self.config.report_to:
+            cell = self.cell
+            tracking.begin(self.accelerator, self.config.report_to, cell.trackers, cell.name, cell.seed, step)
+            self.log(f"{', '.join(self.config.report_to)}: {cell.trackers / cell.name / f'seed{cell.seed}'}")
+        try:
+            self._run(step, stop)
+        finally:
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+
+    def _run(self, first: int, stop: Stop) -> None:
+        step = first
         if step == 0:
             self._evaluate(0)
         # an arm that looks at no cache is not recorded: control pays for nothing it does not use
@@ -196,33 +236,36 @@ class Loop:
         if self.objective.records:
             unwrapped = self.accelerator.unwrap_model(self.model)
             recorder = Recorder(unwrapped, self.objective.records_hidden, queries=self.objective.records_queries)
-        with recorder or nullcontext():
+        label = f"training {self.cell.name}, seed {self.cell.seed}"
+        with recorder or nullcontext(), Progress(label, self.config.steps, "steps", step) as progress:
             while step < self.config.steps:
                 begun = time.perf_counter()
                 line = self._step(step, recorder)
                 step += 1
+                stop.to_save = True
                 self.counters.seconds += time.perf_counter() - begun
                 last = step == self.config.steps
+                progress.add(1, ", ".join(f"{name} {line[name]:.3f}" for name in self.objective.terms))
                 if step % self.config.log_every == 0 or last:
-                    self.history.append(line)
+                    self._note(line)
                 if step % self.config.eval_every == 0 or last:
                     self._evaluate(step)
                 stopping = self._must_stop(stop)
-                # after the first step too: what saving imports is loaded then, before a signal takes an image's files away
-                due = step == 1 or step % self.config.checkpoint_every == 0
+                # after this process's first step too: what saving needs is then loaded before a signal takes the image away
+                due = step == first + 1 or step % self.config.checkpoint_every == 0
                 if stopping or (due and not last):
                     self._save(step)
                     if stopping and not last:
-                        signals = ", ".join(map(str, stop)) or "to another process"
-                        self.log(f"stopped by signal {signals} after step {step}; run the same command to go on")
+                        self.log(f"stopped by signal {stop} after step {step}; run the same command to go on")
                         raise Interrupted(EXIT_INTERRUPTED)
 
     def _step(self, step: int, recorder: Recorder | None) -> dict[str, Any]:
         """One optimizer step; gives its line of the history."""
-        rate = learning_rate(self.config, step)
+        rate, online = learning_rate(self.config, step), self.cell.online
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * rate
         examples = self.batches[step]
+        self._write(step, recorder)
         logged = step + 1 == self.config.steps or (step + 1) % self.config.log_every == 0
         batch = self.loss.begin(step, examples, recorder, logged)
         # gradients of single terms cost a pass each
@@ -237,9 +280,13 @@ class Loop:
             check_finite(gradients, step + 1)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        lengths = self.cell.train.lengths
-        self.counters.tokens += int(lengths[examples].sum())
-        self.counters.padded_tokens += sum(len(m) * int(lengths[m].max()) for m in self.loss.split(examples))
+        lengths, written = self.cell.train.lengths[examples], self.loss.written(step, examples)
+        if online is not None:
+            lengths = lengths.copy()
+            lengths[written] = online.encoding.lengths[online.places(examples[written])]
+            watched["on_policy_tokens"] = float(lengths[written].sum() / lengths.sum())
+        self.counters.tokens += int(lengths.sum())
+        self.counters.padded_tokens += sum(len(m) * int(m.max()) for m in self.loss.split(lengths))
         return {
             "step": step + 1,
             "tokens": self.counters.tokens,
@@ -250,6 +297,21 @@ class Loop:
             **watched,
             **ratios,
         }
+
+    def _write(self, step: int, recorder: Recorder | None) -> None:
+        """Have the student write the texts of the steps to come, each process some of them, where the time has come."""
+        online = self.cell.online
+        if online is None or not online.due(step):
+            return
+        from accelerate.utils import gather_object
+
+        examples, number = online.asked(step, self.batches), self.accelerator.num_processes
+        with recorder.paused() if recorder else nullcontext():
+            own = online.write(
+                self.accelerator.unwrap_model(self.model), step, examples[self.accelerator.process_index :: number]
+            )
+        texts = dict(gather_object(list(own.items()))) if number > 1 else own
+        online.take({example: texts[example] for example in examples})
 
     def _evaluate(self, step: int) -> None:
         with explained("scoring the validation split", self.cell.scoring):
@@ -264,15 +326,24 @@ class Loop:
                 f"the validation loss after step {step} is {loss}: look at the student's weights and the split (before "
                 "step 1), or lower the learning rate; nothing of this step was saved"
             )
-        self.history.append({"step": step, "tokens": self.counters.tokens, "validation_loss": loss})
+        self._note({"step": step, "tokens": self.counters.tokens, "validation_loss": loss})
         self.log(f"step {step}/{self.config.steps}  validation loss {loss:.4f}")
 
+    def _note(self, line: dict[str, Any]) -> None:
+        """A line of the history, for the trackers too."""
+        self.history.append(line)
+        if self.accelerator.trackers:
+            measured = {name: value for name, value in line.items() if name != "step"}
+            memory = {"peak_memory_gb": peak_memory(self.accelerator.device) / GB}
+            self.accelerator.log(measured | memory, step=line["step"])
+
     # ------------------------------------------------------------ stopping and going on
-    def _must_stop(self, stop: list[int]) -> bool:
+    def _must_stop(self, stop: Stop) -> bool:
         """Whether a signal came to any process: all must end after the same step."""
+        received = len(stop.signals)
         if self.accelerator.num_processes == 1:
-            return bool(stop)
-        return bool(self.accelerator.reduce(torch.tensor(float(len(stop)), device=self.accelerator.device)).item())
+            return bool(received)
+        return bool(self.accelerator.reduce(torch.tensor(float(received), device=self.accelerator.device)).item())
 
     @property
     def _modules(self) -> nn.ModuleDict:
@@ -286,6 +357,7 @@ class Loop:
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler  # fp16's, whose scale follows from all steps so far
             counted = vars(self.counters) | ({} if scaler is None else {"scaling": scaler.state_dict()})
+            counted |= {} if self.cell.online is None else {"written": list(self.cell.online.texts.items())}
             optimizer, folder = self.optimizer, self.checkpoints
             checkpoint.save(folder, step, self._modules, optimizer, self.history, counted, self._made_from)
         # a launcher that sees one process end kills the others, the one that writes among them
@@ -297,6 +369,8 @@ class Loop:
         if found is None:
             return 0
         self.history = found.history
+        if (written := found.counters.pop("written", None)) is not None and self.cell.online is not None:
+            self.cell.online.take(dict(written))
         scaling = found.counters.pop("scaling", None)
         if scaling is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(scaling)

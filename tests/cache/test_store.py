@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import encoded
 
-from kvpipe.cache import forward, rowfile, store
+from kvpipe.cache import forward, store
 from kvpipe.cache.capture import capture, kv_geometry
 from kvpipe.cache.forward import Keep, forward_rows, next_tokens
 from kvpipe.cache.rowfile import RowFile
@@ -376,15 +376,3 @@ def test_rows_may_be_written_in_any_order(tmp_path):
     with pytest.raises(RuntimeError, match="no more"), RowFile(path):
         raise RuntimeError("no more")
     assert [p.name for p in tmp_path.iterdir()] == ["rows.safetensors"]
-
-
-def test_progress_says_how_long_it_will_take(capsys, monkeypatch):
-    clock = iter([0.0, 4.0, 16.0, 40.0])
-    monkeypatch.setattr(rowfile.time, "monotonic", lambda: next(clock))
-    progress = rowfile.Progress("shard", 4000)
-    for tokens in (400, 1200, 2400):
-        progress.add(tokens)
-    assert capsys.readouterr().out.splitlines() == [
-        "shard: 1,600 of 4,000 tokens, 100 tokens/s, 24 s left",
-        "shard: 4,000 of 4,000 tokens, 100 tokens/s, 0 s left",
-    ]

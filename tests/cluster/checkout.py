@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,9 +85,9 @@ class Site:
         self.runs: list[subprocess.Popen] = []
 
     # ------------------------------------------------------------ Snakemake
-    def start(self, options: str = "") -> subprocess.Popen:
-        """Start Snakemake on the login side, to the report."""
-        run = self.cluster.start(f"python3 -m snakemake {PROFILE} {options} -- {REPORT}", self.log, self.inside)
+    def start(self, options: str = PROFILE, target: str = REPORT) -> subprocess.Popen:
+        """Start Snakemake on the login side."""
+        run = self.cluster.start(f"python3 -m snakemake {options} -- {target}", self.log, self.inside)
         self.runs.append(run)
         return run
 
@@ -139,25 +139,30 @@ class Site:
         """The cost sheet of a cell."""
         return json.loads((self.outside / f"results/train/{arm}/seed{seed}/cost.json").read_text(encoding="utf-8"))
 
-    def freeze(self, arm: str, seed: int) -> psutil.Process:
-        """Hold a cell's training still once it has a checkpoint; returns the process."""
-        checkpoints = self.outside / f"results/checkpoints/{arm}/seed{seed}"
-        words = ["kvpipe", "train", "--arm", arm, "--seed", str(seed)]
+    def checkpoints(self, arm: str, seed: int) -> list[str]:
+        """Names of a cell's checkpoints."""
+        return sorted(p.name for p in (self.outside / f"results/checkpoints/{arm}/seed{seed}").glob("step-*"))
 
-        def training() -> psutil.Process | None:
-            for process in self.cluster.processes():
-                try:
-                    line = process.cmdline()
-                except psutil.NoSuchProcess:
-                    continue
-                if line[2:8] == words:
-                    return process
-            return None
+    def trainings(self, arm: str, seed: int) -> list[psutil.Process]:
+        """The processes of Python that train a cell."""
+        words = ["-m", "kvpipe", "train", "--made", "--arm", arm, "--seed", str(seed)]
+        found = []
+        for process in self.cluster.processes():
+            with suppress(psutil.NoSuchProcess):
+                # accelerate's launcher starts its own with -u
+                if [word for word in process.cmdline() if word != "-u"][1 : 1 + len(words)] == words:
+                    found.append(process)
+        return found
 
-        process = wait_for(f"the training of {arm}, seed {seed}", training, 600, 0.2, self.tell)
-        wait_for("its first checkpoint", lambda: list(checkpoints.glob("step-*")), 300, 0.01, self.tell)
+    def freeze(self, arm: str, seed: int, before: bool = False) -> psutil.Process:
+        """Hold a cell's training still once it has a checkpoint, or `before` its first; returns the process."""
+        process = wait_for(
+            f"the training of {arm}, seed {seed}", lambda: self.trainings(arm, seed), 600, 0.2, self.tell
+        )[0]
+        if not before:
+            wait_for("its first checkpoint", lambda: self.checkpoints(arm, seed), 300, 0.01, self.tell)
         process.suspend()
-        assert list(checkpoints.glob("step-*")), "the cell ended before it could be held still"
+        assert bool(self.checkpoints(arm, seed)) is not before, "the cell could not be held still in time"
         return process
 
     def find_job(self, arm: str, seed: int, rule: str = "train") -> str | None:

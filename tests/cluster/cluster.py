@@ -1,4 +1,4 @@
-"""A SLURM cluster of one node, in namespaces of its own: started, commands run in it, stopped without a trace."""
+"""A SLURM cluster in namespaces of its own: started, commands run in it, stopped without a trace."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def wait_for(what: str, condition: Callable[[], object], seconds: float, every: 
 class Cluster:
     """The cluster; a context manager. `home` on this machine is `HOME` inside."""
 
-    def __init__(self, cache: Path, home: Path):
-        self.cache, self.home = cache, home
+    def __init__(self, cache: Path, home: Path, nodes: tuple[str, ...] = ("localhost",)):
+        self.cache, self.home, self.nodes = cache, home, nodes
         self._process: subprocess.Popen | None = None
         self._pid = 0
 
@@ -73,7 +73,7 @@ class Cluster:
         os.chown(self.home, 1000, 1000)
         namespaces = ["--mount", "--propagation", "private", "--pid", "--net", "--uts", "--fork", "--kill-child"]
         self._process = subprocess.Popen(
-            ["unshare", *namespaces, "bash", str(HERE / "init.sh"), str(self.cache), str(self.home)],
+            ["unshare", *namespaces, "bash", str(HERE / "init.sh"), str(self.cache), str(self.home), *self.nodes],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -106,8 +106,8 @@ class Cluster:
         enter = ["nsenter", "--target", str(self._pid), "--mount", "--pid", "--net", "--uts"]
         who = ["--reuid", user, "--regid", user, "--init-groups", "--reset-env"]
         setting = (
-            "export PYTHONPATH=/cache/login OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 "
-            f"APPTAINER_CACHEDIR={HOME}/.apptainer APPTAINER_TMPDIR={HOME}/tmp"
+            f"export PYTHONPATH=/cache/login:{HOME}/site-packages:{HOME}/kvpipe/plugins/cluster OMP_NUM_THREADS=1 "
+            f"MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 APPTAINER_CACHEDIR={HOME}/.apptainer APPTAINER_TMPDIR={HOME}/tmp"
         )
         return [*enter, "setpriv", *who, "bash", "-c", f"{setting}; cd {folder} && {command}"]
 
@@ -168,7 +168,7 @@ class Cluster:
         if not self._alive("slurmctld"):
             self.start_daemon("slurmctld")
         if "down" in self.run("sinfo --noheader --format %T"):
-            self.control("scontrol update nodename=localhost state=resume")
+            self.control(f"scontrol update nodename={','.join(self.nodes)} state=resume")
 
     def _alive(self, name: str) -> bool:
         return self.control(f"kill -0 $(cat /run/{name}.pid) 2> /dev/null && echo alive || true").strip() == "alive"

@@ -5,11 +5,14 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from checkout import REPORT, SUMMARY, Site, check_out, compared
 from cluster import HERE, Cluster, cache_folder, unavailable
+from installed import write_metadata
 
 VARIANT = "cpu"
 UNAVAILABLE = 69
@@ -38,16 +41,24 @@ def cache():
     return folder
 
 
-@pytest.fixture(scope="session")
-def cluster(cache, tmp_path_factory):
-    """The running cluster; the user's home is a temporary folder with a checkout and the image."""
-    home = tmp_path_factory.mktemp("ann")
+@contextmanager
+def running(cache, home: Path, nodes=("localhost",)) -> Iterator[Cluster]:
+    """A cluster whose user has a checkout in a temporary home."""
     home.chmod(0o755)
     (home / "tmp").mkdir()
     check_out(home / "kvpipe")
+    # as `make login` installs it: the doctor's extra is found
+    write_metadata(home / "site-packages")
     subprocess.run(["chown", "-R", "1000:1000", str(home)], check=True)
-    with Cluster(cache, home) as running:
-        yield running
+    with Cluster(cache, home, nodes) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def cluster(cache, tmp_path_factory):
+    """The running cluster of one node."""
+    with running(cache, tmp_path_factory.mktemp("ann")) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="session")
@@ -61,13 +72,27 @@ def image(cluster, cache):
             shutil.copy(path, folder / "containers" / path.name)
             os.chown(folder / "containers" / path.name, 1000, 1000)
     make = f"make image-offline VARIANT={VARIANT} BASE=/cache/base WHEELHOUSE=/cache/wheelhouse"
-    said = cluster.run(make, seconds=3600, folder=Path("/home/ann/kvpipe"))
+    # half of a build is compression, for a file that stays here
+    said = cluster.run(
+        f"APPTAINER_OPTIONS=--mksquashfs-args=-no-compression {make}", seconds=3600, folder=Path("/home/ann/kvpipe")
+    )
     if not kept.exists():
         kept.parent.mkdir(exist_ok=True)
         for path in (folder / name, folder / f"{name}.sha256"):
             shutil.copy(path, kept.parent / path.name)
         (kept.parent / f"{kept.name}.log").write_text(said, encoding="utf-8")
     return folder / name
+
+
+@pytest.fixture(scope="module")
+def pair(cache, image, tmp_path_factory):
+    """Another cluster, of two nodes on this machine, with the same image."""
+    with running(cache, tmp_path_factory.mktemp("pair"), ("one", "two")) as cluster:
+        folder = cluster.home / "kvpipe" / "containers"
+        for path in (image, image.with_name(f"{image.name}.sha256")):
+            os.link(path, folder / path.name)
+        (folder / "kvpipe.sif").symlink_to(image.name)
+        yield cluster
 
 
 @pytest.fixture(scope="session")
@@ -107,7 +132,7 @@ def site(user):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """The table of docs/hpc.md."""
+    """The table of docs/log/2026-11-24-cluster-faults.md."""
     if not SUMMARY:
         return
     terminalreporter.section(f"make test-cluster, {time.strftime('%Y-%m-%d')}")

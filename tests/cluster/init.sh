@@ -1,16 +1,16 @@
 #!/bin/bash
-# The first process of the one-node cluster. Runs in namespaces of its own (mounts, processes, network, host name), so
+# The first process of the cluster. Runs in namespaces of its own (mounts, processes, network, host name), so
 # that nothing of it is left once this process ends: the kernel kills what it started and forgets what it mounted.
 # It ends when its standard input does, that is with the test run, however that ends.
 #
-# usage: init.sh CACHE HOME    (HOME becomes the home of the ordinary user, ann)
+# usage: init.sh CACHE HOME NODE…    (HOME becomes the home of the ordinary user, ann)
 set -euo pipefail
 
 cache=$1
 home=$2
 root=$cache/root
 
-if [[ ${3:-} != inside ]]; then
+if [[ $3 != inside ]]; then
     hostname localhost
     mount --bind "$root" "$root"
     mount -t proc proc "$root/proc"
@@ -34,24 +34,31 @@ if [[ ${3:-} != inside ]]; then
     cd "$root"
     # Apptainer refuses a plain chroot
     pivot_root . old
-    exec chroot . /bin/bash /run/init.sh /cache /home/ann inside
+    exec chroot . /bin/bash /run/init.sh /cache /home/ann inside "${@:3}"
 fi
 
 umount -l /old
 cd /
 python3 /run/loopback.py
-mkdir -p /run/munge /run/log /run/slurmctld /run/slurmd
+mkdir -p /run/munge /run/log /run/slurmctld
 chown munge: /run/munge
 setpriv --reuid munge --regid munge --clear-groups munged --pid-file /run/munge/munged.pid \
     --log-file /run/munge/munged.log --seed-file /run/munge/munged.seed
+nodes=("${@:4}")
+for ((number = 0; number < ${#nodes[@]}; number++)); do
+    echo "NodeName=${nodes[number]} NodeHostname=localhost NodeAddr=127.0.0.1 Port=$((6820 + number)) CPUs=2" \
+        "RealMemory=20000 Gres=gpu:$((2 / ${#nodes[@]})) State=UNKNOWN"
+done > /run/slurm/nodes.conf
 slurmctld
-slurmd
+for node in "${nodes[@]}"; do
+    slurmd -N "$node"
+done
 for ((wait = 0; wait < 60; wait++)); do
     [[ $(timeout 5 sinfo --noheader --format %t 2> /dev/null | sort -u) == idle ]] && break
     sleep 1
 done
 if ((wait == 60)); then
-    echo "the node did not become idle within 60 s:" >&2
+    echo "the nodes did not become idle within 60 s:" >&2
     sinfo >&2 || true
     tail -n 20 /run/log/*.log >&2
     exit 1

@@ -1,9 +1,11 @@
 """The DAG on a real SLURM cluster, in a real container, with faults; every run ends with the local run's results."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
-from checkout import thaw
+from checkout import PROFILE, REPORT, thaw
 from cluster import ROOT, TimeUp, wait_for
 
 pytestmark = pytest.mark.cluster
@@ -43,6 +45,34 @@ def test_dos_line_ends_are_refused_as_documented(cluster):
 def test_second_call_finds_nothing_to_do(site):
     assert site.finish(site.start()) == 0
     assert "Nothing to be done" in site.log.read_text()
+
+
+def test_another_image_makes_everything_again(site):
+    """Snakemake knows an image by its path; the doctor, which looks at the image too, is no job that could hide it."""
+    other = "containers/kvpipe-cpu-0123456789ab.sif"
+    (image,) = (site.outside / "containers").glob("kvpipe-cpu-*.sif")
+    site.cluster.run(f"ln {image.name} {Path(other).name}", folder=site.inside / "containers")
+    dry = f"python3 -m snakemake {PROFILE} -n"
+    try:
+        plan = site.cluster.run(f"KVPIPE_IMAGE={other} {dry} -- {REPORT}", 300, folder=site.inside)
+    finally:
+        site.cluster.run(f"rm {other}", folder=site.inside)
+    whole = site.cluster.run(f"{dry} --forceall -- {REPORT}", 300, folder=site.inside)
+    jobs = [re.search(r"^total +(\d+)", said, re.MULTILINE) for said in (plan, whole)]
+    assert jobs[0] and jobs[1] and int(jobs[0][1]) == int(jobs[1][1]) > len(site.expected) / 2, plan
+    assert "Software environment definition has changed" in plan
+
+
+def test_scancel_before_the_first_checkpoint(site):
+    with site.scenario("`scancel` of a cell before its first checkpoint") as row:
+        site.drop(*CELL)
+        run = site.start()
+        site.freeze(*CELL, before=True)
+        job = site.job(*CELL)
+        site.cluster.run(f"scancel {job}")
+        row.happened = f"{site.wait_state(job, 'CANCELLED', 'FAILED')}, tried again"
+        assert site.finish(run) == 0, site.tell()
+        row.restarts = site.cost(*CELL)["restarts"]
 
 
 def test_job_over_its_time_limit(site):
@@ -156,7 +186,7 @@ def test_full_scratch_disk(site):
         scratch = "/home/ann/kvpipe/results/checkpoints"
         site.cluster.control(f"mkdir -p {scratch} && mount -t tmpfs -o size=24m,uid=1000,gid=1000 tmpfs {scratch}")
         try:
-            run = site.start("--retries 0")
+            run = site.start(f"{PROFILE} --retries 0")
             cell = site.freeze(*CELL)
             site.cluster.control(f"dd if=/dev/zero of={scratch}/filler bs=64k status=none || true")
             thaw(cell)
@@ -180,7 +210,7 @@ def test_accounting_off(site):
         assert "disabled" in site.cluster.run("sacct 2>&1 || true")
         site.drop(*CELL)
         # sacct as Snakemake's source, against the profile: the job ends, and Snakemake does not learn of it
-        run = site.start("--slurm-status-command sacct")
+        run = site.start(f"{PROFILE} --slurm-status-command sacct")
         job = wait_for("the cell's job", lambda: site.find_job(*CELL), 300, 1, site.tell)
         site.wait_state(job, "COMPLETED", seconds=300)
         with pytest.raises(AssertionError):

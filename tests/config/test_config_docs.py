@@ -32,7 +32,11 @@ from kvpipe.config.section import Section, assign
 from kvpipe.models.head import PIECE
 
 CONFIG = Path(__file__).parents[2] / "config"
-SHIPPED = [path for path in sorted(CONFIG.glob("*.yaml")) if "student" in yaml.safe_load(path.read_text("utf-8"))]
+SHIPPED = [
+    path
+    for path in sorted(CONFIG.glob("*.yaml"))
+    if {"student", "data"} <= set(yaml.safe_load(path.read_text("utf-8")))
+]
 EMBEDDED = yaml.safe_load((CONFIG / "config.yaml").read_text("utf-8"))
 
 
@@ -141,7 +145,7 @@ def test_the_cluster_configuration_is_what_it_says():
     assert large.models["llama"].load.sharded and large.arm("full").projector.mlp_ratio == 2.0
 
 
-@pytest.mark.parametrize("overlay", ["study.yaml", "study-20000.yaml"])
+@pytest.mark.parametrize("overlay", ["study.yaml", "study-20000.yaml", "study-compress.yaml"])
 def test_the_study_lies_over_the_embedded_experiment(overlay):
     study = load([CONFIG / "config.yaml", CONFIG / overlay])
     assert set(load(CONFIG / "config.yaml").arms) <= set(study.arms)
@@ -272,7 +276,7 @@ MISTAKES = [
     ({"arms.exp1.set.projector.learning_rate": 1}, "arms.exp1.set.projector.learning_rate", "no effect under 'frozen'"),
     ({"arms.exp1.set.loss.values.temperature": 7}, "arms.exp1.set.loss.values.temperature", "unknown key"),
     ({"arms.exp1.set.fit.method": "reconstruct"}, "arms.exp1.set", "cannot start projector.kind: linear"),
-    ({"store.top_logits": 0}, "store.top_logits", "arm 'logit-kd'"),
+    ({"store.top_logits": 0, "arms.logit-kd.set.loss": {"logits": {}}}, "store.top_logits", "arm 'logit-kd'"),
     # fusion
     ({"arms.exp1.set.fuse.entropy": 0.1}, "arms.exp1.set.fuse.entropy", "unknown key"),
     ({"arms.exp6.set.fuse.entropy": 0.1}, "arms.exp6.set.fuse", "weights that are learned"),

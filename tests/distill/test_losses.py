@@ -65,6 +65,21 @@ def test_kv_loss_is_the_mean_of_its_layers_and_takes_one_layer():
     torch.testing.assert_close(kv_loss(student, target, mask, scale="std"), per_layer.mean(0))
 
 
+def test_cosine_distance_looks_at_directions_alone():
+    student, target = caches()
+    mask = ragged_mask()
+    loss = kv_loss(student, target, mask, "cosine")
+    rows = torch.stack([(a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)) for a, b in [(student, target)]])
+    torch.testing.assert_close(loss, torch.where(mask, (1 - rows[0]).mean((0, 2)), 0.0))
+    torch.testing.assert_close(kv_loss(student * 5, target / 7, mask, "cosine"), loss)
+    torch.testing.assert_close(kv_loss(target, -target, mask, "cosine"), 2.0 * mask)
+    student[:, 0, :, 4:], target[:, 1, :, 0] = torch.inf, torch.nan
+    student.requires_grad_()
+    again = kv_loss(student, target, mask, "cosine")
+    again.sum().backward()
+    assert torch.equal(again, loss) and torch.isfinite(student.grad).all() and not student.grad[:, 0, :, 4:].any()
+
+
 def test_scaled_loss_does_not_depend_on_the_unit_of_a_layer():
     student, target = caches()
     unit = torch.logspace(-3, 3, LAYER).reshape(-1, 1, 1, 1, 1)

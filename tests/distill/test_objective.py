@@ -245,6 +245,42 @@ def test_attention_outputs_are_read_by_the_students_queries(work):
     torch.testing.assert_close(found.loss.values["attention"], gap[mask].mean(), atol=1e-4, rtol=1e-4)
 
 
+def test_attention_kl_is_the_divergence_of_the_models_own_attention_weights(work):
+    """Of the student's: weights by the definition, keys of a position without a target its own; only keys are moved."""
+    arm = changed(work.dag.arm("own"), attention_kl={"layers": [2, 0], "skip_sink": 1})
+    objective = load_objective(work, arm, 0)
+    found = run(work, objective)
+    own, mask = found.kv.keys.detach(), found.batch.mask & found.fused.mask
+    keys = torch.where(mask[None, :, None, :, None], found.fused.fused.keys, own)
+    time, total = own.shape[3], 0.0
+    counted = mask.clone()
+    counted[:, :1] = False
+    for layer in (2, 0):
+        rope, positions = found.student.ropes[layer], torch.arange(time)
+        q = rope.rotate(found.student.queries[layer].detach(), positions)
+        ours, theirs = (rope.rotate(k[layer], positions).repeat_interleave(2, dim=1) for k in (own, keys))
+        for b, t in counted.nonzero().tolist():
+            for head in range(4):
+                p, r = ((k[b, head, : t + 1] @ q[b, head, t] / 6**0.5).softmax(0) for k in (theirs, ours))
+                total += (p * (p / r).log()).sum() / 4 / 2
+    torch.testing.assert_close(found.loss.values["attention_kl"], total / counted.sum(), atol=1e-4, rtol=1e-3)
+    moved = gradient(found, objective, "attention_kl", found.kv.keys)
+    assert moved[0].any() and moved[2].any() and not moved[1].any()
+
+
+def test_layers_open_from_shallow_to_deep(work):
+    """One after the other over the given share of the steps; the term is then the one without."""
+    arm = work.dag.arm("one")
+    opening = load_objective(work, changed(arm, values={"opening": 0.6}), 0)
+    plain = run(work, load_objective(work, changed(arm, values={}), 0))
+    whole = gradient(plain, load_objective(work, changed(arm, values={}), 0), "values", plain.kv.values)
+    for step, shares in ((0, [0, 0, 0]), (1, [0.5, 0, 0]), (3, [1, 0.5, 0]), (6, [1, 1, 1]), (9, [1, 1, 1])):
+        found = run(work, opening, progress=(step, 10))
+        total = found.loss.total - found.loss.values["cross_entropy"]
+        (own,) = torch.autograd.grad(total, found.kv.values)
+        torch.testing.assert_close(own, whole * torch.tensor(shares).reshape(-1, 1, 1, 1, 1), atol=1e-7, rtol=1e-4)
+
+
 def test_gradients_reach_trainable_projectors_only(work):
     frozen = load_objective(work, work.dag.arm("two"), 0)
     assert not [p for p in frozen.parameters() if p.requires_grad]

@@ -152,6 +152,11 @@ def test_the_commit_says_whether_files_changed(tmp_path, monkeypatch):
         (tmp_path / "a.py").write_text("1")
         git("add", "a.py")
         git("commit", "-qm", "a")
+        (tmp_path / "__init__.py").write_text("")
+        provenance.git_commit.cache_clear()
+        assert provenance.git_commit() == "said by the image", "an environment inside somebody else's checkout"
+        git("add", "__init__.py")
+        git("commit", "-qm", "kvpipe itself")
         (tmp_path / "untracked").write_text("x")
         provenance.git_commit.cache_clear()
         assert provenance.git_commit() == git("rev-parse", "HEAD")

@@ -158,7 +158,7 @@ def test_every_part_of_a_small_file_has_rows(place, tmp_path, count):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"student": "nowhere"}, "nowhere is not a model folder: it needs config.json and safetensors"),
+        ({"student": "nowhere"}, "nowhere is neither a model folder nor a hub id"),
         ({"data": "questions.jsonl"}, "no column prompt, answer \\(has question\\); rename the columns"),
         ({"data": "empty.jsonl"}, "empty.jsonl has no rows"),
         ({"data": "five.jsonl"}, "five.jsonl has 5 rows; a tenth is kept for validation and test: give 20 or more"),

@@ -44,23 +44,29 @@ SETTINGS = {
 }
 ARM, SEED = "joint", 3
 CHOICE = random.Random(int(os.environ.get("KVPIPE_KILL_SEED", 20240607)))
-SIGNALS = {"term": signal.SIGTERM, "usr1": signal.SIGUSR1, "int": signal.SIGINT}
 # name → (signal, where it arrives, the how manieth); three kills at random steps, one while the third checkpoint is
 # written, and three at any function call between start and end: in a forward pass, a checkpoint, the final write …
+# Signals that ask: where there is nothing to save yet, after the first step, between two checkpoints, right after one.
 JOBS = {
     "whole": (0, "step", -1),
     **{f"kill{i}": (signal.SIGKILL, "step", step) for i, step in enumerate(CHOICE.sample(range(1, STEPS), 3))},
-    **{name: (number, "step", CHOICE.randrange(1, STEPS - 1)) for name, number in SIGNALS.items()},
+    "loading": (signal.SIGTERM, "load", 0),
+    "first step": (signal.SIGTERM, "step", 0),
+    "term": (signal.SIGTERM, "step", 1),
+    "usr1": (signal.SIGUSR1, "step", CHOICE.randrange(2, STEPS - 1)),
+    "int": (signal.SIGINT, "step", 8),
     "saving": (signal.SIGKILL, "save", 2),
     **{f"anywhere{i}": (signal.SIGKILL, "call", CHOICE.uniform(0.01, 0.99)) for i in range(3)},
 }
+NOTHING_DONE = {"loading", "first step"}
 
 # One process imports and forks a job for each kill: a fork is a process of its own, and importing torch takes seconds.
 DRIVER = """
-import json, os, sys, traceback
+import errno, json, os, signal, sys, traceback
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import tiny
+from kvpipe.steps import train as steps
 from kvpipe.train import checkpoint
 from kvpipe.train import trainer as train
 from kvpipe.steps.inputs import Inputs
@@ -70,12 +76,21 @@ from kvpipe.experiment.paths import Paths
 root, settings, arm, seed, jobs = Path(sys.argv[2]), *json.loads(sys.argv[3])
 statuses = {}
 
+def vanish(event, arguments):
+    '''No file outside the run's own folder, and no further module: what TERM leaves of an image under Apptainer.'''
+    path = str(arguments[0])
+    own = isinstance(arguments[0], int) or path.startswith((str(root), "/proc/", "/dev/"))
+    if event in ("import", "ctypes.dlopen") or (event in ("open", "os.listdir", "os.scandir") and not own):
+        raise OSError(errno.ENOTCONN, "Transport endpoint is not connected", path)
+
 def deadly(function, number, when):
-    '''The function, whose call `when` (from 0) sends the process a signal.'''
+    '''The function, whose call `when` (from 0) sends the process a signal, and takes the files away.'''
     calls = iter(range(10**6))
     def called(*arguments):
         result = function(*arguments)
         if next(calls) == when:
+            if number != signal.SIGKILL:
+                sys.addaudithook(vanish)
             os.kill(os.getpid(), number)
         return result
     return called
@@ -94,9 +109,10 @@ def run(name, number, where, when):
     total = root / "calls"  # of the run that nothing interrupts
     if where == "call" or name == "whole":
         count = count_calls(number, int(when * int(total.read_text())) if where == "call" else -1)
-    # the one is called at the beginning of every step, the other amidst the writing of a checkpoint
+    # called before the first step, at the beginning of every step, amidst the writing of a checkpoint
+    places = {"load": (steps, "budget"), "step": (train, "learning_rate"), "save": (checkpoint, "save_tensors")}
     if where != "call":
-        module, function = {"step": (train, "learning_rate"), "save": (checkpoint, "save_tensors")}[where]
+        module, function = places[where]
         setattr(module, function, deadly(getattr(module, function), number, when))
     work = Inputs(tiny.config(root, settings), Paths(root / "results"))
     train_cell(work, arm, seed, root / name / "out", root / name / "checkpoints", log=lambda line: None)
@@ -138,7 +154,7 @@ def killed(tmp_path_factory):
         capture_output=True,
         text=True,
         check=False,
-        timeout=600,
+        timeout=3600,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
@@ -156,8 +172,9 @@ def test_the_jobs_were_stopped_as_meant(killed):
             assert first[name] == -signal.SIGKILL
         elif number:
             assert first[name] == training.EXIT_INTERRUPTED == 75
-            # the step during which the signal came is finished and saved
-            assert left[name][-1] == f"step-{step + 1:08d}"
+            # the step during which the signal came is finished and saved, unless there is none before it
+            steps = [entry for entry in left[name] if entry.startswith("step-")]
+            assert steps[-1:] == ([] if name in NOTHING_DONE else [f"step-{step + 1:08d}"])
         # one that lands anywhere may land in the writing of the results
         assert name == "whole" or number == 0 or name.startswith("anywhere") or not unfinished[name]
         assert len([entry for entry in left[name] if entry.startswith("step-")]) <= checkpoint.KEPT
@@ -183,9 +200,10 @@ def test_a_continued_run_is_the_uninterrupted_one(killed, name):
     assert costs[0]["tokens"] == costs[1]["tokens"]
     assert costs[0]["padding_share"] == costs[1]["padding_share"]
     if not name.startswith("anywhere"):
-        resumes = name in SIGNALS or name == "saving" or JOBS[name][2] >= 4
+        caught = JOBS[name][0] != signal.SIGKILL
+        resumes = name not in NOTHING_DONE and (caught or name == "saving" or JOBS[name][2] >= 1)
         assert [cost["restarts"] for cost in costs] == [int(resumes), 0]
-        assert [cost["attempts"] for cost in costs] == [2, 1]
+        assert [cost["attempts"] for cost in costs] == [1 + (name != "loading"), 1]
     assert not list((root / name).glob("*.attempts.jsonl")), "the record ends in cost.json"
 
 
@@ -221,6 +239,14 @@ def stopped(tiny, tmp_path, monkeypatch):
     folder = tmp_path / "checkpoints"
     assert sorted(p.name for p in folder.iterdir()) == ["step-00000002", "step-00000004"]
     return folder, go
+
+
+def test_a_run_that_goes_on_saves_after_its_own_first_step(stopped, monkeypatch):
+    """What saving needs is loaded in this process, too, before a signal can take an image's files away."""
+    folder, go = stopped
+    with interrupted(monkeypatch, 5):
+        go()
+    assert sorted(p.name for p in folder.iterdir()) == ["step-00000004", "step-00000005"]
 
 
 @pytest.mark.parametrize("file", [checkpoint.TENSORS, checkpoint.STATE])

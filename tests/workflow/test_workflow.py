@@ -46,7 +46,7 @@ def python(folder: Path, *arguments: str, **variables: str) -> subprocess.Comple
         capture_output=True,
         text=True,
         check=False,
-        env=environment | {"PYTHONDONTWRITEBYTECODE": "1"} | variables,
+        env=environment | {"PYTHONDONTWRITEBYTECODE": "1", "KVPIPE_SERVER": "off"} | variables,
     )
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from kvpipe import config as configuration
+from kvpipe.cli import server
 from kvpipe.doctor.memory import job_memory
 from kvpipe.doctor.workload import Workload
 from kvpipe.experiment import launch
@@ -111,6 +112,8 @@ def memory(rule, otherwise):
 
 
 # ---------------------------------------------------------------- before the first job
+# the rules call `python`: that of the environment which Snakemake runs in, though nobody has activated it
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 APPTAINER = "apptainer" in {str(method) for method in workflow.deployment_settings.deployment_method}
 IN_IMAGE = f"apptainer exec --home $PWD {workflow.deployment_settings.apptainer_args} {IMAGE}" if APPTAINER else ""
 if APPTAINER and "://" not in IMAGE and not Path(IMAGE).exists():
@@ -138,6 +141,13 @@ def examine():
         raise WorkflowError(
             f"{done.stdout}nothing was started, since it would fail ({log}); --no-hooks starts it all the same"
         )
+
+
+def serve():
+    """Steps that are processes of this machine are forked from one that has imported the libraries."""
+    where = "in another executor" if not workflow.local_exec else "in an image" if APPTAINER else None
+    if not workflow.touch:
+        server.start(PLAN.config.train.threads, where)
 
 
 # ---------------------------------------------------------------- processes of a cell, by its resources
