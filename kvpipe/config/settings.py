@@ -152,8 +152,9 @@ class TrainConfig(Section):
     """Weight decay of AdamW."""
     max_grad_norm: Positive = 1.0
     """The student's gradients are clipped to this norm."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Mixed precision of the student."""
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    """Mixed precision of the student. `auto`: bf16 where the device computes in it (GPUs from compute capability 8.0 on,
+    CPUs with avx512_bf16 or amx_bf16), else fp32; results differ with it, and `cost.json` says which it was."""
     gradient_checkpointing: Flag = False
     """Recompute activations in the backward pass: slower, far less memory."""
     loss_on: LossOn = "all"

@@ -205,7 +205,8 @@ class Distiller(nn.Module):
         run, hidden = Run(self._head[1], None), self.objective.records_hidden
         with ExitStack() as entered:
             if self.objective.records:
-                run.recorder = entered.enter_context(Recorder(model, hidden=hidden))
+                queries = self.objective.records_queries
+                run.recorder = entered.enter_context(Recorder(model, hidden, queries=queries))
             if run.head.weight is None:
                 handle = whole.register_forward_hook(lambda _m, _a, output: setattr(run, "states", output.logits))
             else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -88,6 +88,11 @@ class Objective(nn.Module):
         return "own_hidden" in self.needs
 
     @property
+    def records_queries(self) -> bool:
+        """Whether its queries are."""
+        return "own_queries" in self.needs
+
+    @property
     def reads_student(self) -> bool:
         """Whether the target depends on the student's forward."""
         return self.targets is not None and self.targets.reads_student
@@ -114,6 +119,20 @@ class Objective(nn.Module):
             rows.append(teacher.aligned(texts.places, length, columns) if columns else None)
         return self.said(batch, rows, [entry.padded(texts.places, length) for entry in texts.top])
 
+    def settled(self, batch: Batch, said: Said) -> Said:
+        """With the fused caches where nothing in them trains or looks at the student: made before there is a graph, they
+        need not keep beside it what they are made of."""
+        if self.targets is None or self.targets.trains or self.reads_student:
+            return said
+        looked = {name for term in self.terms.values() for name in getattr(term.settings, "needs", ())}
+        dropped = {"keys", "values"} - looked
+        fused = self.resolve(batch, said).fused
+        rows = [
+            None if one is None else replace(one, columns={n: x for n, x in one.columns.items() if n not in dropped})
+            for one in said.rows
+        ]
+        return Said(rows, said.top, said.shares, fused)
+
     def said(
         self, batch: Batch, rows: Sequence[Aligned | None], top: Sequence[tuple[Tensor, Tensor, Tensor]] = ()
     ) -> Said:
@@ -122,7 +141,7 @@ class Objective(nn.Module):
 
     def resolve(self, batch: Batch, said: Said, student: Student | None = None) -> Said:
         """With the caches projected and fused, by the forward that was just recorded where the fusion looks at it."""
-        if self.targets is None:
+        if self.targets is None or said.fused is not None:
             return said
 
         def seen() -> Student:

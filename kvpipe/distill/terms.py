@@ -83,9 +83,19 @@ class Student:
         return self.recorder
 
     @cached_property
+    def keys(self) -> Float[Tensor, "layer batch head time dim"]:
+        """Keys before rotation."""
+        return self._recorded.keys()
+
+    @cached_property
+    def values(self) -> Float[Tensor, "layer batch head time value_dim"]:
+        """Values."""
+        return self._recorded.values()
+
+    @property
     def kv(self) -> KV:
-        """Keys before rotation, and values."""
-        return self._recorded.kv()
+        """Both."""
+        return KV(self.keys, self.values)
 
     @cached_property
     def queries(self) -> Float[Tensor, "layer batch query_head time dim"]:
@@ -312,7 +322,7 @@ class KeysTerm(CacheTerm):
 
     def forward(self, batch: Batch, said: Said, whole: Row, student: Student) -> Tensor:
         """Against the student's."""
-        mask, own = self.counted(batch, said), student.kv.keys[self.layers]
+        mask, own = self.counted(batch, said), student.keys[self.layers]
         return self.distance(own, self.target(said), mask, whole, student.progress)
 
 
@@ -326,7 +336,7 @@ class ValuesTerm(CacheTerm):
 
     def forward(self, batch: Batch, said: Said, whole: Row, student: Student) -> Tensor:
         """Against the student's."""
-        mask, own = self.counted(batch, said), student.kv.values[self.layers]
+        mask, own = self.counted(batch, said), student.values[self.layers]
         return self.distance(own, self.target(said), mask, whole, student.progress)
 
 

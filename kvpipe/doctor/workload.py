@@ -141,6 +141,12 @@ class Workload:
             total += source.examples * (mean + 1)
         return round(total)
 
+    def longest(self, name: str, reading: Reading = "student") -> int:
+        """About how many tokens the longest text of a batch has, to which the others are padded: it is not known before
+        all are tokenized."""
+        mean = self.tokens(name, reading) / max(1, self.examples)
+        return min(self.config.train.max_length, round(1.5 * mean) or self.config.train.max_length)
+
     def _text(self, record: Any, reading: Reading) -> str:
         from kvpipe.data.records import read_as, render
 
@@ -179,18 +185,16 @@ class Workload:
         return getattr(model, "load", Loading())
 
     def pass_bytes(self, teacher: str, reading: Reading, on_gpu: bool = False) -> int | None:
-        """Estimated host memory of building one shard of a store, or the GPU's, where the shard is not kept; None while
-        the teacher's shape or the data is unknown."""
+        """Estimated host memory of building one shard of a store, or the GPU's; None while the teacher's shape or the data
+        is unknown."""
         found = self.shape(teacher)
         if found is None or not self.examples:
             return None
-        rows = self.tokens(teacher, reading)
-        at_once = round(1.5 * rows / self.examples) * min(self.config.store.batch_size, self.examples)
         load = self.loading(teacher)
         # weights arrive in the host's memory before they are quantized
         width = QUANTIZED.get(load.quantize if on_gpu else "none", 4.0 if load.dtype == "fp32" else 2.0)
-        kept = 0 if on_gpu else rows // self.config.store.shards
-        return teacher_pass_bytes(found, self.stored_layers(teacher), kept, at_once, width)
+        need = teacher_pass_bytes(found, self.stored_layers(teacher), self.longest(teacher, reading), width, on_gpu)
+        return round(need)
 
 
 def data_files(source: FileData) -> dict[str, Path]:

@@ -15,10 +15,9 @@ from kvpipe.align.regime import by_own_length, of_length
 from kvpipe.data.batches import IGNORE, Batch, collate
 from kvpipe.data.encoding import SEGMENTS, Encoding
 from kvpipe.experiment.progress import track
+from kvpipe.experiment.sizes import SCORED
 from kvpipe.models.head import Head, final_states
 
-TOKENS = 8192
-"""Tokens, padding counted, that are read at once where no single text is longer."""
 CHUNK = 1024
 """Tokens of a window that are read at once."""
 
@@ -91,11 +90,11 @@ def scoring_batches(
 ) -> list[Batch]:
     """Every example (or those given) once, sorted by length, with labels on tokens that have bytes.
 
-    A batch has at most `batch_size` examples, and fewer where they would be more than `TOKENS` tokens.
+    A batch has at most `batch_size` examples, and fewer where they would be more than `SCORED` tokens.
     """
     chosen = np.arange(len(encoding)) if examples is None else np.unique(examples)
     batches = []
-    for group in groups(encoding.lengths[chosen], batch_size, TOKENS):
+    for group in groups(encoding.lengths[chosen], batch_size, SCORED):
         batch = collate(encoding, chosen[group], pad_id)
         for row, example in enumerate(batch.examples):
             empty = np.diff(encoding.spans[encoding.rows(example)], axis=1)[:, 0] == 0

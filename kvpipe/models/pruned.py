@@ -16,6 +16,7 @@ from kvpipe.config import Config, PrunedModel
 from kvpipe.data.batches import Batch, spread
 from kvpipe.data.encoding import Encoding, encode_records
 from kvpipe.data.records import Record
+from kvpipe.experiment.device import resolve_precision
 from kvpipe.models.folders import load_model, load_tokenizer, manifest_hash, save_model, weights_dtype
 from kvpipe.models.likelihood import score, scoring_batches
 from kvpipe.models.width import narrow
@@ -72,7 +73,7 @@ def _loss(entry: PrunedModel, model, tokenizer, texts: list[Record], config: Con
     torch.set_num_threads(config.train.threads)
 
     def loss() -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=resolve_precision(config.train.precision, "cpu") == "bf16"):
             return score(model, encoding, batches).mean_nll()
 
     return loss

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from kvpipe.experiment import attempts
-from kvpipe.experiment.device import resolve_device
+from kvpipe.experiment.device import resolve_device, resolve_precision
 from kvpipe.experiment.files import alone, content_digest, write_json, write_text
 from kvpipe.experiment.launch import group_size
 from kvpipe.experiment.outofmemory import explained
@@ -127,6 +127,8 @@ def load_cell(inputs: Inputs, arm_name: str, seed: int, log=print) -> Cell:
     config = inputs.config
     arm = inputs.dag.arm(arm_name)
     training, drawn = budget(config.train, arm), seed + arm.seed_offset
+    precision = resolve_precision(training.precision, resolve_device(training.device))
+    training = training.model_copy(update={"precision": precision})
     set_up(training)
     check_settings(training, log)
     inputs.check([arm_name])
@@ -157,6 +159,7 @@ def load_cell(inputs: Inputs, arm_name: str, seed: int, log=print) -> Cell:
         made_from={
             "arm": arm_name,
             "seed": seed,
+            "precision": precision,
             "depends": inputs.steps["train"].settings(arm=arm_name),
             "data": digest(encoding.ids.tolist(), 16),
             "inputs": _digests(inputs, arm_name),
@@ -204,6 +207,7 @@ def write_cell(
         "restarts": counters.restarts,
         "processes": trained.processes,
         **({} if trained.router is None else {"router": trained.router}),
+        "precision": cell.config.precision,
         "model": saved,
         "settings": inputs.steps["train"].depends(arm=cell.name),
         "provenance": describe(

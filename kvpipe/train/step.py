@@ -89,7 +89,7 @@ class BatchLoss:
         online, given = self.cell.online, examples[written == 0]
         if online is None or len(given) == len(examples):
             batch = collate(self.encoding, examples, self.cell.pad_id, self.config.loss_on).to(self.device)
-            return Part(batch, self.objective.read(batch))
+            return Part(batch, self.objective.settled(batch, self.objective.read(batch)))
         own = examples[written == 1]
         places = online.places(own)
         both = self.encoding.taken(given) + online.encoding.taken(places)
@@ -97,7 +97,8 @@ class BatchLoss:
         batch = replace(batch, examples=np.concatenate([given, own])).to(self.device)
         batch.labels[len(given) :] = IGNORE
         said = self.objective.read(batch[len(given) :], OtherTexts(online.aligned, online.candidates, places))
-        return Part(batch, self.objective.read(batch[: len(given)]) + said if len(given) else said)
+        said = self.objective.read(batch[: len(given)]) + said if len(given) else said
+        return Part(batch, self.objective.settled(batch, said))
 
     def _whole(self, rows: list[dict[str, Row]]) -> dict[str, Row]:
         """What the rows that were measured of micro-batches amount to over all processes."""

@@ -239,7 +239,7 @@ class Loop:
         recorder = None
         if self.objective.records:
             unwrapped = self.accelerator.unwrap_model(self.model)
-            recorder = Recorder(unwrapped, hidden=self.objective.records_hidden)
+            recorder = Recorder(unwrapped, self.objective.records_hidden, queries=self.objective.records_queries)
         label = f"training {self.cell.name}, seed {self.cell.seed}"
         with recorder or nullcontext(), Progress(label, self.config.steps, "steps", step) as progress:
             while step < self.config.steps:

@@ -36,8 +36,11 @@ class Given(Recorder):
     def __init__(self, kv, recorder=None):
         self.given, self.seen = kv, recorder
 
-    def kv(self, positions=None):
-        return self.given
+    def keys(self, positions=None):
+        return self.given.keys
+
+    def values(self):
+        return self.given.values
 
     def queries(self, positions=None):
         return self.seen.queries()

@@ -46,7 +46,7 @@ rule layer_map:
     benchmark:
         PATHS.benchmark("layer_map/{teacher}")
     resources:
-        mem_mb=16000,
+        mem_mb=memory("layer_map", 16000),
         runtime=60,
     params:
         settings=settings("layer_map"),
@@ -65,7 +65,7 @@ rule teacher_kv_shard:
     benchmark:
         PATHS.benchmark("teacher_kv/{teacher}-{reading}-{shard}")
     resources:
-        mem_mb=16000,
+        mem_mb=memory("teacher_kv_shard", 16000),
         runtime=240,
     params:
         settings=settings("teacher_kv_shard"),
@@ -85,7 +85,7 @@ rule teacher_kv:
     benchmark:
         PATHS.benchmark("teacher_kv/{teacher}-{reading}")
     resources:
-        mem_mb=16000,
+        mem_mb=memory("teacher_kv", 16000),
         runtime=240,
     params:
         settings=settings("teacher_kv"),
@@ -104,7 +104,7 @@ rule fit:
     benchmark:
         PATHS.benchmark("fit/{fit}")
     resources:
-        mem_mb=16000,
+        mem_mb=memory("fit", 16000),
         runtime=60,
     params:
         settings=settings("fit"),
