@@ -46,10 +46,9 @@ def forecast(inputs: Inputs, cells: list[tuple[str, int]], scored: bool) -> Tabl
     seen = len(cells) * train.steps * train.batch_size * each
     backward = 8 if train.gradient_checkpointing else 6
     micro = round(each * train.batch_size / train.accumulate)
-    memory = training_bytes(student, train, micro)
-    disk = len(cells) * 4 * student.parameters
+    held, saved = training_bytes(student, train, micro), len(cells) * 4 * student.parameters
     what = f"{len(cells)} × {train.steps} steps, {seen:,.0f} tokens"
-    parts.append(("training", what, backward * student.parameters * seen, disk, memory))
+    parts.append(("training", what, backward * student.parameters * seen, saved, held))
     if scored:
         records = inputs.records("test")
         texts = [render(record, config.data.template).text for record in records]
