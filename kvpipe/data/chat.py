@@ -11,7 +11,7 @@ import numpy as np
 from jinja2 import TemplateError
 
 from kvpipe.config import Template
-from kvpipe.data.records import Reading, Record, render
+from kvpipe.data.records import Record, render
 from kvpipe.tokens.matrix import Tokens, encode
 from kvpipe.tokens.segments import Segmented
 
@@ -29,7 +29,7 @@ def name_of(tokenizer: Any) -> str:
     return getattr(tokenizer, "name_or_path", "") or "the tokenizer"
 
 
-def rendered(tokenizer: Any, record: Record, template: Template, reading: Reading = "student") -> Segmented:
+def rendered(tokenizer: Any, record: Record, template: Template) -> Segmented:
     """The record's text for one model: by the configured template, or with `chat_template` by the model's own.
 
     Then the prompt is what the model generates from (`add_generation_prompt`), the answer ends with the template's end of
@@ -40,7 +40,7 @@ def rendered(tokenizer: Any, record: Record, template: Template, reading: Readin
         ValueError: no chat template; one that refuses the messages, whose generation prompt does not begin the whole, or
             that changes the answer; a record without prompt. Names the model and the record.
     """
-    plain = render(record, template, reading)
+    plain = render(record, template)
     if not template.chat_template:
         return plain
     where = f"{name_of(tokenizer)}, record {record.id!r}"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kvpipe.config import Template
 from kvpipe.data.chat import carries_special, name_of, rendered, without_special
-from kvpipe.data.records import Reading, Record
+from kvpipe.data.records import Record
 from kvpipe.experiment.files import save_tensors
 from kvpipe.experiment.progress import track
 from kvpipe.tokens.matrix import encode
@@ -105,7 +105,6 @@ def encode_records(
     records: list[Record],
     tokenizer,
     template: Template,
-    reading: Reading = "student",
     end: bool = False,
     max_length: int | None = None,
 ) -> Encoding:
@@ -115,7 +114,6 @@ def encode_records(
         records: the examples, in order.
         tokenizer: a fast tokenizer.
         template: record → text; with `chat_template` by the tokenizer's own, whose special tokens have empty spans.
-        reading: the student's text or the teacher's own.
         end: end every text with the end-of-text token (an empty span), so that a model learns to stop; where tokenizer
             or chat template end it themselves, nothing is added.
         max_length: longest allowed example in tokens.
@@ -127,7 +125,7 @@ def encode_records(
         ValueError: an example is longer than `max_length` (names it and its length), or `end` and the tokenizer has no
             end-of-text token.
     """
-    texts = [rendered(tokenizer, record, template, reading) for record in records]
+    texts = [rendered(tokenizer, record, template) for record in records]
     ids = [record.id for record in records]
     encoding = encode_texts(ids, texts, tokenizer, template.chat_template, end, max_length)
     if template.chat_template:

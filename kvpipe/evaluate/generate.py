@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -14,10 +16,11 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, StoppingCriteriaList, TopPLogitsWarper
 
 from kvpipe.align.regime import by_own_length, switch_lengths
-from kvpipe.config import ScoringConfig
+from kvpipe.config import ScoringConfig, TeacherTextConfig
 from kvpipe.data.chat import end_of_turn
 from kvpipe.data.encoding import prompt_ids
 from kvpipe.experiment.progress import track
+from kvpipe.models.folders import load_model, load_tokenizer
 
 MARGIN = 8
 """Tokens looked at beside the bytes of the longest stop string: some spell a part of a character, or nothing."""
@@ -144,6 +147,41 @@ class Drawn(LogitsProcessor):
         number = self.numbers[:, input_ids.shape[1] - self.first, None].to(below.device) * below[:, -1:]
         chosen = torch.searchsorted(below, number, right=True).clamp(max=scores.shape[1] - 1)
         return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Who writes the teachers' texts; `kvpipe.config.kinds.ENGINES` has one by name. An extension adds its own there."""
+
+    def __init__(self, folder: Path, config: TeacherTextConfig, device: str, trust: bool): ...
+
+    def write(
+        self, prompts: Sequence[str], scoring: ScoringConfig, chat: bool, seeds: Sequence[int]
+    ) -> Iterator[tuple[int, str]]:
+        """(prompt's number, text) in any order, as they are done. A text follows from its prompt and its seed alone.
+
+        Args:
+            prompts: what is continued.
+            scoring: most tokens, and stop strings.
+            chat: the prompts are written by the teacher's chat template, special tokens spelled out.
+            seeds: of each prompt.
+        """
+        ...
+
+
+class Transformers:
+    """The teacher in this process, batched by tokens."""
+
+    def __init__(self, folder: Path, config: TeacherTextConfig, device: str, trust: bool):
+        self.config = config
+        self.model, self.tokenizer = load_model(folder, device=device, trust=trust), load_tokenizer(folder, trust)
+
+    def write(
+        self, prompts: Sequence[str], scoring: ScoringConfig, chat: bool, seeds: Sequence[int]
+    ) -> Iterator[tuple[int, str]]:
+        """As batches end."""
+        drawn, room = Sampling(self.config.temperature, self.config.top_p, seeds), self.config.batch_tokens
+        return continuations(self.model, self.tokenizer, prompts, scoring, room, chat, drawn, room)
 
 
 class Stops(StoppingCriteria):

@@ -44,6 +44,22 @@ class Paths:
         """Where the records come from and what was left out."""
         return self.root / "data" / SOURCES
 
+    def teacher_text(self, teacher: str) -> Path:
+        """Training records with the reasoning that a teacher has written."""
+        return self.root / "teacher_text" / f"{teacher}.parquet"
+
+    def text_counts(self, teacher: str) -> Path:
+        """How many of its texts were right."""
+        return self.root / "teacher_text" / f"{teacher}.json"
+
+    def text_shard(self, teacher: str, shard: int | str) -> Path:
+        """All texts that it has written for a part of the training split."""
+        return self.root / "teacher_text" / teacher / f"shard-{shard:0>5}.jsonl"
+
+    def records(self, model: str, split: str, reading: str) -> Path:
+        """Records that a model reads. Nobody reads validation texts of a teacher's own: they have the reference."""
+        return self.teacher_text(model) if (split, reading) == ("train", "written") else self.data(split)
+
     def encoding(self, model: str, split: str, reading: str) -> Path:
         """A split as a model's tokens, of one reading."""
         return self.root / "encoding" / model / f"{split}-{reading}.safetensors"

@@ -15,6 +15,7 @@ from kvpipe.data.records import Record, read_records
 from kvpipe.experiment.files import read_json, read_table
 from kvpipe.experiment.paths import ARMS, CONTRASTS, PAIRS, Paths
 from kvpipe.experiment.plan import Dag
+from kvpipe.experiment.steps import TeacherKV
 from kvpipe.models.folders import load_tokenizer, recorded
 from kvpipe.stats.metrics import METRICS
 from kvpipe.stats.scores import ALL, UNTRAINED, read_history
@@ -204,8 +205,13 @@ class Results:
     @cached_property
     def stores(self) -> dict[tuple[str, str], dict[str, Any]]:
         """(teacher, reading) → index of the store."""
-        keys = [(teacher, reading) for teacher in self.dag.teachers for reading in ("student", "own")]
+        keys = [(job["teacher"], job["reading"]) for job in TeacherKV(self.dag, self.paths).jobs()]
         return self._documents({key: self.paths.store_index(*key) for key in keys})
+
+    @cached_property
+    def text_counts(self) -> dict[str, dict[str, Any]]:
+        """What teachers have written."""
+        return self._documents({t: self.paths.text_counts(t) for t in self.dag.teachers})
 
     @cached_property
     def teacher_items(self) -> dict[str, pd.DataFrame]:

@@ -16,6 +16,7 @@ from kvpipe.experiment.paths import Paths
 from kvpipe.report import figures, tables, wording
 from kvpipe.report.alignment import token_alignment
 from kvpipe.report.collect import ROLES, Results
+from kvpipe.report.readings import read_example
 from kvpipe.stats.metrics import METRICS, PRIMARY
 from kvpipe.stats.scores import ALL
 
@@ -83,6 +84,8 @@ def content(results: Results) -> dict[str, Any]:
         "curves": figures.learning_curves(results),
         "similarity": figures.layer_similarity(results),
         "alignments": token_alignment(results),
+        "read_example": read_example(results),
+        "text_rows": tables.text_rows(results),
         "fusion": figures.fusion_weights(weights),
         "explained": figures.explained_variance(results),
         "teacher_rows": tables.teacher_rows(results),

@@ -67,7 +67,8 @@ def arm_rows(results: Results) -> list[dict[str, Any]]:
 
 def components(arm: Arm) -> dict[str, str]:
     """An arm's settings in words; a dash where the component plays no part in it."""
-    out = dict.fromkeys(("teachers", "time", "layer", "projector", "fit", "fusion"), DASH) | {"loss": "CE"}
+    text = "" if arm.reading == "student" else f", {arm.student_reasoning} reasoning"
+    out = dict.fromkeys(("teachers", "time", "layer", "projector", "fit", "fusion"), DASH) | {"loss": "CE" + text}
     if not arm.teachers:
         return out
     out["teachers"] = ", ".join(arm.teachers) + (" (shuffled)" if arm.shuffle_teacher else "")
@@ -79,7 +80,9 @@ def components(arm: Arm) -> dict[str, str]:
     out["time"] = "same byte end"
     if "time" in read:
         mode = f" ({arm.time.mode})" if arm.time.kind != "position" else ""
-        out["time"] = arm.time.kind + mode + (", own text" if arm.time.text == "own" else "")
+        out["time"] = (
+            arm.time.kind + mode + {"own": ", own text", "written": ", own text as written"}.get(arm.time.text, "")
+        )
         out["time"] += ", inside segments" if arm.time.borders == "keep" else ""
     if "layer" in read:
         layer = arm.layer
@@ -89,7 +92,7 @@ def components(arm: Arm) -> dict[str, str]:
     short = {"cross_entropy": "CE"}
     terms = [(short.get(name, name.replace("_", " ")), term.weight) for name, term in arm.terms.items()]
     parts = [name if weight == 1 and name == "CE" else f"{weight:g} {name}" for name, weight in terms if weight]
-    return out | {"loss": " + ".join(parts)}
+    return out | {"loss": " + ".join(parts) + text}
 
 
 def sizes(results: Results) -> list[dict[str, Any]]:
@@ -254,12 +257,33 @@ def teacher_rows(results: Results) -> list[dict[str, Any]]:
     return rows
 
 
+def text_rows(results: Results) -> list[dict[str, Any]]:
+    """What teachers have written for the training prompts, by task."""
+    return [
+        {
+            "teacher": teacher,
+            "task": task,
+            "asked": f"{counts['asked']:,}",
+            "kept": number(100 * counts["kept"] / max(1, counts["asked"]), 1),
+            "tries": " / ".join(map(str, counts["kept_at_try"])),
+            "bytes": number(counts["mean_bytes"], 0),
+            "reference": number(counts["mean_bytes_of_reference"], 0),
+        }
+        for teacher, found in results.text_counts.items()
+        for task, counts in found["tasks"].items()
+    ]
+
+
 def store_rows(results: Results) -> list[dict[str, Any]]:
     """Size and fidelity of the teacher KV stores."""
     return [
         {
             "teacher": teacher,
-            "reading": {"student": "the student’s text", "own": "its own longer reasoning"}[reading],
+            "reading": {
+                "student": "the records’ text",
+                "own": "its own longer reasoning",
+                "written": "what it has written",
+            }[reading],
             "dtype": index["key"]["dtype"],
             "layers": ", ".join(map(str, index["key"]["layers"])),
             "rows": f"{index['rows']:,}",

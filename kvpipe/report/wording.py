@@ -263,6 +263,8 @@ def _speed(results: Results) -> list[Statement]:
     if own is None or control is None or not control.known:
         return []
     seeds = len(results.config.seeds)
+    if control.mean == 0:
+        return [Statement("neutral", "Convergence:", f"{reference} ends no better than it began.")]
     if not own.known or own.n_seeds < seeds:
         count = f"{arm} reached {reference}’s final validation loss in {own.n_seeds} of {seeds} seeds."
         return [Statement("neutral", "Convergence:", count)]

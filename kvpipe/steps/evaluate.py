@@ -21,7 +21,9 @@ from kvpipe.steps.swap import swapped_nll
 
 def score_folder(inputs: Inputs, folder: Path, split: str, out: Path) -> str:
     """Score a model folder on a split, one row per item; returns the line that says how it did."""
-    config, records = inputs.config, inputs.records(split)
+    config, cell = inputs.config, cell_of(folder)
+    arm = inputs.dag.arms.get(cell["arm"]) if cell else None
+    records = inputs.records(split, "student" if arm is None else arm.reading)
     trust = trusts_folder(config, inputs.paths, folder)
     torch.set_num_threads(config.train.threads)
     with explained("scoring", config.evaluate):
@@ -34,10 +36,10 @@ def score_folder(inputs: Inputs, folder: Path, split: str, out: Path) -> str:
             trust=trust,
             context=config.data.context,
         )
-    if config.evaluate.cache_swap is not None and cell_of(folder) is not None:
+    if config.evaluate.cache_swap is not None and cell is not None:
         student = load_model(folder, device=device.resolve_device(config.train.device), trust=trust)
         table = table.assign(**swapped_nll(inputs, config.evaluate.cache_swap, student, records))
-    _write(table, cell_of(folder), out)
+    _write(table, cell, out)
     bits, judged = table.nll.sum() / math.log(2) / table.bytes.sum(), table.correct.dropna()
     right = f", {judged.astype(float).mean():.1%} of {len(judged)} answers right" if len(judged) else ""
     return f"{split}: {len(table)} items, {bits:.4f} bits per byte of reasoning and answer{right}"

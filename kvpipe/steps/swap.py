@@ -87,7 +87,7 @@ def ridge_after(inputs: Inputs, arm: Arm, student) -> Projector:
         }
     )
     (teacher,) = arm.teachers
-    source, dst = inputs.aligned_teacher(after, teacher), inputs.student_encoding("train")
+    source, dst = inputs.aligned_teacher(after, teacher), inputs.student_encoding("train", arm)
     (projector,) = unfitted(inputs, after, [source.layers])
     pad_id, size = inputs.student_tokenizer.pad_token_id, inputs.config.store.batch_size
     fit_projectors([projector], [source], after.fit, student, dst, pad_id, size)

@@ -132,7 +132,7 @@ def load_cell(inputs: Inputs, arm_name: str, seed: int, log=print) -> Cell:
     set_up(training)
     check_settings(training, log)
     inputs.check([arm_name])
-    encoding = inputs.student_encoding("train")
+    encoding = inputs.student_encoding("train", arm)
     torch.manual_seed(drawn)  # adapters are drawn
     student = inputs.student(drawn, arm.init).train()
     if training.lora is not None:
@@ -153,7 +153,7 @@ def load_cell(inputs: Inputs, arm_name: str, seed: int, log=print) -> Cell:
         objective=objective,
         online=load_on_policy(inputs, arm, objective, drawn),
         train=encoding,
-        validation=inputs.student_encoding("validation"),
+        validation=inputs.student_encoding("validation", arm),
         pad_id=inputs.student_tokenizer.pad_token_id,
         examples=inputs.training_examples(arm),
         made_from={
@@ -188,7 +188,7 @@ def write_cell(
             trained.model,
             inputs.paths.model(student),
             out / STUDENT,
-            inputs.records("validation"),
+            inputs.records("validation", cell.arm.reading),
             config.data.template,
             config.trusts(student),
             log,

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 from kvpipe import config as configuration
 from kvpipe.cli import server
@@ -65,7 +66,7 @@ wildcard_constraints:
     seed="|".join(map(str, PLAN.config.seeds)),
     model="|".join(PLAN.config.models),
     teacher="|".join(PLAN.teachers) or "none",
-    reading="student|own",
+    reading="|".join(get_args(configuration.Reading)),
     shard=r"\d+",
 
 

@@ -1,3 +1,41 @@
+rule teacher_text_shard:
+    input:
+        needs("teacher_text_shard"),
+    output:
+        **makes("teacher_text_shard"),
+    log:
+        PATHS.log("teacher_text/{teacher}-{shard}"),
+    benchmark:
+        PATHS.benchmark("teacher_text/{teacher}-{shard}")
+    resources:
+        mem_mb=16000,
+        runtime=240,
+    params:
+        settings=settings("teacher_text_shard"),
+        code=code("teacher_text_shard"),
+    shell:
+        "python -m kvpipe teacher-text --teacher {wildcards.teacher} --shard {wildcards.shard} > {log} 2>&1"
+
+
+rule teacher_text:
+    input:
+        needs("teacher_text"),
+    output:
+        **makes("teacher_text"),
+    log:
+        PATHS.log("teacher_text/{teacher}"),
+    benchmark:
+        PATHS.benchmark("teacher_text/{teacher}")
+    resources:
+        mem_mb=16000,
+        runtime=240,
+    params:
+        settings=settings("teacher_text"),
+        code=code("teacher_text"),
+    shell:
+        "python -m kvpipe teacher-text --teacher {wildcards.teacher} > {log} 2>&1"
+
+
 rule layer_map:
     input:
         needs("layer_map"),

@@ -81,8 +81,22 @@ def extract(text: str, config: ScoringConfig) -> str | None:
     An empty box (`\\boxed{}`), as a text mentions it that says where the answer belongs, is no answer. Under the scorer
     `number`, patterns see numbers in one spelling (`plain`).
     """
-    if config.scorer == "number":
+    found = _found(plain(text) if config.scorer == "number" else text, config)
+    return None if found is None else found[0]
+
+
+def worked(text: str, config: ScoringConfig) -> str:
+    """What a generated text says before its answer, without the sentence that states it; empty where there is nothing."""
+    found = _found(text, config)
+    if found is None and config.scorer == "number":  # an answer in another spelling
         text = plain(text)
+        found = _found(text, config)
+    before = "" if found is None else text[: found[1]]
+    return re.match(r"(?s)(?:.*(?:\n|[.!?:](?=\s)))?", before)[0].strip()  # type: ignore[index]
+
+
+def _found(text: str, config: ScoringConfig) -> tuple[str, int] | None:
+    """The answer in a text, and where what states it begins."""
     for pattern in [config.answer_pattern] if isinstance(config.answer_pattern, str) else config.answer_pattern:
         with time_limit(f"evaluate.answer_pattern {pattern!r}"):
             matches = list(re.finditer(pattern, text))
@@ -91,7 +105,7 @@ def extract(text: str, config: ScoringConfig) -> str | None:
             while inner := re.fullmatch(r"\s*\\(?:boxed|fbox)\s*\{(.*)\}\s*", answer, re.DOTALL):
                 answer = inner[1]
             if answer.strip(" .$*\n\t"):
-                return answer
+                return answer, match.start()
     return None
 
 
