@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -225,10 +226,11 @@ def _sampled(source: EmbeddedData | FileData | HubData) -> Sample:
     except ImportError:  # a login node without pyarrow: lines can be counted all the same
         return Sample(0 if path.suffix == ".parquet" else _head(path)[0])
     count, rows = _head(path)
-    try:
-        return Sample(count, 0.0, [to_record(row, source, str(number)) for number, row in enumerate(rows)])
-    except ValueError:  # the data step names the row
-        return Sample(count)
+    records = []
+    for number, row in enumerate(rows):
+        with suppress(ValueError):  # a row that is left out, or that the data step names
+            records.append(to_record(row, source, str(number)))
+    return Sample(count, 0.0, records)
 
 
 def _written(path: Path) -> Sample:
