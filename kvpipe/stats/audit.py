@@ -93,8 +93,8 @@ def _budgets(config: Config, dag: Dag, paths: Paths) -> Iterator[Check]:
     )
     yield Check("steps", "ok" if all(len(found) == 1 for found in steps.values()) else "breach", found)
     spread, own = 0.0, [name for name, arm in dag.arms.items() if arm.on_policy is not None]
-    for budget in budgets:
-        given = [arm for arm, found in dag.arms.items() if found.step_factor == budget and arm not in own]
+    for budget in groups:
+        given = [arm for arm, found in asked.items() if found == budget and arm not in own]
         tokens = pd.Series([cost["tokens"] for (arm, _), cost in costs.items() if arm in given], dtype=float)
         spread = max(spread, float((tokens.max() - tokens.min()) / tokens.median())) if len(tokens) else spread
     yield Check(
