@@ -1,13 +1,18 @@
 """Names: those that others rely on are where they are expected, and no name has two homes."""
 
 import ast
+import builtins
+import dis
 import re
 from collections import defaultdict
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
+from types import CodeType
 
 import pytest
+
+from kvpipe.experiment import provenance
 
 ROOT = Path(__file__).parents[1]
 CONTRACT = {
@@ -125,3 +130,23 @@ def test_no_name_stands_in_two_modules():
         if not (name in steps and all(module.startswith("kvpipe.steps.") for module in modules))
     }
     assert not {name: modules for name, modules in twice.items() if name not in TWICE}
+
+
+def loaded_globals(code: CodeType) -> set[str]:
+    """Global names that a module's functions read."""
+    inner = [loaded_globals(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    return {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}.union(*inner)
+
+
+def test_every_name_is_defined():
+    """Shapes in annotations keep linter and type checker from looking."""
+    missing = []
+    for name in provenance.modules():
+        if not name.endswith("__main__"):
+            module = import_module(name)
+            assert module.__file__
+            code = compile(Path(module.__file__).read_text("utf-8"), name, "exec")
+            missing += [
+                f"{name}: {n}" for n in loaded_globals(code) if not hasattr(module, n) and not hasattr(builtins, n)
+            ]
+    assert not missing

@@ -94,7 +94,7 @@ def _turns(tokenizer: Any, messages: list[dict[str, str]], prompt: str, end: str
     return [*parts, prompt[at:]]
 
 
-def conversation(tokenizer: Any, turns: Sequence[tuple[str, str]], where: str) -> str:
+def rendered_conversation(tokenizer: Any, turns: Sequence[tuple[str, str]], where: str) -> str:
     """What a model answers in a conversation of (role, text), by its own chat template.
 
     Raises:

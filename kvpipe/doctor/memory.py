@@ -114,7 +114,7 @@ def _training(work: Workload, student: Shape, gpus: int, base: float) -> Need:
     micro = math.ceil(config.batch_size / config.accumulate / max(1, gpus))
     tokens = micro * work.longest(work.config.student)
     arms = work.dag.arms.values()
-    matched = student.layers * max((sum(f"{kind}" in arm.loss for kind in KINDS) for arm in arms), default=0)
+    matched = student.layers * max((sum(f"{kind}" in arm.loss for kind in _KINDS) for arm in arms), default=0)
     training = training_bytes(student, config, tokens, matched, gpus > 0)
     live = _teachers_bytes(work) if work.config.store.mode == "live" else 0.0
     host = base + _targets_bytes(work, student) + (4 * student.parameters if gpus else training + live)
@@ -125,7 +125,7 @@ def _training(work: Workload, student: Shape, gpus: int, base: float) -> Need:
     return Need("train", "training", about, host, training + live, fix)
 
 
-KINDS = ("keys", "values", "attention")
+_KINDS = ("keys", "values", "attention")
 """Terms that look at the student's caches of all layers."""
 
 

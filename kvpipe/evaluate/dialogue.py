@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpipe.config import FileData, ScoringConfig
-from kvpipe.data.chat import conversation
+from kvpipe.data.chat import rendered_conversation
 from kvpipe.data.rows import read_rows
 from kvpipe.evaluate.generate import generate
 from kvpipe.experiment.files import write_text
@@ -52,7 +52,9 @@ def answered(
             turns = [
                 one for pair in zip(users, [("assistant", text) for text in said[i]], strict=False) for one in pair
             ]
-            prompts.append(conversation(tokenizer, [*turns, users[-1]], f"question {questions[i]['question_id']}"))
+            prompts.append(
+                rendered_conversation(tokenizer, [*turns, users[-1]], f"question {questions[i]['question_id']}")
+            )
         for i, text in zip(asked, generate(model, tokenizer, prompts, config, batch_size, chat=True), strict=True):
             said[i].append(text.strip())
     return said

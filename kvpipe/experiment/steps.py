@@ -227,7 +227,7 @@ class TeacherText(Step):
 class TeacherTextShard(Step):
     """A teacher's texts for one of several parts of the training split."""
 
-    run, remade = "kvpipe.steps.teacher_text:make_shard", True
+    run, remade = "kvpipe.steps.teacher_text:write_shard", True
 
     @property
     def whole(self) -> TeacherText:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 Bits = Literal["int8", "int4"]
-GROUP = 32
+INT4_GROUP = 32
 """Weights of a row that share a scale in 4 bits; in 8 bits a row does."""
 
 
@@ -30,11 +30,11 @@ def quantize(model: nn.Module, kind: Bits) -> int:
     for name, layer in model.named_modules():
         if not isinstance(layer, nn.Linear) or layer is head:
             continue
-        if kind == "int4" and layer.in_features % GROUP:
-            what = f"int4 takes {GROUP} weights at a time, and {name} has {layer.in_features} inputs; use int8"
+        if kind == "int4" and layer.in_features % INT4_GROUP:
+            what = f"int4 takes {INT4_GROUP} weights at a time, and {name} has {layer.in_features} inputs; use int8"
             raise ValueError(f"evaluate.variants: {what}")
         weight = layer.weight
-        rows = weight.float().reshape(-1, layer.in_features if kind == "int8" else GROUP)
+        rows = weight.float().reshape(-1, layer.in_features if kind == "int8" else INT4_GROUP)
         scales = rows.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / most
         zeros = torch.zeros(len(rows), dtype=torch.int32, device=rows.device)
         rounded = torch.fake_quantize_per_channel_affine(rows, scales, zeros, 0, -most - 1, most)

@@ -22,7 +22,7 @@ from kvpipe.stats.metrics import METRICS, PRIMARY, Metric
 from kvpipe.stats.scores import ALL
 
 LINES_PER_PANEL = 4
-KINDS = ("keys", "values")
+_KINDS = ("keys", "values")
 
 
 def _grid(panels: int, columns: int, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
@@ -50,7 +50,7 @@ def effects(results: Results) -> Figure | None:
     return _forest(results, [(title, results.control, group) for title, group in groups.items() if group])
 
 
-def ladder(results: Results) -> Figure | None:
+def ladder_figure(results: Results) -> Figure | None:
     """Every arm against the arm that it is built on, and every other contrast whose reference is not control."""
     found: dict[str, list[str]] = {}
     for c in results.contrasts.values():
@@ -150,7 +150,7 @@ def curves(results: Results) -> Figure | None:
     return _curves(results, "tokens", "training tokens (thousands)", 1e-3)
 
 
-def equal_time(results: Results) -> Figure | None:
+def equal_time_figure(results: Results) -> Figure | None:
     """The same against the seconds of training."""
     return _curves(results, "seconds", "seconds of training", 1.0)
 
@@ -204,7 +204,7 @@ def _draw_curve(axes: Axes, curve: pd.DataFrame, x: str, label: str, colour: str
     axes.plot(curve[x], curve["mean"], color=colour, linestyle=dashes, linewidth=width, label=label)
 
 
-def difficulty(results: Results) -> Figure | None:
+def difficulty_figure(results: Results) -> Figure | None:
     """The primary metric in each third of a task's items: control, the headline and the baselines."""
     found = results.by_difficulty
     arms = [a for a in results.compared if a in found.columns.get_level_values("arm")] if len(found.columns) else []
@@ -249,7 +249,7 @@ def _bar(figure: Figure, image: Any, axes: Iterable[Axes], label: str) -> None:
 
 def layers(results: Results) -> Figure | None:
     """Debiased CKA of every student layer with every teacher layer, and which of them arms take."""
-    panels = [(teacher, document, kind) for teacher, document in results.layer_maps.items() for kind in KINDS]
+    panels = [(teacher, document, kind) for teacher, document in results.layer_maps.items() for kind in _KINDS]
     if not panels:
         return None
     width, height = (max(document[f"{side}_layers"] for _, document, _ in panels) for side in ("src", "dst"))
@@ -280,7 +280,7 @@ def _mark_layers(results: Results, axes: Axes, teacher: str, kind: str, unit: fl
     """Squares for layers chosen by similarity, a dot in the corner for those of depth or a list."""
     chosen: dict[str, set[tuple[int, int]]] = {"cka": set(), "": set()}
     for arm, plan in results.plans(teacher):
-        side, rule = KINDS.index(kind), "cka" if arm.layer.kind == "cka" else ""
+        side, rule = _KINDS.index(kind), "cka" if arm.layer.kind == "cka" else ""
         for layer, (index, beta) in enumerate(zip(plan.index[side].tolist(), plan.beta[side].tolist(), strict=True)):
             chosen[rule] |= {(layer, i) for i, b in zip(index, beta, strict=True) if b > 0}
     # white on black stands out on every colour of the map
@@ -297,9 +297,9 @@ def layer_loss(results: Results) -> Figure | None:
     """The loss of each student layer over the steps, of keys and of values: the headline's, or the first arm's that has
     one."""
     shown = next(
-        (arm for arm in results.shown_first if any(results.layer_losses(arm, kind) is not None for kind in KINDS)), ""
+        (arm for arm in results.shown_first if any(results.layer_losses(arm, kind) is not None for kind in _KINDS)), ""
     )
-    tables = {kind: table for kind in KINDS if shown and (table := results.layer_losses(shown, kind)) is not None}
+    tables = {kind: table for kind in _KINDS if shown and (table := results.layer_losses(shown, kind)) is not None}
     if not tables:
         return None
     with styled():
@@ -382,7 +382,7 @@ def router(results: Results) -> Figure | None:
 
 
 # ---------------------------------------------------------------- fit
-def fit(results: Results) -> Figure | None:
+def fit_quality(results: Results) -> Figure | None:
     """What the projected target loses of the teacher's keys and values, and how far the student's attention outputs move
     when it takes the place of the student's own cache, per student layer; a panel for each fit that loses anything."""
     fits = {name: curves for name, curves in results.fit_curves.items() if name not in results.lossless_fits}
@@ -419,17 +419,17 @@ def fit(results: Results) -> Figure | None:
     return figure
 
 
-FIGURES: dict[str, Callable[[Results], Figure | None]] = {
+DRAWERS: dict[str, Callable[[Results], Figure | None]] = {
     "effects": effects,
-    "ladder": ladder,
+    "ladder": ladder_figure,
     "curves": curves,
-    "equal_time": equal_time,
-    "difficulty": difficulty,
+    "equal_time": equal_time_figure,
+    "difficulty": difficulty_figure,
     "fusion": fusion,
     "router": router,
     "layers": layers,
     "layer_loss": layer_loss,
-    "fit": fit,
+    "fit": fit_quality,
     "alignment": token_alignment,
 }
 """Every figure by the name of its file."""

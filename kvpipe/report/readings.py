@@ -12,7 +12,7 @@ from kvpipe.report.collect import Results
 from kvpipe.tokens.segments import NAMES, Segmented
 from kvpipe.tokens.show import visible
 
-MOST = 2
+_MOST = 2
 """Teachers that are shown."""
 OWN: tuple[Reading, ...] = ("written", "own", "student")
 """What a teacher reads otherwise than the student, the most telling first."""
@@ -36,11 +36,11 @@ def read_example(results: Results) -> ReadExample | None:
     for arm in results.dag.arms.values():
         if arm.time.text != arm.reading:
             alike.setdefault((arm.time.text, arm.reading), {}).update(dict.fromkeys(arm.teachers, arm))
-    found = sorted(alike.items(), key=lambda pair: (-min(MOST, len(pair[1])), OWN.index(pair[0][0])))
+    found = sorted(alike.items(), key=lambda pair: (-min(_MOST, len(pair[1])), OWN.index(pair[0][0])))
     if not found or not found[0][1] or not results.records("train"):
         return None
     (reading, own_reading), teachers = found[0]
-    pairs = list(teachers.items())[:MOST]
+    pairs = list(teachers.items())[:_MOST]
     student = read_as(results.records("train"), own_reading, results.config.data.short)
     read: dict[str, list[Record]] = {}
     for teacher, _ in pairs:

@@ -18,7 +18,7 @@ from kvpipe.experiment.paths import FIGURES, Paths
 from kvpipe.report import style, tables, wording
 from kvpipe.report.alignment import shown_example, time_mode
 from kvpipe.report.collect import ROLES, Results
-from kvpipe.report.figures import FIGURES as DRAWN
+from kvpipe.report.figures import DRAWERS
 from kvpipe.report.readings import read_example
 from kvpipe.stats.metrics import METRICS, PRIMARY
 
@@ -40,7 +40,7 @@ def write_report(config: Config, paths: Paths, out: Path) -> None:
         ValueError: a table lacks a column.
     """
     results = Results(config, paths)
-    figures = {name: figure for name, draw in DRAWN.items() if (figure := draw(results)) is not None}
+    figures = {name: figure for name, draw in DRAWERS.items() if (figure := draw(results)) is not None}
     built = tables.tables(results)
     beside = Paths(out.parent if out == paths.report else out.with_suffix(""))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def write_report(config: Config, paths: Paths, out: Path) -> None:
     for folder in (beside.figures, beside.table_files):
         folder.mkdir(parents=True, exist_ok=True)
     for name in FIGURES:
-        style.save(figures[name] if name in figures else style.nothing(name), beside.figures / name)
+        style.save_figure(figures[name] if name in figures else style.nothing(name), beside.figures / name)
     for name, table in built.items():
         table.write(beside.table_files / name)
 
@@ -63,7 +63,7 @@ def page(results: Results, built: dict[str, tables.Table], figures: dict[str, Fi
 
 def _inlined(figures: dict[str, Figure]) -> dict[str, Any]:
     return {
-        name: style.inline(figure, (DRAWN[name].__doc__ or name).split("\n\n")[0]) for name, figure in figures.items()
+        name: style.inline(figure, (DRAWERS[name].__doc__ or name).split("\n\n")[0]) for name, figure in figures.items()
     }
 
 

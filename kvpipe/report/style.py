@@ -69,7 +69,7 @@ def styled():
         yield
 
 
-def save(figure: Figure, stem: Path) -> None:
+def save_figure(figure: Figure, stem: Path) -> None:
     """`stem` as SVG, its text as outlines, and as PDF with TrueType fonts inside; the same bytes every time."""
     with styled():
         figure.savefig(stem.with_suffix(".svg"), facecolor=PAPER, metadata={"Date": None})

@@ -43,7 +43,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """A row, what it is of, and the group that it stands in; `depth` moves its name in."""
 
     name: str
@@ -71,12 +71,12 @@ class Table:
     caption: str
     first: str
     columns: list[Column]
-    rows: list[Row] = field(default_factory=list)
+    rows: list[TableRow] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def add(self, name: str, *cells: str | Cell, **row: Any) -> None:
         """One more row."""
-        self.rows.append(Row(name, [Cell(c) if isinstance(c, str) else c for c in cells], **row))
+        self.rows.append(TableRow(name, [Cell(c) if isinstance(c, str) else c for c in cells], **row))
 
     def arm(self, results: Results, arm: str, *cells: str | Cell, group: str = "", depth: int = 0) -> None:
         """A row of an arm."""
@@ -90,7 +90,7 @@ class Table:
         return chr(ord("a") + self.notes.index(note))
 
     @property
-    def groups(self) -> list[tuple[str, list[Row]]]:
+    def groups(self) -> list[tuple[str, list[TableRow]]]:
         """Rows by their group."""
         names = dict.fromkeys(row.group for row in self.rows)
         return [(name, [row for row in self.rows if row.group == name]) for name in names]
@@ -520,7 +520,7 @@ def stores(results: Results) -> Table:
 
 
 # ---------------------------------------------------------------- cost, checks, provenance
-def cost(results: Results) -> Table:
+def cost_sheet(results: Results) -> Table:
     """The cost sheet: every arm's training over all attempts, every other step, and the total."""
     caption = "Cost: time of all attempts and jobs. A job on a GPU holds it for its whole time."
     heads = [Column("jobs"), Column("hours"), Column("GPU hours"), Column("peak memory", "GB"), Column("restarts")]
@@ -592,5 +592,5 @@ def models(results: Results) -> Table:
 def tables(results: Results) -> dict[str, Table]:
     """Those that are files too, by name."""
     built = {"arms": arms, "results": result_table, "tasks": tasks, "ladder": ladder, "contrasts": contrasts,
-             "equal_time": equal_time, "difficulty": difficulty, "data": data, "cost": cost}  # fmt: skip
+             "equal_time": equal_time, "difficulty": difficulty, "data": data, "cost": cost_sheet}  # fmt: skip
     return {name: built[name](results) for name in TABLES}

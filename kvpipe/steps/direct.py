@@ -21,7 +21,7 @@ from kvpipe.experiment.plan import digest
 ARM = "distil"
 """The arm that learns from the teachers; `control` trains the same student without them."""
 TASK = "text"
-LONGEST = 1024
+MAX_LENGTH = 1024
 """Tokens of a preset's longest text."""
 FEWEST = 20
 """Rows of a file, so that each of its parts has one."""
@@ -104,7 +104,7 @@ def experiment(
     if len(seeds) > 1:  # of one seed both arms read the same; seeds draw other texts
         values["audit"] = {"allow": ["tokens"]}
     if preset:
-        values["train"]["max_length"] = LONGEST
+        values["train"]["max_length"] = MAX_LENGTH
         task = preset["sources"][0]["task"]
         if PRESETS[task]["evaluate"]["scorer"] == "code":  # which would run what a model wrote
             values["evaluate"] = {"tasks": {task: {"scorer": "none"}}}

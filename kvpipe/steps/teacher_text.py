@@ -35,7 +35,7 @@ def make_texts(inputs: Inputs, teacher: str) -> None:
     """
     config, paths = inputs.config.teacher_text, inputs.paths
     for shard in range(config.shards):
-        make_shard(inputs, teacher, str(shard))
+        write_shard(inputs, teacher, str(shard))
     written: dict[str, dict[str, Any]] = {}
     for shard in range(config.shards):
         _, *texts = map(json.loads, paths.text_shard(teacher, shard).read_text(encoding="utf-8").splitlines())
@@ -66,7 +66,7 @@ def make_texts(inputs: Inputs, teacher: str) -> None:
     write_json(paths.text_counts(teacher), {"teacher": teacher, "tasks": counts}, indent=1)
 
 
-def make_shard(inputs: Inputs, teacher: str, shard: str) -> None:
+def write_shard(inputs: Inputs, teacher: str, shard: str) -> None:
     """All texts that a teacher writes for one part of the training split, tries of one prompt until one is right.
 
     A line for each: id, try, text, and the reasoning where it is kept. What is written is kept from batch to batch, and a

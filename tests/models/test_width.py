@@ -10,7 +10,7 @@ from kvpipe.config import EvaluateConfig
 from kvpipe.data.batches import Batch
 from kvpipe.evaluate.score import evaluate
 from kvpipe.models.folders import load_model
-from kvpipe.models.quantized import GROUP, quantize
+from kvpipe.models.quantized import INT4_GROUP, quantize
 from kvpipe.models.width import narrow
 from kvpipe.stats.metrics import METRICS
 from kvpipe.steps.make import make
@@ -78,7 +78,7 @@ def test_weights_in_few_bits_are_the_nearest_of_their_levels(kind, bits):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.body, self.head = nn.Linear(2 * GROUP, 7, bias=False), nn.Linear(7, 5)
+            self.body, self.head = nn.Linear(2 * INT4_GROUP, 7, bias=False), nn.Linear(7, 5)
 
         def get_output_embeddings(self):
             return self.head
@@ -88,12 +88,12 @@ def test_weights_in_few_bits_are_the_nearest_of_their_levels(kind, bits):
     before, head = model.body.weight.detach().clone(), model.head.weight.detach().clone()
     size = quantize(model, kind)
     assert torch.equal(model.head.weight, head)
-    groups = before.reshape(7, -1, GROUP if kind == "int4" else 2 * GROUP)
+    groups = before.reshape(7, -1, INT4_GROUP if kind == "int4" else 2 * INT4_GROUP)
     level = groups.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
     gap = (model.body.weight.reshape(groups.shape) - groups).abs()
     assert (gap <= 0.51 * level).all() and gap.max() > 0
     assert len(model.body.weight[0].unique()) <= 2**bits * groups.shape[1]
-    assert size == 7 * 2 * GROUP * bits // 8 + groups.shape[0] * groups.shape[1] * 4 + (5 * 7 + 5) * 4
+    assert size == 7 * 2 * INT4_GROUP * bits // 8 + groups.shape[0] * groups.shape[1] * 4 + (5 * 7 + 5) * 4
 
 
 def test_int4_names_a_layer_that_does_not_divide(work):

@@ -59,7 +59,7 @@ def workspace(root: Path, *overrides: str, config: Path = ROOT / "config/config.
 def write_report(work: Inputs, out: Path, draw: bool = False) -> None:
     """The page; its figures take seconds, and are drawn where a test is about them."""
     results = Results(work)
-    drawn = {name: figure for name, of in figures.FIGURES.items() if draw and (figure := of(results)) is not None}
+    drawn = {name: figure for name, of in figures.DRAWERS.items() if draw and (figure := of(results)) is not None}
     out.write_text(render.page(results, tables.tables(results), drawn), encoding="utf-8")
 
 
@@ -437,7 +437,7 @@ def test_the_cost_sheet_adds_up(work):
     folder = work.paths.benchmark("evaluate/full/seed0")
     folder.parent.mkdir(parents=True)
     pd.DataFrame({"s": [1800.0], "max_rss": [512.0]}).to_csv(folder, sep="\t", index=False)
-    rows = {row.name: [cell.text for cell in row.cells] for row in tables.cost(Results(work)).rows}
+    rows = {row.name: [cell.text for cell in row.cells] for row in tables.cost_sheet(Results(work)).rows}
     assert rows["full"] == ["3", "6.000", "12.000", "1.20", "0"]
     assert rows["evaluate"] == ["1", "0.500", "0.500", "–", ""], "a job beside cells on a GPU holds one"
     others = 42 * 30.5 / 3600
@@ -461,7 +461,7 @@ def test_a_fit_that_loses_nothing_is_named_and_not_drawn(work):
     write_json(path, document)
     results = Results(workspace(work.paths.root))
     assert results.lossless_fits == [exp1]
-    drawn = words(figures.fit(results))
+    drawn = words(figures.fit_quality(results))
     assert "exp2" in drawn and "exp1" not in drawn.replace("exp1,", "")
 
 
@@ -634,7 +634,7 @@ def test_baselines_are_compared_directly_where_the_tables_do(work):
         row["verdict"] = verdict
         pd.concat([table, row]).to_csv(path, index=False)
         assert leads(work)[lead] == tone
-    assert "against logit-kd" in words(figures.ladder(Results(workspace(work.paths.root))))
+    assert "against logit-kd" in words(figures.ladder_figure(Results(workspace(work.paths.root))))
 
 
 def test_breach_of_fairness_comes_first(work):
@@ -660,7 +660,11 @@ def test_missing_contrast_is_not_a_conclusion(work):
     fake_stats(work, nan=("full", "bits_per_byte"))
     assert leads(work)["full against control: no result."] == "missing"
     results = Results(workspace(work.paths.root))
-    assert words(figures.effects(results)).count("no result") == words(figures.ladder(results)).count("no result") == 1
+    assert (
+        words(figures.effects(results)).count("no result")
+        == words(figures.ladder_figure(results)).count("no result")
+        == 1
+    )
 
 
 def test_missing_cells_and_checks_are_named(work):

@@ -13,7 +13,7 @@ from kvpipe.data.corpus import generate
 from kvpipe.evaluate.generate import Drawn, Sampling, batched, continuations
 from kvpipe.evaluate.scorers.answers import worked
 from kvpipe.experiment.paths import Paths
-from kvpipe.steps.teacher_text import make_shard
+from kvpipe.steps.teacher_text import write_shard
 
 ARM = {"base": "two", "set": {"time": {"kind": "segment", "reasoning": "written"}}}
 
@@ -158,19 +158,19 @@ def test_a_run_that_was_stopped_goes_on_and_writes_the_same(tmp_path, scripted):
     work = experiment(tmp_path, tries=2, min_kept=0.3)
     path = work.paths.text_shard("alpha", 0)
     whole, scripted.asked = path.read_text(), 0
-    make_shard(work, "alpha", "0")
+    write_shard(work, "alpha", "0")
     assert scripted.asked == 0  # a finished one is kept
     asked = len(whole.splitlines()) - 1
     assert asked > 35
     path.unlink()
     scripted.stop_after = 31
     with pytest.raises(KeyboardInterrupt):
-        make_shard(work, "alpha", "0")
+        write_shard(work, "alpha", "0")
     assert not path.exists()
     with path.with_suffix(".partial").open("a") as file:
         file.write('{"id": "math-train-0000')  # cut off
     scripted.stop_after = 10**9
-    make_shard(work, "alpha", "0")
+    write_shard(work, "alpha", "0")
     assert path.read_text() == whole and scripted.asked == asked
     assert not path.with_suffix(".partial").exists()
 
