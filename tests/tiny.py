@@ -8,7 +8,9 @@ model      layers  KV heads head dim  tokenizer
 =========  ======  =======  ========  ==========================
 `alpha`    4       3        8         byte-level BPE
 `beta`     5       2        14        unigram (spaces as ▁, BOS)
-`gamma`    2       5        10        BPE with spaces as ▁ (only where a test asks for it)
+`gamma`    2       5        10        BPE with spaces as ▁ (from here on: only where a test asks for it)
+`delta`    6       1        16        byte-level BPE as Llama-3's: groups of digits, BOS
+`epsilon`  7       4        12        byte-level BPE as DeepSeek's: splits one after another
 `student`  3       2        6         byte-level BPE, own training
 =========  ======  =======  ========  ==========================
 
@@ -19,15 +21,16 @@ overrides: `build(tmp_path, {"store.dtype": "int8", "arms.kv.set.fuse": {"kind":
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
+import tokenizer_zoo
 import torch
 
-from kvpipe.config import Config, DataConfig, TokenizerRecipe, parse
+from kvpipe.config import Config, DataConfig, Reading, TokenizerRecipe, parse
 from kvpipe.data.corpus import generate
 from kvpipe.data.encoding import Encoding, encode_records
-from kvpipe.data.records import Reading
 from kvpipe.experiment.paths import Paths
 from kvpipe.models.folders import build_model
 from kvpipe.models.pretrain import tokenizer_texts
@@ -70,7 +73,27 @@ GAMMA: dict[str, Any] = {
     "num_key_value_heads": 5,
     "max_position_embeddings": 512,
 }
-TEACHERS = {"alpha": ALPHA, "beta": BETA, "gamma": GAMMA}
+DELTA: dict[str, Any] = {
+    "model_type": "gemma3_text",
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+}
+EPSILON: dict[str, Any] = {
+    "model_type": "gpt_neox",
+    "hidden_size": 48,
+    "intermediate_size": 36,
+    "num_hidden_layers": 7,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+}
+TEACHERS = {"alpha": ALPHA, "beta": BETA, "gamma": GAMMA, "delta": DELTA, "epsilon": EPSILON}
+ZOO = {"delta": "llama3", "epsilon": "deepseek"}
+"""Teachers whose tokenizer is one of tests/tokenizer_zoo.py."""
 STUDENT: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 24,
@@ -130,7 +153,10 @@ MORE_ARMS: dict[str, Any] = {
         "base": "task",
         "set": {"loss.logits": {"weight": 0.5}, "loss.values.schedule": {"kind": "stop", "until": 0.5}},
     },
-    "attention-outputs": {"base": "two", "set": {"loss": {"attention": {}}}},
+    "attention-outputs": {
+        "base": "two",
+        "set": {"loss": {"attention": {"distance": "cosine"}, "attention_kl": {"opening": 0.75, "skip_sink": 1}}},
+    },
     "states": {
         "base": "control",
         "set": {
@@ -190,7 +216,11 @@ def save_teacher(folder: Path, name: str, architecture: dict[str, Any], seed: in
     """
     split = DataConfig.model_validate(DATA)
     records = [record for task in ("math", "code") for record in generate(task, "train", 20, 1, split.seed)]
-    tokenizer = train_tokenizer(TOKENIZERS[name], tokenizer_texts(records, split))
+    if name in ZOO:
+        tokenizer = copy.deepcopy(tokenizer_zoo.build(ZOO[name]))  # the zoo keeps what it built
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>", "eos_token": "<|end|>"})
+    else:
+        tokenizer = train_tokenizer(TOKENIZERS[name], tokenizer_texts(records, split))
     model = build_model(architecture, tokenizer, seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -203,7 +233,7 @@ def save_teacher(folder: Path, name: str, architecture: dict[str, Any], seed: in
 def encoded(work: Inputs, model: str, split: str, reading: Reading = "student") -> Encoding:
     """A split as a model's tokens, of any reading, made here and now."""
     student = model == work.config.student
-    return encode_records(work.records(split), work.tokenizer(model), work.config.data.template, reading, end=student)
+    return encode_records(work.records(split, reading), work.tokenizer(model), work.config.data.template, end=student)
 
 
 def build(

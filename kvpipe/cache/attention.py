@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from einops import repeat
 from jaxtyping import Bool, Float, Int64
@@ -10,6 +12,7 @@ from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
 
 from kvpipe.align.rope import Rope
 from kvpipe.cache.kv import KV
+from kvpipe.models.likelihood import wide
 
 
 def attention_outputs(
@@ -23,17 +26,35 @@ def attention_outputs(
     `positions` are 0, 1, 2, … by default; of padded texts those of `positions_from_mask`, which tell their lengths.
     Logits are scaled by 1/√dim. Right padding changes no output before it.
     """
-    group = queries.shape[2] // kv.keys.shape[2]
-    if positions is None:
-        positions = torch.arange(queries.shape[3], device=queries.device)
-    out = []
-    for layer, rope in enumerate(ropes):
-        q, k = rope.rotate(queries[layer], positions), rope.rotate(kv.keys[layer], positions)
-        k, v = (
-            repeat(x, "batch head time dim -> batch (head group) time dim", group=group) for x in (k, kv.values[layer])
-        )
+    group, out = queries.shape[2] // kv.keys.shape[2], []
+    for layer, (q, k) in enumerate(_rotated(queries, kv.keys, ropes, positions)):
+        v = repeat(kv.values[layer], "batch head time dim -> batch (head group) time dim", group=group)
         out.append(scaled_dot_product_attention(q, k, v, is_causal=True))
     return torch.stack(out)
+
+
+def attention_logs(
+    queries: Float[Tensor, "layer batch query_head time dim"],
+    keys: Float[Tensor, "layer batch head time dim"],
+    ropes: list[Rope],
+    positions: Int64[Tensor, "batch time"] | None = None,
+) -> Iterator[Float[Tensor, "batch query_head time key"]]:
+    """Logarithms of the causal attention weights, in float32, layer by layer: a layer's are quadratic in the length."""
+    for q, k in _rotated(queries, keys, ropes, positions):
+        scores = wide(q) @ wide(k).mT * q.shape[-1] ** -0.5
+        later = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
+        yield scores.masked_fill(later, -torch.inf).log_softmax(-1)
+
+
+def _rotated(queries: Tensor, keys: Tensor, ropes: list[Rope], positions: Tensor | None) -> Iterator[list[Tensor]]:
+    """Queries and keys of every layer as attention multiplies them, keys repeated for each query head."""
+    group = queries.shape[2] // keys.shape[2]
+    if positions is None:
+        positions = torch.arange(queries.shape[3], device=queries.device)
+    for layer, rope in enumerate(ropes):
+        k = rope.rotate(keys[layer], positions)
+        k = repeat(k, "batch head time dim -> batch (head group) time dim", group=group)
+        yield [rope.rotate(queries[layer], positions), k]
 
 
 def output_cosine(

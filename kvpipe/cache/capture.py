@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -92,18 +93,21 @@ class Recorder:
 
     Tensors keep their graph. One recorder serves any number of steps: each forward replaces the record of the
     last one, and recomputation in the backward pass of gradient checkpointing is not recorded. `model` is a
-    causal language model or its decoder, also inside DDP, FSDP or peft. With `hidden`, hidden states are kept too; with
-    `layers`, keys and values of these layers alone, and no queries.
+    causal language model or its decoder, also inside DDP, FSDP or peft. With `hidden`, hidden states are kept too; without
+    `queries` none of those, which would otherwise outlive their use; with `layers`, keys and values of these layers alone,
+    and no queries.
     """
 
-    def __init__(self, model: nn.Module, hidden: bool = False, layers: Sequence[int] | None = None):
+    def __init__(
+        self, model: nn.Module, hidden: bool = False, layers: Sequence[int] | None = None, queries: bool = True
+    ):
         self.model = model
         config: Any = getattr(model, "config", None) or getattr(model.module, "config", None)  # DDP has none of its own
         self.config: PretrainedConfig = config.get_text_config(decoder=True)
         self.geometry = kv_geometry(self.config)
         self.ropes = Rope.of_layers(self.config)
         self.layers = tuple(range(self.geometry.layers)) if layers is None else tuple(layers)
-        self._all = layers is None
+        self._queries = layers is None and queries
         self._switches = any(rope.long_context is not None for rope in self.ropes)
         by_own_length(model)
         self._through_cache = not hasattr(modeling_module(self.config), "ALL_ATTENTION_FUNCTIONS")
@@ -136,6 +140,15 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._recording = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Forwards inside are not recorded, nor refused for a cache that they go on from."""
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()
 
     def _start(self, _module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         self._record, self._hidden_states = {}, None
@@ -177,7 +190,7 @@ class Recorder:
             return
         if layer in self._record:
             raise RuntimeError(f"{self._name} layer {layer} attended twice in one forward: its keys are not one tensor")
-        self._record[layer] = entry if self._all else entry._replace(query=None)
+        self._record[layer] = entry if self._queries else entry._replace(query=None)
 
     @property
     def _name(self) -> str:
@@ -212,8 +225,9 @@ class Recorder:
 
     @property
     def sees_queries(self) -> bool:
-        """False for families that are recorded through their cache, where keys and values alone pass, and with `layers`."""
-        return self._all and not self._through_cache
+        """False for families that are recorded through their cache, where keys and values alone pass, with `layers`, and
+        where none were asked for."""
+        return self._queries and not self._through_cache
 
     def kv(self, positions: Int[Tensor, "*batch time"] | None = None) -> KV:
         """Unrotated keys, and values, of every layer (of `layers`, in their order), with their graph.
@@ -221,9 +235,15 @@ class Recorder:
         `positions`: (batch, time) or (time,); by default the `position_ids` of the forward, else 0, 1, 2, …. Raises
         RuntimeError for layers that were not recorded, ValueError for shapes that the config does not promise.
         """
-        record = self._layers()
-        keys = self._unrotate([entry.key for entry in record], positions)
-        return KV(keys, torch.stack([entry.value for entry in record]))
+        return KV(self.keys(positions), self.values())
+
+    def keys(self, positions: Int[Tensor, "*batch time"] | None = None) -> Float[Tensor, "layer batch head time dim"]:
+        """The keys of `kv` alone."""
+        return self._unrotate([entry.key for entry in self._layers()], positions)
+
+    def values(self) -> Float[Tensor, "layer batch head time value_dim"]:
+        """The values of `kv` alone."""
+        return torch.stack([entry.value for entry in self._layers()])
 
     def rows(
         self, mask: Bool[Tensor, "batch time"]
@@ -243,7 +263,7 @@ class Recorder:
         """Unrotated queries of every layer, with their graph. `positions` as in `kv`."""
         if not self.sees_queries:
             raise ValueError(
-                f"{self._name} is recorded through its cache or for some layers alone: no queries are kept"
+                f"{self._name} is recorded through its cache, for some layers alone or without queries: no queries are kept"
             )
         return self._unrotate([entry.query for entry in self._layers() if entry.query is not None], positions)
 

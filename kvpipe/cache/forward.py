@@ -14,18 +14,14 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int, Int64
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kvpipe.cache.capture import Recorder, kv_geometry
 from kvpipe.data.batches import Batch, collate
 from kvpipe.data.encoding import Encoding, concatenated_ranges
-from kvpipe.experiment.sizes import shape
+from kvpipe.experiment.sizes import MOST, ROOM, batch_numbers, shape
 from kvpipe.models.head import Head, final_states
 from kvpipe.models.likelihood import groups, wide
-
-ROOM = {"cpu": 0.4e9, "cuda": 2e9}
-"""Bytes for a batch's activations and caches."""
-MOST = {"cpu": 2048, "cuda": 16384}
-"""Tokens of a batch, where there is room for so many: more are no faster."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +65,8 @@ def batch_tokens(model, head: Head, layers: int) -> int:
     if found is None:
         return MOST[kind]
     width = 2 if model.dtype in (torch.bfloat16, torch.float16) else 4
-    numbers = 10 * found.hidden + 4 * found.intermediate + 4 * layers * found.kv_heads * found.head_dim
     logits = found.vocab * (width + 8) if head.weight is None else 0
-    return max(1, min(MOST[kind], int(ROOM[kind] / (width * numbers + logits))))
+    return max(1, min(MOST[kind], int(ROOM[kind] / (width * batch_numbers(found, layers) + logits))))
 
 
 def forward_batches(
@@ -145,11 +140,35 @@ def next_tokens(
     following = torch.cat([ids[1:], ids[:1]])
     for piece in head.pieces(states):
         logits = wide(head.logits(states[piece]))
-        total = logits.logsumexp(-1, keepdim=True)
+        if top:
+            values, best[0][piece] = likeliest(logits, top)
+            total = logits.sub(values[:, :1]).exp_().sum(-1, keepdim=True).log_().add_(values[:, :1])
+            best[1][piece] = values - total
+        else:
+            total = logits.logsumexp(-1, keepdim=True)
         # a token is scored by the row before it
         nll[piece.start + 1 : piece.stop + 1] = (total - logits.gather(-1, following[piece, None]))[:, 0]
-        if top:
-            values, best[0][piece] = logits.topk(top, dim=-1)
-            best[1][piece] = values - total
     nll[first.to(nll.device)] = 0
     return nll[:-1], *best
+
+
+GROUP = 64
+"""Words that are looked at together for the likeliest ones."""
+
+
+def likeliest(
+    logits: Float[Tensor, "row vocab"], top: int
+) -> tuple[Float[Tensor, "row top"], Int64[Tensor, "row top"]]:
+    """`logits.topk(top)` in half the time: the largest lie in the groups of words whose own largest are the largest.
+
+    Of equal logits either may come first, as in `topk`.
+    """
+    if logits.shape[1] <= 4 * top * GROUP:
+        values, ids = logits.topk(top)
+        return values, ids
+    groups = rearrange(
+        pad(logits, (0, -logits.shape[1] % GROUP), value=-torch.inf), "row (group word) -> row group word", word=GROUP
+    )
+    chosen = groups.amax(-1).topk(top).indices
+    values, place = groups.gather(1, chosen[..., None].expand(-1, -1, GROUP)).flatten(1).topk(top)
+    return values, chosen.gather(1, place // GROUP) * GROUP + place % GROUP

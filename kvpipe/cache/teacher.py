@@ -87,6 +87,12 @@ class Aligned:
     loss: Float[Tensor, "batch"] | None = None
     """Nats of the text that was read, where `nll` was asked for."""
 
+    def __add__(self, other: Aligned) -> Aligned:
+        """Of both batches, one below the other."""
+        columns = {name: torch.cat([x, other.columns[name]]) for name, x in self.columns.items()}
+        loss = None if self.loss is None or other.loss is None else torch.cat([self.loss, other.loss])
+        return Aligned(torch.cat([self.mask, other.mask]), columns, loss)
+
     @property
     def keys(self) -> Float[Tensor, "batch time layer head dim"]:
         """Of the teacher's stored layers."""

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from kvpipe.cli.options import CONFIG, ConfigFile, Experiment, Overrides, say, with_experiment, writable_file
+from kvpipe.config import Reading as Readings
 
 Reading = Annotated[
-    Literal["student", "own"], typer.Option(help="student: the student's text; own: the teacher's longer one.")
+    Readings,
+    typer.Option(
+        help="student: the records' text; short, none: with less of its reasoning; own: with the teacher's, as given; "
+        "written: as it has written it."
+    ),
 ]
 Teacher = Annotated[str, typer.Option(help="Name of the teacher.")]
 Items = Annotated[Path, typer.Option(help="Parquet file, one row per item.", callback=writable_file)]
@@ -73,6 +78,20 @@ def pretrain(
 def layer_map(given: Experiment, teacher: Teacher) -> None:
     """Measure the similarity (CKA) of the student's and a teacher's layers."""
     given.run("layer_map", teacher=given.known_model(teacher))
+
+
+@with_experiment
+def teacher_text(
+    given: Experiment,
+    teacher: Teacher,
+    shard: Annotated[int | None, typer.Option(help="One shard; all of them and the records otherwise.")] = None,
+) -> None:
+    """Have a teacher write its own reasoning for the training prompts; finished texts are kept."""
+    name = given.known_model(teacher)
+    if shard is None:
+        given.run("teacher_text", teacher=name)
+    else:
+        given.run("teacher_text_shard", teacher=name, shard=str(shard))
 
 
 @with_experiment
@@ -164,5 +183,20 @@ def config(
     write_docs(folder)
 
 
-_ALL = (data, models, encode, layer_map, teacher_kv, fit, lm_eval, untrained, arm, audit, stats, pretrain, config)
+_ALL = (
+    data,
+    models,
+    teacher_text,
+    encode,
+    layer_map,
+    teacher_kv,
+    fit,
+    lm_eval,
+    untrained,
+    arm,
+    audit,
+    stats,
+    pretrain,
+    config,
+)
 COMMANDS = {command.__name__.replace("_", "-"): command for command in _ALL}

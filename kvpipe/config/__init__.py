@@ -5,10 +5,10 @@ against them by a test, and the Snakefile validates before any job starts.
 """
 
 from kvpipe.config.alignment import LayerConfig, Reading, TimeConfig
-from kvpipe.config.arms import Arm
-from kvpipe.config.data import Chat, DataConfig, EmbeddedData, FileData, HubData, RowData, Template
+from kvpipe.config.arms import Arm, OnPolicyConfig
+from kvpipe.config.data import Chat, DataConfig, EmbeddedData, FileData, HubData, RowData, ShortReasoning, Template
 from kvpipe.config.fusions import FusionSettings
-from kvpipe.config.kinds import FUSIONS, PROJECTORS, TERMS
+from kvpipe.config.kinds import ENGINES, FUSIONS, PROJECTORS, TERMS
 from kvpipe.config.loading import load, lock_path, overridden, parse, read, with_lock
 from kvpipe.config.models import (
     HubModel,
@@ -29,6 +29,7 @@ from kvpipe.config.projection import FitConfig, ProjectorSettings
 from kvpipe.config.schema import Config
 from kvpipe.config.section import ConfigError
 from kvpipe.config.settings import (
+    GENERATED,
     LOSS_ON,
     EvaluateConfig,
     LoraConfig,
@@ -37,6 +38,7 @@ from kvpipe.config.settings import (
     ScoringConfig,
     StatsConfig,
     StoreConfig,
+    TeacherTextConfig,
     TrainConfig,
 )
 from kvpipe.config.terms import ScheduleConfig, TermSettings

@@ -8,14 +8,19 @@ from pydantic import Field, model_validator
 
 from kvpipe.config.section import Count, Natural, Positive, Section
 
-Reading = Literal["student", "own"]
-"""Which text a teacher reads: the student's, or its own."""
+Reading = Literal["student", "short", "none", "own", "written"]
+"""Which reasoning a text holds: the record's, a short part or none of it; the teacher's, as a column has it or as it has
+written it itself."""
 
 
 class TimeConfig(Section):
     """Which teacher tokens make up a student token."""
 
-    options: ClassVar = {"mode": ("overlap", "segment"), "borders": ("overlap",), "differing": ("segment",)}
+    options: ClassVar = {
+        "mode": ("overlap", "segment"),
+        "borders": ("overlap",),
+        **dict.fromkeys(("differing", "reasoning"), ("segment",)),
+    }
     kind: Literal["overlap", "segment", "position"] = "overlap"
     """`overlap`: the teacher reads the student's text, by byte-span overlap of the two tokenizations; `segment`: it reads
     its own longer worked reasoning, and prompt, reasoning and answer are matched one to one; `position`: token i to
@@ -24,6 +29,9 @@ class TimeConfig(Section):
     """Weights of the byte-span overlap. `causal` uses nothing the student has not read yet."""
     borders: Literal["cross", "keep"] = "cross"
     """Whether a student token may learn from a teacher token of another segment, where one crosses the border."""
+    reasoning: Literal["given", "written"] = "given"
+    """The teacher's own reasoning: `given` by the records' `teacher_reasoning`, or `written` by the teacher itself
+    (`teacher_text`)."""
     differing: Literal["interpolate", "anchored", "predictive"] = "anchored"
     """Segments whose texts differ: `interpolate` linearly over normalised position; `anchored` holds the words that both
     texts share and interpolates between them; `predictive` does so from where the teacher says the student's next word,
@@ -32,7 +40,7 @@ class TimeConfig(Section):
     @property
     def text(self) -> Reading:
         """What the teacher reads."""
-        return "own" if self.kind == "segment" else "student"
+        return "student" if self.kind != "segment" else "own" if self.reasoning == "given" else "written"
 
 
 class LayerConfig(Section):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from kvpipe.config.alignment import LayerConfig, TimeConfig
+from kvpipe.config.alignment import LayerConfig, Reading, TimeConfig
 from kvpipe.config.fusions import MeanFusionConfig
 from kvpipe.config.kinds import FUSIONS, PROJECTORS, TERMS
 from kvpipe.config.projection import FitConfig, LinearProjectorConfig
@@ -34,6 +34,18 @@ def _named(name: str, term: Any) -> bool:
     return name in TERMS.settings or (isinstance(term, dict) and "kind" in term)
 
 
+class OnPolicyConfig(Section):
+    """Texts that the student writes itself, and its teachers then read live (GKD, arXiv:2306.13649)."""
+
+    share: Annotated[float, Field(gt=0, le=1), NUMBER] = 0.5
+    """Share of every batch's examples whose text after the prompt the student has written. From these it learns by its
+    teachers alone: cross-entropy on one's own words teaches nothing."""
+    every: Count = 50
+    """The student writes anew after so many steps, with the weights that it then has."""
+    max_new_tokens: Count = 64
+    """Most tokens of a completion, which is drawn at temperature 1."""
+
+
 class Arm(Section):
     """One experimental condition, after `base` and `set` are resolved."""
 
@@ -53,8 +65,14 @@ class Arm(Section):
     """Optimizer steps as a multiple of `train.steps`; the audit compares arms of one multiple."""
     learning_rate_factor: Positive = 1.0
     """Learning rate as a multiple of `train.learning_rate`: every arm is compared at the one that was tuned for it."""
+    student_reasoning: Literal["full", "short", "none"] = "full"
+    """How much of a record's reasoning the student's texts hold, in training and when it is scored: all of it, what
+    `data.short` leaves, or nothing. The teachers read all of it, as only caches can carry (privileged information). Bits per
+    byte are those of other texts then: compare such arms with one another."""
     examples: Count | None = None
     """Training examples of every task, the first ones; none takes all."""
+    on_policy: OnPolicyConfig | None = None
+    """Training on texts of the student's own; without it on the training texts alone."""
     time: TimeConfig = TimeConfig()
     """Which teacher tokens make up a student token."""
     layer: LayerConfig = LayerConfig()
@@ -72,6 +90,11 @@ class Arm(Section):
     def terms(self) -> dict[str, TermSettings]:
         """All terms, cross-entropy first."""
         return {CROSS_ENTROPY: CrossEntropyConfig(), **self.loss}
+
+    @property
+    def reading(self) -> Reading:
+        """What the student reads."""
+        return "student" if self.student_reasoning == "full" else self.student_reasoning
 
     @property
     def needs(self) -> frozenset[str]:
@@ -95,6 +118,11 @@ class Arm(Section):
             )
         if all(term.weight == 0 for term in self.terms.values()):
             raise ValueError("loss.cross_entropy.weight: 0 leaves nothing to train on; give it a weight, or add a term")
+        if self.on_policy is not None and (self.shuffle_teacher or not self.teachers):
+            raise ValueError(
+                "on_policy: the student's own texts are read by teachers, each its own: name teachers and leave "
+                "out shuffle_teacher"
+            )
         twice = sorted({name for name in self.teachers if self.teachers.count(name) > 1})
         if twice:
             raise ValueError(f"teachers: {', '.join(twice)} is named twice, and would count twice")
@@ -125,8 +153,16 @@ class Arm(Section):
             raise ValueError("shuffle_teacher: has no effect without teachers; leave it out")
         if getattr(self.fuse, "entropy", 0) and "targets" not in self.needs:
             raise ValueError("fuse.entropy is a term beside keys or values, whose weights it keeps apart; leave it out")
-        if self.time.kind != "overlap" and "span_losses" in self.needs:
-            raise ValueError(f"fuse.per: span needs both to read one text; got time.kind: {self.time.kind}")
+        if "span_losses" in self.needs and (self.time.kind != "overlap" or self.reading != "student"):
+            got = f"time.kind: {self.time.kind} and student_reasoning: {self.student_reasoning}"
+            raise ValueError(f"fuse.per: span needs both to read one text; got {got}")
+        if self.reading != "student" and self.teachers:
+            blind = [name for name, term in self.loss.items() if "time" not in term.reads and term.reads]
+            if blind or self.time.kind == "position":
+                what = f"loss.{blind[0]}" if blind else "time.kind: position"
+                raise ValueError(
+                    f"student_reasoning: {self.reading} needs two texts to be aligned, which {what} does not"
+                )
 
     def _projects(self) -> None:
         projector, method = self.projector, self.fit.method

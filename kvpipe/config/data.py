@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from kvpipe.config.presets import PresetName, merged, preset_of, with_presets
-from kvpipe.config.section import NUMBER, Count, Expression, Flag, Name, Section, Seed, inherit
+from kvpipe.config.section import NUMBER, Count, Expression, Flag, Fraction, Name, Section, Seed, inherit
 
 FieldName = Literal[
     "id", "task", "prompt", "reasoning", "answer", "teacher_reasoning", "tests", "choices", "choice", "labels"
@@ -224,6 +224,22 @@ class Template(TextTemplate):
         return self.tasks.get(task, self)
 
 
+class ShortReasoning(Section):
+    """What `student_reasoning: short` leaves of a reasoning: its end, as the first steps are the ones that are best left
+    out (Deng et al. 2024, From Explicit CoT to Implicit CoT)."""
+
+    sentences: Count | None = None
+    """At most so many of its last sentences."""
+    share: Fraction | None = None
+    """Or this share of its words, the last ones, rounded up; half of them where neither is given."""
+
+    @model_validator(mode="after")
+    def _one_measure(self):
+        if self.sentences is not None and self.share is not None:
+            raise ValueError("sentences and share: give one of the two")
+        return self
+
+
 class DataConfig(Section):
     """Records and how they become text."""
 
@@ -231,6 +247,8 @@ class DataConfig(Section):
     """Where the records come from, one entry per task."""
     template: Template = Template()
     """How one record becomes text; the same for every arm."""
+    short: ShortReasoning = ShortReasoning()
+    """What `student_reasoning: short` of an arm leaves of a record's reasoning."""
     seed: Seed = 0
     """Seed of the embedded corpora."""
     context: Literal["warn", "strict"] = "warn"

@@ -122,3 +122,5 @@ def extend(files: list[str]) -> None:
 FUSIONS = Kinds("fusion", "mean")
 PROJECTORS = Kinds("projector", "linear")
 TERMS = Kinds("loss term")
+ENGINES: dict[str, Any] = {"transformers": "kvpipe.evaluate.generate:Transformers"}
+"""Name → who writes the teachers' texts: a class like `kvpipe.evaluate.generate.Engine`, or `module:class`."""

@@ -145,10 +145,10 @@ class RandomModel(Section):
 
 
 class PrunedModel(Section):
-    """Some layers of another model, in their order, with the rest of its weights: a student that its whole model heals."""
+    """Some layers, heads and channels of another model, in their order: a student that its whole model heals."""
 
     source: Literal["pruned"] = "pruned"
-    """Layers of another model."""
+    """A part of another model."""
     of: Name
     """Name of the whole model."""
     layers: Annotated[list[Natural], Field(min_length=1)] | None = None
@@ -158,16 +158,27 @@ class PrunedModel(Section):
     by: Literal["greedy", "even"] = "greedy"
     """`even`: at even distances, first and last among them; `greedy`: one after the other the layer goes whose removal
     costs the least loss on training texts."""
+    heads: Count | None = None
+    """KV heads that every layer keeps, with the query heads that read them: those with the largest outputs on training
+    texts; none keeps all."""
+    channels: Count | None = None
+    """Channels that every layer's MLP keeps: those with the largest activations on training texts; none keeps all."""
     examples: Count = 16
-    """Training examples that `greedy` measures the loss on."""
+    """Training examples that `greedy` measures the loss on, and heads and channels are chosen by."""
 
     @model_validator(mode="after")
     def _one_way(self):
-        if (self.layers is None) == (self.keep is None):
-            raise ValueError("give either layers, or keep (how many are kept)")
+        depth, width = [self.layers, self.keep].count(None), [self.heads, self.channels].count(None)
+        if depth == 0 or (depth == 2 and width == 2):
+            raise ValueError("give either layers, or keep (how many are kept); or heads or channels")
         if self.layers is not None and self.layers != sorted(set(self.layers)):
             raise ValueError(f"layers: {self.layers} do not rise; name each once, in the order of the model")
         return self
+
+    @property
+    def reads_texts(self) -> bool:
+        """Whether what is kept is chosen on training texts."""
+        return (self.keep is not None and self.by == "greedy") or self.heads is not None or self.channels is not None
 
 
 Model = Annotated[

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from kvpipe.config.arms import Arm, ArmEntry
 from kvpipe.config.data import DataConfig
 from kvpipe.config.errors import explain, nearest
-from kvpipe.config.kinds import extend
+from kvpipe.config.kinds import ENGINES, extend
 from kvpipe.config.models import (
     HubModel,
     Loading,
@@ -25,7 +25,16 @@ from kvpipe.config.models import (
 )
 from kvpipe.config.presets import with_presets
 from kvpipe.config.section import ConfigError, Name, Section, Seed, assign
-from kvpipe.config.settings import AuditConfig, EvaluateConfig, LayerMapConfig, StatsConfig, StoreConfig, TrainConfig
+from kvpipe.config.settings import (
+    GENERATED,
+    AuditConfig,
+    EvaluateConfig,
+    LayerMapConfig,
+    StatsConfig,
+    StoreConfig,
+    TeacherTextConfig,
+    TrainConfig,
+)
 
 
 class Config(Section):
@@ -55,6 +64,8 @@ class Config(Section):
     """Records and how they become text."""
     store: StoreConfig = StoreConfig()
     """The stored caches of the teachers."""
+    teacher_text: TeacherTextConfig = TeacherTextConfig()
+    """How teachers write their own reasoning (`time.reasoning: written`)."""
     layer_map: LayerMapConfig = LayerMapConfig()
     """How the similarity of layers (CKA) is measured."""
     train: TrainConfig = TrainConfig()
@@ -98,10 +109,10 @@ class Config(Section):
             if (
                 len(arm.teachers) != 1
                 or not {"keys", "values"} <= {term.kind for term in arm.loss.values()}
-                or arm.time.text == "own"
+                or {arm.time.text, arm.reading} != {"student"}
             ):
                 raise ValueError(
-                    f"evaluate.cache_swap: {swap!r} must match keys and values of one teacher, which reads the student's text"
+                    f"evaluate.cache_swap: {swap!r} must match keys and values of one teacher, and both read the record's text"
                 )
         named = {"evaluate.cache_swap": [swap] if swap else []}
         named |= {"stats.headline": [self.stats.headline] if self.stats.headline else []}
@@ -144,7 +155,11 @@ class Config(Section):
         tasks = [task for source in self.data.sources for task in sorted(source.task_names)]
         if len(set(tasks)) != len(tasks):
             raise ValueError("data.sources: a task occurs twice")
-        for path, section in (("data.template", self.data.template), ("evaluate", self.evaluate)):
+        for path, section in (
+            ("data.template", self.data.template),
+            ("evaluate", self.evaluate),
+            ("teacher_text", self.teacher_text),
+        ):
             for task in section.tasks:
                 _known(f"{path}.tasks.{task}", task, sorted(tasks))
         for number, source in enumerate(self.data.sources):
@@ -156,6 +171,10 @@ class Config(Section):
                         f"evaluate.tasks.{task}.scorer: {scorer} needs the field {field}: map it in "
                         f"data.sources[{number}].columns, or choose another scorer"
                     )
+        _known("teacher_text.engine", self.teacher_text.engine, ENGINES)
+        for task, asked in self.teacher_text.tasks.items():
+            for name in asked.teachers or ():
+                _known(f"teacher_text.tasks.{task}.teachers", name, self.models)
         # bases first: the arm that is named is the one that wrote the mistake, not one that inherits it
         for name in sorted(self.arms, key=lambda name: len(_chain(name, self.arms))):
             self._fits_the_rest(name, self.arm(name), sorted(tasks))
@@ -167,6 +186,13 @@ class Config(Section):
             _known(f"{path}.teachers[{i}]", teacher, self.models)
             if teacher == self.student:
                 raise ValueError(f"{path}.teachers[{i}]: the student cannot be its own teacher")
+        for teacher in arm.teachers if arm.time.text == "written" else ():
+            written = self.teacher_text.of(teacher, tasks)
+            unread = [task for task in written if self.evaluate.of(task).scorer not in GENERATED]
+            if unread or not written:
+                scorer = f"evaluate.tasks.{unread[0]}.scorer: {self.evaluate.of(unread[0]).scorer}" if unread else ""
+                what = f"{scorer} finds no answer in a text" if unread else f"{teacher} writes in none"
+                raise ValueError(f"{path}.time.reasoning: written: {what}; list the tasks in teacher_text.tasks")
         first, last = (seed + arm.seed_offset for seed in (min(self.seeds), max(self.seeds)))
         if not 0 <= first <= last < 2**32:
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -49,6 +50,68 @@ class StoreConfig(Section):
     """Most likely next tokens kept per token, for the term `logits`."""
 
 
+GENERATED = ("exact", "number", "math", "code")
+"""Scorers that read a continuation of the prompt."""
+
+
+class TaskText(Section):
+    """What is asked of the teachers in one task."""
+
+    prompt: str | None = None
+    """What a teacher is asked, with `{prompt}` in it; it should say how to end, as `evaluate.answer_pattern` finds the
+    answer. None continues the prompt of `data.template`."""
+    teachers: list[Name] | None = None
+    """Teachers that write; the others read the reference reasoning. None is all of them."""
+
+    @field_validator("prompt")
+    @classmethod
+    def _has_the_prompt(cls, text: str | None) -> str | None:
+        if text is not None and "{prompt}" not in text:
+            raise ValueError(f"{text!r} must have {{prompt}} in it")
+        return text
+
+
+class TeacherTextConfig(Section):
+    """How teachers write their own reasoning for the training prompts (`time.reasoning: written`).
+
+    A text is kept where the answer in it is right, by the task's scorer; else the reference reasoning stands in.
+    """
+
+    engine: str = "transformers"
+    """Who writes: `transformers`, in this process, or a name that an extension adds to `ENGINES`."""
+    tasks: dict[Name, TaskText] = Field(default={})
+    """Task → what is asked; null takes one away. Of tasks that are not listed teachers read the reference; without any, all
+    are written."""
+    chat: Flag = True
+    """A `prompt` of `tasks` is a message by the teacher's own chat template, where it has one."""
+    tries: Count = 4
+    """Texts drawn at most for a prompt."""
+    temperature: Positive = 0.7
+    """Of the draw."""
+    top_p: Annotated[float, Field(gt=0, le=1), NUMBER] = 0.95
+    """The draw is among the likeliest tokens that have this probability together."""
+    max_new_tokens: Count = 512
+    """Longest text in tokens."""
+    batch_tokens: Count = 16384
+    """Tokens side by side, prompts and what may follow together."""
+    shards: Annotated[int, Field(ge=1, lt=10**5), NUMBER] = 1
+    """Parts of the training split, written by separate jobs."""
+    seed: Seed = 0
+    """With record and try the seed of each text."""
+    min_kept: Fraction = 0.5
+    """Share of a task's prompts that a teacher must get right; below it the arms that read it are refused."""
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _without_nulls(cls, tasks: Any) -> Any:
+        return {name: task for name, task in tasks.items() if task is not None} if isinstance(tasks, dict) else tasks
+
+    def of(self, teacher: str, tasks: Iterable[str]) -> list[str]:
+        """The tasks that a teacher writes in."""
+        listed = self.tasks or dict.fromkeys(tasks, TaskText())
+        return [task for task, asked in listed.items() if asked.teachers is None or teacher in asked.teachers]
+
+
 class LayerMapConfig(Section):
     """How the similarity of layers (CKA) is measured."""
 
@@ -89,8 +152,9 @@ class TrainConfig(Section):
     """Weight decay of AdamW."""
     max_grad_norm: Positive = 1.0
     """The student's gradients are clipped to this norm."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Mixed precision of the student."""
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    """Mixed precision of the student. `auto`: bf16 where the device computes in it (GPUs from compute capability 8.0 on,
+    CPUs with avx512_bf16 or amx_bf16), else fp32; results differ with it, and `cost.json` says which it was."""
     gradient_checkpointing: Flag = False
     """Recompute activations in the backward pass: slower, far less memory."""
     loss_on: LossOn = "all"
@@ -213,6 +277,9 @@ class EvaluateConfig(ScoringConfig):
     cache_swap: Name | None = None
     """Arm of one teacher by whose time, layers and projectors every cell's student starts from the teacher's cache of the
     prompt: as the arm has fitted them, and fitted again by ridge onto the trained student's own."""
+    variants: list[Literal["int8", "int4"]] = Field(default=[])
+    """Score the likelihood of every student again with its linear layers' weights in so many bits (weight only:
+    `int8` a scale for each row, `int4` for each 32 weights), dequantized for the computation: what it costs, and its size."""
     lm_eval_tasks: list[str] = Field(default=[])
     """Tasks of lm-evaluation-harness that every student is scored on as well (package `lm_eval`)."""
     lm_eval_folder: str | None = None

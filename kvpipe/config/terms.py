@@ -59,26 +59,34 @@ class CrossEntropyConfig(TermSettings):
     """λ of the term; 0 leaves it out."""
 
 
-class CacheTermConfig(TermSettings):
-    """Distance of the student's own cache from the teachers' fused, projected one."""
+class LayerTermConfig(TermSettings):
+    """The student's own cache against the teachers' fused, projected one, layer by layer."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"targets", "own_kv"})
     reads: ClassVar[frozenset[str]] = frozenset({"time", "layer", "projector", "fit", "fuse"})
     kind: str
-    distance: Literal["mse", "smooth_l1"] = "mse"
-    """Distance of a residual."""
-    scale: Literal["std", "none"] = "std"
-    """Divide each layer's residual by the standard deviation of its target."""
     layers: Annotated[list[Natural], Field(min_length=1)] | None = None
     """Student layers that are matched, counted from 0; none matches all."""
     skip_sink: Natural = 0
     """First student positions left out."""
+    opening: Fraction = 0.0
+    """Share of the steps over which the layers open one after the other, shallow to deep, each from 0 to its full weight;
+    0: all from the start."""
 
     @model_validator(mode="after")
     def _once(self):
         if self.layers is not None and len(set(self.layers)) < len(self.layers):
             raise ValueError(f"layers: {self.layers} holds a layer twice")
         return self
+
+
+class CacheTermConfig(LayerTermConfig):
+    """Distance of two caches."""
+
+    distance: Literal["mse", "smooth_l1", "cosine"] = "mse"
+    """Of a residual; `cosine`: 1 − cosine of each head's vectors, whatever their length."""
+    scale: Literal["std", "none"] = "std"
+    """Divide each layer's residual by the standard deviation of its target; a cosine has none."""
 
 
 @TERMS.register
@@ -104,6 +112,15 @@ class AttentionTermConfig(CacheTermConfig):
     needs: ClassVar[frozenset[str]] = frozenset({"targets", "own_kv", "own_queries"})
     kind: Literal["attention"] = "attention"
     """Attention outputs: what the student's own queries read from its cache and from the fused target."""
+
+
+@TERMS.register
+class AttentionKLConfig(LayerTermConfig):
+    """Divergence of where the student's queries look in the two caches."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"targets", "own_kv", "own_queries"})
+    kind: Literal["attention_kl"] = "attention_kl"
+    """KL of attention weights: the student's own queries on the fused target's keys and on its own, causal."""
 
 
 @TERMS.register

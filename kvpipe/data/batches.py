@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 import numpy as np
 import torch
@@ -38,6 +39,10 @@ class Batch:
         counted = self.labels != IGNORE
         counted[:, 0] = False
         return counted
+
+    def __getitem__(self, some: slice) -> Batch:
+        """Some of the examples, as long as they are."""
+        return Batch(self.examples[some], self.input_ids[some], self.attention_mask[some], self.labels[some])
 
     def to(self, device) -> Batch:
         """The tensors on another device."""
@@ -83,31 +88,27 @@ def schedule(
     return out[:steps]
 
 
-def first_label(
-    encoding: Encoding, examples: Int64[np.ndarray, "batch"], loss_on: LossOn
-) -> Int64[np.ndarray, "batch"]:
-    """The token of each example from which on all carry a label: of `completion`, the first that ends after the prompt."""
-    return encoding.segments[examples, 0, 1] * (loss_on == "completion")
+def labelled(encoding: Encoding, example: SupportsIndex, loss_on: LossOn) -> Bool[np.ndarray, "time"]:
+    """Tokens of an example that carry a label: all, or of `completion` those of every turn's reasoning and answer."""
+    return np.ones(encoding.lengths[example], dtype=bool) if loss_on == "all" else encoding.completion(example)
 
 
 def count_predicted(encoding: Encoding, examples: Int64[np.ndarray, "batch"], loss_on: LossOn) -> int:
     """Tokens of the examples that carry cross-entropy: those that `Batch.predicted` marks."""
-    first = np.maximum(first_label(encoding, examples, loss_on), 1)
-    return int(np.maximum(encoding.lengths[examples] - first, 0).sum())
+    return sum(int(labelled(encoding, example, loss_on)[1:].sum()) for example in examples)
 
 
 def collate(encoding: Encoding, examples: Int64[np.ndarray, "batch"], pad_id: int, loss_on: LossOn = "all") -> Batch:
-    """Pad the examples on the right. With `loss_on: completion` the prompt's tokens have no label."""
+    """Pad the examples on the right. With `loss_on: completion` the tokens of prompts have no label."""
     longest = int(encoding.lengths[examples].max())
     ids = np.full((len(examples), longest), pad_id, dtype=np.int64)
     labels = np.full((len(examples), longest), IGNORE, dtype=np.int64)
     mask = np.zeros((len(examples), longest), dtype=np.int64)
-    starts = first_label(encoding, examples, loss_on)
-    for row, (example, first) in enumerate(zip(examples, starts, strict=True)):
+    for row, example in enumerate(examples):
         tokens = encoding.ids[encoding.rows(example)]
         ids[row, : len(tokens)] = tokens
         mask[row, : len(tokens)] = 1
-        labels[row, first : len(tokens)] = tokens[first:]
+        labels[row, : len(tokens)] = np.where(labelled(encoding, example, loss_on), tokens, IGNORE)
     return Batch(np.asarray(examples), torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(labels))
 
 

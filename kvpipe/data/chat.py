@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from jinja2 import TemplateError
 
 from kvpipe.config import Template
-from kvpipe.data.records import Reading, Record, render
+from kvpipe.data.records import Record, render
 from kvpipe.tokens.matrix import Tokens, encode
 from kvpipe.tokens.segments import Segmented
 
@@ -28,17 +29,18 @@ def name_of(tokenizer: Any) -> str:
     return getattr(tokenizer, "name_or_path", "") or "the tokenizer"
 
 
-def rendered(tokenizer: Any, record: Record, template: Template, reading: Reading = "student") -> Segmented:
+def rendered(tokenizer: Any, record: Record, template: Template) -> Segmented:
     """The record's text for one model: by the configured template, or with `chat_template` by the model's own.
 
     Then the prompt is what the model generates from (`add_generation_prompt`), the answer ends with the template's end of
-    turn, and special tokens are spelled out in both.
+    turn, and special tokens are spelled out in both. Every earlier turn of the assistant is an answer of its own, after a
+    prompt of its own: all that stands before it.
 
     Raises:
         ValueError: no chat template; one that refuses the messages, whose generation prompt does not begin the whole, or
             that changes the answer; a record without prompt. Names the model and the record.
     """
-    plain = render(record, template, reading)
+    plain = render(record, template)
     if not template.chat_template:
         return plain
     where = f"{name_of(tokenizer)}, record {record.id!r}"
@@ -63,9 +65,43 @@ def rendered(tokenizer: Any, record: Record, template: Template, reading: Readin
             "take out of the records what it rewrites, such as <think>"
         )
     before, after = whole[len(prompt) : place], whole[place + len(said) :].rstrip()
+    *earlier, prompt = _turns(tokenizer, messages, prompt, after, where)
     if reasoning and answer:
-        return Segmented(prompt, before + reasoning, answer + after)
-    return Segmented(prompt, before + said, after) if reasoning else Segmented(prompt, "", before + said + after)
+        return Segmented(*earlier, prompt, before + reasoning, answer + after)
+    last = (before + said, after) if reasoning else ("", before + said + after)
+    return Segmented(*earlier, prompt, *last)
+
+
+def _turns(tokenizer: Any, messages: list[dict[str, str]], prompt: str, end: str, where: str) -> list[str]:
+    """The last prompt cut at the answers in it: prompt, no reasoning, answer of every earlier turn, and what is left."""
+    parts, at = [], 0
+    for number, message in enumerate(messages):
+        said = message["content"].strip()
+        if message["role"] != "assistant" or not said:
+            continue
+        begun = [_applied(tokenizer, messages[:number], where, add_generation_prompt=asked) for asked in (True, False)]
+        first = next((len(text) for text in begun if prompt.startswith(text)), at)
+        place = prompt.find(said, max(first, at))
+        if place < 0:
+            raise ValueError(
+                f"{where}: the chat template leaves out or changes the answer {said[:60]!r} of an earlier turn; take out of "
+                "the records what it rewrites, such as <think>"
+            )
+        stop = place + len(said)
+        stop += len(end) if prompt.startswith(end, stop) else 0
+        parts += [prompt[at:place], "", prompt[place:stop]]
+        at = stop
+    return [*parts, prompt[at:]]
+
+
+def conversation(tokenizer: Any, turns: Sequence[tuple[str, str]], where: str) -> str:
+    """What a model answers in a conversation of (role, text), by its own chat template.
+
+    Raises:
+        ValueError: no chat template, or one that refuses the turns; `where` is named.
+    """
+    messages = [{"role": role, "content": text} for role, text in turns]
+    return _applied(tokenizer, messages, where, add_generation_prompt=True)
 
 
 def _applied(tokenizer: Any, messages: list[dict[str, str]], where: str, **options: bool) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b, sha256
 from itertools import pairwise
 from pathlib import Path
@@ -13,19 +13,20 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kvpipe.config import Template
 from kvpipe.data.chat import carries_special, name_of, rendered, without_special
-from kvpipe.data.records import Reading, Record
+from kvpipe.data.records import Record
 from kvpipe.experiment.files import save_tensors
 from kvpipe.experiment.progress import track
 from kvpipe.tokens.matrix import encode
 from kvpipe.tokens.segments import Segmented, token_segments
 
 SEGMENTS = 3
+"""Of a turn."""
 ARRAYS = ("ids", "spans", "offsets", "segments", "byte_segments", "segment_hashes")
 
 
@@ -34,15 +35,16 @@ class Encoding:
     """Tokens of many examples, one after the other; a *row* is one token.
 
     `offsets[e] : offsets[e + 1]` are the rows of example `e`; `segments` are row ranges relative to the example,
-    `byte_segments` byte ranges relative to its text.
+    `byte_segments` byte ranges relative to its text: prompt, reasoning and answer of every turn, empty ones at the end where
+    other examples have more turns.
     """
 
     ids: Int64[np.ndarray, "row"]
     spans: Int64[np.ndarray, "row 2"]
     offsets: Int64[np.ndarray, "example_plus_one"]
-    segments: Int64[np.ndarray, "example 3 2"]
-    byte_segments: Int64[np.ndarray, "example 3 2"]
-    segment_hashes: Int64[np.ndarray, "example 3"]
+    segments: Int64[np.ndarray, "example segment 2"]
+    byte_segments: Int64[np.ndarray, "example segment 2"]
+    segment_hashes: Int64[np.ndarray, "example segment"]
     texts: tuple[Segmented, ...] = ()
 
     def __len__(self) -> int:
@@ -66,6 +68,34 @@ class Encoding:
             texts=tuple(self.texts[i] for i in examples) if self.texts else (),
         )
 
+    def completion(self, example: SupportsIndex) -> Bool[np.ndarray, "some_row"]:
+        """Which of an example's rows are no prompt's: reasoning, answer and what ends them, in every turn."""
+        place, segments = np.arange(self.lengths[example]), self.segments[example]
+        inside = place >= segments[0, 1]
+        for start, stop in segments[SEGMENTS::SEGMENTS]:
+            inside[start:stop] = False
+        return inside
+
+    def __add__(self, other: Encoding) -> Encoding:
+        """The examples of both."""
+        turns = max(side.segments.shape[1] for side in (self, other)) // SEGMENTS
+        sides = [
+            side if side.segments.shape[1] == turns * SEGMENTS else side._of_turns(turns) for side in (self, other)
+        ]
+        both = {name: np.concatenate([getattr(x, name) for x in sides]) for name in ARRAYS if name != "offsets"}
+        offsets = np.concatenate([self.offsets, self.offsets[-1] + other.offsets[1:]])
+        return Encoding(**both, offsets=offsets, texts=self.texts + other.texts)
+
+    def _of_turns(self, turns: int) -> Encoding:
+        """With room for so many."""
+        more = turns * SEGMENTS - self.segments.shape[1]
+        parts, spelled = (
+            np.concatenate([x, x[:, -1:, [1, 1]].repeat(more, axis=1)], axis=1)
+            for x in (self.segments, self.byte_segments)
+        )
+        hashes = np.pad(self.segment_hashes, ((0, 0), (0, more)), constant_values=hash_bytes(b""))
+        return replace(self, segments=parts, byte_segments=spelled, segment_hashes=hashes)
+
     def rows(self, example: SupportsIndex) -> slice:
         """The rows of one example."""
         return slice(int(self.offsets[example]), int(self.offsets[int(example) + 1]))
@@ -75,7 +105,6 @@ def encode_records(
     records: list[Record],
     tokenizer,
     template: Template,
-    reading: Reading = "student",
     end: bool = False,
     max_length: int | None = None,
 ) -> Encoding:
@@ -85,7 +114,6 @@ def encode_records(
         records: the examples, in order.
         tokenizer: a fast tokenizer.
         template: record → text; with `chat_template` by the tokenizer's own, whose special tokens have empty spans.
-        reading: the student's text or the teacher's own.
         end: end every text with the end-of-text token (an empty span), so that a model learns to stop; where tokenizer
             or chat template end it themselves, nothing is added.
         max_length: longest allowed example in tokens.
@@ -97,7 +125,7 @@ def encode_records(
         ValueError: an example is longer than `max_length` (names it and its length), or `end` and the tokenizer has no
             end-of-text token.
     """
-    texts = [rendered(tokenizer, record, template, reading) for record in records]
+    texts = [rendered(tokenizer, record, template) for record in records]
     ids = [record.id for record in records]
     encoding = encode_texts(ids, texts, tokenizer, template.chat_template, end, max_length)
     if template.chat_template:
@@ -122,6 +150,7 @@ def encode_texts(
         raise ValueError(f"{name_of(tokenizer)} has no end-of-text token (eos_token): name one")
     ids, spans, segments, byte_segments, hashes, stripped = [], [], [], [], [], []
     doubled: dict[str, list[str]] = {"bos": [], "eos": [], "prompt": []}
+    most = max(map(len, texts), default=SEGMENTS)
     for name, whole in track(list(zip(names, texts, strict=True)), "encoding", "texts"):
         tokens, text = encode(tokenizer, whole.text, add_special_tokens=not chat), whole
         these, span = tokens.ids.numpy(), tokens.spans.numpy()
@@ -141,10 +170,15 @@ def encode_texts(
             raise ValueError(f"record {name!r} has {len(these)} tokens, train.max_length is {max_length}: raise it")
         ids.append(these)
         spans.append(span)
-        segments.append(token_segments(span, text.boundaries))
-        byte_segments.append(list(pairwise(text.boundaries)))
         stripped.append(text)
-        hashes.append([hash_bytes(segment.encode()) for segment in text])
+        room = Segmented(*text, *[""] * (most - len(text)))
+        if chat and len(whole) > SEGMENTS:  # a mark has no bytes left to say on which side of an answer's end it stands
+            marked = Segmented(*whole, *[""] * (most - len(whole)))
+            segments.append(token_segments(tokens.spans.numpy(), marked.boundaries))
+        else:
+            segments.append(token_segments(span, room.boundaries))
+        byte_segments.append(list(pairwise(room.boundaries)))
+        hashes.append([hash_bytes(segment.encode()) for segment in room])
     take = "the row brings one and the tokenizer or kvpipe another: take it out of the rows or of data.template"
     _warn(tokenizer, doubled["bos"], names, f"begin with {tokenizer.bos_token!r} twice", take)
     _warn(tokenizer, doubled["eos"], names, f"end with {tokenizer.eos_token!r} twice", take)
@@ -155,9 +189,9 @@ def encode_texts(
         ids=np.concatenate(ids).astype(np.int64),
         spans=np.concatenate(spans).astype(np.int64),
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        segments=np.array(segments, dtype=np.int64).reshape(len(texts), SEGMENTS, 2),
-        byte_segments=np.array(byte_segments, dtype=np.int64).reshape(len(texts), SEGMENTS, 2),
-        segment_hashes=np.array(hashes, dtype=np.int64).reshape(len(texts), SEGMENTS),
+        segments=np.array(segments, dtype=np.int64).reshape(len(texts), most, 2),
+        byte_segments=np.array(byte_segments, dtype=np.int64).reshape(len(texts), most, 2),
+        segment_hashes=np.array(hashes, dtype=np.int64).reshape(len(texts), most),
         texts=tuple(stripped),
     )
 
@@ -216,7 +250,10 @@ def load_encoding(path: Path, made_from: dict[str, Any]) -> Encoding:
         raise ValueError(f"{path} is damaged, its checksum is another: {fix}")
     raw, texts, start = arrays.pop("text").tobytes(), [], 0
     for segments in arrays["byte_segments"].tolist():
-        texts.append(Segmented(*(raw[start + first : start + stop].decode() for first, stop in segments)))
+        parts = [raw[start + first : start + stop].decode() for first, stop in segments]
+        while len(parts) > SEGMENTS and not any(parts[-SEGMENTS:]):  # room for other examples' turns
+            del parts[-SEGMENTS:]
+        texts.append(Segmented(*parts))
         start += segments[-1][1]
     return Encoding(**arrays, texts=tuple(texts))
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
 from hashlib import sha256
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kvpipe.config import Reading, Template
+from kvpipe.config import Reading, ShortReasoning, Template
 from kvpipe.experiment.files import replacing
 from kvpipe.tokens.segments import Segmented
 
@@ -42,20 +45,46 @@ class Record:
         return sha256("\x1f".join(parts if any(parts[1:]) else (*parts, self.reasoning)).encode()).hexdigest()
 
 
-def render(record: Record, template: Template, reading: Reading = "student") -> Segmented:
-    """Apply the template; `own` puts the teacher's longer reasoning in the place of the student's.
+def read_as(records: Iterable[Record], reading: Reading, short: ShortReasoning | None = None) -> list[Record]:
+    """The records with the reasoning that is read in the place of their own.
 
     Raises:
-        ValueError: the record has no `teacher_reasoning` and `reading` is `own`.
+        ValueError: `own` of a record without `teacher_reasoning`, or nothing is left of a record; names it.
     """
-    reasoning, template_of = record.reasoning, template.of(record.task)
+    return (
+        list(records)
+        if reading == "student"
+        else [_read_as(record, reading, short or ShortReasoning()) for record in records]
+    )
+
+
+def _read_as(record: Record, reading: Reading, short: ShortReasoning) -> Record:
     if reading == "own":
         if record.teacher_reasoning is None:
-            raise ValueError(f"record {record.id!r} has no teacher_reasoning: add the column or set time.text: student")
-        reasoning = record.teacher_reasoning
+            raise ValueError(
+                f"record {record.id!r} has no teacher_reasoning: map the column, or set time.kind: overlap"
+            )
+        return replace(record, reasoning=record.teacher_reasoning)
+    if not record.prompt + record.answer:
+        raise ValueError(f"record {record.id!r} is all reasoning: student_reasoning: {reading} leaves nothing of it")
+    return replace(record, reasoning=shortened(record.reasoning, short) if reading == "short" else "")
+
+
+def shortened(reasoning: str, short: ShortReasoning) -> str:
+    """The end of a reasoning: its last sentences, or its last words."""
+    if short.sentences is not None:
+        return " ".join(re.split(r"(?<=[.!?])\s+|\n+", reasoning)[-short.sentences :])
+    words = reasoning.split()
+    kept = math.ceil(len(words) * (0.5 if short.share is None else short.share))
+    return " ".join(words[len(words) - kept :])
+
+
+def render(record: Record, template: Template) -> Segmented:
+    """Apply the template."""
+    template_of = template.of(record.task)
     return Segmented(
         prompt=template_of.prompt.format(prompt=record.prompt),
-        reasoning=template_of.reasoning.format(reasoning=reasoning) if reasoning else "",
+        reasoning=template_of.reasoning.format(reasoning=record.reasoning) if record.reasoning else "",
         answer=template_of.answer.format(answer=record.answer),
     )
 

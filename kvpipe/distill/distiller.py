@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kvpipe.align.layermap import layer_plan
 from kvpipe.align.timemap import build_time_map, shared_spans
 from kvpipe.cache.capture import Recorder, kv_geometry
-from kvpipe.cache.forward import Keep, forward_rows
+from kvpipe.cache.forward import Keep
 from kvpipe.cache.store import Store, StoreKey, build_shard, write_index
 from kvpipe.cache.teacher import Aligned, AlignedTeacher, LiveRows, RowSource, StoredRows
 from kvpipe.config import Arm, FitConfig, StoreConfig
@@ -39,7 +39,7 @@ from kvpipe.tokens.matrix import common_prefix_positions
 from kvpipe.tokens.segments import Segmented
 from kvpipe.tokens.vocabulary import same_tokens
 
-TOP = 16
+TOP, TOPS = 16, ("top_ids", "top_logprobs")
 """Next-token candidates that are read of each teacher for `logits`."""
 WEIGHTS, DOCUMENT, TEXTS = "distiller.safetensors", "distiller.json", "texts.json"
 
@@ -205,7 +205,8 @@ class Distiller(nn.Module):
         run, hidden = Run(self._head[1], None), self.objective.records_hidden
         with ExitStack() as entered:
             if self.objective.records:
-                run.recorder = entered.enter_context(Recorder(model, hidden=hidden))
+                queries = self.objective.records_queries
+                run.recorder = entered.enter_context(Recorder(model, hidden, queries=queries))
             if run.head.weight is None:
                 handle = whole.register_forward_hook(lambda _m, _a, output: setattr(run, "states", output.logits))
             else:
@@ -271,8 +272,7 @@ class Distiller(nn.Module):
                 rows.append(None)
             if "top_logits" in self.arm.needs:
                 top.append(_candidates(teacher, source, src, dst, self.tokenizer).padded(examples, length))
-        said = self.objective.said(batch, rows)
-        return Said(said.rows, top, said.shares)
+        return self.objective.said(batch, rows, top)
 
     # ------------------------------------------------------------ on disk
     def save(self, folder: str | Path) -> None:
@@ -512,14 +512,11 @@ class _Taken:
 
 def _candidates(teacher: Teacher, source: RowSource, src: Encoding, dst: Encoding, tokenizer: Any) -> TopLogits:
     """A teacher's next-token candidates on a batch."""
-    if isinstance(source, _Taken):
-        found = source.fetch(np.arange(len(src)), ["top_ids", "top_logprobs"])
-        ids, logprobs = found["top_ids"].long(), found["top_logprobs"]
-    else:
-        rows = forward_rows(teacher.model, src, np.arange(len(src)), Keep(top=TOP), len(src), teacher.pad_id).named()
-        ids, logprobs = rows["top_ids"], rows["top_logprobs"]
     same = torch.from_numpy(same_tokens(teacher.tokenizer, tokenizer))
-    return TopLogits.on_student(ids, logprobs, common_prefix_positions(*shared_spans(src, dst)), same, dst.offsets)
+    if not isinstance(source, _Taken):
+        return TopLogits.live(teacher.model, src, dst, same, TOP, len(src), teacher.pad_id)
+    found, pairs = source.fetch(np.arange(len(src)), TOPS), common_prefix_positions(*shared_spans(src, dst))
+    return TopLogits.on_student(found["top_ids"].long(), found["top_logprobs"], pairs, same, dst.offsets)
 
 
 def _unread(teacher: Teacher, tokenizer: Any) -> AlignedTeacher:

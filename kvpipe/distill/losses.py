@@ -16,9 +16,11 @@ import torch
 from einops import rearrange, reduce
 from jaxtyping import Float, Integer, Shaped
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from kvpipe.experiment.sizes import LEAST
 from kvpipe.models.head import Head
 from kvpipe.models.likelihood import wide
 
@@ -27,10 +29,11 @@ def kv_loss(
     student: Float[Tensor, "*layer batch head time dim"],
     target: Float[Tensor, "*layer batch head time dim"],
     mask: Shaped[Tensor, "batch time"],
-    kind: Literal["mse", "smooth_l1"] = "mse",
+    kind: Literal["mse", "smooth_l1", "cosine"] = "mse",
     scale: Literal["std"] | Tensor | None = None,
 ) -> Float[Tensor, "batch time"]:
-    """Squared or smooth-L1 (β = 1) distance of caches, averaged over layer, head and dim.
+    """Squared, smooth-L1 (β = 1) or cosine (1 − cos of each head's vectors, without scale) distance of caches, averaged
+    over layer, head and dim.
 
     `mask` is nonzero where a position counts; what stands in masked positions of either side, NaN too, has no
     influence on the loss, its gradient or the scale. With ``scale="std"`` each layer's residual is divided by the
@@ -45,25 +48,59 @@ def layer_kv_losses(
     student: Float[Tensor, "*layer batch head time dim"],
     target: Float[Tensor, "*layer batch head time dim"],
     mask: Shaped[Tensor, "batch time"],
-    kind: Literal["mse", "smooth_l1"] = "mse",
+    kind: Literal["mse", "smooth_l1", "cosine"] = "mse",
     scale: Literal["std"] | Tensor | None = None,
 ) -> Float[Tensor, "*layer batch time"]:
-    """`kv_loss` of each layer by itself, for the log and for `check_finite`."""
-    hidden = rearrange(mask == 0, "batch time -> batch 1 time 1")
-    # Masked before anything else: 0 · NaN is NaN, in the backward pass too.
-    residual = (wide(student) - wide(target)).masked_fill(hidden, 0)
-    if isinstance(scale, Tensor) or scale == "std":
-        std = scale if isinstance(scale, Tensor) else target_std(target, mask)
-        residual = residual / torch.where(std > 0, std, 1.0)[..., None, None, None, None]
-    elif scale is not None:
+    """`kv_loss` of each layer by itself."""
+    if kind == "cosine":
+        hidden = rearrange(mask == 0, "batch time -> batch 1 time 1")
+        own, other = (wide(x).masked_fill(hidden, 1) for x in (student, target))
+        return reduce(1 - F.cosine_similarity(own, other, dim=-1), "... batch head time -> ... batch time", "mean")
+    if kind not in ("mse", "smooth_l1"):
+        raise ValueError(f"kind must be 'mse', 'smooth_l1' or 'cosine'; got {kind!r}")
+    if not isinstance(scale, Tensor) and scale not in (None, "std"):
         raise ValueError(f"scale must be None or 'std'; got {scale!r}")
-    if kind == "mse":
-        loss = residual.square()
-    elif kind == "smooth_l1":
-        loss = F.smooth_l1_loss(residual, torch.zeros_like(residual), reduction="none")
-    else:
-        raise ValueError(f"kind must be 'mse' or 'smooth_l1'; got {kind!r}")
-    return reduce(loss, "... batch head time dim -> ... batch time", "mean")
+    std = target_std(target, mask) if isinstance(scale, str) else scale
+    return _Distance.apply(student, target, mask != 0, std, kind)  # type: ignore[no-untyped-call]
+
+
+class _Distance(torch.autograd.Function):
+    """Layer by layer, its gradient formed on the way: of whole caches there is one copy and not six."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, target: Tensor, shown: Tensor, std: Tensor | None, kind: str) -> Tensor:
+        """The losses of every layer and position; 0 where nothing is shown."""
+        hidden = rearrange(~shown, "batch time -> batch 1 time 1")
+        ours, theirs = (x.reshape(-1, *x.shape[-4:]) for x in (student, target))
+        units = torch.ones(len(ours)) if std is None else 1 / torch.where(std > 0, std, 1.0).flatten()
+        number, count = torch.promote_types(wide(student[:0]).dtype, target.dtype), ours.shape[2] * ours.shape[4]
+        losses = torch.empty(len(ours), *shown.shape, dtype=number, device=student.device)
+        forms = any(ctx.needs_input_grad)
+        gradient = torch.empty_like(ours, dtype=number if ctx.needs_input_grad[1] else student.dtype) if forms else None
+        for layer, unit in enumerate(units.tolist()):
+            # masked before anything else: 0 · NaN is NaN
+            residual = (ours[layer].to(number) - theirs[layer]).masked_fill_(hidden, 0).mul_(unit)
+            if kind == "mse":
+                losses[layer] = residual.square().mean((1, 3))
+                residual.mul_(2)
+            else:
+                losses[layer] = F.smooth_l1_loss(residual, torch.zeros_like(residual), reduction="none").mean((1, 3))
+                residual.clamp_(-1, 1)
+            if gradient is not None:
+                gradient[layer] = residual.mul_(unit / count)
+        ctx.save_for_backward(gradient)
+        ctx.kinds = student.dtype, target.dtype, student.shape
+        return losses.view(*student.shape[:-4], *shown.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_losses: Tensor) -> Any:
+        """What the forward has formed, times what comes from above."""
+        own, other, shape = ctx.kinds
+        above = by_losses.reshape(-1, *by_losses.shape[-2:])
+        gradient = (ctx.saved_tensors[0] * rearrange(above, "layer batch time -> layer batch 1 time 1")).view(shape)
+        by_target = (-gradient).to(other) if ctx.needs_input_grad[1] else None
+        return gradient.to(own) if ctx.needs_input_grad[0] else None, by_target, None, None, None
 
 
 @torch.no_grad()
@@ -71,13 +108,14 @@ def target_moments(
     target: Float[Tensor, "*layer batch head time dim"], mask: Shaped[Tensor, "batch time"]
 ) -> Float[Tensor, "3 *layer"]:
     """Count, mean and summed squared deviation of each layer's target over the unmasked positions, heads and dims."""
-    shown = rearrange(mask != 0, "batch time -> batch 1 time 1")
-    axes = (-4, -3, -2, -1)
-    values = wide(target)
-    count = shown.sum() * target.shape[-3] * target.shape[-1]
-    mean = values.masked_fill(~shown, 0).sum(axes) / count.clamp(min=1)
-    centred = (values - mean[..., None, None, None, None]).masked_fill(~shown, 0)
-    return torch.stack([count.to(mean).expand_as(mean), mean, centred.square().sum(axes)])
+    hidden = rearrange(mask == 0, "batch time -> batch 1 time 1")
+    count = (mask != 0).sum() * target.shape[-3] * target.shape[-1]
+    found = []
+    for layer in target.reshape(-1, *target.shape[-4:]):
+        values = wide(layer).masked_fill(hidden, 0)
+        mean = values.sum() / count.clamp(min=1)
+        found.append(torch.stack([count.to(mean), mean, values.sub_(mean).masked_fill_(hidden, 0).square().sum()]))
+    return torch.stack(found, 1).reshape(3, *target.shape[:-4])
 
 
 @torch.no_grad()
@@ -141,10 +179,16 @@ def relation_loss(
         scores = split @ split.mT * split.shape[-1] ** -0.5
         return scores.masked_fill(~allowed, -torch.inf).log_softmax(-1)
 
-    student_log, teacher_log = log_relation(student, "student"), log_relation(teacher, "teacher")
-    gap = (teacher_log - student_log).masked_fill(~allowed, 0)
-    divergence = reduce(teacher_log.exp() * gap, "batch relation query key -> batch relation query", "sum")
+    divergence = row_divergence(log_relation(student, "student"), log_relation(teacher, "teacher"))
     return divergence.mean(1).masked_fill(~shown, 0)
+
+
+def row_divergence(
+    student: Float[Tensor, "*row outcome"], teacher: Float[Tensor, "*row outcome"]
+) -> Float[Tensor, "*row"]:
+    """KL(teacher ‖ student) of log-probabilities; what is −∞ in both is no outcome."""
+    none = teacher.isneginf() & student.isneginf()
+    return (teacher.exp() * (teacher - student).masked_fill(none, 0)).sum(-1)
 
 
 def logit_kd_loss(
@@ -186,10 +230,6 @@ def _merged_twins(
     total = log_probs[..., None, :].masked_fill(~same, -torch.inf).logsumexp(-1)
     repeated = same.tril(-1).any(-1)
     return ids.masked_fill(repeated, -1), total
-
-
-LEAST = 256
-"""Rows of a piece where the head trains: its gradient is added to once a piece, which is as much work as so many rows."""
 
 
 @runtime_checkable

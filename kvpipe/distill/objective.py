@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from kvpipe.align.timemap import shared_spans
+from kvpipe.cache.forward import Keep, forward_rows
 from kvpipe.cache.teacher import COLUMNS, Aligned, AlignedTeacher
 from kvpipe.data.batches import Batch
+from kvpipe.data.encoding import Encoding
 from kvpipe.distill.fusion import Fusion
 from kvpipe.distill.losses import head_losses
 from kvpipe.distill.targets import FusedTargets
 from kvpipe.distill.terms import HeadTerm, Row, Said, Student, Term
+from kvpipe.tokens.matrix import common_prefix_positions
 
 RECORDED = frozenset({"own_kv", "own_queries", "own_hidden"})
 
@@ -83,6 +88,11 @@ class Objective(nn.Module):
         return "own_hidden" in self.needs
 
     @property
+    def records_queries(self) -> bool:
+        """Whether its queries are."""
+        return "own_queries" in self.needs
+
+    @property
     def reads_student(self) -> bool:
         """Whether the target depends on the student's forward."""
         return self.targets is not None and self.targets.reads_student
@@ -99,23 +109,39 @@ class Objective(nn.Module):
         return tuple(name for name in COLUMNS if name in wanted or name in fused)
 
     # ------------------------------------------------------------ one batch
-    def read(self, batch: Batch) -> Said:
-        """What the teachers say of a part; nothing here depends on what trains."""
+    def read(self, batch: Batch, other: OtherTexts | None = None) -> Said:
+        """What the teachers say of a part, of its training texts or of others; nothing here depends on what trains."""
         length = batch.input_ids.shape[1]
+        texts = other or OtherTexts(self.teachers, self.top, batch.examples)
         rows: list[Aligned | None] = []
-        for number, teacher in enumerate(self.teachers):
+        for number, teacher in enumerate(texts.teachers):
             columns = self.columns(number)
-            rows.append(teacher.aligned(batch.examples, length, columns) if columns else None)
-        return self.said(batch, rows)
+            rows.append(teacher.aligned(texts.places, length, columns) if columns else None)
+        return self.said(batch, rows, [entry.padded(texts.places, length) for entry in texts.top])
 
-    def said(self, batch: Batch, rows: Sequence[Aligned | None]) -> Said:
+    def settled(self, batch: Batch, said: Said) -> Said:
+        """With the fused caches where nothing in them trains or looks at the student: made before there is a graph, they
+        need not keep beside it what they are made of."""
+        if self.targets is None or self.targets.trains or self.reads_student:
+            return said
+        looked = {name for term in self.terms.values() for name in getattr(term.settings, "needs", ())}
+        dropped = {"keys", "values"} - looked
+        fused = self.resolve(batch, said).fused
+        rows = [
+            None if one is None else replace(one, columns={n: x for n, x in one.columns.items() if n not in dropped})
+            for one in said.rows
+        ]
+        return Said(rows, said.top, said.shares, fused)
+
+    def said(
+        self, batch: Batch, rows: Sequence[Aligned | None], top: Sequence[tuple[Tensor, Tensor, Tensor]] = ()
+    ) -> Said:
         """The same of rows that somebody else has read."""
-        top = [entry.padded(batch.examples, batch.input_ids.shape[1]) for entry in self.top]
         return Said(rows, top, self._shares(batch))
 
     def resolve(self, batch: Batch, said: Said, student: Student | None = None) -> Said:
         """With the caches projected and fused, by the forward that was just recorded where the fusion looks at it."""
-        if self.targets is None:
+        if self.targets is None or said.fused is not None:
             return said
 
         def seen() -> Student:
@@ -161,6 +187,7 @@ class Objective(nn.Module):
             progress: (step, steps).
             only: name of a term.
         """
+        student.progress = progress[0] / max(progress[1], 1)
         weights: dict[str, float] = {name: term.weight(*progress) for name, term in self.terms.items()}
         counts = {name: weight if only in (None, name) else 0.0 for name, weight in weights.items()}
         heads = {name: term for name, term in self.terms.items() if isinstance(term, HeadTerm)}
@@ -216,12 +243,22 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def _watch(self, batch: Batch, said: Said, whole: Mapping[str, Row]) -> dict[str, tuple[float, float]]:
-        out = {key: (value, 1.0) for name, term in self.terms.items() for key, value in term.watch(whole[name]).items()}
+        out = {key: value for name, term in self.terms.items() for key, value in term.watch(whole[name]).items()}
         if self.targets is not None:
             mask = batch.mask & said.target.mask
             out["masked_share"] = (float(batch.mask.sum() - mask.sum()), float(batch.mask.sum()))
             out |= self.targets.watch(said.target, mask, np.array(self._tasks(batch)))
         return out
+
+
+@dataclass(frozen=True)
+class OtherTexts:
+    """Texts that the teachers have read in the place of a batch's own."""
+
+    teachers: Sequence[AlignedTeacher]
+    top: Sequence[TopLogits]
+    places: Int64[np.ndarray, "batch"]
+    """Numbers of the batch's texts among them."""
 
 
 @dataclass(frozen=True)
@@ -233,6 +270,22 @@ class TopLogits:
     logprobs: Float[Tensor, "dst_row top"]
     mask: Tensor
     offsets: np.ndarray
+
+    @classmethod
+    def live(
+        cls,
+        model: Any,
+        src: Encoding,
+        dst: Encoding,
+        same: Int64[Tensor, "src_token"],
+        top: int,
+        batch_size: int,
+        pad_id: int,
+    ) -> TopLogits:
+        """Those of a teacher that reads all texts now; see `on_student`."""
+        rows = forward_rows(model, src, np.arange(len(src)), Keep(top=top), batch_size, pad_id).named()
+        pairs = common_prefix_positions(*shared_spans(src, dst))
+        return cls.on_student(rows["top_ids"], rows["top_logprobs"], pairs, same, dst.offsets)
 
     @classmethod
     def on_student(

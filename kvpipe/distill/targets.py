@@ -130,6 +130,11 @@ class FusedTargets(nn.Module):
         """Whether the target depends on the student's forward."""
         return bool(self.needs & {"own_queries", "own_hidden"})
 
+    @property
+    def trains(self) -> bool:
+        """Whether it changes from step to step."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
     @torch.no_grad()
     def _look(self) -> None:
         """Show the fusion some training examples."""

@@ -18,18 +18,20 @@ from torch import Tensor, nn
 
 from kvpipe.align.layer import proportional_map
 from kvpipe.align.regime import positions_from_mask
-from kvpipe.cache.attention import attention_outputs
+from kvpipe.cache.attention import attention_logs, attention_outputs
 from kvpipe.cache.capture import Recorder
 from kvpipe.cache.kv import KV
 from kvpipe.cache.teacher import Aligned
 from kvpipe.config import TERMS
 from kvpipe.config.terms import (
+    AttentionKLConfig,
     AttentionTermConfig,
     CacheTermConfig,
     CrossEntropyConfig,
     FinalStateConfig,
     HiddenConfig,
     KeysConfig,
+    LayerTermConfig,
     LikelihoodConfig,
     LogitsConfig,
     RelationsConfig,
@@ -47,9 +49,11 @@ from kvpipe.distill.losses import (
     Schedule,
     TopKL,
     kv_loss,
+    layer_kv_losses,
     masked_sum,
     pooled_std,
     relation_loss,
+    row_divergence,
     row_nll,
     target_moments,
 )
@@ -67,6 +71,8 @@ class Student:
     head: Head
     states: Float[Tensor, "batch time width"]
     recorder: Recorder | None = None
+    progress: float = 0.0
+    """Share of the steps that are done."""
 
     @property
     def _recorded(self) -> Recorder:
@@ -77,9 +83,19 @@ class Student:
         return self.recorder
 
     @cached_property
+    def keys(self) -> Float[Tensor, "layer batch head time dim"]:
+        """Keys before rotation."""
+        return self._recorded.keys()
+
+    @cached_property
+    def values(self) -> Float[Tensor, "layer batch head time value_dim"]:
+        """Values."""
+        return self._recorded.values()
+
+    @property
     def kv(self) -> KV:
-        """Keys before rotation, and values."""
-        return self._recorded.kv()
+        """Both."""
+        return KV(self.keys, self.values)
 
     @cached_property
     def queries(self) -> Float[Tensor, "layer batch query_head time dim"]:
@@ -109,6 +125,13 @@ class Said:
     """Weights of the teachers, where they are known without caches."""
     fused: FusedTarget | None = None
     """The projected, fused caches."""
+
+    def __add__(self, other: Said) -> Said:
+        """Of both batches, one below the other, padded to one length."""
+        rows = [a + b if a is not None and b is not None else None for a, b in zip(self.rows, other.rows, strict=True)]
+        top = [tuple(map(torch.cat, zip(a, b, strict=True))) for a, b in zip(self.top, other.top, strict=True)]
+        shares = None if self.shares is None else torch.cat([self.weights, other.weights], dim=1)
+        return Said(rows, top, shares)  # type: ignore[arg-type]
 
     def of(self, teacher: int) -> Aligned:
         """The columns of a teacher."""
@@ -178,8 +201,8 @@ class Term(nn.Module):
         """A part's share of the term."""
         raise NotImplementedError
 
-    def watch(self, whole: Row) -> dict[str, float]:
-        """Numbers worth logging of a whole batch."""
+    def watch(self, whole: Row) -> dict[str, tuple[float, float]]:
+        """Numbers worth logging of the part that `forward` has seen last, each a sum and what it is divided by."""
         return {}
 
 
@@ -208,10 +231,12 @@ class CrossEntropyTerm(HeadTerm):
         return CrossEntropy(following[rows]), self.counted(batch, said).flatten()[rows].float()
 
 
-class CacheTerm(Term):
-    """Distance of the student's cache from the fused one, layer by layer."""
+class LayerTerm(Term):
+    """The student's cache against the fused one, layer by layer."""
 
-    settings: CacheTermConfig
+    settings: LayerTermConfig
+    seen: tuple[Tensor, Tensor]
+    """Losses ``(layer, batch, time)`` of the last forward, and where they count."""
 
     @property
     def layers(self) -> Any:
@@ -223,6 +248,42 @@ class CacheTerm(Term):
         mask = batch.mask & said.target.mask
         mask[:, : self.settings.skip_sink] = False
         return mask
+
+    def added(self, losses: Float[Tensor, "layer batch time"], mask: Tensor, whole: Row, progress: float) -> Tensor:
+        """A part's share of the mean over layers, each by how far it is open."""
+        self.seen = losses.detach(), mask
+        if self.settings.opening:
+            depth = torch.arange(len(losses), device=losses.device)
+            share = (len(losses) * progress / self.settings.opening - depth).clamp(0, 1)
+            losses = losses * share[:, None, None]
+        return masked_sum(losses.mean(0), mask) / whole[0].clamp(min=1)
+
+    def watch(self, whole: Row) -> dict[str, tuple[float, float]]:
+        """The loss of each layer."""
+        losses, mask = self.seen
+        sums = losses.masked_fill(~mask, 0).sum((1, 2)).tolist()
+        layers = range(len(sums)) if self.settings.layers is None else self.settings.layers
+        count, name = float(mask.sum()), self.settings.kind
+        return {f"layer/{name}/{layer}": (total, count) for layer, total in zip(layers, sums, strict=True)}
+
+    def mixed(self, said: Said, student: Student, batch: Batch) -> tuple[list[KV], tuple[Tensor, list[Any], Tensor]]:
+        """The student's own cache and the fused one, and what reads them: queries, rotary embeddings, positions.
+
+        Where there is no target the student's own entry, detached, stands in the fused one; queries are detached.
+        """
+        fused, own, chosen = said.target.fused, student.kv, self.layers
+        inside = (said.target.mask & batch.mask)[None, :, None, :, None]
+        pairs = ((fused.keys, own.keys), (fused.values, own.values))
+        target = [torch.where(inside, there, here.detach())[chosen] for there, here in pairs]
+        queries, ropes = student.queries.detach()[chosen], _chosen(student.ropes, chosen)
+        read = queries, ropes, positions_from_mask(batch.attention_mask)
+        return [KV(own.keys[chosen], own.values[chosen]), KV(*target)], read
+
+
+class CacheTerm(LayerTerm):
+    """Distance of two caches."""
+
+    settings: CacheTermConfig
 
     def target(self, said: Said) -> Float[Tensor, "layer batch head time dim"]:
         """Keys or values of the layers that are matched."""
@@ -240,15 +301,15 @@ class CacheTerm(Term):
         moments = rearrange(rows[:, 1:], "part (stat layer) -> part stat layer", stat=3)
         return torch.cat([rows[:, 0].sum(0, keepdim=True), pooled_std(moments)])
 
-    def distance(self, own: Tensor, target: Tensor, mask: Tensor, whole: Row) -> Tensor:
+    def distance(self, own: Tensor, target: Tensor, mask: Tensor, whole: Row, progress: float) -> Tensor:
         """A part's share, of either side's tensors."""
         scale = whole[1:] if self.settings.scale == "std" else None
-        loss = kv_loss(own, target, mask, self.settings.distance, scale)
-        return masked_sum(loss, mask) / whole[0].clamp(min=1)
+        losses = layer_kv_losses(own, target, mask, self.settings.distance, scale)
+        return self.added(losses, mask, whole, progress)
 
-    def watch(self, whole: Row) -> dict[str, float]:
-        """The target's deviation: a falling one means that a trainable projector collapses."""
-        return {f"target_std_{self.settings.kind}": whole[1:].mean().item()}
+    def watch(self, whole: Row) -> dict[str, tuple[float, float]]:
+        """The target's deviation too: a falling one means that a trainable projector collapses."""
+        return {f"target_std_{self.settings.kind}": (whole[1:].mean().item(), 1.0), **super().watch(whole)}
 
 
 @TERMS.built_from(KeysConfig)
@@ -261,7 +322,8 @@ class KeysTerm(CacheTerm):
 
     def forward(self, batch: Batch, said: Said, whole: Row, student: Student) -> Tensor:
         """Against the student's."""
-        return self.distance(student.kv.keys[self.layers], self.target(said), self.counted(batch, said), whole)
+        mask, own = self.counted(batch, said), student.keys[self.layers]
+        return self.distance(own, self.target(said), mask, whole, student.progress)
 
 
 @TERMS.built_from(ValuesConfig)
@@ -274,7 +336,8 @@ class ValuesTerm(CacheTerm):
 
     def forward(self, batch: Batch, said: Said, whole: Row, student: Student) -> Tensor:
         """Against the student's."""
-        return self.distance(student.kv.values[self.layers], self.target(said), self.counted(batch, said), whole)
+        mask, own = self.counted(batch, said), student.values[self.layers]
+        return self.distance(own, self.target(said), mask, whole, student.progress)
 
 
 @TERMS.built_from(AttentionTermConfig)
@@ -286,17 +349,24 @@ class AttentionTerm(ValuesTerm):
 
     def forward(self, batch: Batch, said: Said, whole: Row, student: Student) -> Tensor:
         """Distance of the two attention outputs."""
-        mask, fused, own = said.target.mask & batch.mask, said.target.fused, student.kv
-        inside = mask[None, :, None, :, None]
-        mixed = KV(
-            torch.where(inside, fused.keys, own.keys.detach()), torch.where(inside, fused.values, own.values.detach())
-        )
-        positions, chosen = positions_from_mask(batch.attention_mask), self.layers
-        queries, ropes = student.queries.detach()[chosen], _chosen(student.ropes, chosen)
-        outputs = [
-            attention_outputs(queries, KV(kv.keys[chosen], kv.values[chosen]), ropes, positions) for kv in (own, mixed)
-        ]
-        return self.distance(outputs[0], outputs[1], self.counted(batch, said), whole)
+        caches, (queries, ropes, positions) = self.mixed(said, student, batch)
+        own, target = (attention_outputs(queries, kv, ropes, positions) for kv in caches)
+        return self.distance(own, target, self.counted(batch, said), whole, student.progress)
+
+
+@TERMS.built_from(AttentionKLConfig)
+class AttentionKLTerm(LayerTerm):
+    """KL(fused ‖ own) of the causal attention weights that the student's queries, detached, give either side's keys.
+
+    The mean over query heads, per position. Where there is no target the student's own key stands on both sides.
+    """
+
+    def forward(self, batch: Batch, said: Said, whole: Row, student: Student) -> Tensor:
+        """Layer by layer."""
+        (own, target), (queries, ropes, positions) = self.mixed(said, student, batch)
+        logs = (attention_logs(queries, kv.keys, ropes, positions) for kv in (own, target))
+        losses = torch.stack([row_divergence(ours, theirs).mean(1) for ours, theirs in zip(*logs, strict=True)])
+        return self.added(losses, self.counted(batch, said), whole, student.progress)
 
 
 @TERMS.built_from(LogitsConfig)
@@ -467,12 +537,7 @@ class StatesTerm(Term):
         for teacher, mask in enumerate(self._masks(batch, said)):
             theirs = self.theirs(said, teacher).to(own.device)
             mapped = torch.stack([m(x) for m, x in zip(self.maps[teacher], own, strict=True)])  # type: ignore[call-overload]
-            if self.settings.distance == "cosine":
-                hidden = ~mask[None, :, :, None]
-                ours, target = wide(mapped).masked_fill(hidden, 1), wide(theirs).masked_fill(hidden, 1)
-                loss = (1 - torch.cosine_similarity(ours, target, dim=-1)).mean(0)
-            else:
-                loss = kv_loss(mapped[:, :, None], theirs[:, :, None], mask, "mse", deviations[teacher])
+            loss = kv_loss(mapped[:, :, None], theirs[:, :, None], mask, self.settings.distance, deviations[teacher])
             share = said.weights.to(loss)[teacher][:, None]
             total = total + masked_sum(loss * share, mask)
         return total / whole[0].clamp(min=1e-12)

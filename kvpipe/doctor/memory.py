@@ -13,10 +13,15 @@ from kvpipe.doctor.look import nvidia
 from kvpipe.doctor.workload import Workload
 from kvpipe.experiment.files import GB
 from kvpipe.experiment.launch import in_job
-from kvpipe.experiment.sizes import Shape, training_bytes
-
-BASE = 1.5 * GB
-"""Python, torch and transformers themselves."""
+from kvpipe.experiment.sizes import (
+    BASE,
+    CUDA_BASE,
+    Shape,
+    rows_bytes,
+    scoring_bytes,
+    teacher_pass_bytes,
+    training_bytes,
+)
 
 
 class Need(NamedTuple):
@@ -72,7 +77,11 @@ def needs(work: Workload, gpus: Callable[[str], int]) -> Iterator[Need]:
     student = work.shape(work.config.student)
     if student is None:
         return
-    yield _training(work, student, gpus("train"))
+
+    def process(rule: str) -> float:
+        return BASE + (CUDA_BASE if gpus(rule) else 0)
+
+    yield _training(work, student, gpus("train"), process("train"))
     rule = "teacher_kv_shard" if work.config.store.shards > 1 else "teacher_kv"
     host = {pair: need for pair in work.missing_stores if (need := work.pass_bytes(*pair)) is not None}
     if host:
@@ -83,26 +92,90 @@ def needs(work: Workload, gpus: Callable[[str], int]) -> Iterator[Need]:
         at = max(whole, key=whole.__getitem__) if whole else largest
         about = f"the largest, {'/'.join(largest)}"
         fix = f"models.{at[0]}.load: {{dtype: bf16}} or {{quantize: int8}}, or a lower store.batch_size"
-        yield Need(rule, "teacher KV", about, BASE + host[largest], whole.get(at), fix)
+        yield Need(rule, "teacher KV", about, process(rule) + host[largest], whole.get(at), fix)
+    yield from _fits(work, student, process)
+    new = max(scoring.max_new_tokens for scoring in (work.config.evaluate, *work.config.evaluate.tasks.values()))
+    at_once = work.config.evaluate.batch_size * (work.longest(work.config.student) + new)
+    scored = scoring_bytes(student, at_once)
+    for rule in ("evaluate", "untrained", "lm_eval"):
+        about = f"{work.config.evaluate.batch_size} texts side by side"
+        yield Need(rule, f"scoring ({rule})", about, process(rule) + scored, scored, "a lower evaluate.batch_size")
+    judged = [shape for name in work.dag.judged_teachers if (shape := work.shape(name))]
+    if judged:
+        scored = max(scoring_bytes(shape, at_once) for shape in judged)
+        rule, whole_host = "teacher_quality", process("teacher_quality") + scored
+        yield Need(
+            rule, "scoring (teacher_quality)", "the largest teacher", whole_host, scored, "a lower evaluate.batch_size"
+        )
 
 
-def _training(work: Workload, student: Shape, gpus: int) -> Need:
+def _training(work: Workload, student: Shape, gpus: int, base: float) -> Need:
     config = work.config.train
     micro = math.ceil(config.batch_size / config.accumulate / max(1, gpus))
-    mean = work.tokens(work.config.student) / max(1, work.examples)
-    # a batch is padded to its longest text, which is not known before it is tokenized
-    tokens = micro * min(config.max_length, round(1.5 * mean) or config.max_length)
-    training = float(training_bytes(student, config, tokens))
-    host = BASE + _targets_bytes(work, student) + (4 * student.parameters if gpus else training)
+    tokens = micro * work.longest(work.config.student)
+    arms = work.dag.arms.values()
+    matched = student.layers * max((sum(f"{kind}" in arm.loss for kind in KINDS) for arm in arms), default=0)
+    training = training_bytes(student, config, tokens, matched, gpus > 0)
+    live = _teachers_bytes(work) if work.config.store.mode == "live" else 0.0
+    host = base + _targets_bytes(work, student) + (4 * student.parameters if gpus else training + live)
     size = f"{student.parameters / 1e6:.3g} million parameters"
     about = f"a cell of {size}, {micro} texts of about {tokens // micro} tokens at once"
     smaller = "train.gradient_checkpointing: true, train.precision: bf16 or train.lora"
     fix = f"train.accumulate × 2 (the same batch in smaller parts), {smaller}"
-    return Need("train", "training", about, host, training, fix)
+    return Need("train", "training", about, host, training + live, fix)
+
+
+KINDS = ("keys", "values", "attention")
+"""Terms that look at the student's caches of all layers."""
+
+
+def _teachers_bytes(work: Workload) -> float:
+    """Teachers that a cell holds and asks as it trains."""
+    costs = {
+        (teacher, arm.time.text): work.pass_bytes(teacher, arm.time.text) or 0
+        for arm in work.dag.arms.values()
+        for teacher in arm.teachers
+    }
+    return max(
+        (sum(costs[teacher, arm.time.text] for teacher in arm.teachers) for arm in work.dag.arms.values()), default=0.0
+    )
+
+
+def _fits(work: Workload, student: Shape, process: Callable[[str], float]) -> Iterator[Need]:
+    """Rows of all teachers of an arm, and those of layer maps, of one teacher and some examples at a time."""
+    mean = work.tokens(work.config.student) / max(1, work.examples)
+    sides = {name: (shape, work.stored_layers(name)) for name in work.dag.teachers if (shape := work.shape(name))}
+    fits = []
+    for arm in map(work.dag.fit_arm, work.dag.fits):
+        teachers = [sides[name] for name in arm.teachers if name in sides]
+        fits.append(rows_bytes(teachers, student, round(mean * min(arm.fit.examples, work.examples))))
+    if fits:
+        yield Need("fit", "fits", "the largest", process("fit") + max(fits), None, "a lower fit.examples")
+    rows = round(mean * work.config.store.batch_size)
+    maps = [
+        rows_bytes([(shape, shape.layers)], student, rows) + teacher_pass_bytes(shape, shape.layers, round(2 * mean))
+        for shape, _ in sides.values()
+    ]
+    if maps and work.dag.mapped_teachers:
+        host = process("layer_map") + max(maps)
+        yield Need("layer_map", "layer maps", "the largest", host, None, "a lower store.batch_size")
 
 
 def _targets_bytes(work: Workload, student: Shape) -> float:
     """Targets that a cell holds: keys and values in the student's shape for every training token, if they fit."""
     teachers = max((len(arm.teachers) for arm in work.dag.arms.values() if "targets" in arm.needs), default=0)
     numbers = teachers * work.tokens(work.config.student) * 2 * student.layers * student.kv_heads * student.head_dim
-    return min(work.config.train.hold_targets_gb * GB, 4.0 * numbers)
+    return 4.0 * numbers if 4.0 * numbers <= work.config.train.hold_targets_gb * GB else 0.0
+
+
+def mem_mb(need: Need) -> int:
+    """MB of the host for a step, with a quarter to spare, in whole GB."""
+    return math.ceil(1.25 * need.host / GB) * 1000
+
+
+def job_memory(work: Workload, gpus: Callable[[str], int] = lambda rule: 0) -> dict[str, int]:
+    """Rule → MB of its largest job, of the rules that can be estimated yet."""
+    try:
+        return {need.rule: mem_mb(need) for need in needs(work, gpus)}
+    except (OSError, ValueError):  # a damaged file: the step that reads it says so
+        return {}

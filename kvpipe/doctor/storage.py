@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvpipe.doctor.finding import FAIL, OK, WARNING, Finding, ask
-from kvpipe.doctor.workload import TextSource, Workload
+from kvpipe.doctor.workload import Workload
 from kvpipe.experiment.files import GB
 
 LEAST_FREE = 2 * GB
@@ -70,7 +70,7 @@ def quota_left(folder: Path) -> float | None:
     return None
 
 
-def _budget(budget: float, sizes: dict[tuple[str, TextSource], int | None]) -> Iterator[Finding]:
+def _budget(budget: float, sizes: dict[tuple[str, Reading], int | None]) -> Iterator[Finding]:
     """One finding for each store over the budget, one for all others."""
     known = {"/".join(pair): size for pair, size in sizes.items() if size is not None}
     for name, size in known.items():

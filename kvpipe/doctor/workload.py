@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from kvpipe.config import (
     Config,
@@ -19,6 +20,7 @@ from kvpipe.config import (
     LocalModel,
     PrunedModel,
     RandomModel,
+    Reading,
     ScratchModel,
 )
 from kvpipe.experiment.paths import SPLITS, Paths
@@ -36,9 +38,6 @@ QUANTIZED = {"int8": 1.0, "int4": 0.5}
 """Bytes of a weight."""
 SMALL_VOCABULARY, BYTES_PER_SMALL_TOKEN = 2000, 1.7
 """Vocabularies like those of the embedded models cut texts into shorter pieces."""
-
-
-TextSource = Literal["student", "own"]
 
 
 class Sample(NamedTuple):
@@ -122,7 +121,7 @@ class Workload:
             return [_written(written)]
         return [_sampled(source) for source in sources]
 
-    def tokens(self, name: str, reading: TextSource = "student") -> int:
+    def tokens(self, name: str, reading: Reading = "student") -> int:
         """About how many tokens the training split has under a model's tokenizer: counted on a sample where both are
         here, else by the bytes."""
         model = self.config.models[name]
@@ -143,11 +142,17 @@ class Workload:
             total += source.examples * (mean + 1)
         return round(total)
 
-    def _text(self, record: Any, reading: TextSource) -> str:
-        from kvpipe.data.records import render
+    def longest(self, name: str, reading: Reading = "student") -> int:
+        """About how many tokens the longest text of a batch has, to which the others are padded: it is not known before
+        all are tokenized."""
+        mean = self.tokens(name, reading) / max(1, self.examples)
+        return min(self.config.train.max_length, round(1.5 * mean) or self.config.train.max_length)
+
+    def _text(self, record: Any, reading: Reading) -> str:
+        from kvpipe.data.records import read_as, render
 
         record = replace(record, teacher_reasoning=record.teacher_reasoning or record.reasoning)
-        return render(record, self.config.data.template, reading).text
+        return render(read_as([record], "own" if reading == "written" else reading)[0], self.config.data.template).text
 
     def stored_layers(self, teacher: str) -> int:
         """At most how many layers a store of this teacher keeps."""
@@ -160,13 +165,13 @@ class Workload:
         return min(theirs.layers, student.layers + any("keys" in arm.needs for arm in arms))
 
     @property
-    def missing_stores(self) -> list[tuple[str, TextSource]]:
+    def missing_stores(self) -> list[tuple[str, Reading]]:
         """(teacher, reading) of every store that some arm reads and that is not made yet."""
         jobs = TeacherKV(self.dag, self.paths).jobs()
         stores = [(job["teacher"], job["reading"]) for job in jobs]
         return [pair for pair in stores if not self.paths.store_index(*pair).is_file()]
 
-    def store_bytes(self, teacher: str, reading: TextSource) -> int | None:
+    def store_bytes(self, teacher: str, reading: Reading) -> int | None:
         """Estimated bytes of one store; None while the teacher's shape or the data is unknown."""
         found = self.shape(teacher)
         if found is None or not self.examples:
@@ -180,19 +185,17 @@ class Workload:
         model = self.config.models[model.like] if isinstance(model, RandomModel) else model
         return getattr(model, "load", Loading())
 
-    def pass_bytes(self, teacher: str, reading: TextSource, on_gpu: bool = False) -> int | None:
-        """Estimated host memory of building one shard of a store, or the GPU's, where the shard is not kept; None while
-        the teacher's shape or the data is unknown."""
+    def pass_bytes(self, teacher: str, reading: Reading, on_gpu: bool = False) -> int | None:
+        """Estimated host memory of building one shard of a store, or the GPU's; None while the teacher's shape or the data
+        is unknown."""
         found = self.shape(teacher)
         if found is None or not self.examples:
             return None
-        rows = self.tokens(teacher, reading)
-        at_once = round(1.5 * rows / self.examples) * min(self.config.store.batch_size, self.examples)
         load = self.loading(teacher)
         # weights arrive in the host's memory before they are quantized
         width = QUANTIZED.get(load.quantize if on_gpu else "none", 4.0 if load.dtype == "fp32" else 2.0)
-        kept = 0 if on_gpu else rows // self.config.store.shards
-        return teacher_pass_bytes(found, self.stored_layers(teacher), kept, at_once, width)
+        need = teacher_pass_bytes(found, self.stored_layers(teacher), self.longest(teacher, reading), width, on_gpu)
+        return round(need)
 
 
 def data_files(source: FileData) -> dict[str, Path]:
@@ -223,10 +226,11 @@ def _sampled(source: EmbeddedData | FileData | HubData) -> Sample:
     except ImportError:  # a login node without pyarrow: lines can be counted all the same
         return Sample(0 if path.suffix == ".parquet" else _head(path)[0])
     count, rows = _head(path)
-    try:
-        return Sample(count, 0.0, [to_record(row, source, str(number)) for number, row in enumerate(rows)])
-    except ValueError:  # the data step names the row
-        return Sample(count)
+    records = []
+    for number, row in enumerate(rows):
+        with suppress(ValueError):  # a row that is left out, or that the data step names
+            records.append(to_record(row, source, str(number)))
+    return Sample(count, 0.0, records)
 
 
 def _written(path: Path) -> Sample:

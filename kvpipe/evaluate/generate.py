@@ -1,33 +1,72 @@
-"""Greedy continuations of many prompts, side by side with a KV cache; a row ends at the end of text or a stop string."""
+"""Continuations of many prompts, side by side with a KV cache, greedy or drawn; a row ends at the end of text or a stop
+string."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, StoppingCriteriaList, TopPLogitsWarper
 
 from kvpipe.align.regime import by_own_length, switch_lengths
-from kvpipe.config import ScoringConfig
+from kvpipe.config import ScoringConfig, TeacherTextConfig
 from kvpipe.data.chat import end_of_turn
 from kvpipe.data.encoding import prompt_ids
 from kvpipe.experiment.progress import track
+from kvpipe.models.folders import load_model, load_tokenizer
 
 MARGIN = 8
 """Tokens looked at beside the bytes of the longest stop string: some spell a part of a character, or nothing."""
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Sampling:
+    """How texts are drawn; with `seeds`, one for each prompt."""
+
+    temperature: float
+    top_p: float
+    seeds: Sequence[int]
+
+
 def generate(
     model, tokenizer, prompts: list[str], config: ScoringConfig, batch_size: int, chat: bool = False
 ) -> list[str]:
-    """Greedy continuations, batched by length with left padding, cut at the end of text or the first stop string.
+    """Greedy continuations, in the order of the prompts; see `continuations`."""
+    found = dict(continuations(model, tokenizer, prompts, config, batch_size, chat))
+    return [found[i] for i in range(len(prompts))]
+
+
+@torch.no_grad()
+def continuations(
+    model,
+    tokenizer,
+    prompts: Sequence[str],
+    config: ScoringConfig,
+    batch_size: int,
+    chat: bool = False,
+    sampling: Sampling | None = None,
+    batch_tokens: int | None = None,
+) -> Iterator[tuple[int, str]]:
+    """(prompt's number, text) as batches end: by length with left padding, cut at the end of text or the first stop string.
 
     The model's own generation settings (sampling, repetition penalty …) are not used, its end-of-text tokens are.
-    `chat`: the prompts are written by the tokenizer's chat template, whose end of turn ends the text too.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: its own.
+        prompts: what is continued.
+        config: most tokens, and stop strings.
+        batch_size: most prompts side by side.
+        chat: the prompts are written by the tokenizer's chat template, whose end of turn ends the text too.
+        sampling: greedy without.
+        batch_tokens: most tokens side by side, those that may follow counted.
 
     Raises:
         ValueError: a prompt and what may follow are longer than the model can read; shows the prompt.
@@ -41,15 +80,14 @@ def generate(
     for prompt, ids in zip(prompts, encoded, strict=True):
         check_length(model, ids, config.max_new_tokens, f"{prompt[:80]!r}…")
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
-    texts = [""] * len(prompts)
+    costs = [len(ids) + config.max_new_tokens for ids in encoded]
     # keys in a cache keep their rotation: a text that outgrows the frequencies it began with is read anew every step
     switches = switch_lengths(by_own_length(model).config)
     outgrows = [any(len(ids) <= n < len(ids) + config.max_new_tokens for n in switches) for ids in encoded]
     batches = [
-        (alike[start : start + batch_size], not anew)
+        (members, not anew)
         for anew in (False, True)
-        for alike in [[i for i in order if outgrows[i] == anew]]
-        for start in range(0, len(alike), batch_size)
+        for members in batched([i for i in order if outgrows[i] == anew], costs, batch_size, batch_tokens)
     ]
     with _plain_generation(model):
         for members, cached in track(batches, "generating", "answers", lambda batch: len(batch[0])):
@@ -60,6 +98,7 @@ def generate(
                 ids[row, longest - len(encoded[i]) :] = encoded[i]
                 mask[row, longest - len(encoded[i]) :] = 1
             stops = [Stops(tokenizer, config.stop, longest)] if config.stop else []
+            drawn = [Drawn(sampling, members, config.max_new_tokens, longest)] if sampling else []
             out = model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
@@ -69,11 +108,80 @@ def generate(
                 pad_token_id=pad,
                 eos_token_id=ends,
                 stopping_criteria=StoppingCriteriaList(stops),
+                logits_processor=drawn,
                 use_cache=cached,
             )
             for i, row in zip(members, out[:, longest:], strict=True):
-                texts[i] = cut(decode(tokenizer, row), config.stop)
-    return texts
+                yield i, cut(decode(tokenizer, row), config.stop)
+
+
+def batched(order: Sequence[int], costs: Sequence[int], most: int, tokens: int | None) -> Iterator[list[int]]:
+    """Consecutive parts of an order of rising costs: at most so many members, that cost together, padded, at most `tokens`;
+    one that costs more is alone."""
+    members: list[int] = []
+    for i in order:
+        if members and (len(members) == most or (tokens is not None and costs[i] * (len(members) + 1) > tokens)):
+            yield members
+            members = []
+        members.append(i)
+    if members:
+        yield members
+
+
+class Drawn(LogitsProcessor):
+    """Each row's next token by a number of its own generator: a text is the same whatever is beside it in a batch."""
+
+    def __init__(self, sampling: Sampling, members: Sequence[int], new: int, first: int):
+        self.sampling, self.first = sampling, first
+        self.nucleus = TopPLogitsWarper(sampling.top_p)
+        self.numbers = torch.from_numpy(
+            np.stack([np.random.default_rng(sampling.seeds[i]).random(new) for i in members])
+        )
+
+    def __call__(
+        self, input_ids: Int64[Tensor, "batch time"], scores: Float[Tensor, "batch vocab"]
+    ) -> Float[Tensor, "batch vocab"]:
+        """Scores that leave one token to each row: that at its number of the cumulative distribution."""
+        kept = self.nucleus(input_ids, scores.float() / self.sampling.temperature)
+        below = kept.double().softmax(-1).cumsum(-1)
+        number = self.numbers[:, input_ids.shape[1] - self.first, None].to(below.device) * below[:, -1:]
+        chosen = torch.searchsorted(below, number, right=True).clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Who writes the teachers' texts; `kvpipe.config.kinds.ENGINES` has one by name. An extension adds its own there."""
+
+    def __init__(self, folder: Path, config: TeacherTextConfig, device: str, trust: bool): ...
+
+    def write(
+        self, prompts: Sequence[str], scoring: ScoringConfig, chat: bool, seeds: Sequence[int]
+    ) -> Iterator[tuple[int, str]]:
+        """(prompt's number, text) in any order, as they are done. A text follows from its prompt and its seed alone.
+
+        Args:
+            prompts: what is continued.
+            scoring: most tokens, and stop strings.
+            chat: the prompts are written by the teacher's chat template, special tokens spelled out.
+            seeds: of each prompt.
+        """
+        ...
+
+
+class Transformers:
+    """The teacher in this process, batched by tokens."""
+
+    def __init__(self, folder: Path, config: TeacherTextConfig, device: str, trust: bool):
+        self.config = config
+        self.model, self.tokenizer = load_model(folder, device=device, trust=trust), load_tokenizer(folder, trust)
+
+    def write(
+        self, prompts: Sequence[str], scoring: ScoringConfig, chat: bool, seeds: Sequence[int]
+    ) -> Iterator[tuple[int, str]]:
+        """As batches end."""
+        drawn, room = Sampling(self.config.temperature, self.config.top_p, seeds), self.config.batch_tokens
+        return continuations(self.model, self.tokenizer, prompts, scoring, room, chat, drawn, room)
 
 
 class Stops(StoppingCriteria):

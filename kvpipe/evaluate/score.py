@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from kvpipe.config import EvaluateConfig, Template
+from kvpipe.config import GENERATED, EvaluateConfig, Template
 from kvpipe.data.chat import rendered
 from kvpipe.data.encoding import encode_records, prompt_ids
 from kvpipe.data.records import Record
@@ -23,6 +23,7 @@ from kvpipe.experiment.files import folder_digest
 from kvpipe.models.folders import load_model, load_tokenizer
 from kvpipe.models.likelihood import Scores, score, score_long, scoring_batches
 from kvpipe.models.limits import Limits
+from kvpipe.models.quantized import quantize
 
 
 def evaluate(
@@ -37,16 +38,20 @@ def evaluate(
 ) -> pd.DataFrame:
     """Scores of the model in a folder, whose code runs with `trust` only; see `evaluate_model`.
 
-    The folder's digest is in `attrs["model"]`, which Parquet keeps: scores say which weights they are of.
+    With `config.variants` also, for each, nats (`nll_int8`) and bytes of its weights (`model_bytes_int8`; `model_bytes` as it
+    is). The folder's digest is in `attrs["model"]`, which Parquet keeps: scores say which weights they are of.
     """
     model, tokenizer = load_model(folder, device=device, trust=trust), load_tokenizer(folder, trust)
     table = evaluate_model(model, tokenizer, records, template, config, log, context)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if config.variants:
+        table["model_bytes"] = sum(p.numel() * p.element_size() for p in model.parameters())
+    for kind in config.variants:
+        other = load_model(folder, device=device, trust=trust)
+        table[f"model_bytes_{kind}"] = quantize(other, kind)
+        table[f"nll_{kind}"] = likelihoods(other, tokenizer, records, template, config, pad).nll
     table.attrs["model"] = folder_digest(folder)
     return table
-
-
-GENERATED = ("exact", "number", "math", "code")
-"""Scorers that read a continuation of the prompt."""
 
 
 @dataclass
@@ -163,9 +168,21 @@ def _generate(model, tokenizer, records, template, config: EvaluateConfig, verdi
         options = {"chat": True} if template.chat_template else {}
         texts = generate(model, tokenizer, prompts, scoring, config.batch_size, **options)
         for i, text in zip(members, texts, strict=True):
-            scoring, verdict = config.of(records[i].task), verdicts[i]
-            verdict.text, verdict.prediction = text, extract(text, scoring)
-            verdict.correct = is_correct(verdict.prediction, records[i].answer, scoring)
+            verdicts[i] = _judged(records[i], text, config)
+
+
+def _judged(record: Record, text: str, config: EvaluateConfig) -> Verdict:
+    found, scoring = Verdict(text=text), config.of(record.task)
+    found.prediction = extract(text, scoring)
+    found.correct = is_correct(found.prediction, record.answer, scoring)
+    return found
+
+
+def judged(records: list[Record], texts: Sequence[str], config: EvaluateConfig, log: Callable = print) -> list[Verdict]:
+    """What the tasks' scorers say of texts that somebody has written."""
+    verdicts = [_judged(record, text, config) for record, text in zip(records, texts, strict=True)]
+    _run(records, config, verdicts, log)
+    return verdicts
 
 
 def _choose(model, tokenizer, records, template, config, verdicts: list[Verdict], pad: int) -> None:

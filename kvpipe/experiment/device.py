@@ -13,6 +13,7 @@ import torch
 
 from kvpipe.config import ConfigError
 from kvpipe.experiment import launch
+from kvpipe.experiment.sizes import cpu_has_bf16
 
 HARMLESS = {"ACCELERATE_USE_CPU", "ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE"}
 """Variables of accelerate that change no number."""
@@ -70,6 +71,14 @@ def check_device(device: str, log=print) -> None:
         given = [f"{name}={os.environ[name]}" for name in JOB_GPUS if os.environ.get(name)]
         if given and given[0] != "SLURM_GPUS_ON_NODE=0":
             log(f"this job has GPUs ({given[0]}), but torch sees none and trains on the CPU{_reason()}")
+
+
+def resolve_precision(setting: str, device: str) -> str:
+    """`train.precision` on a resolved device: `auto` is bf16 where it computes in that, and not by way of fp32."""
+    if setting != "auto":
+        return setting
+    native = cpu_has_bf16() if device == "cpu" else torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if native else "fp32"
 
 
 def check_precision(precision: str, device: str) -> None:

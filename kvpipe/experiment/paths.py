@@ -21,6 +21,14 @@ ARMS, CONTRASTS, PAIRS = "arms.csv", "contrasts.csv", "pairs.csv"
 """Tables of statistics, of scores and of costs."""
 
 
+FIGURES = (
+    "effects", "ladder", "curves", "equal_time", "difficulty", "fusion", "router", "layers", "layer_loss", "fit", "alignment",
+)  # fmt: skip
+"""Of the report, each as SVG and as PDF."""
+TABLES = ("arms", "results", "tasks", "ladder", "contrasts", "equal_time", "difficulty", "data", "cost")
+"""Of the report, each as CSV and as LaTeX."""
+
+
 @dataclass(frozen=True)
 class Paths:
     """Every artefact under one results folder."""
@@ -43,6 +51,22 @@ class Paths:
     def sources(self) -> Path:
         """Where the records come from and what was left out."""
         return self.root / "data" / SOURCES
+
+    def teacher_text(self, teacher: str) -> Path:
+        """Training records with the reasoning that a teacher has written."""
+        return self.root / "teacher_text" / f"{teacher}.parquet"
+
+    def text_counts(self, teacher: str) -> Path:
+        """How many of its texts were right."""
+        return self.root / "teacher_text" / f"{teacher}.json"
+
+    def text_shard(self, teacher: str, shard: int | str) -> Path:
+        """All texts that it has written for a part of the training split."""
+        return self.root / "teacher_text" / teacher / f"shard-{shard:0>5}.jsonl"
+
+    def records(self, model: str, split: str, reading: str) -> Path:
+        """Records that a model reads. Nobody reads validation texts of a teacher's own: they have the reference."""
+        return self.teacher_text(model) if (split, reading) == ("train", "written") else self.data(split)
 
     def encoding(self, model: str, split: str, reading: str) -> Path:
         """A split as a model's tokens, of one reading."""
@@ -143,6 +167,16 @@ class Paths:
     def report(self) -> Path:
         """The page."""
         return self.root / "report.html"
+
+    @property
+    def figures(self) -> Path:
+        """The page's figures."""
+        return self.root / "figures"
+
+    @property
+    def table_files(self) -> Path:
+        """The page's tables."""
+        return self.root / "tables"
 
     @property
     def doctor(self) -> Path:

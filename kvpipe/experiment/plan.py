@@ -104,7 +104,7 @@ class Dag:
             "layer": arm.layer.model_dump(),
             "projector": arm.projector.model_dump(exclude={"mode", "learning_rate"}),
             "fit": arm.fit.model_dump(),
-        }
+        } | ({} if arm.reading == "student" else {"student_reasoning": arm.reading})
 
     def fit_id(self, arm: Arm) -> str:
         """File name of the arm's projectors: teachers, kind, method and a hash of the rest."""

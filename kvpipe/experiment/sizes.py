@@ -22,6 +22,19 @@ def estimate_bytes(config: StoreConfig, geometry: tuple[int, int, int], layers: 
     return rows * (2 * layers * heads * per_head + 16 + top * 6)
 
 
+CPU_INFO = Path("/proc/cpuinfo")
+"""Where Linux says what its processors can."""
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this machine's processors multiply bf16 by instructions of their own (x86's AVX-512 or AMX, Arm's bf16).
+
+    Without them torch computes bf16 by way of fp32, slower than fp32 itself.
+    """
+    words = set(CPU_INFO.read_text(encoding="utf-8").split()) if CPU_INFO.is_file() else set()
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
 @dataclass(frozen=True)
 class Shape:
     """The sizes of a decoder that decide its memory."""
@@ -33,6 +46,8 @@ class Shape:
     intermediate: int
     vocab: int
     parameters: int
+    heads: int = 0
+    """Query heads; 0 where they fill the hidden width."""
 
     @property
     def geometry(self) -> tuple[int, int, int]:
@@ -107,30 +122,112 @@ def shape(values: dict[str, Any], vocab: int | None = None, parameters: int = 0)
         attention = 2 * hidden * heads * head_dim + 2 * hidden * kv_heads * head_dim
         embeddings = words * hidden * (1 if values.get("tie_word_embeddings") else 2)
         parameters = embeddings + layers * (attention + 3 * hidden * intermediate + 2 * hidden)
-    return Shape(layers, hidden, kv_heads, head_dim, intermediate, words, parameters)
+    return Shape(layers, hidden, kv_heads, head_dim, intermediate, words, parameters, heads)
 
 
-def training_bytes(student: Shape, config: TrainConfig, tokens: int) -> int:
-    """Memory of a training process for one micro-batch of `tokens`: weights, gradients, AdamW and activations.
+# ---------------------------------------------------------------- memory
+BASE = 0.55e9
+"""Bytes of a process that has imported torch and transformers; what CUDA adds on the host is `CUDA_BASE`."""
+CUDA_BASE = 2.5e9
+SLACK = 1.1
+"""What allocators keep between tensors."""
+PIECE = 1 << 23
+"""Logits that are held at a time: 32 MB in float32, which the allocator keeps for the next piece and a cache nearly holds."""
+PIECE_BYTES = 22.0
+"""Of each of them: as computed, widened, their logarithms, the gradient and its narrow copy."""
+LEAST = 256
+"""Rows of a piece where the head trains: its gradient is added to once a piece, which is as much work as so many rows."""
+ROOM = {"cpu": 0.4e9, "cuda": 2e9}
+"""Bytes for the activations and caches of a batch of the teacher pass."""
+MOST = {"cpu": 2048, "cuda": 16384}
+"""Tokens of such a batch, where there is room for so many: more are no faster."""
+SCORED = 8192
+"""Tokens, padding counted, that are scored at once where no single text is longer."""
 
-    Weights stay in float32 under mixed precision (16 bytes per trained parameter with gradient and AdamW's two moments).
-    Activations of a layer follow Korthikanti et al. (arXiv:2205.05198, eq. 1) without the attention matrix, which fused
-    attention does not keep, and with a gated MLP; with checkpointing one layer's are alive beside every layer's input.
-    Logits count thrice: as computed, their logarithms and their gradient.
+
+def mixed(config: TrainConfig, gpu: bool = False) -> bool:
+    """Whether a cell computes in 16 bits; of `precision: auto`, on a processor like this one."""
+    return config.precision in ("bf16", "fp16") or (config.precision == "auto" and (gpu or cpu_has_bf16()))
+
+
+def training_bytes(student: Shape, config: TrainConfig, tokens: int, matched: int = 0, gpu: bool = False) -> float:
+    """Memory of training, the process itself aside, for one micro-batch of `tokens`.
+
+    Weights and AdamW's two moments are in float32. At the end of the forward the activations stand beside them, and under
+    mixed precision a copy of the weights; at the end of the backward the gradients do. Logits are held in pieces.
+
+    Args:
+        student: its sizes.
+        config: the training's.
+        tokens: of a micro-batch, padding counted.
+        matched: layers whose keys or values are matched: recorded, with the fused target of all layers and the gradients.
+        gpu: where it trains.
     """
-    trained = student.parameters
+    embedding = student.vocab * student.hidden
+    trained = student.parameters - (embedding if any("embed" in name for name in config.frozen) else 0)
     if config.lora is not None:
         trained = 4 * student.layers * config.lora.rank * (student.hidden + student.intermediate)
-    number = 4 if config.precision == "fp32" else 2
-    layer = tokens * number * (10 * student.hidden + 3 * student.intermediate + 2 * student.kv_heads * student.head_dim)
-    alive = layer + student.layers * tokens * number * student.hidden
-    activations = alive if config.gradient_checkpointing else student.layers * layer
-    logits = 3 * 4 * tokens * student.vocab
-    return 4 * student.parameters + 12 * trained + activations + logits
+    narrow = mixed(config, gpu)
+    layer = tokens * _activations(student, narrow)
+    alive = layer + student.layers * tokens * 4 * student.hidden if config.gradient_checkpointing else 0.0
+    activations = alive or student.layers * layer
+    caches = tokens * 4 * student.kv_heads * student.head_dim * (4 * matched + (2 * student.layers if matched else 0))
+    whole = trained >= student.parameters
+    head = (2 if narrow else 0) * embedding + (4 * embedding if whole else 0)
+    rows = max(PIECE, LEAST * student.vocab if whole else 0)
+    forward = activations + caches + head + PIECE_BYTES * min(rows, tokens * student.vocab)
+    forward += 2 * (student.parameters - embedding) if narrow else 0
+    return SLACK * (4 * student.parameters + 8 * trained + max(forward, 4 * trained + layer))
 
 
-def teacher_pass_bytes(teacher: Shape, layers: int, rows: int, tokens: int, width: float = 4.0) -> int:
-    """Memory of building a shard: the teacher in `width` bytes a weight, the shard's rows (float32) and what is packed of
-    them, and the logits of one batch of `tokens`."""
-    cache = rows * 2 * layers * teacher.kv_heads * teacher.head_dim * (4 + 2)
-    return round(width * teacher.parameters) + cache + 2 * 4 * tokens * teacher.vocab
+def _activations(model: Shape, narrow: bool) -> float:
+    """Bytes that a layer keeps of a token for its backward pass.
+
+    A gated MLP (gate, its activation, up, their product), two norms (input, normalised, output), and fused attention, which
+    keeps queries, output, and keys and values repeated for every query head. Under mixed precision the residual stream and
+    the norms stay in float32.
+    """
+    attention = (model.heads or model.hidden // model.head_dim) * model.head_dim
+    if narrow:
+        return 20 * model.hidden + 8 * attention + 8 * model.intermediate
+    return 24 * model.hidden + 16 * attention + 16 * model.intermediate
+
+
+def scoring_bytes(model: Shape, tokens: int, width: float = 4.0, cached: bool = True) -> float:
+    """Memory of scoring or generating, the process itself aside: weights, one layer's activations and a piece of the logits,
+    and where it generates (`cached`), of so many `tokens` at once, their cache twice, since it is grown by copying."""
+    alive = min(tokens, SCORED) * width * 3 * (model.hidden + model.intermediate)
+    cache = 2 * tokens * width * 2 * model.layers * model.kv_heads * model.head_dim if cached else 0.0
+    return SLACK * (width * model.parameters + alive + cache + 10.0 * min(PIECE, tokens * model.vocab))
+
+
+def batch_numbers(teacher: Shape, layers: int) -> int:
+    """Numbers that are alive of each token of the teacher pass: a layer's widest activations, the kept layers' caches twice."""
+    return 10 * teacher.hidden + 4 * teacher.intermediate + 4 * layers * teacher.kv_heads * teacher.head_dim
+
+
+def teacher_pass_bytes(
+    teacher: Shape, layers: int, longest: int, width: float = 4.0, gpu: bool = False, read: float = 0.0
+) -> float:
+    """Memory of building a shard of any size, the process itself aside: the teacher in `width` bytes a weight, one batch and
+    a piece of its logits.
+
+    Args:
+        teacher: its sizes.
+        layers: that are kept.
+        longest: tokens of the longest text, which is read at once.
+        width: bytes of a weight, and of an activation where it is 2 or more.
+        gpu: where the teacher is.
+        read: bytes of a weight in its files, which are mapped while they are read.
+    """
+    kind, each = ("cuda" if gpu else "cpu"), max(2.0, width) * batch_numbers(teacher, layers)
+    batch = max(min(ROOM[kind], MOST[kind] * each), longest * each)
+    return SLACK * ((width + read) * teacher.parameters + batch + PIECE_BYTES * min(PIECE, longest * teacher.vocab))
+
+
+def rows_bytes(teachers: list[tuple[Shape, int]], student: Shape, rows: int) -> float:
+    """Memory of aligned rows of all teachers beside the student's own, as fits and layer maps hold them: each in float32 as
+    read, as gathered and as chosen, and one layer's in float64."""
+    theirs = sum(2 * layers * shape.kv_heads * shape.head_dim for shape, layers in teachers)
+    own = 2 * student.layers * student.kv_heads * student.head_dim
+    return SLACK * (4 * student.parameters + rows * 4 * (3 * theirs + 3 * own))

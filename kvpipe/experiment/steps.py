@@ -12,9 +12,9 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from kvpipe.config import Arm, Config, FileData, HubData, LocalModel, PrunedModel
+from kvpipe.config import Arm, Config, FileData, HubData, LocalModel, PrunedModel, ScoringConfig
 from kvpipe.config.terms import HiddenConfig
-from kvpipe.experiment.paths import MANIFEST, SPLITS, Paths
+from kvpipe.experiment.paths import FIGURES, MANIFEST, SPLITS, TABLES, Paths
 from kvpipe.experiment.plan import Dag
 
 Job = dict[str, str]
@@ -85,7 +85,7 @@ class Step:
     def of_arm(self, arm: Arm) -> list[Path]:
         """What a fit and a cell read of an arm: the student, its texts, and what is known of each teacher."""
         student = self.config.student
-        found = [self.paths.manifest(student), self.paths.data("train"), *self.texts(student)]
+        found = [self.paths.manifest(student), self.paths.data("train"), *self.texts(student, arm.reading)]
         for teacher in arm.teachers:
             found += [self.paths.manifest(teacher), self.paths.encoding(teacher, "train", arm.time.text)]
             found += [self.paths.store_index(teacher, arm.time.text)] if self.dag.uses_store(arm) else []
@@ -125,7 +125,7 @@ class Data(Step):
 
     def settings(self):
         # n-grams decide what is dropped; where they only refuse, the audit counts them again
-        unread = {"template", "context"} | (set() if self.config.data.leakage == "drop" else {"ngram"})
+        unread = {"template", "context", "short"} | (set() if self.config.data.leakage == "drop" else {"ngram"})
         return self.config.data.model_dump(exclude=unread)
 
 
@@ -152,9 +152,9 @@ class Model(Step):
         return sorted(path for path in own if path.is_file() and path.name != MANIFEST)
 
     def _is_chosen(self, model: str) -> bool:
-        """Whether its layers are chosen by their loss."""
+        """Whether its parts are chosen on texts."""
         found = self.config.models[model]
-        return isinstance(found, PrunedModel) and found.keep is not None and found.by == "greedy"
+        return isinstance(found, PrunedModel) and found.reads_texts
 
     def settings(self, model):
         source = self.dag.model_source(model)
@@ -165,7 +165,7 @@ class Model(Step):
 
 
 class Encode(Step):
-    """The splits as a model's tokens: of the student's text, and where some arm asks for it of a teacher's own."""
+    """The splits as a model's tokens, of every reading that some arm asks for."""
 
     run, remade = "kvpipe.steps.encode:make_encoding", True
 
@@ -173,6 +173,7 @@ class Encode(Step):
         pairs = dict.fromkeys(
             [
                 (self.config.student, "student"),
+                *((self.config.student, arm.reading) for arm in self.dag.arms.values()),
                 *((teacher, "student") for teacher in self.dag.teachers),
                 *((teacher, arm.time.text) for arm in self.dag.arms.values() for teacher in arm.teachers),
             ]
@@ -183,7 +184,7 @@ class Encode(Step):
         return {split: self.paths.encoding(model, split, reading) for split in ENCODED}
 
     def needs(self, model, reading):
-        return [self.paths.manifest(model), *map(self.paths.data, ENCODED)]
+        return [self.paths.manifest(model), *(self.paths.records(model, split, reading) for split in ENCODED)]
 
     def settings(self, model, reading):
         longest = self.config.train.max_length if model == self.config.student else None
@@ -191,10 +192,62 @@ class Encode(Step):
             "template": self.config.data.template.model_dump(),
             "context": self.config.data.context,
             "max_length": longest,
-        }
+        } | ({"short": self.config.data.short.model_dump()} if reading == "short" else {})
 
 
 # ---------------------------------------------------------------- teachers
+class TeacherText(Step):
+    """The training records with a teacher's own reasoning. Where there is only one shard, its run writes that too."""
+
+    run, remade = "kvpipe.steps.teacher_text:make_texts", True
+
+    def jobs(self):
+        arms = [arm for arm in self.dag.arms.values() if arm.time.text == "written"]
+        return [{"teacher": teacher} for teacher in dict.fromkeys(t for arm in arms for t in arm.teachers)]
+
+    def makes(self, teacher):
+        return {"texts": self.paths.teacher_text(teacher), "counts": self.paths.text_counts(teacher)}
+
+    def needs(self, teacher):
+        shards = self.config.teacher_text.shards
+        parts = [self.paths.text_shard(teacher, i) for i in range(shards)] if shards > 1 else []
+        return [self.paths.manifest(teacher), self.paths.data("train"), *parts]
+
+    def settings(self, teacher):
+        scoring = of_scoring(self.config)["evaluate"]
+        return {
+            "teacher_text": self.config.teacher_text.model_dump(exclude={"batch_tokens", "min_kept"}),
+            "scoring": {name: scoring[name] for name in ("tasks", "sandbox", *ScoringConfig.model_fields)},
+            "template": self.config.data.template.model_dump(),
+            "min_kept": self.config.teacher_text.min_kept,
+            **self.dag.extensions,
+        }
+
+
+class TeacherTextShard(Step):
+    """A teacher's texts for one of several parts of the training split."""
+
+    run, remade = "kvpipe.steps.teacher_text:make_shard", True
+
+    @property
+    def whole(self) -> TeacherText:
+        """What it is a part of."""
+        return TeacherText(self.dag, self.paths)
+
+    def jobs(self):
+        shards = range(self.config.teacher_text.shards) if self.config.teacher_text.shards > 1 else ()
+        return [{**job, "shard": str(number)} for job in self.whole.jobs() for number in shards]
+
+    def makes(self, teacher, shard):
+        return {"shard": self.paths.text_shard(teacher, shard)}
+
+    def needs(self, teacher, shard):
+        return [self.paths.manifest(teacher), self.paths.data("train")]
+
+    def settings(self, teacher, shard):
+        return {key: value for key, value in self.whole.settings(teacher).items() if key != "min_kept"}
+
+
 class LayerMap(Step):
     """The similarity of the student's and a teacher's layers."""
 
@@ -342,7 +395,9 @@ class Evaluate(Cell):
 
     def settings(self, arm, seed):
         swap = self.config.evaluate.cache_swap
-        return of_scoring(self.config) | ({} if swap is None else {"fit": self.dag.fit_spec(self.dag.arm(swap))})
+        found = of_scoring(self.config) | ({} if swap is None else {"fit": self.dag.fit_spec(self.dag.arm(swap))})
+        short = {"short": self.config.data.short.model_dump()}
+        return found | (short if self.dag.arm(arm).reading == "short" else {})
 
 
 class LMEval(Cell):
@@ -461,11 +516,19 @@ class Page(Step):
     run = "kvpipe.report.render:write_report"
 
     def makes(self):
-        return {"page": self.paths.report}
+        drawn = {f"{name}_{kind}": self.paths.figures / f"{name}.{kind}" for name in FIGURES for kind in ("svg", "pdf")}
+        written = {
+            f"{name}_{kind}": self.paths.table_files / f"{name}.{kind}" for name in TABLES for kind in ("csv", "tex")
+        }
+        return {
+            "page": self.paths.report,
+            **{f"figure_{k}": v for k, v in drawn.items()},
+            **{f"table_{k}": v for k, v in written.items()},
+        }
 
     def needs(self):
         found = [*self.paths.tables, self.paths.audit, *self.of_cells(self.dag.arms)]
-        for step in (ArmTable, LMEval, TeacherQuality):
+        for step in (ArmTable, LMEval, TeacherQuality, TeacherText):
             found += step(self.dag, self.paths).files()
         maps = [self.paths.layer_map(teacher) for teacher in self.dag.mapped_teachers]
         return [*found, *map(self.paths.fit_report, self.dag.fits), *maps]
@@ -478,6 +541,8 @@ class Page(Step):
 STEPS: dict[str, type[Step]] = {
     "data": Data,
     "model": Model,
+    "teacher_text_shard": TeacherTextShard,
+    "teacher_text": TeacherText,
     "encode": Encode,
     "layer_map": LayerMap,
     "teacher_kv_shard": TeacherKVShard,

@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-PIECE = 1 << 23
-"""Logits that are held at a time: 32 MB in float32, which the allocator keeps for the next piece and a cache nearly holds."""
+from kvpipe.experiment.sizes import PIECE
+
 SCALES: dict[str, Callable[[float], float]] = {"logit_scale": float, "logits_scaling": lambda divisor: 1 / divisor}
 """Settings by which families multiply (Cohere) or divide (Granite) their logits."""
 

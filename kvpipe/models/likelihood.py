@@ -13,12 +13,11 @@ from torch.nn import functional as F
 
 from kvpipe.align.regime import by_own_length, of_length
 from kvpipe.data.batches import IGNORE, Batch, collate
-from kvpipe.data.encoding import Encoding
+from kvpipe.data.encoding import SEGMENTS, Encoding
 from kvpipe.experiment.progress import track
+from kvpipe.experiment.sizes import SCORED
 from kvpipe.models.head import Head, final_states
 
-TOKENS = 8192
-"""Tokens, padding counted, that are read at once where no single text is longer."""
 CHUNK = 1024
 """Tokens of a window that are read at once."""
 
@@ -91,11 +90,11 @@ def scoring_batches(
 ) -> list[Batch]:
     """Every example (or those given) once, sorted by length, with labels on tokens that have bytes.
 
-    A batch has at most `batch_size` examples, and fewer where they would be more than `TOKENS` tokens.
+    A batch has at most `batch_size` examples, and fewer where they would be more than `SCORED` tokens.
     """
     chosen = np.arange(len(encoding)) if examples is None else np.unique(examples)
     batches = []
-    for group in groups(encoding.lengths[chosen], batch_size, TOKENS):
+    for group in groups(encoding.lengths[chosen], batch_size, SCORED):
         batch = collate(encoding, chosen[group], pad_id)
         for row, example in enumerate(batch.examples):
             empty = np.diff(encoding.spans[encoding.rows(example)], axis=1)[:, 0] == 0
@@ -120,8 +119,10 @@ def score(model, encoding: Encoding, batches: list[Batch]) -> Scores:
         nll = nll_of_states(head, states[:, :-1][scored], moved.labels[:, 1:][scored])
         losses[:, 1:][scored.cpu()] = nll.double().cpu()
         counted = batch.predicted
-        starts = torch.from_numpy(encoding.segments[batch.examples, 0, 1])
-        completion = counted & (torch.arange(losses.shape[1])[None] >= starts[:, None])
+        completion = counted.clone()
+        for row, example in enumerate(batch.examples):
+            inside = torch.from_numpy(encoding.completion(example))
+            completion[row, : len(inside)] &= inside
         for out, mask in ((scores.nll, completion), (scores.nll_all, counted)):
             out[batch.examples] = (losses * mask).sum(1).numpy()
         for out_count, mask in ((scores.tokens, completion), (scores.tokens_all, counted)):
@@ -137,8 +138,9 @@ def empty_scores(encoding: Encoding) -> Scores:
     # bytes that the first token spells are not predicted and not counted
     first = np.array([encoding.spans[encoding.rows(e)][0, 1] for e in range(count)], dtype=np.int64)
     starts = np.maximum(encoding.byte_segments[:, 0, 1], first)
+    asked = np.diff(encoding.byte_segments[:, SEGMENTS::SEGMENTS], axis=2).sum((1, 2))  # later turns' prompts
     floats, integers = np.zeros((2, count)), np.zeros((2, count), np.int64)
-    return Scores(floats[0], integers[0], ends - starts, floats[1], integers[1], ends - first)
+    return Scores(floats[0], integers[0], ends - starts - asked, floats[1], integers[1], ends - first)
 
 
 @torch.no_grad()
@@ -184,6 +186,6 @@ def score_long(model, encoding: Encoding, scores: Scores, example: int, window: 
     nll = windowed_nll(model, encoding.ids[rows], window, stride)
     counted = encoding.spans[rows, 1] > encoding.spans[rows, 0]
     counted[0] = False
-    completion = counted & (np.arange(len(nll)) >= encoding.segments[example, 0, 1])
+    completion = counted & encoding.completion(example)
     scores.nll[example], scores.nll_all[example] = nll[completion].sum(), nll[counted].sum()
     scores.tokens[example], scores.tokens_all[example] = completion.sum(), counted.sum()

@@ -14,7 +14,7 @@ from kvpipe.config import Config, DataConfig, EmbeddedData, LocalModel, Pretrain
 from kvpipe.data.batches import collate, schedule
 from kvpipe.data.corpus import generate
 from kvpipe.data.encoding import encode_records
-from kvpipe.data.records import Reading, Record, render
+from kvpipe.data.records import Record, read_as, render
 from kvpipe.experiment.files import set_mode
 from kvpipe.experiment.progress import track
 from kvpipe.models.folders import build_model
@@ -38,7 +38,7 @@ def embedded_sources(data: DataConfig) -> dict[str, EmbeddedData]:
 
 
 def pretraining_records(recipe: Recipe, data: DataConfig) -> tuple[list[Record], list[Record]]:
-    """The recipe's examples: those read with the student's reasoning and those with the teacher's own.
+    """The recipe's examples: those with the student's reasoning and those with the teacher's own.
 
     All come from the training split's problems, so that none of them can be in validation or test.
     """
@@ -71,12 +71,10 @@ def interleaved(records: list[Record]) -> list[Record]:
 
 def tokenizer_texts(records: list[Record], data: DataConfig) -> list[str]:
     """Both readings of records, for training a tokenizer."""
-    readings: tuple[Reading, ...] = ("student", "own")
     return [
-        render(record, data.template, reading).text
+        render(read, data.template).text
         for record in records
-        for reading in readings
-        if reading == "student" or record.teacher_reasoning is not None
+        for read in (record, *(read_as([record], "own") if record.teacher_reasoning is not None else ()))
     ]
 
 
@@ -108,13 +106,11 @@ def pretrain(recipe: Recipe, data: DataConfig, out: Path, log=print) -> dict[str
     short, own = pretraining_records(recipe, data)
     sample = interleaved(short)[:2000] + interleaved(own)[:2000]
     tokenizer = train_tokenizer(recipe.tokenizer, tokenizer_texts(sample, data))
-    parts: list[tuple[list[Record], Reading]] = [(short, "student"), (own, "own")]
-    encodings = [
-        encode_records(records, tokenizer, data.template, reading, end=True) for records, reading in parts if records
-    ]
+    parts = [records for records in (short, read_as(own, "own")) if records]
+    encodings = [encode_records(records, tokenizer, data.template, end=True) for records in parts]
     model = build_model(recipe.architecture, tokenizer, recipe.seed).train()
     limits = Limits.of(repr(out.name), model.config, data.context)
-    for (records, _), encoding in zip([part for part in parts if part[0]], encodings, strict=True):
+    for records, encoding in zip(parts, encodings, strict=True):
         limits.check(encoding, records, tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.01, fused=True)
     rate = torch.optim.lr_scheduler.LambdaLR(

@@ -1,4 +1,5 @@
-"""A model of some layers of another: chosen one by one by the loss that their removal costs, or at even distances."""
+"""A model of some layers of another: chosen one by one by the loss that their removal costs, or at even distances; its
+width is cut by `width`."""
 
 from __future__ import annotations
 
@@ -12,18 +13,20 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvpipe.config import Config, PrunedModel
-from kvpipe.data.batches import spread
-from kvpipe.data.encoding import encode_records
+from kvpipe.data.batches import Batch, spread
+from kvpipe.data.encoding import Encoding, encode_records
 from kvpipe.data.records import Record
+from kvpipe.experiment.device import resolve_precision
 from kvpipe.models.folders import load_model, load_tokenizer, manifest_hash, save_model, weights_dtype
 from kvpipe.models.likelihood import score, scoring_batches
+from kvpipe.models.width import narrow
 
 PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")
 """Fields of a config with one entry for each layer."""
 
 
 def prune(entry: PrunedModel, whole: Path, texts: list[Record], config: Config, out: Path) -> dict[str, Any]:
-    """Write a model folder with some layers of another; its other weights, its tokenizer and their type stay as they are.
+    """Write a model folder with some layers, heads and channels of another; all else of it stays as it is.
 
     Args:
         entry: which layers, or how many and by what.
@@ -33,7 +36,8 @@ def prune(entry: PrunedModel, whole: Path, texts: list[Record], config: Config, 
         out: where to.
 
     Returns:
-        The manifest's `source`: the layers, and under `greedy` the loss before and after each removal.
+        The manifest's `source`: the layers, under `greedy` the loss before and after each removal, and of a narrower model
+        the heads and channels of every layer.
 
     Raises:
         ValueError: the model has fewer layers, or none that can be taken out one by one.
@@ -41,14 +45,14 @@ def prune(entry: PrunedModel, whole: Path, texts: list[Record], config: Config, 
     trust = config.trusts(entry.of)
     model = load_model(whole, dtype=weights_dtype(whole), trust=trust)
     layers = Layers(model)
-    asked = entry.keep if entry.keep is not None else max(entry.layers or ()) + 1
+    asked = entry.keep if entry.keep is not None else max(entry.layers or [0]) + 1
     if asked > len(layers):
         key = "layers" if entry.keep is None else "keep"
         raise ValueError(f"models: {key} asks for {asked} layers of {entry.of}, which has {len(layers)}")
     source: dict[str, Any] = {"source": "pruned", "of": entry.of, "of_manifest": manifest_hash(whole)}
     source["of_layers"] = len(layers)
-    if entry.layers is not None:
-        kept = entry.layers
+    if entry.keep is None:
+        kept = entry.layers or list(range(len(layers)))
     elif entry.by == "even":
         kept = even(len(layers), asked)
     else:
@@ -56,22 +60,30 @@ def prune(entry: PrunedModel, whole: Path, texts: list[Record], config: Config, 
             layers, asked, _loss(entry, model, load_tokenizer(whole, trust), texts, config)
         )
     layers.keep(kept)
+    if entry.heads is not None or entry.channels is not None:
+        _, batches = _scored(entry, load_tokenizer(whole, trust), texts, config)
+        source["width"] = narrow(model, batches, entry.heads, entry.channels)
     save_model(model, whole, out)
     return source | {"layers": kept}
 
 
 def _loss(entry: PrunedModel, model, tokenizer, texts: list[Record], config: Config) -> Callable[[], float]:
     """Nats per token of reasoning and answer of some training texts, in the precision of the training."""
-    chosen = [texts[i] for i in spread(len(texts), entry.examples)]
-    encoding = encode_records(chosen, tokenizer, config.data.template)
-    batches = scoring_batches(encoding, tokenizer.pad_token_id, config.evaluate.batch_size)
+    encoding, batches = _scored(entry, tokenizer, texts, config)
     torch.set_num_threads(config.train.threads)
 
     def loss() -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=resolve_precision(config.train.precision, "cpu") == "bf16"):
             return score(model, encoding, batches).mean_nll()
 
     return loss
+
+
+def _scored(entry: PrunedModel, tokenizer, texts: list[Record], config: Config) -> tuple[Encoding, list[Batch]]:
+    """The training texts that decide."""
+    chosen = [texts[i] for i in spread(len(texts), entry.examples)]
+    encoding = encode_records(chosen, tokenizer, config.data.template)
+    return encoding, scoring_batches(encoding, tokenizer.pad_token_id, config.evaluate.batch_size)
 
 
 class Layers:

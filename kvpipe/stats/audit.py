@@ -81,23 +81,27 @@ def _budgets(config: Config, dag: Dag, paths: Paths) -> Iterator[Check]:
         for arm, seed in dag.cells
         if paths.cost(arm, seed).is_file()
     }
-    # arms that ask for another budget (control given more time, say) are compared among themselves
-    budgets = sorted({arm.step_factor for arm in dag.arms.values()})
-    groups = {b: [cost for (arm, _), cost in costs.items() if dag.arms[arm].step_factor == b] for b in budgets}
+    # arms that ask for another budget (control given more time, or texts without reasoning) are compared among themselves
+    asked = {name: (arm.step_factor, arm.student_reasoning) for name, arm in dag.arms.items()}
+    groups = {b: [cost for (arm, _), cost in costs.items() if asked[arm] == b] for b in sorted(set(asked.values()))}
     steps = {b: sorted({cost["steps"] for cost in group}) for b, group in groups.items() if group}
     found = "; ".join(
-        f"{found} optimizer steps in {len(groups[b])} cells" + (f" of {b:g} times the budget" if b != 1 else "")
+        f"{found} optimizer steps in {len(groups[b])} cells"
+        + (f" of {b[0]:g} times the budget" if b[0] != 1 else "")
+        + (f" with {b[1]} reasoning" if b[1] != "full" else "")
         for b, found in steps.items()
     )
     yield Check("steps", "ok" if all(len(found) == 1 for found in steps.values()) else "breach", found)
-    spread = 0.0
-    for group in groups.values():
-        tokens = pd.Series([cost["tokens"] for cost in group], dtype=float)
+    spread, own = 0.0, [name for name, arm in dag.arms.items() if arm.on_policy is not None]
+    for budget in budgets:
+        given = [arm for arm, found in dag.arms.items() if found.step_factor == budget and arm not in own]
+        tokens = pd.Series([cost["tokens"] for (arm, _), cost in costs.items() if arm in given], dtype=float)
         spread = max(spread, float((tokens.max() - tokens.min()) / tokens.median())) if len(tokens) else spread
     yield Check(
         "tokens",
         "ok" if spread <= config.audit.tolerance else "breach",
-        f"student tokens per cell of one budget differ by {spread:.2%} at most (allowed {config.audit.tolerance:.0%})",
+        f"student tokens per cell of one budget differ by {spread:.2%} at most (allowed {config.audit.tolerance:.0%})"
+        + (f"; not compared: {', '.join(own)}, whose texts the student writes" if own else ""),
     )
 
 

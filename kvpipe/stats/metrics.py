@@ -164,6 +164,30 @@ METRICS: dict[str, Metric] = {
             "no_prompt", "bits per byte without the prompt", "", "bits per byte", "item",
             lambda d: _ratio(d.nll_no_prompt / np.log(2), d.bytes), "log", column="nll_no_prompt",
         ),
+        *(
+            metric
+            for kind in ("int8", "int4")
+            for metric in (
+                Metric(
+                    f"bits_per_byte_{kind}", f"bits per byte, {kind} weights (dequantized)", "", "bits per byte", "item",
+                    lambda d, kind=kind: _ratio(d[f"nll_{kind}"] / np.log(2), d.bytes), "log", column=f"nll_{kind}",
+                ),
+                Metric(
+                    f"loss_{kind}", f"bits per byte that {kind} weights cost", "", "bits per byte", "item",
+                    lambda d, kind=kind: _ratio((d[f"nll_{kind}"] - d.nll) / np.log(2), d.bytes), digits=4,
+                    column=f"nll_{kind}",
+                ),
+                Metric(
+                    f"model_bytes_{kind}", f"size with {kind} weights", "MB", "MB", "item",
+                    lambda d, kind=kind: d[f"model_bytes_{kind}"].astype(float), factor=1e-6, column=f"model_bytes_{kind}",
+                    tested=False,
+                ),
+            )
+        ),
+        Metric(
+            "model_bytes", "size", "MB", "MB", "item", lambda d: d.model_bytes.astype(float), factor=1e-6,
+            column="model_bytes", tested=False,
+        ),
         Metric(
             "tokens_to_control", "convergence", "thousand tokens", "thousand tokens", "curve",
             lambda own, control: tokens_to(own, control.validation_loss.iloc[-1]), factor=1e-3, digits=0, tested=False,

@@ -71,7 +71,7 @@ class KeptCells:
             "template": _said(config.data.template),
             "evaluate": _said(config.evaluate, {"batch_size"}) if scored else None,
             "store": [config.store.mode, config.store.dtype] if found.teachers else None,
-        }
+        } | ({"short": _said(config.data.short)} if found.reading == "short" else {})
         splits = {split: self.paths.data(split) for split in SPLITS}
         swap = inputs.dag.arm(config.evaluate.cache_swap).teachers if scored and config.evaluate.cache_swap else []
         models = {name: self.paths.manifest(name) for name in (config.student, *found.teachers, *swap)}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from kvpipe.config import Reading
 from kvpipe.data.encoding import encode_records, save_encoding
-from kvpipe.data.records import Reading
 from kvpipe.experiment.steps import ENCODED
 from kvpipe.models.limits import Limits
 from kvpipe.steps.inputs import Inputs
@@ -19,12 +19,11 @@ def make_encoding(inputs: Inputs, model: str, reading: Reading) -> None:
     student = model == config.student
     limits = Limits.of(repr(model), inputs.model_config(model), config.data.context)
     for split in ENCODED:
-        records = inputs.records(split)
+        records = inputs.records(split, reading, model)
         encoding = encode_records(
             records,
             tokenizer,
             config.data.template,
-            reading,
             end=student,
             max_length=config.train.max_length if student else None,
         )

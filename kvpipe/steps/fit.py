@@ -26,7 +26,7 @@ def make_fit(inputs: Inputs, fit: str) -> None:
         student = inputs.student(0).to(resolve_device(config.train.device))
     torch.manual_seed(arm.fit.seed)  # an elastic encoder begins with random weights
     projectors = unfitted(inputs, arm, [teacher.layers for teacher in teachers])
-    pad_id, dst = inputs.student_tokenizer.pad_token_id, inputs.student_encoding("train")
+    pad_id, dst = inputs.student_tokenizer.pad_token_id, inputs.student_encoding("train", arm)
     found = fit_projectors(projectors, teachers, arm.fit, student, dst, pad_id, config.store.batch_size)
     document: dict[str, Any] = {
         "fit": dag.fit_spec(arm),

@@ -17,10 +17,10 @@ from kvpipe.align.timemap import build_time_map, derangement
 from kvpipe.cache.capture import kv_geometry
 from kvpipe.cache.store import Store, StoreKey
 from kvpipe.cache.teacher import AlignedTeacher, LiveRows, StoredRows
-from kvpipe.config import Arm, Config, ConfigError, ScratchModel
+from kvpipe.config import Arm, Config, ConfigError, Reading, ScratchModel
 from kvpipe.config.terms import HiddenConfig
 from kvpipe.data.encoding import Encoding, load_encoding
-from kvpipe.data.records import Record, read_records
+from kvpipe.data.records import Record, read_as, read_records
 from kvpipe.distill.terms import teacher_layers
 from kvpipe.experiment.device import resolve_device
 from kvpipe.experiment.files import content_digest
@@ -53,9 +53,10 @@ class Inputs(Work):
             setattr(self, name, cache(getattr(self, name)))
 
     # ------------------------------------------------------------ texts
-    def records(self, split: str) -> list[Record]:
-        """Records of a split."""
-        return read_records(self.paths.data(split))
+    def records(self, split: str, reading: Reading = "student", model: str = "") -> list[Record]:
+        """Records of a split, with the reasoning that is read, by a model where it has written it itself."""
+        records = read_records(self.paths.records(model, split, reading))
+        return records if reading == "written" else read_as(records, reading, self.config.data.short)
 
     @cached_property
     def tasks(self) -> np.ndarray:
@@ -71,13 +72,13 @@ class Inputs(Work):
         """What a split's tokens are made from; those of something else are refused."""
         return {
             "model": manifest_hash(self.paths.model(model)),
-            "data": content_digest(self.paths.data(split)),
+            "data": content_digest(self.paths.records(model, split, reading)),
             **self.steps["encode"].settings(model=model, reading=reading),
         }
 
-    def student_encoding(self, split: str) -> Encoding:
-        """A split as the student's tokens."""
-        return self.encoding(self.config.student, split)
+    def student_encoding(self, split: str, arm: Arm | None = None) -> Encoding:
+        """A split as the student's tokens, of the text that it reads in an arm; by default the whole."""
+        return self.encoding(self.config.student, split, "student" if arm is None else arm.reading)
 
     def training_examples(self, arm: Arm) -> np.ndarray:
         """Numbers of the training examples that the arm's cells see: of each task the first `examples`."""
@@ -128,7 +129,9 @@ class Inputs(Work):
             if (size := self.config.train.batch_size) > (count := len(self.training_examples(arm))):
                 lines.append(f"train.batch_size: {size} exceeds the {count} examples of arm {name}: lower it")
             skipped = {term: n for term, settings in arm.loss.items() if (n := getattr(settings, "skip_sink", 0))}
-            longest = int(self.student_encoding("train").lengths[self.training_examples(arm)].max()) if skipped else 0
+            longest = (
+                int(self.student_encoding("train", arm).lengths[self.training_examples(arm)].max()) if skipped else 0
+            )
             for term, number in skipped.items():
                 if number >= longest:
                     what = f"{number} leaves nothing: the longest training text has {longest} tokens"
@@ -209,11 +212,12 @@ class Inputs(Work):
 
     def aligned_teacher(self, arm: Arm, teacher: str, seed: int = 0) -> AlignedTeacher:
         """A teacher's cache of the training split on the student's positions, from its store or computed live."""
-        src, dst = self.encoding(teacher, "train", arm.time.text), self.student_encoding("train")
+        src, dst = self.encoding(teacher, "train", arm.time.text), self.student_encoding("train", arm)
         if arm.time.kind == "segment" and (src.segment_hashes == dst.segment_hashes).all():
             raise ConfigError(
                 f"time.kind: segment has no effect: {teacher} has no text of its own in any training example, so both "
-                "read the same. Map teacher_reasoning in data.sources, or set time: {kind: overlap, borders: keep}"
+                "read the same. Map teacher_reasoning in data.sources, set time.reasoning: written, or time: "
+                "{kind: overlap, borders: keep}"
             )
         time = build_time_map(
             arm.time, src, dst, derangement(self.tasks.tolist(), seed) if arm.shuffle_teacher else None

@@ -52,7 +52,7 @@ def make_model(inputs: Work, model: str) -> None:
             source = randomise(like, out, entry.seed, config.trusts(model))
             how = {k: v for k, v in recorded(like).items() if k in ("load", "trust_remote_code")}
         case PrunedModel():
-            texts = read_records(paths.data("train")) if entry.keep is not None and entry.by == "greedy" else []
+            texts = read_records(paths.data("train")) if entry.reads_texts else []
             source = prune(entry, paths.model(entry.of), texts, config, out)
             how = {k: v for k, v in recorded(paths.model(entry.of)).items() if k == "trust_remote_code"}
         case ScratchModel():

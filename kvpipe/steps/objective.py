@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
+from dataclasses import replace
+
 import torch
 
 from kvpipe.align.timemap import shared_spans
 from kvpipe.cache.capture import kv_geometry
-from kvpipe.cache.forward import Keep, forward_rows
-from kvpipe.config import Arm
+from kvpipe.config import Arm, ConfigError
+from kvpipe.data.chat import rendered
 from kvpipe.distill.build import build_objective
 from kvpipe.distill.objective import Objective, TopLogits
 from kvpipe.distill.terms import Facts, TeacherFacts
@@ -18,6 +19,7 @@ from kvpipe.steps.inputs import Inputs
 from kvpipe.steps.projectors import fitted
 from kvpipe.tokens.matrix import common_prefix_positions
 from kvpipe.tokens.vocabulary import same_tokens
+from kvpipe.train.online import OnPolicy, Reader
 
 
 def load_objective(inputs: Inputs, arm: Arm, seed: int) -> Objective:
@@ -39,7 +41,7 @@ def load_objective(inputs: Inputs, arm: Arm, seed: int) -> Objective:
         teachers,
         fitted(inputs, arm, [teacher.layers for teacher in teachers]) if "targets" in arm.needs else [],
         [top_logits(inputs, teacher) for teacher in arm.teachers] if "top_logits" in arm.needs else [],
-        inputs.config.train.hold_targets_gb * GB,
+        0.0 if arm.on_policy else inputs.config.train.hold_targets_gb * GB,
     )
 
 
@@ -58,13 +60,42 @@ def facts(inputs: Inputs, arm: Arm) -> Facts:
 def top_logits(inputs: Inputs, teacher: str) -> TopLogits:
     """A teacher's next-token candidates on the student's rows, in student ids."""
     src, dst = inputs.encoding(teacher, "train"), inputs.student_encoding("train")
-    if inputs.live:
-        model, pad_id = inputs.teacher_model(teacher), inputs.tokenizer(teacher).pad_token_id
-        keep = Keep(top=inputs.config.store.top_logits)
-        found = forward_rows(model, src, np.arange(len(src)), keep, inputs.config.store.batch_size, pad_id)
-        ids, logprobs = found.named()["top_ids"], found.named()["top_logprobs"]
-    else:
-        store = inputs.store(teacher, "student")
-        ids, logprobs = store.rows("top_ids"), store.rows("top_logprobs")
     same = torch.from_numpy(same_tokens(inputs.tokenizer(teacher), inputs.student_tokenizer))
-    return TopLogits.on_student(ids, logprobs, common_prefix_positions(*shared_spans(src, dst)), same, dst.offsets)
+    if inputs.live:
+        model, pad_id, config = (
+            inputs.teacher_model(teacher),
+            inputs.tokenizer(teacher).pad_token_id,
+            inputs.config.store,
+        )
+        return TopLogits.live(model, src, dst, same, config.top_logits, config.batch_size, pad_id)
+    store, pairs = inputs.store(teacher, "student"), common_prefix_positions(*shared_spans(src, dst))
+    return TopLogits.on_student(store.rows("top_ids"), store.rows("top_logprobs"), pairs, same, dst.offsets)
+
+
+def load_on_policy(inputs: Inputs, arm: Arm, objective: Objective, seed: int) -> OnPolicy | None:
+    """What the student writes itself in an arm that asks for it; its teachers are loaded, whatever is stored of others.
+
+    Raises:
+        ConfigError: a training record has no prompt.
+    """
+    if arm.on_policy is None:
+        return None
+    records, config = inputs.records("train"), inputs.config
+    if empty := [record.id for record in records if not record.prompt]:
+        raise ConfigError(
+            f"on_policy: record {empty[0]!r} has no prompt for the student to continue ({len(empty)} such)"
+        )
+    kept = {teacher.name: (teacher.layers, teacher.source.hidden) for teacher in objective.teachers}
+
+    def reader(name: str) -> Reader:
+        tokenizer = inputs.tokenizer(name)
+        prompts = [rendered(tokenizer, record, config.data.template).prompt for record in records]
+        return Reader(name, tokenizer, prompts)
+
+    teachers = [
+        replace(reader(name), model=inputs.teacher_model(name), layers=layers, hidden=hidden)
+        for name in arm.teachers
+        for layers, hidden in [kept.get(name, ((), ()))]
+    ]
+    chat, top, size = config.data.template.chat_template, config.store.top_logits, config.evaluate.batch_size
+    return OnPolicy(arm, reader(config.student), teachers, chat, top, size, seed)

@@ -55,7 +55,8 @@ def swapped_nll(inputs: Inputs, arm_name: str, student, records: list[Record]) -
         if first < 1 or read < 1:
             raise ValueError(f"evaluate.cache_swap: the prompt of record {record.id!r} has no two tokens to translate")
         ids = torch.from_numpy(dst.ids[rows]).to(student.device)
-        counted = torch.from_numpy(dst.spans[rows, 1] > dst.spans[rows, 0])[first + 1 :]
+        with_bytes = dst.spans[rows, 1] > dst.spans[rows, 0]
+        counted = torch.from_numpy(with_bytes & dst.completion(example))[first + 1 :]
         prompt = torch.from_numpy(src.ids[src.rows(example)][:read])[None].to(model.device)
         cache = model(input_ids=prompt, use_cache=True).past_key_values
         here = slice(rows.start, rows.start + first)
@@ -86,7 +87,7 @@ def ridge_after(inputs: Inputs, arm: Arm, student) -> Projector:
         }
     )
     (teacher,) = arm.teachers
-    source, dst = inputs.aligned_teacher(after, teacher), inputs.student_encoding("train")
+    source, dst = inputs.aligned_teacher(after, teacher), inputs.student_encoding("train", arm)
     (projector,) = unfitted(inputs, after, [source.layers])
     pad_id, size = inputs.student_tokenizer.pad_token_id, inputs.config.store.batch_size
     fit_projectors([projector], [source], after.fit, student, dst, pad_id, size)

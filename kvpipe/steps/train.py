@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from kvpipe.experiment import attempts
-from kvpipe.experiment.device import resolve_device
+from kvpipe.experiment.device import resolve_device, resolve_precision
 from kvpipe.experiment.files import alone, content_digest, write_json, write_text
 from kvpipe.experiment.launch import group_size
 from kvpipe.experiment.outofmemory import explained
@@ -22,7 +22,7 @@ from kvpipe.experiment.provenance import describe
 from kvpipe.models.folders import manifest_hash
 from kvpipe.steps.inputs import Inputs
 from kvpipe.steps.make import make
-from kvpipe.steps.objective import load_objective
+from kvpipe.steps.objective import load_objective, load_on_policy
 from kvpipe.train.card import write_card
 from kvpipe.train.cell import Cell, budget, freeze
 from kvpipe.train.export import export
@@ -127,10 +127,12 @@ def load_cell(inputs: Inputs, arm_name: str, seed: int, log=print) -> Cell:
     config = inputs.config
     arm = inputs.dag.arm(arm_name)
     training, drawn = budget(config.train, arm), seed + arm.seed_offset
+    precision = resolve_precision(training.precision, resolve_device(training.device))
+    training = training.model_copy(update={"precision": precision})
     set_up(training)
     check_settings(training, log)
     inputs.check([arm_name])
-    encoding = inputs.student_encoding("train")
+    encoding = inputs.student_encoding("train", arm)
     torch.manual_seed(drawn)  # adapters are drawn
     student = inputs.student(drawn, arm.init).train()
     if training.lora is not None:
@@ -140,6 +142,7 @@ def load_cell(inputs: Inputs, arm_name: str, seed: int, log=print) -> Cell:
         student.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         student.enable_input_require_grads()
     torch.manual_seed(drawn)  # whatever the student has drawn
+    objective = load_objective(inputs, arm, drawn)
     return Cell(
         name=arm_name,
         arm=arm,
@@ -147,14 +150,16 @@ def load_cell(inputs: Inputs, arm_name: str, seed: int, log=print) -> Cell:
         config=training,
         scoring=config.evaluate,
         student=student,
-        objective=load_objective(inputs, arm, drawn),
+        objective=objective,
+        online=load_on_policy(inputs, arm, objective, drawn),
         train=encoding,
-        validation=inputs.student_encoding("validation"),
+        validation=inputs.student_encoding("validation", arm),
         pad_id=inputs.student_tokenizer.pad_token_id,
         examples=inputs.training_examples(arm),
         made_from={
             "arm": arm_name,
             "seed": seed,
+            "precision": precision,
             "depends": inputs.steps["train"].settings(arm=arm_name),
             "data": digest(encoding.ids.tolist(), 16),
             "inputs": _digests(inputs, arm_name),
@@ -183,7 +188,7 @@ def write_cell(
             trained.model,
             inputs.paths.model(student),
             out / STUDENT,
-            inputs.records("validation"),
+            inputs.records("validation", cell.arm.reading),
             config.data.template,
             config.trusts(student),
             log,
@@ -201,6 +206,8 @@ def write_cell(
         "padding_share": 1 - counters.tokens / max(1, counters.padded_tokens),
         "restarts": counters.restarts,
         "processes": trained.processes,
+        **({} if trained.router is None else {"router": trained.router}),
+        "precision": cell.config.precision,
         "model": saved,
         "settings": inputs.steps["train"].depends(arm=cell.name),
         "provenance": describe(

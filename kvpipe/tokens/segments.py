@@ -1,4 +1,4 @@
-"""Prompt | reasoning | answer: where the three segments of a text lie, in bytes and in tokens.
+"""Prompt | reasoning | answer, turn by turn: where the segments of a text lie, in bytes and in tokens.
 
 Segments come from a dataset's own fields (`Segmented`); `token_segments` says which tokens of one tokenization each of them has.
 """
@@ -6,8 +6,7 @@ Segments come from a dataset's own fields (`Segmented`); `token_segments` says w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import NamedTuple
+from itertools import accumulate, pairwise
 
 import numpy as np
 from jaxtyping import Int64
@@ -15,23 +14,38 @@ from jaxtyping import Int64
 NAMES = ("prompt", "reasoning", "answer")
 
 
-class Segmented(NamedTuple):
-    """The three segments of a record; `text` is their concatenation, any of them may be empty."""
+class Segmented(tuple[str, ...]):
+    """The segments of a record, any of which may be empty: prompt, reasoning and answer, and so on for every turn of a
+    conversation. `text` is their concatenation."""
 
-    prompt: str = ""
-    reasoning: str = ""
-    answer: str = ""
+    def __new__(cls, prompt: str = "", reasoning: str = "", answer: str = "", *more: str) -> Segmented:
+        """Of one turn, and in threes of later ones."""
+        return super().__new__(cls, (prompt, reasoning, answer, *more))
+
+    @property
+    def prompt(self) -> str:
+        """What comes before the last reasoning and answer."""
+        return "".join(self[:-2])
+
+    @property
+    def reasoning(self) -> str:
+        """Of the last turn."""
+        return self[-2]
+
+    @property
+    def answer(self) -> str:
+        """Of the last turn."""
+        return self[-1]
 
     @property
     def text(self) -> str:
         """What is tokenized, whole."""
-        return self.prompt + self.reasoning + self.answer
+        return "".join(self)
 
     @property
-    def boundaries(self) -> tuple[int, int, int, int]:
+    def boundaries(self) -> tuple[int, ...]:
         """Byte positions where the segments begin, and where the last one ends: (0, …, bytes of the text)."""
-        prompt, reasoning, answer = (len(part.encode("utf-8")) for part in self)
-        return 0, prompt, prompt + reasoning, prompt + reasoning + answer
+        return tuple(accumulate((len(part.encode("utf-8")) for part in self), initial=0))
 
 
 def token_segments(spans: Int64[np.ndarray, "time 2"], boundaries: Sequence[int]) -> list[tuple[int, int]]:

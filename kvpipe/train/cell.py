@@ -12,6 +12,7 @@ from torch import nn
 from kvpipe.config import Arm, ConfigError, EvaluateConfig, TrainConfig
 from kvpipe.data.encoding import Encoding
 from kvpipe.distill.objective import Objective
+from kvpipe.train.online import OnPolicy
 
 
 @dataclass
@@ -41,6 +42,8 @@ class Cell:
     """Of the cell, whatever it draws by."""
     trackers: Path
     """Folder of what `train.report_to` writes."""
+    online: OnPolicy | None = None
+    """What the student writes itself, where the arm asks for it."""
 
 
 def budget(config: TrainConfig, arm: Arm) -> TrainConfig:

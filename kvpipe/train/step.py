@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,15 +12,19 @@ from torch import nn
 
 from kvpipe.cache.capture import Recorder
 from kvpipe.config.arms import CROSS_ENTROPY
-from kvpipe.data.batches import Batch, collate
+from kvpipe.data.batches import IGNORE, Batch, collate, spread
+from kvpipe.distill.fusion import mean_weights
 from kvpipe.distill.losses import check_finite
-from kvpipe.distill.objective import Loss, Objective
+from kvpipe.distill.objective import Loss, Objective, OtherTexts
 from kvpipe.distill.terms import Row, Said, Student
 from kvpipe.models.head import Head, final_states
 from kvpipe.train.cell import Cell
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+ROUTED = 24
+"""Training examples whose fusion weights are noted at the end."""
 
 
 @dataclass
@@ -59,11 +63,17 @@ class BatchLoss:
 
     def begin(self, step: int, examples: np.ndarray, recorder: Recorder | None, logged: bool) -> StepBatch:
         """A step's batch, its teachers asked and what its terms are divided by measured."""
-        own = self.split(examples)[self.accelerator.process_index :: self.accelerator.num_processes]
-        batch = StepBatch(step, [self._part(micro) for micro in own], logged, None)
+        marked = np.stack([examples, self.written(step, examples)], axis=1)
+        own = self.split(marked)[self.accelerator.process_index :: self.accelerator.num_processes]
+        batch = StepBatch(step, [self._part(*micro.T) for micro in own], logged, None)
         if len(batch.parts) > 1:
             batch.whole = self._measure(batch, recorder)
         return batch
+
+    def written(self, step: int, examples: np.ndarray) -> np.ndarray:
+        """Which of a step's examples have a text of the student's own."""
+        online = self.cell.online
+        return np.zeros(len(examples), dtype=bool) if online is None else online.chosen(step, examples)
 
     def split(self, examples: np.ndarray) -> list[np.ndarray]:
         """The micro-batches of all processes."""
@@ -74,10 +84,21 @@ class BatchLoss:
         for module in (self.model, self.objective):
             module.zero_grad(set_to_none=True)
 
-    def _part(self, examples: np.ndarray) -> Part:
-        """A micro-batch; its teachers are asked here and not again."""
-        batch = collate(self.encoding, examples, self.cell.pad_id, self.config.loss_on).to(self.device)
-        return Part(batch, self.objective.read(batch))
+    def _part(self, examples: np.ndarray, written: np.ndarray) -> Part:
+        """A micro-batch; its teachers are asked here and not again. Texts of the student's own come last, without labels."""
+        online, given = self.cell.online, examples[written == 0]
+        if online is None or len(given) == len(examples):
+            batch = collate(self.encoding, examples, self.cell.pad_id, self.config.loss_on).to(self.device)
+            return Part(batch, self.objective.settled(batch, self.objective.read(batch)))
+        own = examples[written == 1]
+        places = online.places(own)
+        both = self.encoding.taken(given) + online.encoding.taken(places)
+        batch = collate(both, np.arange(len(both)), self.cell.pad_id, self.config.loss_on)
+        batch = replace(batch, examples=np.concatenate([given, own])).to(self.device)
+        batch.labels[len(given) :] = IGNORE
+        said = self.objective.read(batch[len(given) :], OtherTexts(online.aligned, online.candidates, places))
+        said = self.objective.read(batch[: len(given)]) + said if len(given) else said
+        return Part(batch, self.objective.settled(batch, said))
 
     def _whole(self, rows: list[dict[str, Row]]) -> dict[str, Row]:
         """What the rows that were measured of micro-batches amount to over all processes."""
@@ -148,6 +169,22 @@ class BatchLoss:
         names = dict.fromkeys(name for part in parts for name in part)
         totals = {name: np.sum([part[name] for part in parts if name in part], axis=0).tolist() for name in names}
         return {name: above / below for name, (above, below) in totals.items() if below}
+
+    @torch.no_grad()
+    def router(self, recorder: Recorder | None) -> dict[str, Any] | None:
+        """Mean weight of each teacher in each layer, `(example, layer, teacher)`, on training examples from all over the
+        split; None where there are not several teachers' caches. All processes compute the same."""
+        targets = self.objective.targets
+        if targets is None or len(targets.targets) == 1:
+            return None
+        examples, weights = self.cell.examples[spread(len(self.cell.examples), ROUTED)], []
+        for example in examples:
+            part = self._part(np.array([example]), np.zeros(1, dtype=bool))
+            student = self._forward(part.batch, recorder) if self.objective.reads_student else None
+            target = self.objective.resolve(part.batch, part.said, student).target
+            shown = mean_weights(target.fused.weights, [""], part.batch.mask & target.mask)[""]
+            weights.append([[round(weight, 4) for weight in layer] for layer in shown.tolist()])
+        return {"examples": examples.tolist(), "teachers": [t.name for t in targets.targets], "weights": weights}
 
     def _forward(self, batch: Batch, recorder: Recorder | None) -> Student:
         """The student's forward, without logits."""

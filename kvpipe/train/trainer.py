@@ -131,6 +131,8 @@ class Trained:
     """Without the wrappers of devices and precision."""
     history: list[dict[str, Any]]
     counters: Counters
+    router: dict[str, Any] | None
+    """How much each teacher weighs in each layer of some training examples, where there are several."""
     device: torch.device
     processes: int
     main: bool
@@ -161,6 +163,7 @@ def train(cell: Cell, checkpoints: Path, attempt: Attempt, stop: Stop, log=print
         model=loop.accelerator.unwrap_model(loop.model, keep_fp32_wrapper=False),
         history=loop.history,
         counters=loop.counters,
+        router=loop.router,
         device=loop.accelerator.device,
         processes=loop.accelerator.num_processes,
         main=loop.accelerator.is_main_process,
@@ -197,6 +200,7 @@ class Loop:
         ]
         self.counters = Counters()
         self.history: list[dict[str, Any]] = []
+        self.router: dict[str, Any] | None = None
         torch.manual_seed(cell.drawn)  # dropout, whatever was drawn before
 
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -235,7 +239,7 @@ class Loop:
         recorder = None
         if self.objective.records:
             unwrapped = self.accelerator.unwrap_model(self.model)
-            recorder = Recorder(unwrapped, hidden=self.objective.records_hidden)
+            recorder = Recorder(unwrapped, self.objective.records_hidden, queries=self.objective.records_queries)
         label = f"training {self.cell.name}, seed {self.cell.seed}"
         with recorder or nullcontext(), Progress(label, self.config.steps, "steps", step) as progress:
             while step < self.config.steps:
@@ -245,6 +249,8 @@ class Loop:
                 stop.to_save = True
                 self.counters.seconds += time.perf_counter() - begun
                 last = step == self.config.steps
+                if last:
+                    self.router = self.loss.router(recorder)
                 progress.add(1, ", ".join(f"{name} {line[name]:.3f}" for name in self.objective.terms))
                 if step % self.config.log_every == 0 or last:
                     self._note(line)
@@ -261,10 +267,11 @@ class Loop:
 
     def _step(self, step: int, recorder: Recorder | None) -> dict[str, Any]:
         """One optimizer step; gives its line of the history."""
-        rate = learning_rate(self.config, step)
+        rate, online = learning_rate(self.config, step), self.cell.online
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * rate
         examples = self.batches[step]
+        self._write(step, recorder)
         logged = step + 1 == self.config.steps or (step + 1) % self.config.log_every == 0
         batch = self.loss.begin(step, examples, recorder, logged)
         # gradients of single terms cost a pass each
@@ -279,9 +286,13 @@ class Loop:
             check_finite(gradients, step + 1)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        lengths = self.cell.train.lengths
-        self.counters.tokens += int(lengths[examples].sum())
-        self.counters.padded_tokens += sum(len(m) * int(lengths[m].max()) for m in self.loss.split(examples))
+        lengths, written = self.cell.train.lengths[examples], self.loss.written(step, examples)
+        if online is not None:
+            lengths = lengths.copy()
+            lengths[written] = online.encoding.lengths[online.places(examples[written])]
+            watched["on_policy_tokens"] = float(lengths[written].sum() / lengths.sum())
+        self.counters.tokens += int(lengths.sum())
+        self.counters.padded_tokens += sum(len(m) * int(m.max()) for m in self.loss.split(lengths))
         return {
             "step": step + 1,
             "tokens": self.counters.tokens,
@@ -292,6 +303,21 @@ class Loop:
             **watched,
             **ratios,
         }
+
+    def _write(self, step: int, recorder: Recorder | None) -> None:
+        """Have the student write the texts of the steps to come, each process some of them, where the time has come."""
+        online = self.cell.online
+        if online is None or not online.due(step):
+            return
+        from accelerate.utils import gather_object
+
+        examples, number = online.asked(step, self.batches), self.accelerator.num_processes
+        with recorder.paused() if recorder else nullcontext():
+            own = online.write(
+                self.accelerator.unwrap_model(self.model), step, examples[self.accelerator.process_index :: number]
+            )
+        texts = dict(gather_object(list(own.items()))) if number > 1 else own
+        online.take({example: texts[example] for example in examples})
 
     def _evaluate(self, step: int) -> None:
         with explained("scoring the validation split", self.cell.scoring):
@@ -337,6 +363,7 @@ class Loop:
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler  # fp16's, whose scale follows from all steps so far
             counted = vars(self.counters) | ({} if scaler is None else {"scaling": scaler.state_dict()})
+            counted |= {} if self.cell.online is None else {"written": list(self.cell.online.texts.items())}
             optimizer, folder = self.optimizer, self.checkpoints
             checkpoint.save(folder, step, self._modules, optimizer, self.history, counted, self._made_from)
         # a launcher that sees one process end kills the others, the one that writes among them
@@ -348,6 +375,8 @@ class Loop:
         if found is None:
             return 0
         self.history = found.history
+        if (written := found.counters.pop("written", None)) is not None and self.cell.online is not None:
+            self.cell.online.take(dict(written))
         scaling = found.counters.pop("scaling", None)
         if scaling is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(scaling)

@@ -291,6 +291,12 @@ def test_queries_equal_projection_hooks(name, normed):
         model(input_ids=ids, attention_mask=mask, position_ids=positions)
     close(recorder.queries(positions), torch.stack(seen).transpose(2, 3))
     assert torch.equal(recorder.queries(), recorder.queries(positions))
+    with torch.no_grad(), Recorder(model, queries=False) as without:
+        model(input_ids=ids, attention_mask=mask, position_ids=positions)
+    kv = recorder.kv()
+    assert torch.equal(without.keys(), kv.keys) and torch.equal(without.values(), kv.values)
+    with pytest.raises(ValueError, match="no queries are kept"):
+        without.queries()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

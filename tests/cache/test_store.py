@@ -283,6 +283,18 @@ def test_next_tokens_piece_by_piece_are_those_of_the_whole(monkeypatch):
 
 
 # ---------------------------------------------------------------- what is computed
+@pytest.mark.parametrize("vocab", [5 * forward.GROUP * 4, 5 * forward.GROUP * 4 + 1, 9001])
+def test_the_likeliest_are_those_of_topk(vocab):
+    logits = torch.randn(ROW, vocab)
+    logits[0, -3:], logits[1] = torch.tensor([7.0, 9.0, 8.0]), logits[1].bfloat16().float()  # at the end; many equal
+    values, ids = forward.likeliest(logits, TOP)
+    expected = logits.topk(TOP)
+    assert torch.equal(values, expected.values) and torch.equal(logits.gather(1, ids), values)
+    assert all(len(set(row)) == TOP for row in ids.tolist())
+    distinct = torch.arange(ROW) != 1
+    assert torch.equal(ids[distinct], expected.indices[distinct])
+
+
 def test_no_logits_are_made_where_nothing_of_them_is_kept(teacher, tmp_path, monkeypatch):
     def none(self, raw):
         raise AssertionError(f"logits of {len(raw)} rows")

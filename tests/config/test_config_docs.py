@@ -32,7 +32,11 @@ from kvpipe.config.section import Section, assign
 from kvpipe.models.head import PIECE
 
 CONFIG = Path(__file__).parents[2] / "config"
-SHIPPED = [path for path in sorted(CONFIG.glob("*.yaml")) if "student" in yaml.safe_load(path.read_text("utf-8"))]
+SHIPPED = [
+    path
+    for path in sorted(CONFIG.glob("*.yaml"))
+    if {"student", "data"} <= set(yaml.safe_load(path.read_text("utf-8")))
+]
 EMBEDDED = yaml.safe_load((CONFIG / "config.yaml").read_text("utf-8"))
 
 
@@ -141,7 +145,7 @@ def test_the_cluster_configuration_is_what_it_says():
     assert large.models["llama"].load.sharded and large.arm("full").projector.mlp_ratio == 2.0
 
 
-@pytest.mark.parametrize("overlay", ["study.yaml", "study-20000.yaml"])
+@pytest.mark.parametrize("overlay", ["study.yaml", "study-20000.yaml", "study-compress.yaml"])
 def test_the_study_lies_over_the_embedded_experiment(overlay):
     study = load([CONFIG / "config.yaml", CONFIG / overlay])
     assert set(load(CONFIG / "config.yaml").arms) <= set(study.arms)

@@ -1,5 +1,6 @@
 """Chat templates, in the rows already and applied here: no token twice, segments kept, each model its own marks."""
 
+import json
 import warnings
 
 import numpy as np
@@ -12,14 +13,18 @@ from tokenizers import AddedToken
 from kvpipe.align.timemap import build_time_map, shared_spans
 from kvpipe.config import ConfigError, ScoringConfig, Template, TimeConfig
 from kvpipe.data import build as data
+from kvpipe.data.batches import IGNORE, collate, count_predicted
 from kvpipe.data.chat import end_of_turn, rendered
-from kvpipe.data.encoding import encode_records, prompt_ids
+from kvpipe.data.encoding import encode_records, load_encoding, prompt_ids, save_encoding
 from kvpipe.data.records import Record, read_records, write_records
+from kvpipe.evaluate import dialogue
 from kvpipe.evaluate.choices import choice_nll
 from kvpipe.evaluate.generate import generate
 from kvpipe.evaluate.score import evaluate_model
 from kvpipe.experiment.paths import Paths
 from kvpipe.models.folders import build_model
+from kvpipe.models.likelihood import score, scoring_batches
+from kvpipe.steps.evaluate import answer_questions
 from kvpipe.steps.inputs import Inputs
 from kvpipe.steps.models import make_model
 from kvpipe.steps.train import prepare, train_cell
@@ -180,7 +185,8 @@ def test_generation_starts_from_the_beginning_of_what_was_trained(tokenizer):
         assert prompt == tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
         assert encoding.ids[encoding.rows(number)].tolist()[: len(prompt)] == prompt
         # and all that comes after it is the completion
-        assert encoding.segments[number, 0, 1] == len(prompt)
+        last = len(encoding.texts[number]) - 3
+        assert encoding.segments[number, last, 1] == len(prompt)
 
 
 def test_segments_hold_their_text_and_special_tokens_hold_none(tokenizer):
@@ -196,6 +202,55 @@ def test_segments_hold_their_text_and_special_tokens_hold_none(tokenizer):
         assert spans[0, 0] == 0 and (spans[1:, 0] == spans[:-1, 1]).all()
         assert spans[-1, 1] == len(text.text.encode()) == encoding.byte_segments[number, -1, 1]
         assert all(a == b for i, (a, b) in zip(ids, spans, strict=True) if int(i) in special)
+
+
+TALK = [
+    ("user", "Say Yes, not 5."),
+    ("assistant", "Yes, 日本"),
+    ("user", "Yes? And 5?"),
+    ("assistant", "5"),
+    ("user", "5!"),
+]
+
+
+def test_every_turn_of_the_assistant_is_trained_and_scored(tokenizer, tmp_path):
+    """Beside a record of one turn; what an answer says is no answer where a user has said it before."""
+    records = [RECORDS[0], Record("t", "chat", "", "", "Yes.", messages=tuple(TALK)), RECORDS[1]]
+    encoding = encode_records(records, tokenizer, LIVE, end=True)
+    answers, end = ["Yes, 日本", "5", "= Yes."], end_of_turn(tokenizer)
+    assert encoding.segments.shape == (3, 9, 2) and list(encoding.texts[1])[1::3] == ["", "", ""]
+    assert list(encoding.texts[1])[2::3] == answers and len(encoding.texts[0]) == 3
+    ids = collate(encoding, np.arange(3), 0, "completion").labels
+    labelled = ids[1][ids[1] != IGNORE].tolist()
+    assert labelled.count(end) == 3
+    parts = [[]]
+    for token in labelled:
+        parts = [*parts, []] if token == end else [*parts[:-1], [*parts[-1], token]]
+    assert [tokenizer.decode(part).strip() for part in parts] == [*answers, ""]
+    assert count_predicted(encoding, np.arange(3), "completion") == int((ids != IGNORE).sum())
+    # likelihood is of the same tokens, but for those without text
+    model = build_model({**STUDENT, "vocab_size": len(tokenizer)}, tokenizer, 0)
+    scores = score(model, encoding, scoring_batches(encoding, 0, 2))
+    assert scores.bytes[1] == sum(len(answer.encode()) for answer in answers)
+    spans = encoding.spans[encoding.rows(1)]
+    with_bytes = torch.from_numpy(spans[:, 1] > spans[:, 0])
+    assert scores.tokens[1] == int((with_bytes & (ids[1][: len(spans)] != IGNORE)).sum())
+    alone = encode_records(records[:1], tokenizer, LIVE, end=True)
+    assert score(model, alone, scoring_batches(alone, 0, 2)).nll[0] == pytest.approx(scores.nll[0], rel=1e-5)
+    save_encoding(encoding, tmp_path / "x", {})
+    again = load_encoding(tmp_path / "x", {})
+    assert again.texts == encoding.texts and (again.segment_hashes == encoding.segment_hashes).all()
+    joined = alone + encoding.taken(np.array([1]))
+    assert (joined.segments == encoding.segments[:2]).all() and (
+        joined.segment_hashes == encoding.segment_hashes[:2]
+    ).all()
+
+
+def test_a_turn_that_the_template_changes_is_named():
+    tokenizer = chatml()
+    tokenizer.chat_template = CHATML.replace("m['content']", "m['content'] | replace('Yes', 'No')")
+    with pytest.raises(ValueError, match="record 't': the chat template leaves out or changes the answer 'Yes, 日本'"):
+        rendered(tokenizer, Record("t", "chat", "", "", "So.", messages=tuple(TALK)), LIVE)
 
 
 def test_a_template_with_a_date_writes_the_same_one_every_day():
@@ -355,6 +410,48 @@ def test_generation_ends_at_the_templates_end_of_turn():
     settings = ScoringConfig(max_new_tokens=9, stop=[])
     assert generate(model, tokenizer, [prompt], settings, 1, chat=True) == ["a"]
     assert generate(model, tokenizer, [prompt], settings, 1) != ["a"]
+
+
+def test_answers_are_those_of_mt_benchs_judge_and_follow_the_ones_before(chat_cell, tmp_path, monkeypatch):
+    """Through the command; each turn is answered after the model's own answers."""
+    work, out = chat_cell
+    questions = tmp_path / "question.jsonl"
+    rows = [
+        {"question_id": 81, "category": "writing", "turns": ["Hi?", "And 5?"]},
+        {"question_id": 7, "turns": ["So."]},
+    ]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    seen = []
+
+    def generated(model, tokenizer, prompts, *rest, chat):
+        seen.append(prompts)
+        return [f" said {number} " for number in range(len(prompts))]
+
+    monkeypatch.setattr(dialogue, "generate", generated)
+    line = answer_questions(work, out / "model", questions, tmp_path / "mine.jsonl")
+    assert line.endswith("2 questions, 3 turns answered")
+    marks = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    assert seen[0] == [marks.format("Hi?"), marks.format("So.")]
+    assert seen[1] == [marks.format("Hi?") + "said 0<|im_end|>\n" + marks.format("And 5?")]
+    one, two = (json.loads(line) for line in (tmp_path / "mine.jsonl").read_text(encoding="utf-8").splitlines())
+    assert one["question_id"] == 81 and two["question_id"] == 7 and one["model_id"] == two["model_id"] == "mine"
+    assert one["choices"] == [{"index": 0, "turns": ["said 0", "said 0"]}] and one["answer_id"] != two["answer_id"]
+    assert {"answer_id", "tstamp"} <= one.keys() and len(two["choices"][0]["turns"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "match"),
+    [
+        ({"question_id": 1}, "question 1: expected turns"),
+        ({"question_id": 1, "turns": ["a", " "]}, "question 1: expected turns"),
+        ({"turns": ["a"]}, "question 1: expected a question_id"),
+    ],
+)
+def test_questions_that_are_none_are_refused(tmp_path, row, match):
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=match):
+        dialogue.read_questions(path)
 
 
 def test_choices_follow_the_generation_prompt(tokenizer):

@@ -8,7 +8,7 @@ import tokenizer_zoo
 
 from kvpipe.config import Template
 from kvpipe.data.encoding import concatenated_ranges, encode_records, hash_bytes
-from kvpipe.data.records import Record, render
+from kvpipe.data.records import Record, read_as, render
 from kvpipe.tokens.matrix import encode
 
 RECORDS = [
@@ -25,12 +25,13 @@ def tokenizer(request):
     return tokenizer
 
 
-@pytest.mark.parametrize("reading", ["student", "own"])
+@pytest.mark.parametrize("reading", ["student", "own", "none"])
 def test_rows_are_each_text_tokenized_alone(tokenizer, reading):
-    encoding = encode_records(RECORDS, tokenizer, Template(), reading)
+    records = read_as(RECORDS, reading)
+    encoding = encode_records(records, tokenizer, Template())
     assert len(encoding) == len(RECORDS) and encoding.offsets[-1] == len(encoding.ids) == encoding.lengths.sum()
-    for number, record in enumerate(RECORDS):
-        text = render(record, Template(), reading)
+    for number, record in enumerate(records):
+        text = render(record, Template())
         alone = encode(tokenizer, text.text)
         rows = encoding.rows(number)
         assert (encoding.ids[rows] == alone.ids.numpy()).all()
@@ -64,7 +65,7 @@ def test_the_end_token_is_an_empty_span_outside_all_segments(tokenizer):
 
 
 def test_equal_segment_hashes_mean_equal_text(tokenizer):
-    student, own = (encode_records(RECORDS, tokenizer, Template(), reading) for reading in ("student", "own"))
+    student, own = (encode_records(read_as(RECORDS, reading), tokenizer, Template()) for reading in ("student", "own"))
     same = student.segment_hashes == own.segment_hashes
     assert same.tolist() == [[True, False, True]] * len(RECORDS)
     assert len(set(student.segment_hashes[:, 0].tolist())) == len(RECORDS)

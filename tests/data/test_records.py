@@ -1,11 +1,13 @@
 """Records as text, and Parquet round trips."""
 
+from dataclasses import replace
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kvpipe.config import ConfigError, Template, parse
-from kvpipe.data.records import Record, read_records, render, write_records
+from kvpipe.config import ConfigError, ShortReasoning, Template, parse
+from kvpipe.data.records import Record, read_as, read_records, render, write_records
 
 RECORD = Record("a-1", "math", "Wie viele? ½", "1+1=2.", "2", "Erst 1, dann 1: 1+1=2.")
 
@@ -16,7 +18,7 @@ def overridden_template(given):
 
 
 def test_segments_join_to_the_text_and_own_reading_differs_in_reasoning_only():
-    student, own = render(RECORD, Template()), render(RECORD, Template(), "own")
+    student, own = (render(*read_as([RECORD], reading), Template()) for reading in ("student", "own"))
     assert student.text == "Wie viele? ½\n1+1=2.\n#### 2\n"
     assert (student.prompt, student.answer) == (own.prompt, own.answer)
     assert own.reasoning == "Erst 1, dann 1: 1+1=2.\n"
@@ -30,7 +32,36 @@ def test_empty_reasoning_leaves_an_empty_segment():
 
 def test_own_reading_without_teacher_reasoning_names_the_record():
     with pytest.raises(ValueError, match="'x' has no teacher_reasoning"):
-        render(Record("x", "code", "p", "r", "a"), Template(), "own")
+        read_as([Record("x", "code", "p", "r", "a")], "own")
+
+
+REASONING = "First 1. Then 2! Is it 3? 3.5 it is"
+
+
+@pytest.mark.parametrize(
+    "short, left",
+    [
+        ({}, "it 3? 3.5 it is"),
+        ({"share": 0.2}, "it is"),
+        ({"share": 0.11}, "it is"),
+        ({"share": 1}, REASONING),
+        ({"share": 0}, ""),
+        ({"sentences": 1}, "3.5 it is"),
+        ({"sentences": 2}, "Is it 3? 3.5 it is"),
+        ({"sentences": 9}, REASONING),
+    ],
+)
+def test_a_short_reasoning_is_the_end_of_the_whole(short, left):
+    record = Record("x", "math", "p", REASONING, "3.5")
+    (read,) = read_as([record], "short", ShortReasoning(**short))
+    assert read == replace(record, reasoning=left)
+    assert REASONING.endswith(left)
+
+
+def test_without_reasoning_prompt_and_answer_are_left():
+    assert render(*read_as([RECORD], "none"), Template()).text == "Wie viele? ½\n#### 2\n"
+    with pytest.raises(ValueError, match="'x' is all reasoning: student_reasoning: none leaves nothing of it"):
+        read_as([Record("x", "text", "", "r", "")], "none")
 
 
 def test_parquet_round_trip(tmp_path):

@@ -11,7 +11,6 @@ from kvpipe.distill.losses import (
     Schedule,
     check_finite,
     kv_loss,
-    layer_kv_losses,
     logit_kd_loss,
     masked_mean,
     relation_loss,
@@ -62,10 +61,23 @@ def test_kv_loss_by_definition(kind, scale):
 def test_kv_loss_is_the_mean_of_its_layers_and_takes_one_layer():
     student, target = caches()
     mask = ragged_mask()
-    per_layer = layer_kv_losses(student, target, mask, scale="std")
-    assert per_layer.shape == (LAYER, BATCH, TIME)
+    per_layer = torch.stack([kv_loss(*both, mask, scale="std") for both in zip(student, target, strict=True)])
     torch.testing.assert_close(kv_loss(student, target, mask, scale="std"), per_layer.mean(0))
-    torch.testing.assert_close(kv_loss(student[2], target[2], mask, scale="std"), per_layer[2])
+
+
+def test_cosine_distance_looks_at_directions_alone():
+    student, target = caches()
+    mask = ragged_mask()
+    loss = kv_loss(student, target, mask, "cosine")
+    rows = torch.stack([(a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)) for a, b in [(student, target)]])
+    torch.testing.assert_close(loss, torch.where(mask, (1 - rows[0]).mean((0, 2)), 0.0))
+    torch.testing.assert_close(kv_loss(student * 5, target / 7, mask, "cosine"), loss)
+    torch.testing.assert_close(kv_loss(target, -target, mask, "cosine"), 2.0 * mask)
+    student[:, 0, :, 4:], target[:, 1, :, 0] = torch.inf, torch.nan
+    student.requires_grad_()
+    again = kv_loss(student, target, mask, "cosine")
+    again.sum().backward()
+    assert torch.equal(again, loss) and torch.isfinite(student.grad).all() and not student.grad[:, 0, :, 4:].any()
 
 
 def test_scaled_loss_does_not_depend_on_the_unit_of_a_layer():
@@ -97,6 +109,17 @@ def test_gradient_with_scale_treats_the_deviation_as_a_constant():
     mask = torch.ones(BATCH, TIME)
     kv_loss(student, target, mask, scale="std").sum().backward()
     torch.testing.assert_close(target.grad, -student.grad)
+
+
+@pytest.mark.parametrize("kind", ["mse", "smooth_l1"])
+@pytest.mark.parametrize("scale", [None, "std"])
+def test_the_gradient_of_kv_loss_is_that_of_differences(kind, scale):
+    student, target = (side.double() for side in caches())
+    mask = ragged_mask()
+    scale = target_std(target, mask) if scale else None
+    assert torch.autograd.gradcheck(
+        lambda a, b: kv_loss(a, b, mask, kind, scale), (student.requires_grad_(), target.requires_grad_())
+    )
 
 
 def test_a_constant_target_is_left_unscaled():

@@ -36,8 +36,11 @@ class Given(Recorder):
     def __init__(self, kv, recorder=None):
         self.given, self.seen = kv, recorder
 
-    def kv(self, positions=None):
-        return self.given
+    def keys(self, positions=None):
+        return self.given.keys
+
+    def values(self):
+        return self.given.values
 
     def queries(self, positions=None):
         return self.seen.queries()
@@ -191,6 +194,10 @@ def test_terms_are_the_loss_by_hand(work, scale):
         )
     watched = divided(found.loss)
     assert watched["masked_share"] == pytest.approx(1 - (mask.sum() / found.batch.mask.sum()).item())
+    for name in ("keys", "values"):
+        layers = [watched[f"layer/{name}/{layer}"] for layer in range(len(found.kv.keys))]
+        assert len(layers) == len(set(layers)) > 1
+        assert sum(layers) / len(layers) == pytest.approx(found.loss.values[name].item(), rel=1e-4)
     for task in TABLE:
         shares = [watched[f"weight/{task}/{name}"] for name in ("alpha", "beta")]
         assert sum(shares) == pytest.approx(1, abs=1e-5)
@@ -240,6 +247,42 @@ def test_attention_outputs_are_read_by_the_students_queries(work):
     one, two = (attention_outputs(queries, kv, ropes).detach() for kv in (own, mixed))
     gap = (one - two).square().mean((0, 2, 4))
     torch.testing.assert_close(found.loss.values["attention"], gap[mask].mean(), atol=1e-4, rtol=1e-4)
+
+
+def test_attention_kl_is_the_divergence_of_the_models_own_attention_weights(work):
+    """Of the student's: weights by the definition, keys of a position without a target its own; only keys are moved."""
+    arm = changed(work.dag.arm("own"), attention_kl={"layers": [2, 0], "skip_sink": 1})
+    objective = load_objective(work, arm, 0)
+    found = run(work, objective)
+    own, mask = found.kv.keys.detach(), found.batch.mask & found.fused.mask
+    keys = torch.where(mask[None, :, None, :, None], found.fused.fused.keys, own)
+    time, total = own.shape[3], 0.0
+    counted = mask.clone()
+    counted[:, :1] = False
+    for layer in (2, 0):
+        rope, positions = found.student.ropes[layer], torch.arange(time)
+        q = rope.rotate(found.student.queries[layer].detach(), positions)
+        ours, theirs = (rope.rotate(k[layer], positions).repeat_interleave(2, dim=1) for k in (own, keys))
+        for b, t in counted.nonzero().tolist():
+            for head in range(4):
+                p, r = ((k[b, head, : t + 1] @ q[b, head, t] / 6**0.5).softmax(0) for k in (theirs, ours))
+                total += (p * (p / r).log()).sum() / 4 / 2
+    torch.testing.assert_close(found.loss.values["attention_kl"], total / counted.sum(), atol=1e-4, rtol=1e-3)
+    moved = gradient(found, objective, "attention_kl", found.kv.keys)
+    assert moved[0].any() and moved[2].any() and not moved[1].any()
+
+
+def test_layers_open_from_shallow_to_deep(work):
+    """One after the other over the given share of the steps; the term is then the one without."""
+    arm = work.dag.arm("one")
+    opening = load_objective(work, changed(arm, values={"opening": 0.6}), 0)
+    plain = run(work, load_objective(work, changed(arm, values={}), 0))
+    whole = gradient(plain, load_objective(work, changed(arm, values={}), 0), "values", plain.kv.values)
+    for step, shares in ((0, [0, 0, 0]), (1, [0.5, 0, 0]), (3, [1, 0.5, 0]), (6, [1, 1, 1]), (9, [1, 1, 1])):
+        found = run(work, opening, progress=(step, 10))
+        total = found.loss.total - found.loss.values["cross_entropy"]
+        (own,) = torch.autograd.grad(total, found.kv.values)
+        torch.testing.assert_close(own, whole * torch.tensor(shares).reshape(-1, 1, 1, 1, 1), atol=1e-7, rtol=1e-4)
 
 
 def test_gradients_reach_trainable_projectors_only(work):

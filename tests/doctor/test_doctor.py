@@ -464,6 +464,13 @@ def test_gpu_memory_of_a_teacher(saved, site, profile, tmp_path, monkeypatch):
     assert "GPU memory of teacher KV" not in findings({"dtype": "bf16"}, PROFILE), "its rule asks for no GPU"
 
 
+def test_jobs_ask_for_what_the_sizes_say(saved, tmp_path):
+    small, large = (memory.job_memory(Workload(config(saved, o), Paths(tmp_path))) for o in (None, LARGE))
+    assert {"train", "teacher_kv", "fit", "evaluate", "untrained"} <= set(small)
+    assert large["train"] >= 16 * 1.1e9 / 1e6 > small["train"], "16 bytes for each of 1.1 billion parameters"
+    assert max(small.values()) <= 2000, "a tiny model takes what Python and torch take"
+
+
 def test_what_the_estimate_says_of_the_advice():
     """Every setting that the advice names makes the estimate smaller."""
     student = Shape(22, 2048, 4, 64, 5632, 32000, 1_100_000_000)

@@ -1,4 +1,4 @@
-"""On a CPU freed memory is kept, unless the user has said how; a job on a GPU leaves the allocator alone."""
+"""On a CPU freed memory is kept, unless the user has said how; `precision: auto` is what the device computes in."""
 
 import ctypes
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from kvpipe.experiment import device
+from kvpipe.experiment import device, sizes
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="glibc's allocator")
@@ -28,3 +28,29 @@ def test_only_a_cpu_keeps(monkeypatch):
     assert device.resolve_device("cuda:0") == "cuda:0" and not asked
     monkeypatch.setattr(device.torch.cuda, "is_available", lambda: False)
     assert device.resolve_device("auto") == "cpu" and asked
+
+
+@pytest.mark.parametrize(
+    ("flags", "precision"),
+    [
+        ("flags\t\t: fpu avx512f avx512_bf16 amx_tile", "bf16"),
+        ("flags\t\t: fpu avx2 amx_bf16", "bf16"),
+        ("Features\t: fp asimd i8mm bf16", "bf16"),
+        ("model name\t: Xeon bf16less\nflags\t\t: fpu avx2 avx512f avx512_fp16", "fp32"),
+        (None, "fp32"),
+    ],
+)
+def test_auto_is_bf16_where_the_processor_has_it(flags, precision, tmp_path, monkeypatch):
+    monkeypatch.setattr(sizes, "CPU_INFO", tmp_path / "cpuinfo")
+    if flags is not None:
+        sizes.CPU_INFO.write_text(flags + "\n", encoding="utf-8")
+    assert device.resolve_precision("auto", "cpu") == precision
+    assert {device.resolve_precision(named, "cpu") for named in ("fp32", "bf16")} == {"fp32", "bf16"}
+
+
+def test_auto_on_a_gpu_takes_no_emulated_bf16(monkeypatch):
+    for native in (True, False):
+        monkeypatch.setattr(
+            device.torch.cuda, "is_bf16_supported", lambda including_emulation, n=native: n or including_emulation
+        )
+        assert device.resolve_precision("auto", "cuda:0") == ("bf16" if native else "fp32")

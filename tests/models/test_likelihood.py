@@ -80,7 +80,7 @@ def test_no_batch_is_larger_than_its_tokens(side, monkeypatch):
     """But for one of a single text; each text once, the likest in length together."""
     _, encoding = side
     longest = int(encoding.lengths.max())
-    monkeypatch.setattr(likelihood, "TOKENS", 2 * longest)
+    monkeypatch.setattr(likelihood, "SCORED", 2 * longest)
     batches = scoring_batches(encoding, 0, 64)
     assert all(batch.input_ids.numel() <= 2 * longest for batch in batches)
     assert sorted(np.concatenate([b.examples for b in batches])) == list(range(len(encoding)))

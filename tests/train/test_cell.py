@@ -5,6 +5,7 @@ import torch
 from tiny import build
 
 from kvpipe.config import ConfigError
+from kvpipe.experiment import device
 from kvpipe.models.folders import load_model
 from kvpipe.stats.scores import read_history
 from kvpipe.steps.train import load_cell, make_cell
@@ -31,3 +32,14 @@ def test_what_cannot_be_frozen_is_refused(tmp_path, frozen, said):
     work = build(tmp_path, {"train.frozen": frozen})
     with pytest.raises(ConfigError, match=rf"train\.frozen: .*{said}"):
         load_cell(work, "control", 0, log=lambda *_: None)
+
+
+def test_auto_is_resolved_before_anything_is_trained_and_a_checkpoint_of_the_other_is_refused(tmp_path, monkeypatch):
+    work = build(tmp_path, {"train.precision": "auto"})
+    made = []
+    for native, precision in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(device, "cpu_has_bf16", lambda n=native: n)
+        cell = load_cell(work, "control", 0, log=lambda *_: None)
+        assert cell.config.precision == precision
+        made.append(cell.made_from)
+    assert made[0] != made[1]

@@ -1,12 +1,15 @@
-"""Three teachers of three families in one student: what the laws of fusion say, in whole cells."""
+"""Three and five teachers of as many families and tokenizers in one student: the laws of fusion, in whole cells."""
 
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import build
+from tiny import TEACHERS, build, config
 
+from kvpipe.config import FUSIONS as KINDS
+from kvpipe.experiment.paths import Paths
+from kvpipe.steps.inputs import Inputs
 from kvpipe.steps.train import prepare, train_cell
 
 NAMES = ("alpha", "beta", "gamma")
@@ -85,3 +88,62 @@ def test_three_teachers_are_fitted_together(work):
     explained = json.loads(report.read_text())["explained_variance"]
     assert explained.keys() == set(NAMES)
     assert all(0 < share <= 1 for shares in explained.values() for kind in ("keys", "values") for share in shares[kind])
+
+
+# ---------------------------------------------------------------- five, stored and live
+FIVE = tuple(TEACHERS)
+SETTINGS = {
+    "fixed": {"weights": [0.3, 0.1, 0.2, 0.25, 0.15]},
+    "task": {"weights": {"math": [0.3, 0.1, 0.2, 0.25, 0.15], "default": [0.1, 0.2, 0.3, 0.15, 0.25]}},
+    "learnable": {"entropy": 0.01},
+}
+
+
+@pytest.fixture(scope="module")
+def five(tmp_path_factory):
+    """The tiny experiment with five teachers: loaders that store their caches, and loaders that run them live."""
+    folder = tmp_path_factory.mktemp("five")
+    overrides = {
+        f"arms.five-{kind}": {
+            "base": "two",
+            "set": {"teachers": list(FIVE), "fuse": {"kind": kind, **SETTINGS.get(kind, {})}},
+        }
+        for kind in KINDS.settings
+    }
+    overrides |= {"train.steps": 3, "train.log_every": 1, "train.eval_every": 3, "store.dtype": "fp16"}
+    stored = build(folder, overrides, FIVE)
+    local = {f"models.{name}": {"source": "local", "path": str(folder / "teachers" / name)} for name in FIVE}
+    live = Inputs(config(folder, local | overrides | {"store.mode": "live"}), Paths(folder / "live"))
+    return {"stored": stored, "live": live}
+
+
+def test_five_teachers_share_neither_family_nor_tokens(five):
+    work = five["stored"]
+    assert len({work.model_config(name).model_type for name in FIVE}) == len(FIVE)
+    spans = [work.encoding(name, "train").spans for name in (*FIVE, "student")]
+    assert len({len(span) for span in spans}) == len(spans)
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "task" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS.settings]
+)
+def test_five_teachers_train_alike_stored_and_live(five, tmp_path, kind):
+    found = {}
+    for mode, work in five.items():
+        arm, out = f"five-{kind}", tmp_path / mode
+        prepare(work, arm, log=lambda *_: None)
+        assert all(work.paths.store_index(name, "student").is_file() == (mode == "stored") for name in FIVE)
+        train_cell(work, arm, 0, out, tmp_path / f"{mode}-checkpoints", log=lambda *_: None)
+        lines = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+        found[mode] = [line for line in lines if "cross_entropy" in line]
+    for line, other in zip(*found.values(), strict=True):
+        assert line["keys"] > 0 and line["values"] > 0
+        for task in ("math", "code"):
+            weights = [line.get(f"weight/{task}/{name}") for name in FIVE]
+            if weights[0] is not None:
+                assert sum(weights) == pytest.approx(1, abs=1e-5)
+                assert [other[f"weight/{task}/{name}"] for name in FIVE] == pytest.approx(weights, abs=2e-2)
+        # rounding to fp16 in the store, in the fit too
+        assert {name: other[name] for name in ("cross_entropy", "keys", "values")} == pytest.approx(
+            {name: line[name] for name in ("cross_entropy", "keys", "values")}, rel=2e-2
+        )

@@ -119,10 +119,16 @@ def test_the_whole_dag_has_one_job_per_cell(copy):
 
 def test_no_wildcard_is_left_in_a_command(copy):
     """Snakemake fills in texts among the params, and leaves a `Path` as it is: all cells would share a folder."""
-    commands = re.findall(r"^Shell command: (.*)$", snakemake(copy, "-n", "-p", "results/report.html"), re.MULTILINE)
+    said = snakemake(copy, "-n", "-p", "results/report.html")
+    commands = re.findall(r"^Shell command: (.*)$", said, re.MULTILINE)
     assert len(commands) > 20 and not [command for command in commands if "{" in command]
     checkpoints = [found[1] for command in commands if (found := re.search(r"--checkpoints (\S+)", command))]
     assert len(set(checkpoints)) == len(ARMS) * len(SEEDS)
+    # by the sizes of the models: a student of 0.2 million parameters takes what Python and torch take
+    asked = [
+        int(mb) for rule, block in BLOCK.findall(said) if rule == "train" for mb in re.findall(r"mem_mb=(\d+)", block)
+    ]
+    assert len(asked) == len(checkpoints) and set(asked) == {1000}
 
 
 def test_one_cell_needs_just_its_own(copy):

@@ -18,8 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from bench_training import high_water
-from measure import Row, spent
+from measure import Row, high_water, spent
 from torch.nn import functional as F
 
 from kvpipe.cache.forward import batch_tokens

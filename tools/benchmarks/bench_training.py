@@ -18,47 +18,20 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from measure import Row, spent
+from measure import Row, high_water, spent
+from sized import Cell
 from torch import Tensor
 
 from kvpipe.cache.capture import Recorder
 from kvpipe.config import load
 from kvpipe.data.corpus import generate
 from kvpipe.data.records import write_records
-from kvpipe.experiment.attempts import Attempt
 from kvpipe.experiment.paths import Paths
 from kvpipe.steps.inputs import Inputs
-from kvpipe.steps.train import load_cell, prepare
-from kvpipe.train.trainer import Loop, peak_memory
+from kvpipe.steps.train import prepare
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "config" / "config.yaml"
-
-
-class Cell:
-    """A cell's own training loop, step by step."""
-
-    def __init__(self, work: Inputs, arm: str):
-        unused = work.paths.root / "unused"
-        self.run = Loop(load_cell(work, arm, 0), unused, Attempt(unused, "cpu", 1))
-        self.recorder = Recorder(self.run.cell.student) if self.run.objective is not None else None
-        self.step = 0
-
-    def steps(self, number: int) -> None:
-        """Takes the next steps."""
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        if self.recorder is not None:
-            self.recorder.__enter__()
-        for _ in range(number):
-            self.run._step(self.step, self.recorder)
-            self.step += 1
-        if self.recorder is not None:
-            self.recorder.__exit__()
-
-    @property
-    def tokens(self) -> tuple[int, int]:
-        """Real and padded tokens so far."""
-        return self.run.counters.tokens, self.run.counters.padded_tokens
 
 
 def full_against_control(work: Inputs, repeats: int, block: int) -> tuple[list[Row], float, float]:
@@ -93,15 +66,6 @@ def full_against_control(work: Inputs, repeats: int, block: int) -> tuple[list[R
         ),
     ]
     return rows, control, cells["control"].tokens[1] / cells["control"].step
-
-
-def high_water() -> int:
-    """Peak resident bytes of this process. Linux: VmHWM, for `getrusage` hands a parent's peak on to its children."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    return peak_memory(torch.device("cpu"))
 
 
 def print_memory(work: Inputs, arm: str, steps: int) -> None:

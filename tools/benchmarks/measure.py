@@ -7,6 +7,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
+from kvpipe.train.trainer import peak_memory
+
 
 @dataclass(frozen=True)
 class Row:
@@ -28,3 +32,8 @@ def spent(function: Callable[[], object]) -> float:
 def median(function: Callable[[], object], repeats: int) -> float:
     """Median processor seconds."""
     return statistics.median(spent(function) for _ in range(repeats))
+
+
+def high_water() -> int:
+    """Peak resident bytes of this process since it began, or since /proc/self/clear_refs was written."""
+    return peak_memory(torch.device("cpu"))

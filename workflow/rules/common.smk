@@ -1,13 +1,17 @@
 import argparse
+import functools
 import json
 import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 from kvpipe import config as configuration
 from kvpipe.cli import server
+from kvpipe.doctor.memory import job_memory
+from kvpipe.doctor.workload import Workload
 from kvpipe.experiment import launch
 from kvpipe.experiment.plan import Dag, digest
 from kvpipe.experiment.paths import Paths
@@ -62,7 +66,7 @@ wildcard_constraints:
     seed="|".join(map(str, PLAN.config.seeds)),
     model="|".join(PLAN.config.models),
     teacher="|".join(PLAN.teachers) or "none",
-    reading="student|own",
+    reading="|".join(get_args(configuration.Reading)),
     shard=r"\d+",
 
 
@@ -94,6 +98,18 @@ def settings(step):
 def code(step):
     """Hash of the code behind a step."""
     return code_hash(STEPS[step].hashed)
+
+
+# ---------------------------------------------------------------- memory of a job, by the sizes of models and texts
+@functools.cache
+def estimates():
+    """Rule → MB; no GPU is assumed, whose jobs have theirs in the profile."""
+    return job_memory(Workload(PLAN.config, PATHS))
+
+
+def memory(rule, otherwise):
+    """MB of the host, more at every attempt; `otherwise` while the sizes are not known."""
+    return lambda wildcards, attempt: estimates().get(rule, otherwise) * attempt
 
 
 # ---------------------------------------------------------------- before the first job

@@ -9,7 +9,7 @@ rule evaluate:
         PATHS.benchmark("evaluate/{arm}/seed{seed}")
     threads: PLAN.config.train.threads
     resources:
-        mem_mb=8000,
+        mem_mb=memory("evaluate", 8000),
         runtime=120,
     params:
         settings=settings("evaluate"),
@@ -30,7 +30,7 @@ rule lm_eval:
         PATHS.benchmark("lm_eval/{arm}/seed{seed}")
     threads: PLAN.config.train.threads
     resources:
-        mem_mb=16000,
+        mem_mb=memory("lm_eval", 16000),
         runtime=240,
     params:
         settings=settings("lm_eval"),
@@ -51,7 +51,7 @@ rule teacher_quality:
         PATHS.benchmark("teacher_quality/{teacher}")
     threads: PLAN.config.train.threads
     resources:
-        mem_mb=16000,
+        mem_mb=memory("teacher_quality", 16000),
         runtime=240,
     params:
         settings=settings("teacher_quality"),
@@ -72,7 +72,7 @@ rule untrained:
         PATHS.benchmark("evaluate/untrained")
     threads: PLAN.config.train.threads
     resources:
-        mem_mb=8000,
+        mem_mb=memory("untrained", 8000),
         runtime=120,
     params:
         settings=settings("untrained"),

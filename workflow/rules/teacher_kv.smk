@@ -1,3 +1,41 @@
+rule teacher_text_shard:
+    input:
+        needs("teacher_text_shard"),
+    output:
+        **makes("teacher_text_shard"),
+    log:
+        PATHS.log("teacher_text/{teacher}-{shard}"),
+    benchmark:
+        PATHS.benchmark("teacher_text/{teacher}-{shard}")
+    resources:
+        mem_mb=16000,
+        runtime=240,
+    params:
+        settings=settings("teacher_text_shard"),
+        code=code("teacher_text_shard"),
+    shell:
+        "python -m kvpipe teacher-text --teacher {wildcards.teacher} --shard {wildcards.shard} > {log} 2>&1"
+
+
+rule teacher_text:
+    input:
+        needs("teacher_text"),
+    output:
+        **makes("teacher_text"),
+    log:
+        PATHS.log("teacher_text/{teacher}"),
+    benchmark:
+        PATHS.benchmark("teacher_text/{teacher}")
+    resources:
+        mem_mb=16000,
+        runtime=240,
+    params:
+        settings=settings("teacher_text"),
+        code=code("teacher_text"),
+    shell:
+        "python -m kvpipe teacher-text --teacher {wildcards.teacher} > {log} 2>&1"
+
+
 rule layer_map:
     input:
         needs("layer_map"),
@@ -8,7 +46,7 @@ rule layer_map:
     benchmark:
         PATHS.benchmark("layer_map/{teacher}")
     resources:
-        mem_mb=16000,
+        mem_mb=memory("layer_map", 16000),
         runtime=60,
     params:
         settings=settings("layer_map"),
@@ -27,7 +65,7 @@ rule teacher_kv_shard:
     benchmark:
         PATHS.benchmark("teacher_kv/{teacher}-{reading}-{shard}")
     resources:
-        mem_mb=16000,
+        mem_mb=memory("teacher_kv_shard", 16000),
         runtime=240,
     params:
         settings=settings("teacher_kv_shard"),
@@ -47,7 +85,7 @@ rule teacher_kv:
     benchmark:
         PATHS.benchmark("teacher_kv/{teacher}-{reading}")
     resources:
-        mem_mb=16000,
+        mem_mb=memory("teacher_kv", 16000),
         runtime=240,
     params:
         settings=settings("teacher_kv"),
@@ -66,7 +104,7 @@ rule fit:
     benchmark:
         PATHS.benchmark("fit/{fit}")
     resources:
-        mem_mb=16000,
+        mem_mb=memory("fit", 16000),
         runtime=60,
     params:
         settings=settings("fit"),

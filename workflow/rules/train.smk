@@ -11,7 +11,7 @@ rule train:
         cell_image()
     threads: PLAN.config.train.threads
     resources:
-        mem_mb=16000,
+        mem_mb=memory("train", 16000),
         runtime=720,
     params:
         settings=settings("train"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,7 +11,7 @@ from importlib.metadata import requires
 from packaging.requirements import Requirement
 
 from kvpipe.doctor import FAIL, OK, WARNING, Finding, Workload, gpu, memory, settings
-from kvpipe.doctor.memory import Need, compare, compare_gpu, needs
+from kvpipe.doctor.memory import Need, compare, compare_gpu, mem_mb, needs
 from kvpipe.experiment.files import GB
 from kvpipe.experiment.launch import in_job, missing_lines
 from kvpipe_cluster.profile import Request, profile_of
@@ -107,11 +106,6 @@ def _host(need: Need, request: Request) -> Finding:
     if wanted is None:
         return Finding(name, WARNING, f"{about} no mem_mb", fix)
     return compare(name, f"{about} {wanted * MIB / GB:.1f} GB", need.host, wanted * MIB, fix)
-
-
-def mem_mb(need: Need) -> int:
-    """MB of the host for a step, with a quarter to spare, in whole GB."""
-    return math.ceil(1.25 * need.host / GB) * 1000
 
 
 def gpu_memory(work: Workload) -> float | None:

@@ -15,10 +15,9 @@ from typing import Any
 
 from kvpipe.doctor import Workload, look
 from kvpipe.doctor.finding import ask, last_line
-from kvpipe.doctor.memory import needs
+from kvpipe.doctor.memory import job_memory
 from kvpipe.experiment.files import write_json, write_text
 from kvpipe_cluster.container import image_path, program
-from kvpipe_cluster.jobs import mem_mb
 from kvpipe_cluster.profile import Profile, Request, profile_of
 from kvpipe_cluster.slurm import Partition, read_partitions
 
@@ -225,7 +224,7 @@ def profile_text(work: Workload, site: Site, seen: dict[str, Any] | None, profil
     defaults |= {"slurm_account": site.account} if site.account else {}
     defaults |= {"mem_mb": min(8000, site.mem_mb), "runtime": min(60, site.minutes or 60)}
     defaults |= {key: value for key, value in profile.defaults.items() if key not in defaults}
-    estimates = {need.rule: mem_mb(need) for need in needs(work, lambda rule: profile.of(rule).gpus)}
+    estimates = job_memory(work, lambda rule: profile.of(rule).gpus)
     rules = []
     for request in profile.requests:
         own = profile.own.get(request.rule, {})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from kvpipe.doctor import Workload
+from kvpipe.doctor.memory import job_memory
 from kvpipe.experiment.launch import in_job, processes
 from kvpipe.experiment.provenance import PACKAGE
 
@@ -99,6 +100,8 @@ class Profile:
     settings: dict[str, Any] = field(default_factory=dict)
     threads: int = 1
     """Of the rules that compute, which have the configuration's: train.threads."""
+    memory: dict[str, int] = field(default_factory=dict)
+    """Rule → MB, of the rules that ask for what the experiment's sizes say."""
 
     @property
     def attempts(self) -> range:
@@ -125,7 +128,7 @@ class Profile:
     def requests(self) -> list[Request]:
         """One request per rule of the workflow."""
         defaults = self.defaults
-        found = {rule: {**defaults, **values} for rule, values in _rules().items()}
+        found = {rule: {**defaults, **values} for rule, values in _rules(self.memory).items()}
         for rule, values in self.own.items():
             found[rule] = {**found.get(rule, defaults), **values}
         for rule, count in _mapping(self.settings.get("set-threads")).items():
@@ -149,7 +152,8 @@ class Profile:
 def profile_of(work: Workload) -> Profile:
     """The profile that the experiment's jobs run by; the shipped one where none is named."""
     profile = read_profile(DEFAULT if work.profile is None and DEFAULT.is_dir() else work.profile)
-    return replace(profile, threads=work.config.train.threads)
+    memory = job_memory(work, lambda rule: profile.of(rule).gpus)
+    return replace(profile, threads=work.config.train.threads, memory=memory)
 
 
 def read_profile(named: Path | None) -> Profile:
@@ -249,15 +253,21 @@ def _resources(values: Any) -> dict[str, Any]:
     return out
 
 
-def _rules() -> dict[str, dict[str, Any]]:
-    """Rule → its resources and threads as written; empty where the checkout has no workflow."""
+def _rules(memory: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """Rule → its resources and threads as written, but for `memory(rule, otherwise)`; empty where the checkout has no
+    workflow."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(RULES.glob("*.smk")):
         for block in re.split(r"^(?=rule )", path.read_text(encoding="utf-8"), flags=re.MULTILINE):
             named = re.match(r"rule (\w+):", block)
             if named:
                 section = re.search(r"^ {4}resources:\n((?: {8}.*\n)+)", block, flags=re.MULTILINE)
-                pairs = re.findall(r"(\w+)\s*=\s*([^,\n]+)", section[1]) if section else []
+                text = re.sub(r'memory\("(\w+)", (\d+)\)', _of(memory), section[1]) if section else ""
+                pairs = re.findall(r"(\w+)\s*=\s*([^,\n]+)", text)
                 threads = re.findall(r"^ {4}threads:\s*(\S+)", block, flags=re.MULTILINE)
                 found[named[1]] = {**_resources(dict(pairs)), **({"threads": threads[0]} if threads else {})}
     return found
+
+
+def _of(memory: Mapping[str, int]) -> Callable[[re.Match[str]], str]:
+    return lambda written: f"{memory.get(written[1], int(written[2]))} * attempt"
