@@ -112,9 +112,22 @@ def memory(rule, otherwise):
     return lambda wildcards, attempt: estimates().get(rule, otherwise) * attempt
 
 
+def captioned(step):
+    """What the page's job writes; what `snakemake --report` shows of it has its caption in workflow/report."""
+    files = makes(step)
+    shown = {"page": report(files.pop("page"), caption="../report/report.rst", category="Report")}
+    for name, path in files.items():
+        kind, stem = name.partition("_")[0], name.rpartition("_")[0]
+        if path.suffix in (".svg", ".csv"):
+            category, labels = f"{kind.capitalize()}s", {kind: path.stem.replace("_", " ")}
+            path = report(path, caption=f"../report/{stem}.rst", category=category, labels=labels)
+        shown[name] = path
+    return shown
+
+
 # ---------------------------------------------------------------- before the first job
 # the rules call `python`: that of the environment which Snakemake runs in, though nobody has activated it
-os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()]))
 APPTAINER = "apptainer" in {str(method) for method in workflow.deployment_settings.deployment_method}
 IN_IMAGE = f"apptainer exec --home $PWD {workflow.deployment_settings.apptainer_args} {IMAGE}" if APPTAINER else ""
 if APPTAINER and "://" not in IMAGE and not Path(IMAGE).exists():
