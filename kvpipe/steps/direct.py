@@ -184,9 +184,10 @@ def train_direct(
     if compare:
         finished = KeptCells(inputs, out / "cells")
         run_cells(finished, cells, scored=True, hours=None, log=log)
-        report_cells(finished, out / "report.html", log)
+        page = Paths(out).report
+        report_cells(finished, page, log)
         show(compared(inputs))
-        log(f"report: {out / 'report.html'}\nstudent: {paths.student(ARM, config.seeds[0])}")
+        log(f"report: {page}\nstudent: {paths.student(ARM, config.seeds[0])}")
     else:
         make_cell(inputs, arm or ARM, seed, out, checkpoints, made, log)
         keep(config, paths, out)
