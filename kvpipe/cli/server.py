@@ -128,6 +128,7 @@ def serve(address: str) -> None:
 def run(given: dict[str, Any], files: list[int], connection: socket.socket) -> None:
     """Return in a child as the process that asked; hand it signals, and hand that one its end."""
     if child := os.fork():
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # it ends with the child
         with suppress(OSError):  # of a process that has ended; the child ends with this one
             connection.send(b"+")
             ended = os.pidfd_open(child)
