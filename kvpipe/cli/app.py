@@ -55,6 +55,10 @@ def one_by_one(arguments: list[str]) -> list[str]:
 def main() -> None:
     """Entry point: errors that a user can put right are one message and exit status 1."""
     try:
+        if sys.flags.optimize > 1:
+            raise ValueError(
+                "PYTHONOPTIMIZE=2 (python -OO) takes away docstrings, which transformers reads: unset it, or set it to 1"
+            )
         app(one_by_one(sys.argv[1:]), standalone_mode=True)
     except Exception as error:
         progress.stop()

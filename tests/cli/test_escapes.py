@@ -201,6 +201,12 @@ def test_a_reader_that_goes_away_ends_training_quietly(tmp_path):
     assert process.returncode == 1
 
 
+def test_python_without_docstrings_is_refused_in_one_line():
+    done = kvpipe("status", PYTHONOPTIMIZE="2")
+    assert done.returncode == 1 and done.stderr.startswith("ValueError: PYTHONOPTIMIZE=2 (python -OO)"), done.stderr
+    assert len(done.stderr.splitlines()) == 2
+
+
 def test_too_little_memory_is_one_line(tmp_path):
     """`ulimit -v`: less than torch needs to be loaded."""
     config = tmp_path / "c.json"
