@@ -103,9 +103,9 @@ def needs(work: Workload, gpus: Callable[[str], int]) -> Iterator[Need]:
     judged = [shape for name in work.dag.judged_teachers if (shape := work.shape(name))]
     if judged:
         scored = max(scoring_bytes(shape, at_once) for shape in judged)
-        rule, host = "teacher_quality", process("teacher_quality") + scored
+        rule, whole_host = "teacher_quality", process("teacher_quality") + scored
         yield Need(
-            rule, "scoring (teacher_quality)", "the largest teacher", host, scored, "a lower evaluate.batch_size"
+            rule, "scoring (teacher_quality)", "the largest teacher", whole_host, scored, "a lower evaluate.batch_size"
         )
 
 
@@ -136,9 +136,8 @@ def _teachers_bytes(work: Workload) -> float:
         for arm in work.dag.arms.values()
         for teacher in arm.teachers
     }
-    return max(
-        (sum(costs[teacher, arm.time.text] for teacher in arm.teachers) for arm in work.dag.arms.values()), default=0.0
-    )
+    sums = [sum(costs[teacher, arm.time.text] for teacher in arm.teachers) for arm in work.dag.arms.values()]
+    return float(max(sums, default=0))
 
 
 def _fits(work: Workload, student: Shape, process: Callable[[str], float]) -> Iterator[Need]:

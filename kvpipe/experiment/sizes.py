@@ -180,7 +180,7 @@ def training_bytes(student: Shape, config: TrainConfig, tokens: int, matched: in
     return SLACK * (4 * student.parameters + 8 * trained + max(forward, 4 * trained + layer))
 
 
-def _activations(model: Shape, narrow: bool) -> float:
+def _activations(model: Shape, narrow: bool) -> int:
     """Bytes that a layer keeps of a token for its backward pass.
 
     A gated MLP (gate, its activation, up, their product), two norms (input, normalised, output), and fused attention, which
