@@ -37,7 +37,7 @@ def extra(tmp_path_factory):
 @pytest.fixture
 def profile(tmp_path, monkeypatch):
     """Write a profile; one rule's resources come from the profile alone."""
-    monkeypatch.setattr("kvpipe_cluster.profile._rules", dict)
+    monkeypatch.setattr("kvpipe_cluster.profile._rules", lambda memory: {})
 
     def make(text: str = PROFILE) -> Path:
         folder = tmp_path / "profile"

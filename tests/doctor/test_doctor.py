@@ -179,7 +179,7 @@ set-threads: {train: 8}
 def test_resources_as_snakemake_reads_them(text, tmp_path, monkeypatch):
     """Units and expressions; a profile's memory takes the place of the rule's, in whichever unit."""
     monkeypatch.setattr(
-        "kvpipe_cluster.profile._rules", lambda: {"train": {"mem_mb": "4000"}, "fit": {"mem_mb": "4000"}}
+        "kvpipe_cluster.profile._rules", lambda memory: {"train": {"mem_mb": "4000"}, "fit": {"mem_mb": "4000"}}
     )
     (tmp_path / "config.yaml").write_text(text)
     asked = read_profile(tmp_path)
