@@ -18,7 +18,7 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install login image wheelhouse image-offline lock report test coverage test-slow test-lm-eval test-real test-cluster test-cluster-long torture study real real-weights real-check teachers bench compat messages log validate-stats robustness lint format config clean
+.PHONY: help install login image wheelhouse image-offline lock report test coverage test-slow test-browser screenshot test-lm-eval test-real test-cluster test-cluster-long torture study real real-weights real-check teachers bench compat messages log validate-stats robustness lint format config clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 24
@@ -58,14 +58,21 @@ report: $(STAMP)  ## the embedded experiment, to results/report.html
 # Left out: `slow` takes minutes (make test-slow), `cluster` builds a SLURM cluster as root (make test-cluster),
 # `gpu` needs an accelerator (pytest -m gpu on a machine that has one).
 test: $(STAMP)  ## the quick tests
-	$(WITHIN) python -m pytest -n 2 --dist loadfile -m "not slow and not cluster and not gpu and not real"
+	$(WITHIN) python -m pytest -n 2 --dist loadfile -m "not slow and not cluster and not gpu and not real and not browser"
+
+test-browser: $(STAMP)  ## the page in headless Chromium: two widths, dark, print; apt-get install -y chromium, or CHROMIUM=
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet "$$(grep -o 'playwright>=[0-9.]*' pyproject.toml)"
+	$(WITHIN) python -m pytest -m browser tests/report
+
+screenshot:  ## docs/report.png from results/report.html, after make report and make test-browser
+	$(WITHIN) python tools/screenshot.py results/report.html docs/report.png
 
 # In two processes, as `make test`; what runs in processes that the tests start is not counted.
 coverage: $(STAMP)  ## the lines of kvpipe/ that the quick tests run; WHERE=tests/align for some of them
-	$(WITHIN) python -m pytest -n 2 --dist loadfile -m "not slow and not cluster and not gpu and not real" --cov=kvpipe --cov-report=term $(WHERE)
+	$(WITHIN) python -m pytest -n 2 --dist loadfile -m "not slow and not cluster and not gpu and not real and not browser" --cov=kvpipe --cov-report=term $(WHERE)
 
 test-slow: $(STAMP)  ## the tests that take minutes
-	$(WITHIN) python -m pytest -m "slow and not cluster and not gpu and not real"
+	$(WITHIN) python -m pytest -m "slow and not cluster and not gpu and not real and not browser"
 
 # The extra lowers a locked package (python-dateutil), so it gets an environment of its own, laid over .venv by a .pth file.
 LM_EVAL := build/lm-eval

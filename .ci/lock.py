@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parent.parent
 FIRST = "torch"
 """Its build (CPU or CUDA) depends on where it is installed: it stands first and is installed alone, before the rest."""
-UNLOCKED = ("lm-eval",)
+UNLOCKED = ("browser", "lm-eval")
 """Extras that are not installed by `make install`, and so not in the lock."""
 ACCELERATOR = ("nvidia-", "cuda-", "triton", "pytorch-triton")
 """What a CUDA build of torch brings along by itself; a CPU machine must not install it."""

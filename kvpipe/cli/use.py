@@ -72,7 +72,13 @@ def train(
         list[str] | None, typer.Option(help="Instead of a configuration: model folders, hub ids.")
     ] = None,
     student: Annotated[str | None, typer.Option(help="With --teacher: the student's folder or hub id.")] = None,
-    data: Annotated[Path | None, typer.Option(help="With --teacher: JSONL or Parquet; columns prompt, answer.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="With --teacher: a preset such as gsm8k, or JSONL or Parquet with columns prompt, answer."),
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="With --teacher: train control too, three seeds each, and report.")
+    ] = False,
     fusion: Annotated[str | None, typer.Option(help="With --teacher: kind of fusion.")] = None,
     projector: Annotated[str | None, typer.Option(help="With --teacher: kind of projector.")] = None,
     term: Annotated[list[str] | None, typer.Option(help="With --teacher: a loss term, NAME or NAME=WEIGHT.")] = None,
@@ -82,12 +88,16 @@ def train(
     if teacher:
         from kvpipe.steps.direct import Method, train_direct
 
-        if student is None or data is None or out is None:
-            raise typer.BadParameter("--teacher goes with --student, --data and --out")
+        if student is None or data is None:
+            raise typer.BadParameter("--teacher goes with --student and --data")
+        if compare and (arm or checkpoints or made):
+            raise typer.BadParameter("--compare trains both arms: leave out --arm, --checkpoints and --made")
+        out = out or Path("runs") / Path(student).name
         method = Method(fusion, projector, tuple(term or ()))
-        train_direct(teacher, student, data, out, arm, seed, checkpoints, made, given.overrides, method, log=say)
-    elif arm is None or student or data or fusion or projector or term:
-        raise typer.BadParameter("give either --arm, or --teacher, --student, --data and --out")
+        where = (arm, seed, checkpoints, made)
+        train_direct(teacher, student, data, out, *where, given.overrides, method, compare, log=say)
+    elif arm is None or student or data or fusion or projector or term or compare:
+        raise typer.BadParameter("give either --arm, or --teacher, --student and --data")
     else:
         inputs = given.inputs()
         from kvpipe.steps.train import make_cell

@@ -21,18 +21,28 @@ def time_limit(what: str) -> Iterator[None]:
     Raises:
         ValueError: it took longer.
     """
+    with processor_time(
+        LIMIT_SECONDS,
+        ValueError(
+            f"{what} has found no end within {LIMIT_SECONDS:g} s: it tries exponentially many ways, as (a+)+ does; write it "
+            "without a repetition inside a repetition"
+        ),
+    ):
+        yield
+
+
+@contextmanager
+def processor_time(seconds: float, error: BaseException) -> Iterator[None]:
+    """Raise `error` in what runs inside, in the main thread, whenever it has computed for `seconds`."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(*_: object) -> None:
-        raise ValueError(
-            f"{what} has found no end within {LIMIT_SECONDS:g} s: it tries exponentially many ways, as (a+)+ does; write it "
-            "without a repetition inside a repetition"
-        )
+        raise error
 
     before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, LIMIT_SECONDS)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, seconds)
     try:
         yield
     finally:

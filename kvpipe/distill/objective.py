@@ -243,7 +243,7 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def _watch(self, batch: Batch, said: Said, whole: Mapping[str, Row]) -> dict[str, tuple[float, float]]:
-        out = {key: (value, 1.0) for name, term in self.terms.items() for key, value in term.watch(whole[name]).items()}
+        out = {key: value for name, term in self.terms.items() for key, value in term.watch(whole[name]).items()}
         if self.targets is not None:
             mask = batch.mask & said.target.mask
             out["masked_share"] = (float(batch.mask.sum() - mask.sum()), float(batch.mask.sum()))

@@ -201,8 +201,8 @@ class Term(nn.Module):
         """A part's share of the term."""
         raise NotImplementedError
 
-    def watch(self, whole: Row) -> dict[str, float]:
-        """Numbers worth logging of a whole batch."""
+    def watch(self, whole: Row) -> dict[str, tuple[float, float]]:
+        """Numbers worth logging of the part that `forward` has seen last, each a sum and what it is divided by."""
         return {}
 
 
@@ -235,6 +235,8 @@ class LayerTerm(Term):
     """The student's cache against the fused one, layer by layer."""
 
     settings: LayerTermConfig
+    seen: tuple[Tensor, Tensor]
+    """Losses ``(layer, batch, time)`` of the last forward, and where they count."""
 
     @property
     def layers(self) -> Any:
@@ -249,11 +251,20 @@ class LayerTerm(Term):
 
     def added(self, losses: Float[Tensor, "layer batch time"], mask: Tensor, whole: Row, progress: float) -> Tensor:
         """A part's share of the mean over layers, each by how far it is open."""
+        self.seen = losses.detach(), mask
         if self.settings.opening:
             depth = torch.arange(len(losses), device=losses.device)
             share = (len(losses) * progress / self.settings.opening - depth).clamp(0, 1)
             losses = losses * share[:, None, None]
         return masked_sum(losses.mean(0), mask) / whole[0].clamp(min=1)
+
+    def watch(self, whole: Row) -> dict[str, tuple[float, float]]:
+        """The loss of each layer."""
+        losses, mask = self.seen
+        sums = losses.masked_fill(~mask, 0).sum((1, 2)).tolist()
+        layers = range(len(sums)) if self.settings.layers is None else self.settings.layers
+        count, name = float(mask.sum()), self.settings.kind
+        return {f"layer/{name}/{layer}": (total, count) for layer, total in zip(layers, sums, strict=True)}
 
     def mixed(self, said: Said, student: Student, batch: Batch) -> tuple[list[KV], tuple[Tensor, list[Any], Tensor]]:
         """The student's own cache and the fused one, and what reads them: queries, rotary embeddings, positions.
@@ -296,9 +307,9 @@ class CacheTerm(LayerTerm):
         losses = layer_kv_losses(own, target, mask, self.settings.distance, scale)
         return self.added(losses, mask, whole, progress)
 
-    def watch(self, whole: Row) -> dict[str, float]:
-        """The target's deviation: a falling one means that a trainable projector collapses."""
-        return {f"target_std_{self.settings.kind}": whole[1:].mean().item()}
+    def watch(self, whole: Row) -> dict[str, tuple[float, float]]:
+        """The target's deviation too: a falling one means that a trainable projector collapses."""
+        return {f"target_std_{self.settings.kind}": (whole[1:].mean().item(), 1.0), **super().watch(whole)}
 
 
 @TERMS.built_from(KeysConfig)

@@ -21,6 +21,14 @@ ARMS, CONTRASTS, PAIRS = "arms.csv", "contrasts.csv", "pairs.csv"
 """Tables of statistics, of scores and of costs."""
 
 
+FIGURES = (
+    "effects", "ladder", "curves", "equal_time", "difficulty", "fusion", "router", "layers", "layer_loss", "fit", "alignment",
+)  # fmt: skip
+"""Of the report, each as SVG and as PDF."""
+TABLES = ("arms", "results", "tasks", "ladder", "contrasts", "equal_time", "difficulty", "data", "cost")
+"""Of the report, each as CSV and as LaTeX."""
+
+
 @dataclass(frozen=True)
 class Paths:
     """Every artefact under one results folder."""
@@ -159,6 +167,16 @@ class Paths:
     def report(self) -> Path:
         """The page."""
         return self.root / "report.html"
+
+    @property
+    def figures(self) -> Path:
+        """The page's figures."""
+        return self.root / "figures"
+
+    @property
+    def table_files(self) -> Path:
+        """The page's tables."""
+        return self.root / "tables"
 
     @property
     def doctor(self) -> Path:

@@ -14,7 +14,7 @@ from typing import Any
 
 from kvpipe.config import Arm, Config, FileData, HubData, LocalModel, PrunedModel, ScoringConfig
 from kvpipe.config.terms import HiddenConfig
-from kvpipe.experiment.paths import MANIFEST, SPLITS, Paths
+from kvpipe.experiment.paths import FIGURES, MANIFEST, SPLITS, TABLES, Paths
 from kvpipe.experiment.plan import Dag
 
 Job = dict[str, str]
@@ -516,7 +516,15 @@ class Page(Step):
     run = "kvpipe.report.render:write_report"
 
     def makes(self):
-        return {"page": self.paths.report}
+        drawn = {f"{name}_{kind}": self.paths.figures / f"{name}.{kind}" for name in FIGURES for kind in ("svg", "pdf")}
+        written = {
+            f"{name}_{kind}": self.paths.table_files / f"{name}.{kind}" for name in TABLES for kind in ("csv", "tex")
+        }
+        return {
+            "page": self.paths.report,
+            **{f"figure_{k}": v for k, v in drawn.items()},
+            **{f"table_{k}": v for k, v in written.items()},
+        }
 
     def needs(self):
         found = [*self.paths.tables, self.paths.audit, *self.of_cells(self.dag.arms)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,49 +11,42 @@ from matplotlib.patches import FancyBboxPatch
 
 from kvpipe.data.records import Record, render
 from kvpipe.report.collect import Results
-from kvpipe.report.svg import MONOSPACE, SERIES, SOFT, WIDTH, Picture, inline, styled
+from kvpipe.report.style import MONOSPACE, SERIES, SOFT, WIDTH, styled
 from kvpipe.tokens.matrix import Mode, encode
 from kvpipe.tokens.show import alignment_rows, visible
 
 BYTES_PER_LINE = 82
 LINES = 2
+TOKENIZER = "tokenizer.json"
 
 
-@dataclass(frozen=True)
-class TokenPicture:
-    """The picture and what it shows."""
-
-    teacher: str
-    record: str
-    mode: str
-    picture: Picture
-
-
-def token_alignment(results: Results) -> list[TokenPicture]:
-    """One example of the first task, the student's tokens against each shipped or trained teacher's.
-
-    Models of random weights share their original's tokenizer and are left out. The validation split is used, so that
-    no test item is shown twice.
-    """
-    teachers = [t for t in results.dag.judged_teachers if (results.paths.model(t) / "tokenizer.json").is_file()]
+def shown_example(results: Results) -> tuple[str, Record] | None:
+    """A validation example of the first task, so that no test item is shown twice, and the teacher whose tokens of it
+    differ most from the student's. Models of random weights share their original's tokenizer and are left out."""
+    names = [results.config.student, *results.dag.judged_teachers]
+    names = [name for name in names if (results.paths.model(name) / TOKENIZER).is_file()]
     record = next((r for r in results.records("validation") if r.task == results.tasks[0]), None)
-    if record is None:
-        return []
-    mode = _mode(results)
-    student = results.tokenizer(results.config.student)
-    out = []
-    for teacher in teachers:
-        tokenizer = results.tokenizer(teacher)
-        out.append(TokenPicture(teacher, record.id, mode, _draw(results, record, tokenizer, student, teacher, mode)))
-    return out
+    if record is None or results.config.student not in names or len(names) < 2:
+        return None
+    text = render(record, results.config.data.template).text
+    own, *others = ({tuple(s) for s in encode(results.tokenizer(name), text).spans.tolist()} for name in names)
+    differences = [len(own ^ spans) for spans in others]
+    return names[1 + differences.index(max(differences))], record
 
 
-def _mode(results: Results) -> Mode:
-    arms = [arm for arm in results.dag.arms.values() if arm.teachers and arm.time.kind == "overlap"]
-    return arms[0].time.mode if arms else "causal"
+def time_mode(results: Results) -> Mode:
+    """How the arms share tokens out; of the first that does."""
+    return next((a.time.mode for a in results.dag.arms.values() if a.teachers and a.time.kind == "overlap"), "causal")
 
 
-def _draw(results: Results, record: Record, teacher_tokenizer, student_tokenizer, teacher: str, mode: Mode) -> Picture:
+def token_alignment(results: Results) -> Figure | None:
+    """One example: a teacher's tokens above, the student's below, and the weights that join them."""
+    found = shown_example(results)
+    if found is None:
+        return None
+    teacher, record = found
+    teacher_tokenizer, student_tokenizer = (results.tokenizer(name) for name in (teacher, results.config.student))
+    mode = time_mode(results)
     text = render(record, results.config.data.template).text
     rows = alignment_rows(teacher_tokenizer, student_tokenizer, text, mode)
     spans = encode(teacher_tokenizer, text).spans.tolist()
@@ -68,7 +61,7 @@ def _draw(results: Results, record: Record, teacher_tokenizer, student_tokenizer
         data = text.encode()
         for line, (low, high) in enumerate(starts):
             top, bottom = -3.35 * line - 0.35, -3.35 * line - 2.2
-            axes.text(-0.8, top, teacher, ha="right", va="center", color=SERIES[1], weight="bold")
+            axes.text(-0.8, top, "teacher", ha="right", va="center", color=SERIES[1], weight="bold")
             axes.text(-0.8, bottom, "student", ha="right", va="center", color=SERIES[0], weight="bold")
             for start, stop in pieces:
                 if low <= start < high:
@@ -78,7 +71,7 @@ def _draw(results: Results, record: Record, teacher_tokenizer, student_tokenizer
                     continue
                 _token(axes, row["start"] - low, row["stop"] - low, bottom, visible(row["text"]), SERIES[0])
                 _links(axes, row, low, high, top - 0.45, bottom + 0.45)
-        return inline(figure, f"Tokens of {teacher} above, tokens of the student below, lines join them ({mode})")
+    return figure
 
 
 def _line_starts(shared: set[int], length: int) -> list[tuple[int, int]]:
@@ -94,18 +87,9 @@ def _line_starts(shared: set[int], length: int) -> list[tuple[int, int]]:
 
 
 def _token(axes: Axes, start: int, stop: int, y: float, text: str, colour: str) -> None:
-    axes.add_patch(
-        FancyBboxPatch(
-            (start + 0.08, y - 0.4), stop - start - 0.16, 0.8, boxstyle="round,pad=0,rounding_size=0.18",
-            facecolor=colour, alpha=0.16, edgecolor="none", mutation_aspect=1,
-        )
-    )  # fmt: skip
-    axes.add_patch(
-        FancyBboxPatch(
-            (start + 0.08, y - 0.4), stop - start - 0.16, 0.8, boxstyle="round,pad=0,rounding_size=0.18",
-            facecolor="none", edgecolor=colour, linewidth=0.8,
-        )
-    )  # fmt: skip
+    for look in ({"facecolor": colour, "alpha": 0.16, "edgecolor": "none"}, {"facecolor": "none", "edgecolor": colour}):
+        shape: Any = {"boxstyle": "round,pad=0,rounding_size=0.18", "mutation_aspect": 1, "linewidth": 0.8, **look}
+        axes.add_patch(FancyBboxPatch((start + 0.08, y - 0.4), stop - start - 0.16, 0.8, **shape))
     axes.text((start + stop) / 2, y, text, ha="center", va="center_baseline", family=MONOSPACE, size=8.5)
 
 

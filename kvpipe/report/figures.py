@@ -1,8 +1,9 @@
-"""The report's charts, each from finished artefacts to one inline SVG."""
+"""The report's figures, each from finished artefacts to one matplotlib figure, or None where there is nothing to draw."""
 
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Callable, Iterable
 from math import ceil
 from typing import Any
 
@@ -11,143 +12,179 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from kvpipe.align.layermap import at_kept_depth, layer_plan
-from kvpipe.report.collect import ROLES, Contrast, Results
-from kvpipe.report.svg import DASHES, INK, PAPER, SERIES, SOFT, STAND_IN, WIDTH, Picture, inline, styled
-from kvpipe.report.wording import VERDICTS, listed, number
-from kvpipe.stats.metrics import METRICS, PRIMARY
+from kvpipe.report.alignment import token_alignment
+from kvpipe.report.collect import LOSSLESS, ROLES, Results
+from kvpipe.report.style import DASHES, INK, LIGHT, PAPER, SERIES, SOFT, WIDTH, on, styled
+from kvpipe.report.wording import VERDICTS, number
+from kvpipe.stats.metrics import METRICS, PRIMARY, Metric
 from kvpipe.stats.scores import ALL
 
 LINES_PER_PANEL = 4
-FOREST = (PRIMARY.name, "accuracy")
+KINDS = ("keys", "values")
+
+
+def _grid(panels: int, columns: int, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
+    """So many panels, in so many columns, each so high."""
+    columns = max(1, min(columns, panels))
+    rows = ceil(panels / columns)
+    figure = Figure(figsize=(WIDTH, height * rows + 0.55), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False, **options).flat)
+    for empty in axes[panels:]:
+        empty.set_visible(False)
+    return figure, axes[:panels]
+
+
+def _labels(figure: Figure, x: str, y: str) -> None:
+    figure.supxlabel(x, size=8.5, color=INK)
+    figure.supylabel(y, size=8.5, color=INK)
 
 
 # ---------------------------------------------------------------- contrasts
-def forest(results: Results) -> Picture | None:
-    """Contrasts of bits per byte (ratio) and accuracy (points): estimate, interval (thick), corrected interval (thin)."""
-    blocks: list[tuple[str, list[str]]] = []
-    references = {c.reference for c in results.contrasts.values()}
-    for reference in (arm for arm in results.arm_order if arm in references):
-        found = {c.arm for c in results.contrasts.values() if c.reference == reference and c.metric in FOREST}
-        if found:
-            blocks.append((reference, [arm for arm in results.arm_order if arm in found]))
-    rows = sum(len(arms) + 1.4 for _, arms in blocks)
-    if not rows:
+def effects(results: Results) -> Figure | None:
+    """Every arm against control: experiments and ablations, then baselines, then nulls."""
+    titles = {"experiment": "experiments", "ablation": "ablations", "baseline": "baselines", "null": "nulls"}
+    arms = [arm for arm in results.arm_order if arm != results.control]
+    groups = {title: [arm for arm in arms if results.role(arm) == role] for role, title in titles.items()}
+    return _forest(results, [(title, results.control, group) for title, group in groups.items() if group])
+
+
+def ladder(results: Results) -> Figure | None:
+    """Every arm against the arm that it is built on, and every other contrast whose reference is not control."""
+    found: dict[str, list[str]] = {}
+    for c in results.contrasts.values():
+        if c.reference != results.control and c.arm in results.dag.arms and c.arm not in found.get(c.reference, []):
+            found.setdefault(c.reference, []).append(c.arm)
+    order = results.arm_order.index
+    return _forest(results, [(f"against {r}", r, sorted(found[r], key=order)) for r in sorted(found, key=order)])
+
+
+def _forest(results: Results, blocks: list[tuple[str, str, list[str]]]) -> Figure | None:
+    """Blocks of (title, reference, arms): estimate, interval (thick), interval corrected for its family (thin)."""
+    metrics = [m for m in METRICS.values() if m.main and m.scale != "logged" and _compared(results, m, blocks)][:2]
+    if not metrics:
         return None
+    rows = sum(len(arms) + 1.4 for _, _, arms in blocks)
     with styled():
-        figure = Figure(figsize=(WIDTH, 0.235 * rows + 1.2))
-        left, right = figure.subplots(1, 2, sharey=True)
-        figure.subplots_adjust(left=0.135, right=0.995, top=1 - 0.57 / figure.get_figheight(), wspace=0.06)
-        figure.subplots_adjust(bottom=0.55 / figure.get_figheight())
+        figure = Figure(figsize=(WIDTH, 0.235 * rows + 1.2), layout="constrained")
+        panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
         ticks, labels, y = [], [], 0.0
-        for reference, arms in blocks:
-            left.text(
-                -0.005, y, f"against {reference}", transform=left.get_yaxis_transform(),
-                ha="right", va="center", weight="bold", color=SOFT, size=8,
-            )  # fmt: skip
-            y += 1
+        for title, reference, arms in blocks:
+            panels[0].text(-0.005, y, title, transform=panels[0].get_yaxis_transform(), ha="right", va="center",
+                           weight="bold", color=SOFT, size=8)  # fmt: skip
             for arm in arms:
-                for axes, metric in zip((left, right), FOREST, strict=True):
-                    _interval(
-                        axes, y, results.contrasts.get((arm, reference, metric, ALL)), STAND_IN[results.role(arm)]
-                    )
+                y += 1
+                for axes, metric in zip(panels, metrics, strict=True):
+                    _interval(results, axes, y, arm, reference, metric)
                 ticks.append(y)
                 labels.append(arm)
-                y += 1
-            y += 0.4
-        left.set_yticks(ticks, labels)
-        left.set_ylim(y - 0.9, -0.7)
-        for axes, name in zip((left, right), FOREST, strict=True):
-            entry = METRICS[name]
-            axes.axvline(float(entry.is_ratio), color=SOFT, linewidth=1, zorder=0)
-            side = "right" if entry.higher_is_better else "left"
-            axes.set_title(f"{entry.label.capitalize()} ({side} is better)")
-            axes.set_xlabel("ratio to the reference, log scale" if entry.is_ratio else f"difference in {entry.change}")
-            if entry.is_ratio:
+            y += 1.4
+        panels[0].set_yticks(ticks, labels)
+        panels[0].set_ylim(y - 0.9, -0.7)
+        for axes, metric in zip(panels, metrics, strict=True):
+            axes.axvline(float(metric.is_ratio), color=SOFT, linewidth=1, zorder=0)
+            side = "right" if metric.higher_is_better else "left"
+            axes.set_title(f"{metric.label.capitalize()} ({side} is better)")
+            axes.set_xlabel(
+                "ratio to the reference, log scale" if metric.is_ratio else f"difference in {metric.change}"
+            )
+            if metric.is_ratio:
                 axes.set_xscale("log")
-                low, high = axes.get_xlim()
-                ticks_at = _log_ticks(low, high, (1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9))
-                axes.set_xticks(ticks_at, [f"{t:g}" for t in ticks_at])
-                axes.xaxis.set_minor_formatter(NullFormatter())
-                axes.set_xticks([], minor=True)
+                _ticks(axes.xaxis, axes.get_xlim(), (1, 1.1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9))
             axes.grid(axis="x", zorder=-1)
             axes.tick_params(axis="y", length=0)
             axes.spines["left"].set_visible(False)
-        used = [role for role in ROLES if any(results.role(a) == role for _, arms in blocks for a in arms)]
-        handles = [Line2D([], [], color=STAND_IN[role], marker="o", linewidth=3, label=role) for role in used]
-        figure.legend(handles=handles, loc="upper right", ncols=len(used), columnspacing=1.6, borderaxespad=0)
-        return inline(figure, "Forest plot of every arm's difference from its reference, with intervals")
+        used = [role for role in ROLES if any(results.role(a) == role for _, _, arms in blocks for a in arms)]
+        handles = [Line2D([], [], color=LIGHT[role], marker="o", linewidth=3, label=role) for role in used]
+        figure.legend(handles=handles, loc="outside upper right", ncols=len(used), columnspacing=1.6)
+    return figure
 
 
-def _interval(axes: Axes, y: float, contrast: Contrast | None, colour: str) -> None:
-    metric = METRICS[contrast.metric] if contrast is not None else PRIMARY
+def _compared(results: Results, metric: Metric, blocks: list[tuple[str, str, list[str]]]) -> bool:
+    pairs = ((arm, reference) for _, reference, arms in blocks for arm in arms)
+    return any((*pair, metric.name, ALL) in results.contrasts for pair in pairs)
+
+
+def _interval(results: Results, axes: Axes, y: float, arm: str, reference: str, metric: Metric) -> None:
+    colour, contrast = LIGHT[results.role(arm)], results.contrasts.get((arm, reference, metric.name, ALL))
+    if contrast is None:  # an ablation is compared with its base; here its mean stands without interval
+        both = [results.arms.get((name, metric.name, ALL)) for name in (arm, reference)]
+        if all(one is not None and one.known for one in both):
+            own, other = (one.mean for one in both if one is not None)
+            x = own / other if metric.is_ratio else metric.factor * (own - other)
+            axes.plot([x], [y], color=colour, marker="D", markersize=4.5, markerfacecolor=PAPER)
+            return
     if contrast is None or not contrast.tested:
-        known = contrast is not None and contrast.known
-        text = f" {VERDICTS[contrast.verdict]}" if contrast is not None and known else " no result"
+        text = f" {VERDICTS[contrast.verdict]}" if contrast is not None and contrast.known else " no result"
         axes.text(float(metric.is_ratio), y, text, va="center", color=SOFT, size=8)
         return
     name, factor = ("ratio", 1.0) if metric.is_ratio else ("difference", metric.factor)
     low, high, low_plain, high_plain = (
         factor * getattr(contrast, f"{name}_{end}") for end in ("low", "high", "low_plain", "high_plain")
     )
-    axes.plot([low, high], [y, y], color=colour, linewidth=1.1, solid_capstyle="butt")
-    axes.plot([low, high], [y, y], color=colour, linestyle="", marker="|", markersize=6, markeredgewidth=1.1)
-    axes.plot([low_plain, high_plain], [y, y], color=colour, linewidth=3.2, solid_capstyle="butt")
+    line: dict[str, Any] = {"color": colour, "solid_capstyle": "butt"}
+    axes.plot([low, high], [y, y], marker="|", markersize=6, markeredgewidth=1.1, linewidth=1.1, **line)
+    axes.plot([low_plain, high_plain], [y, y], linewidth=3.2, **line)
     axes.plot(
         [contrast.ratio if metric.is_ratio else factor * contrast.estimate], [y], color=colour, marker="o", markersize=6.5,
         markerfacecolor=PAPER if contrast.verdict == "undecided" else colour, markeredgewidth=1.5,
     )  # fmt: skip
 
 
-# ---------------------------------------------------------------- learning curves
-def learning_curves(results: Results) -> Picture | None:
-    """Validation loss against training tokens, mean over seeds with the range; control in every panel."""
-    curves = {arm: _curve(results, arm) for arm in results.arm_order if arm in results.histories}
-    control = curves.pop(results.control, None)
-    panels = _panels(results, list(curves))
+def _ticks(axis: Any, limits: tuple[float, float], steps: tuple[float | int, ...] = (1, 1.5, 2, 3, 4, 5, 7)) -> None:
+    """Round numbers on a logarithmic axis, eight at most."""
+    low, high = limits
+    inside = [m * 10.0**e for e in range(-5, 5) for m in steps if low <= m * 10.0**e <= high]
+    if len(inside) < 3:
+        inside = [t for t in MaxNLocator(5).tick_values(low, high) if low <= t <= high]
+    shown = inside[:: max(1, ceil(len(inside) / 8))]
+    axis.set_ticks(shown, [f"{t:g}" for t in shown])
+    axis.set_ticks([], minor=True)
+    axis.set_minor_formatter(NullFormatter())
+
+
+# ---------------------------------------------------------------- curves
+def curves(results: Results) -> Figure | None:
+    """Validation loss against training tokens."""
+    return _curves(results, "tokens", "training tokens (thousands)", 1e-3)
+
+
+def equal_time(results: Results) -> Figure | None:
+    """The same against the seconds of training."""
+    return _curves(results, "seconds", "seconds of training", 1.0)
+
+
+def _curves(results: Results, x: str, label: str, factor: float) -> Figure | None:
+    """Mean over seeds with the range, a panel for each role; control in every panel."""
+    found = {arm: curve for arm in results.arm_order if len(curve := results.curve(arm))}
+    control = found.pop(results.control, None)
+    panels = _panels(results, list(found)) or ([("", [])] if control is not None else [])
     if not panels:
         return None
-    columns = min(3, len(panels)) if len(panels) != 4 else 2
-    rows = ceil(len(panels) / columns)
     with styled():
-        figure = Figure(figsize=(WIDTH, 2.75 * rows + 0.1), layout="constrained")
-        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-        for axes, (title, arms) in zip(grid.flat, panels, strict=False):
+        columns = min(3, len(panels)) if len(panels) != 4 else 2
+        figure, grid = _grid(len(panels), columns, 2.75, sharex=True, sharey=True)
+        for axes, (title, arms) in zip(grid, panels, strict=True):
             axes.set_title(title)
             axes.grid(axis="y", zorder=-1)
             for i, arm in enumerate(arms):
-                _draw_curve(axes, curves[arm], arm, SERIES[i], DASHES[i], 1.6)
+                _draw_curve(axes, found[arm], x, arm, SERIES[i], DASHES[i], 1.6)
             if control is not None:
-                _draw_curve(axes, control, results.control, INK, "-", 2.2)
+                _draw_curve(axes, control, x, results.control, INK, "-", 2.2)
                 axes.axhline(control["mean"].iloc[-1], color=SOFT, linewidth=0.8, linestyle=(0, (2, 2)), zorder=0)
             axes.legend(loc="lower left")
-            axes.set_yscale("log")
-        for axes in grid.flat[len(panels) :]:
-            axes.set_visible(False)
-        _limit_losses(grid[0, 0], [*curves.values(), *([control] if control is not None else [])])
-        grid[0, 0].xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1000:,.0f}"))
-        figure.supxlabel("training tokens (thousands)", size=8.5, color=INK)
-        figure.supylabel("validation loss (nats per token, log scale)", size=8.5, color=INK)
-        return inline(figure, "Validation loss against training tokens for every arm")
-
-
-def _curve(results: Results, arm: str) -> pd.DataFrame:
-    """Mean, lowest and highest validation loss over the seeds at each step that all of them have."""
-    frames = [history.validation for history in results.histories[arm].values() if len(history.validation)]
-    joined = (
-        pd.concat(frames)
-        .groupby("step")
-        .agg(
-            tokens=("tokens", "mean"),
-            mean=("validation_loss", "mean"),
-            low=("validation_loss", "min"),
-            high=("validation_loss", "max"),
-            seeds=("validation_loss", "size"),
-        )
-    )
-    return joined[joined["seeds"] == len(frames)]
+        # the first fall from chance would flatten all that follows
+        everything = [*found.values(), *([control] if control is not None else [])]
+        late = pd.concat(c[c["tokens"] >= 0.1 * c["tokens"].max()] for c in everything)
+        low, high = late["low"].min() / 1.06, late["high"].max() * 1.06
+        grid[0].set_yscale("log")
+        grid[0].set_ylim(low, high)
+        _ticks(grid[0].yaxis, (low, high))
+        grid[0].set_xlim(0, max(c[x].max() for c in everything))
+        grid[0].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{factor * value:,.5g}"))
+        _labels(figure, label, "validation loss (nats per token, log scale)")
+    return figure
 
 
 def _panels(results: Results, arms: list[str]) -> list[tuple[str, list[str]]]:
@@ -157,126 +194,149 @@ def _panels(results: Results, arms: list[str]) -> list[tuple[str, list[str]]]:
         members = [arm for arm in arms if results.role(arm) == role]
         parts = ceil(len(members) / LINES_PER_PANEL)
         for i in range(parts):
-            out.append((title if parts == 1 else f"{title} ({i + 1} of {parts})", members[i::parts] if parts < 1 else
-                        members[i * LINES_PER_PANEL : (i + 1) * LINES_PER_PANEL]))  # fmt: skip
+            part = members[i * LINES_PER_PANEL : (i + 1) * LINES_PER_PANEL]
+            out.append((title if parts == 1 else f"{title} ({i + 1} of {parts})", part))
     return out
 
 
-def _draw_curve(axes: Axes, curve: pd.DataFrame, label: str, colour: str, dashes, width: float) -> None:
-    axes.fill_between(curve["tokens"], curve["low"], curve["high"], color=colour, alpha=0.15, linewidth=0)
-    axes.plot(curve["tokens"], curve["mean"], color=colour, linestyle=dashes, linewidth=width, label=label)
+def _draw_curve(axes: Axes, curve: pd.DataFrame, x: str, label: str, colour: str, dashes: Any, width: float) -> None:
+    axes.fill_between(curve[x], curve["low"], curve["high"], color=colour, alpha=0.15, linewidth=0)
+    axes.plot(curve[x], curve["mean"], color=colour, linestyle=dashes, linewidth=width, label=label)
 
 
-def _limit_losses(axes: Axes, curves: list[pd.DataFrame]) -> None:
-    """Leave out the first fall from chance, which would flatten all that follows."""
-    late = [c[c["tokens"] >= 0.1 * c["tokens"].max()] for c in curves]
-    low, high = min(c["low"].min() for c in late), max(c["high"].max() for c in late)
-    axes.set_ylim(low / 1.06, high * 1.06)
-    axes.set_xlim(0, max(c["tokens"].max() for c in curves))
-    ticks = _log_ticks(low, high)
-    axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_yticks([], minor=True)
-
-
-def _log_ticks(low: float, high: float, steps: tuple[int | float, ...] = (1, 1.5, 2, 3, 4, 5, 7)) -> list[float]:
-    candidates = [m * 10.0**e for e in range(-4, 3) for m in steps]
-    inside = [c for c in candidates if low <= c <= high]
-    return inside or [float(f"{low:.2g}"), float(f"{high:.2g}")]
+def difficulty(results: Results) -> Figure | None:
+    """The primary metric in each third of a task's items: control, the headline and the baselines."""
+    found = results.by_difficulty
+    arms = [a for a in results.compared if a in found.columns.get_level_values("arm")] if len(found.columns) else []
+    if not arms:
+        return None
+    tasks = list(dict.fromkeys(found.index.get_level_values("task")))
+    with styled():
+        figure, grid = _grid(len(tasks), 3, 2.5, sharey=True)
+        for axes, task in zip(grid, tasks, strict=True):
+            axes.set_title(task)
+            axes.grid(axis="y", zorder=-1)
+            for i, arm in enumerate(arms):
+                table = found.loc[task][arm]
+                colour, dashes = (INK, "-") if arm == results.control else (SERIES[(i - 1) % 6], DASHES[(i - 1) % 6])
+                axes.fill_between(range(len(table)), table.min(1), table.max(1), color=colour, alpha=0.15, linewidth=0)
+                axes.plot(range(len(table)), table.mean(1), color=colour, linestyle=dashes, marker="o", label=arm)
+            axes.set_xticks(range(len(table)), table.index)
+            axes.set_ylim(bottom=0)
+        figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper right", ncols=len(arms))
+        _labels(figure, "thirds of the test items, by the untrained student's loss", PRIMARY.label)
+    return figure
 
 
 # ---------------------------------------------------------------- layers
-def layer_similarity(results: Results) -> Picture | None:
-    """Debiased CKA of every student layer with every teacher layer; squares mark the layers that arms take."""
-    maps = results.layer_maps
-    if not maps:
+def _heat(axes: Axes, matrix: np.ndarray, highest: float, annotated: bool, lowest: float = 0.0) -> Any:
+    """A map of numbers, written into its cells where there is room."""
+    image = axes.pcolormesh(matrix, cmap="cividis", vmin=lowest, vmax=highest, edgecolors="face", linewidth=0.3)
+    for (i, j), value in np.ndenumerate(matrix) if annotated else ():
+        axes.text(j + 0.5, i + 0.5, number(value, 2), ha="center", va="center", size=7.5,
+                  color=on(tuple(image.cmap(image.norm(value)))))  # fmt: skip
+    axes.invert_yaxis()
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return image
+
+
+def _bar(figure: Figure, image: Any, axes: Iterable[Axes], label: str) -> None:
+    bar = figure.colorbar(image, ax=list(axes), aspect=30, pad=0.02)
+    bar.set_label(label)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+
+
+def layers(results: Results) -> Figure | None:
+    """Debiased CKA of every student layer with every teacher layer, and which of them arms take."""
+    panels = [(teacher, document, kind) for teacher, document in results.layer_maps.items() for kind in KINDS]
+    if not panels:
         return None
-    panels = [(teacher, document, kind) for teacher, document in maps.items() for kind in ("keys", "values")]
-    widest = max(document["src_layers"] for document in maps.values())
-    columns = 4 if widest <= 6 and len(panels) > 2 else 2
-    cell = float(np.clip((8.4 / columns - 0.3) / widest, 0.13, 0.42))
-    rows = ceil(len(panels) / columns)
+    width, height = (max(document[f"{side}_layers"] for _, document, _ in panels) for side in ("src", "dst"))
+    columns = min(len(panels), 4 if width <= 6 and len(panels) > 2 else 2)
+    cell = float(np.clip((8.4 / columns - 0.3) / width, 0.13, 0.42))
     # similarities are often far below 1: the colours span what there is, and never less than 0.2
     highest = max(0.2, *(float(np.max(document["similarity"][kind])) for _, document, kind in panels))
     with styled():
-        height = rows * (max(document["dst_layers"] for document in maps.values()) * cell + 0.6) + 0.2
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        grid = figure.subplots(rows, columns, squeeze=False)
-        for axes, (teacher, document, kind) in zip(grid.flat, panels, strict=False):
-            matrix = np.array(document["similarity"][kind])
-            image = axes.pcolormesh(matrix, cmap="cividis", vmin=0, vmax=highest, edgecolors="none")
-            _mark_layers(results, axes, teacher, document, kind, cell)
-            if cell > 0.3:
-                _annotate(axes, matrix, highest)
+        figure, grid = _grid(len(panels), columns, height * cell + 0.6)
+        for axes, (teacher, document, kind) in zip(grid, panels, strict=True):
+            image = _heat(axes, np.array(document["similarity"][kind]), highest, cell > 0.3)
+            _mark_layers(results, axes, teacher, kind, cell / 0.42)
             axes.set_title(f"{teacher}: {kind}")
             axes.set_aspect("equal")
-            axes.invert_yaxis()
             every = 1 if cell > 0.22 else 2  # room for two digits
-            axes.set_xticks(np.arange(0, matrix.shape[1], every) + 0.5, range(0, matrix.shape[1], every))
-            axes.set_yticks(np.arange(0, matrix.shape[0], every) + 0.5, range(0, matrix.shape[0], every))
-            axes.tick_params(length=0)
-            axes.spines[:].set_visible(False)
-        for axes in grid.flat[len(panels) :]:
-            axes.set_visible(False)
-        figure.supxlabel("teacher layer", size=8.5, color=INK)
-        figure.supylabel("student layer", size=8.5, color=INK)
-        bar = figure.colorbar(image, ax=grid, aspect=30, pad=0.02)
-        bar.set_label("debiased linear CKA")
-        bar.outline.set_visible(False)
-        return inline(figure, "Similarity of student and teacher layers, with the chosen layers marked")
+            axes.set_xticks(
+                np.arange(0, document["src_layers"], every) + 0.5, [*map(str, range(0, document["src_layers"], every))]
+            )
+            axes.set_yticks(
+                np.arange(0, document["dst_layers"], every) + 0.5, [*map(str, range(0, document["dst_layers"], every))]
+            )
+        _labels(figure, "teacher layer", "student layer")
+        _bar(figure, image, grid, "debiased linear CKA")
+    return figure
 
 
-def _annotate(axes: Axes, matrix: np.ndarray, highest: float) -> None:
-    for (i, j), value in np.ndenumerate(matrix):
-        axes.text(j + 0.5, i + 0.5, number(value, 2), ha="center", va="center", size=7.5,
-                  color="#000000" if value > 0.55 * highest else "#ffffff")  # fmt: skip
-
-
-def _mark_layers(results: Results, axes: Axes, teacher: str, document: dict, kind: str, cell: float) -> None:
-    """Squares for layers chosen by similarity, a dot in the corner for proportional or listed ones."""
-    chosen: dict[str, set[tuple[int, int]]] = {"square": set(), "dot": set()}
-    for arm in results.dag.arms.values():
-        if teacher not in arm.teachers or "targets" not in arm.needs:
-            continue
-        sizes = document["src_layers"], document["dst_layers"]
-        source = results.manifests.get(results.config.student, {}).get("source", {})
-        plan = layer_plan(at_kept_depth(arm.layer, sizes[0], source), *sizes, results.paths.layer_map(teacher))
-        side = ("keys", "values").index(kind)
-        mark = "square" if arm.layer.kind == "cka" else "dot"
+def _mark_layers(results: Results, axes: Axes, teacher: str, kind: str, unit: float) -> None:
+    """Squares for layers chosen by similarity, a dot in the corner for those of depth or a list."""
+    chosen: dict[str, set[tuple[int, int]]] = {"cka": set(), "": set()}
+    for arm, plan in results.plans(teacher):
+        side, rule = KINDS.index(kind), "cka" if arm.layer.kind == "cka" else ""
         for layer, (index, beta) in enumerate(zip(plan.index[side].tolist(), plan.beta[side].tolist(), strict=True)):
-            chosen[mark] |= {(layer, i) for i, b in zip(index, beta, strict=True) if b > 0}
-    # white on black, so that marks stand out on every colour of the map
-    unit = cell / 0.42
-    for i, j in sorted(chosen["square"]):
-        x, y = [j + 0.08, j + 0.92, j + 0.92, j + 0.08, j + 0.08], [i + 0.08, i + 0.08, i + 0.92, i + 0.92, i + 0.08]
-        for colour, width in (("#000000", 3.4 * unit + 0.6), ("#ffffff", 1.8 * unit)):
+            chosen[rule] |= {(layer, i) for i, b in zip(index, beta, strict=True) if b > 0}
+    # white on black stands out on every colour of the map
+    for i, j in sorted(chosen["cka"]):
+        x, y = np.array([0.08, 0.92, 0.92, 0.08, 0.08]) + j, np.array([0.08, 0.08, 0.92, 0.92, 0.08]) + i
+        for colour, width in (("#000000", 3.4 * unit + 0.6), ("#fefefe", 1.8 * unit)):
             axes.plot(x, y, color=colour, linewidth=width, solid_joinstyle="miter", solid_capstyle="projecting")
-    for i, j in sorted(chosen["dot"]):
-        axes.plot([j + 0.8], [i + 0.22], linestyle="", marker="o", markersize=5 * unit, markerfacecolor="#ffffff",
+    for i, j in sorted(chosen[""]):
+        axes.plot([j + 0.8], [i + 0.22], linestyle="", marker="o", markersize=5 * unit, markerfacecolor="#fefefe",
                   markeredgecolor="#000000", markeredgewidth=0.8)  # fmt: skip
 
 
+def layer_loss(results: Results) -> Figure | None:
+    """The loss of each student layer over the steps, of keys and of values: the headline's, or the first arm's that has
+    one."""
+    shown = next(
+        (arm for arm in results.shown_first if any(results.layer_losses(arm, kind) is not None for kind in KINDS)), ""
+    )
+    tables = {kind: table for kind in KINDS if shown and (table := results.layer_losses(shown, kind)) is not None}
+    if not tables:
+        return None
+    with styled():
+        count = max(len(table) for table in tables.values())
+        figure, grid = _grid(len(tables), 2, float(np.clip(0.3 * count, 1.2, 4)))
+        for axes, (kind, table) in zip(grid, tables.items(), strict=True):
+            values = table.to_numpy()
+            image = _heat(axes, values, float(np.nanmax(values)), False)
+            axes.set_title(f"{shown}: {kind}")
+            every = max(1, ceil(table.shape[1] / 8))
+            axes.set_xticks(np.arange(0, table.shape[1], every) + 0.5, table.columns[::every])
+            axes.set_yticks(np.arange(len(table)) + 0.5, table.index)
+            _bar(figure, image, [axes], "loss")
+        _labels(figure, "step", "student layer")
+    return figure
+
+
 # ---------------------------------------------------------------- fusion
-def fusion_weights(weights: pd.DataFrame) -> Picture | None:
-    """Share of each teacher in the fused target, one bar per arm and task (`tables.fusion_weights`)."""
+def fusion(results: Results) -> Figure | None:
+    """Share of each teacher in the fused target, one bar per arm and task."""
+    weights = results.fusion_weights
     if weights.empty:
         return None
     teachers = [c for c in weights.columns if c not in ("arm", "task")]
     arms = list(dict.fromkeys(weights["arm"]))
     with styled():
-        figure = Figure(figsize=(WIDTH, 0.24 * len(weights) + 0.2 * len(arms) + 0.75))
+        figure = Figure(figsize=(WIDTH, 0.24 * len(weights) + 0.2 * len(arms) + 0.9), layout="constrained")
         axes = figure.subplots()
-        figure.subplots_adjust(left=0.2, right=0.98, top=1 - 0.36 / figure.get_figheight())
-        figure.subplots_adjust(bottom=0.42 / figure.get_figheight())
         y, ticks, labels = 0.0, [], []
         for arm in arms:
-            for _, row in weights[weights["arm"] == arm].iterrows():
+            for row in weights[weights["arm"] == arm].to_dict("records"):
                 start = 0.0
                 for i, teacher in enumerate(teachers):
                     share = row[teacher]
                     if not np.isfinite(share):
                         continue
-                    axes.barh(y, share, left=start, height=0.78, color=SERIES[i % 6], alpha=0.85, edgecolor=PAPER)
+                    axes.barh(y, share, left=start, height=0.78, color=SERIES[i % 6], edgecolor=PAPER)
                     if share > 0.06:
                         axes.text(start + share / 2, y, number(share, 2), ha="center", va="center", color=PAPER, size=8)
                     start += share
@@ -291,25 +351,44 @@ def fusion_weights(weights: pd.DataFrame) -> Picture | None:
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         handles = [Line2D([], [], color=SERIES[i % 6], linewidth=6, label=t) for i, t in enumerate(teachers)]
-        axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(teachers), borderaxespad=0.2)
-        return inline(figure, "Mean fusion weight of each teacher per arm and task")
+        figure.legend(handles=handles, loc="outside upper right", ncols=len(teachers))
+    return figure
+
+
+def router(results: Results) -> Figure | None:
+    """Weight of each teacher by training example and student layer, of arms that weigh examples of a task apart."""
+    panels = [(arm, t, found) for arm, found in results.routers.items() for t in found["teachers"]]
+    # of two teachers the second's weight is what the first leaves
+    panels = [p for p in panels if len(p[2]["teachers"]) > 2 or p[1] == p[2]["teachers"][0]]
+    if not panels:
+        return None
+    with styled():
+        figure, grid = _grid(len(panels), 4, 3.2)
+        for axes, (arm, teacher, found) in zip(grid, panels, strict=True):
+            matrix = np.array(found["weights"])[:, :, found["teachers"].index(teacher)]
+            order = sorted(range(len(matrix)), key=lambda row: found["tasks"][row])
+            image = _heat(axes, matrix[order], 1.0, False)
+            axes.set_title(f"{arm}: {teacher}")
+            tasks = [found["tasks"][row] for row in order]
+            firsts = [i for i, task in enumerate(tasks) if i == 0 or task != tasks[i - 1]]
+            for first in firsts[1:]:
+                axes.axhline(first, color="#fefefe", linewidth=1.5)
+            middles = [(a + b) / 2 for a, b in zip(firsts, [*firsts[1:], len(tasks)], strict=True)]
+            axes.set_yticks(middles, [tasks[i] for i in firsts], rotation=90, va="center")
+            axes.set_xticks(np.arange(matrix.shape[1]) + 0.5, [*map(str, range(matrix.shape[1]))])
+        _labels(figure, "student layer", "training examples, by task")
+        _bar(figure, image, grid, "weight of the teacher")
+    return figure
 
 
 # ---------------------------------------------------------------- fit
-def explained_variance(results: Results) -> Picture | None:
-    """Share of the teacher's variance that the projected target keeps, and the cosine of the student's attention outputs
-    when the target takes the place of its own cache, per student layer, one panel per fit."""
-    fits = {f: d for f, d in results.fits.items() if any(_finite(v) for v in d["explained_variance"].values())}
+def fit(results: Results) -> Figure | None:
+    """What the projected target loses of the teacher's keys and values, and how far the student's attention outputs move
+    when it takes the place of the student's own cache, per student layer; a panel for each fit that loses anything."""
+    fits = {name: curves for name, curves in results.fit_curves.items() if name not in results.lossless_fits}
     if not fits:
         return None
-    columns = min(4, len(fits))
-    rows = ceil(len(fits) / columns)
-    everything = [
-        x for d in fits.values() for kinds in d["explained_variance"].values() for v in kinds.values() for x in v
-    ]
-    everything += [x for d in fits.values() for v in d.get("attention_output_cosine", {}).values() for x in v]
-    lowest = float(np.nanmin(np.array(everything, dtype=float)))
-    shown = [t for t in results.dag.teachers if any(t in d["explained_variance"] for d in fits.values())]
+    shown = [t for t in results.dag.teachers if any(t == teacher for found in fits.values() for teacher, _ in found)]
     colours = {teacher: SERIES[i % 6] for i, teacher in enumerate(shown)}
     kinds: dict[str, dict[str, Any]] = {
         "keys": {"linestyle": DASHES[1], "marker": "o"},
@@ -317,36 +396,40 @@ def explained_variance(results: Results) -> Picture | None:
         "attention output": {"linestyle": ":", "marker": "^"},
     }
     with styled():
-        figure = Figure(figsize=(WIDTH, 1.75 * rows + 0.55), layout="constrained")
-        grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
-        for axes, (fit_id, document) in zip(grid.flat, fits.items(), strict=False):
-            users = [name for name, arm in results.dag.arms.items() if _uses(results, arm, fit_id)]
-            axes.set_title(textwrap.fill(", ".join(users), 30), size=8.5)
-            for teacher, found in document["explained_variance"].items():
-                cosine = document.get("attention_output_cosine", {}).get(teacher)
-                for kind, style in kinds.items():
-                    if kind not in found and cosine is None:
-                        continue
-                    values = np.array(found.get(kind, cosine), dtype=float)
-                    axes.plot(range(len(values)), values, color=colours[teacher], markersize=4, clip_on=False, **style)
-            axes.set_xticks(range(len(values)))
+        figure, grid = _grid(len(fits), 4, 1.75, sharey=True)
+        for axes, (name, found) in zip(grid, fits.items(), strict=True):
+            axes.set_title(textwrap.fill(", ".join(results.fit_users(name)), 30), size=8.5)
+            for (teacher, kind), values in found.items():
+                axes.plot(
+                    range(len(values)),
+                    np.maximum(values, LOSSLESS),
+                    color=colours[teacher],
+                    markersize=4,
+                    clip_on=False,
+                    **kinds[kind],
+                )
+            axes.set_xticks(range(len(values)) if len(values) < 12 else range(0, len(values), 4))
             axes.grid(axis="y", zorder=-1)
-        grid[0, 0].set_ylim(np.floor(10 * min(lowest, 0.9)) / 10, 1)
-        for axes in grid.flat[len(fits) :]:
-            axes.set_visible(False)
+        grid[0].set_yscale("log")
+        _ticks(grid[0].yaxis, grid[0].get_ylim(), (1, 3))
         handles = [Line2D([], [], color=colour, linewidth=5, label=teacher) for teacher, colour in colours.items()]
         handles += [Line2D([], [], color=INK, markersize=4, label=kind, **style) for kind, style in kinds.items()]
         figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), columnspacing=1.6)
-        figure.supxlabel("student layer", size=8.5, color=INK)
-        figure.supylabel("explained variance, cosine", size=8.5, color=INK)
-        return inline(
-            figure, f"Explained variance and attention-output cosine per layer of the fits {listed(list(fits))}"
-        )
+        _labels(figure, "student layer", "lost: 1 − explained variance, 1 − cosine")
+    return figure
 
 
-def _uses(results: Results, arm, fit_id: str) -> bool:
-    return results.dag.needs_fit(arm) and results.dag.fit_id(arm) == fit_id
-
-
-def _finite(kinds: dict[str, list[float]]) -> bool:
-    return bool(np.isfinite(np.array([*kinds["keys"], *kinds["values"]], dtype=float)).any())
+FIGURES: dict[str, Callable[[Results], Figure | None]] = {
+    "effects": effects,
+    "ladder": ladder,
+    "curves": curves,
+    "equal_time": equal_time,
+    "difficulty": difficulty,
+    "fusion": fusion,
+    "router": router,
+    "layers": layers,
+    "layer_loss": layer_loss,
+    "fit": fit,
+    "alignment": token_alignment,
+}
+"""Every figure by the name of its file."""

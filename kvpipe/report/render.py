@@ -1,4 +1,4 @@
-"""Finished artefacts → one self-contained HTML file."""
+"""Finished artefacts → one self-contained HTML file, and its figures and tables as files."""
 
 from __future__ import annotations
 
@@ -6,32 +6,29 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jinja2 import Environment, StrictUndefined
+from matplotlib.figure import Figure
 
 from kvpipe import __version__
-from kvpipe.config import LOSS_ON, Config
+from kvpipe.config import Config
 from kvpipe.data.records import render
 from kvpipe.experiment.files import write_text
-from kvpipe.experiment.paths import Paths
-from kvpipe.report import figures, tables, wording
-from kvpipe.report.alignment import token_alignment
+from kvpipe.experiment.paths import FIGURES, Paths
+from kvpipe.report import style, tables, wording
+from kvpipe.report.alignment import shown_example, time_mode
 from kvpipe.report.collect import ROLES, Results
+from kvpipe.report.figures import FIGURES as DRAWN
 from kvpipe.report.readings import read_example
 from kvpipe.stats.metrics import METRICS, PRIMARY
-from kvpipe.stats.scores import ALL
 
 SAMPLES_PER_TASK = 3
-ROLE_TEXTS = {
-    "control": "trained on the text alone; everything is compared with it",
-    "experiment": "learns from teachers too; one that is built on another shows what its own components add",
-    "ablation": "another arm with some settings changed",
-    "baseline": "what one would use instead of this method; a method worth using beats it",
-    "null": "contains no usable teacher knowledge; if it beat control, the benefit would not come from the teacher",
-}
 
 
 def write_report(config: Config, paths: Paths, out: Path) -> None:
-    """Write the report of a results folder.
+    """Write the report of a results folder, and beside it `figures/` (SVG, PDF) and `tables/` (CSV, LaTeX).
+
+    Beside another page `x.html` they are in `x/`.
 
     Args:
         config: the experiment.
@@ -42,91 +39,87 @@ def write_report(config: Config, paths: Paths, out: Path) -> None:
         FileNotFoundError: `stats/arms.csv` or `stats/contrasts.csv` is missing.
         ValueError: a table lacks a column.
     """
+    results = Results(config, paths)
+    figures = {name: figure for name, draw in DRAWN.items() if (figure := draw(results)) is not None}
+    built = tables.tables(results)
+    beside = Paths(out.parent if out == paths.report else out.with_suffix(""))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, page(results, built, figures))
+    for folder in (beside.figures, beside.table_files):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name in FIGURES:
+        style.save(figures[name] if name in figures else style.nothing(name), beside.figures / name)
+    for name, table in built.items():
+        table.write(beside.table_files / name)
+
+
+def page(results: Results, built: dict[str, tables.Table], figures: dict[str, Figure]) -> str:
+    """The HTML, with those figures that there are."""
+    shown = content(results, built) | {"figures": _inlined(figures)}
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = resources.files("kvpipe.report").joinpath("template.html").read_text(encoding="utf-8")
-    text = environment.from_string(source).render(**content(Results(config, paths)))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, text)
+    return environment.from_string(source).render(**shown)
 
 
-def content(results: Results) -> dict[str, Any]:
-    """Everything the template shows."""
-    result_notes, task_notes = tables.Notes(), tables.Notes()
-    weights = tables.fusion_weights(results)
-    found = {metric for _, metric, _ in results.arms}
-    shown = {name: metric for name, metric in METRICS.items() if not metric.column or name in found}
+def _inlined(figures: dict[str, Figure]) -> dict[str, Any]:
     return {
-        "version": __version__,
-        "config": results.config,
-        "roles": [
-            (role, ROLE_TEXTS[role]) for role in ROLES if any(results.role(a) == role for a in results.arm_order)
-        ],
-        "conclusions": wording.conclusions(results),
-        "absent": results.absent,
-        "cells_done": len(results.dag.cells) - len(results.missing_cells),
-        "cells": len(results.dag.cells),
-        "arms": tables.arm_rows(results),
-        "sizes": tables.sizes(results),
-        "training": training(results),
-        "metrics": shown,
-        "main": [metric for metric in METRICS.values() if metric.main],
-        "result_rows": tables.result_rows(results, list(shown), ALL, result_notes),
-        "result_notes": result_notes.items(),
-        "tasks": results.tasks,
-        "task_rows": tables.task_rows(results, task_notes),
-        "task_notes": task_notes.items(),
-        "forest": figures.forest(results),
-        "contrast_rows": tables.contrast_rows(results),
-        "references": results.arm_order,
-        "level": wording.level(results),
-        "primary": PRIMARY.name,
-        "pairs": tables.pair_rows(results),
-        "curves": figures.learning_curves(results),
-        "similarity": figures.layer_similarity(results),
-        "alignments": token_alignment(results),
-        "read_example": read_example(results),
-        "text_rows": tables.text_rows(results),
-        "fusion": figures.fusion_weights(weights),
-        "explained": figures.explained_variance(results),
-        "teacher_rows": tables.teacher_rows(results),
-        "store_rows": tables.store_rows(results),
-        "samples": samples(results),
-        "samples_seed": results.config.seeds[0],
-        "audit": results.audit,
-        "doctor": results.doctor,
-        "control": results.control,
-        "headline": results.headline,
-        "example_arm": results.headline or results.arm_order[-1],
-        "provenance": provenance(results),
-        "models": model_rows(results),
+        name: style.inline(figure, (DRAWN[name].__doc__ or name).split("\n\n")[0]) for name, figure in figures.items()
     }
 
 
-def training(results: Results) -> list[tuple[str, str]]:
-    """What all cells share, and what they measured."""
-    train = results.config.train
-    out = [
-        ("seeds", ", ".join(map(str, results.config.seeds))),
-        ("optimizer steps", f"{train.steps} of {train.batch_size} examples"),
-        ("peak learning rate", f"{train.learning_rate:g}, cosine schedule, {100 * train.warmup:g}% warm-up"),
-        ("cross-entropy on", LOSS_ON[train.loss_on]),
-        ("precision", train.precision),
-    ]
-    out += [(f"answers of {task} judged by", ", ".join(judges)) for task, judges in results.judges.items() if judges]
-    for name, label, digits in (("tokens", "student tokens per cell", 0), ("padding_share", "share of padding", 4)):
-        values = sorted(cost[name] for cost in results.costs.values())
-        if values:
-            low, high = (f"{v:,.{digits}f}" for v in (values[0], values[-1]))
-            out.append((label, low if low == high else f"{low} to {high}"))
-    restarts = sum(cost["restarts"] for cost in results.costs.values())
-    out.append(("restarts after an interruption", str(restarts)))
-    return out
+def content(results: Results, filed: dict[str, tables.Table]) -> dict[str, Any]:
+    """Everything the template shows but the figures."""
+    findings = {"audit": results.audit, "doctor": results.doctor}
+    example, read = shown_example(results), read_example(results)
+    metrics = [name for name in tables.shown_metrics(results) if tables.contrasts(results, name).rows]
+    return {
+        "version": __version__,
+        "config": results.config,
+        "colours": {"light": style.LIGHT, "dark": style.DARK},
+        "roles": [role for role in ROLES if results.of_role(role)],
+        "question": wording.question(results),
+        "answer": wording.answer(results),
+        "cost": wording.cost(results),
+        "conclusions": wording.conclusions(results),
+        "absent_lines": results.absent,
+        "level": wording.level(results),
+        "cells_done": len(results.dag.cells) - len(results.missing_cells),
+        "cells": len(results.dag.cells),
+        "tables": {
+            **filed,
+            "training": tables.training(results),
+            "pairs": tables.pairs(results),
+            "layers": tables.chosen_layers(results),
+            "teachers": tables.teachers(results),
+            "stores": tables.stores(results),
+            "written": tables.written(results),
+            "audit": tables.checks((findings["audit"] or {}).get("checks", []), "Fairness audit."),
+            "doctor": tables.checks((findings["doctor"] or {}).get("findings", []), "What the doctor found."),
+            "provenance": tables.provenance(results),
+            "models": tables.models(results),
+        },
+        "contrasts": [(METRICS[name], tables.contrasts(results, name)) for name in metrics if name != PRIMARY.name],
+        "primary": PRIMARY,
+        "power": f"{100 * results.config.stats.power:g}%",
+        "margin": f"{100 * results.config.stats.margin:g}%",
+        "tasks": results.tasks,
+        "control": results.control,
+        "headline": results.headline,
+        "example": {"teacher": example[0], "record": example[1].id, "mode": time_mode(results)} if example else None,
+        "read": read and (read.record, *tables.readings(read)),
+        "lossless": [", ".join(results.fit_users(name)) for name in results.lossless_fits],
+        "samples": samples(results),
+        "arm": results.headline or results.arm_order[-1],
+        "configuration": yaml.safe_dump(
+            results.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110
+        ),
+    }
 
 
 def samples(results: Results) -> list[dict[str, Any]]:
     """The first test items of every task, whatever came out, as control and the headline answered them."""
     seed = results.config.seeds[0]
-    names = [name for name in (results.control, results.headline) if name]
+    names = dict.fromkeys([results.control, *([results.headline] if results.headline else [])])
     found = {name: results.items(name, seed) for name in names}
     frames = {name: frame.set_index("id") for name, frame in found.items() if frame is not None}
     out = []
@@ -151,32 +144,3 @@ def samples(results: Results) -> list[dict[str, Any]]:
 def _said(item) -> str:
     """What was generated; of a multiple choice, where nothing is, the choice."""
     return item["text"] if isinstance(item["text"], str) else str(item["prediction"])
-
-
-def provenance(results: Results) -> list[tuple[str, list[str]]]:
-    """Each item with all values that the cells recorded: more than one means that they were not made alike."""
-    documents = [cost["provenance"] for cost in results.costs.values()]
-    flat = [
-        {**{k: v for k, v in d.items() if k not in ("packages", "arm", "seed")}, **d.get("packages", {})}
-        for d in documents
-    ]
-    keys = list(dict.fromkeys(key for document in flat for key in document))
-    labels = {"git_commit": "git commit", "config_hash": "configuration hash"}
-    return [(labels.get(k, k), sorted({str(d.get(k) or "none") for d in flat})) for k in keys]
-
-
-def model_rows(results: Results) -> list[dict[str, str]]:
-    """Each model's source and the sha256 of its weights, or of its config where it has none."""
-    rows = []
-    for name in results.config.models:
-        manifest = results.manifests.get(name)
-        if manifest is None:
-            rows.append({"name": name, "source": "not built", "file": "", "sha256": ""})
-            continue
-        source = manifest["source"]
-        details = [f"{key} {source[key]}" for key in ("path", "repo", "commit", "like") if source.get(key)]
-        weights = [f for f in manifest["files"] if f.endswith(".safetensors")] or ["config.json"]
-        for file in weights:
-            words = ": ".join([source.get("source", ""), ", ".join(details)]) if details else source.get("source", "")
-            rows.append({"name": name, "source": words, "file": file, "sha256": manifest["files"][file]})
-    return rows

@@ -91,7 +91,7 @@ def detectable(c: Contrast) -> str:
     return number(metric.factor * c.mde, metric.digits)
 
 
-def difference(c: Contrast) -> str:
+def difference(c: Contrast, interval: str = "") -> str:
     """The contrast by the primary method: ratio, difference in the metric's unit, p corrected for its family."""
     metric = METRICS[c.metric]
     unit = f" {metric.change}" if metric.change else ""
@@ -100,16 +100,51 @@ def difference(c: Contrast) -> str:
         why = "seeds do not vary" if c.verdict == "constant" else seeds
         plain = f"{number(exp(c.estimate), 2)} × {c.reference}’s" if metric.scale == "logged" else f"{change(c)}{unit}"
         return f"{plain} ({why}, not tested)"
-    of = f"{number(c.ratio, 2)} × {c.reference}’s ({number(c.ratio_low, 2)} to {number(c.ratio_high, 2)})"
+    of = f"{number(c.ratio, 2)} × {c.reference}’s ({interval}{number(c.ratio_low, 2)} to {number(c.ratio_high, 2)})"
     parts = ([of] if metric.is_ratio else []) + ([f"{change(c)}{unit}"] if metric.scale != "logged" else [])
     return f"{', '.join(parts)}, p {p_value(c.p_dunnett)}"
 
 
+def question(results: Results) -> str:
+    """What the experiment asks."""
+    control, label = results.control, {name: arm.label for name, arm in results.dag.arms.items()}
+
+    def said(name: str) -> str:
+        return f"{name} ({label[name]})" if label[name] else name
+
+    side = "more" if PRIMARY.higher_is_better else "fewer"
+    own = said(results.headline) if results.headline else "an arm"
+    where = f"unseen items of {listed(results.tasks)}"
+    return f"Does {own} need {side} {PRIMARY.label} than {said(control)} on {where}?"
+
+
+def answer(results: Results) -> Statement:
+    """The answer in one sentence, with its interval."""
+    return _headline(results)[0]
+
+
+def cost(results: Results) -> str:
+    """What the answer has cost."""
+    spent, cells = results.spending, results.costs
+    if not cells:
+        return "No cell has said what it cost."
+    gpu = spent.gpu_hours.sum()
+    gpus = f", {number(gpu, 2)} GPU hours" if gpu else ", no GPU"
+    own = [c["train_seconds"] for (arm, _), c in cells.items() if arm == results.headline]
+    control = [c["train_seconds"] for (arm, _), c in cells.items() if arm == results.control]
+    each = ""
+    if own and control:
+        means = [number(sum(found) / len(found), 1) for found in (own, control)]
+        each = f" A cell of {results.headline} trains {means[0]} s, one of {results.control} {means[1]} s."
+    peak = max(c["peak_memory_bytes"] for c in cells.values()) / 1e9
+    return f"{len(cells)} cells: {number(spent.hours.sum(), 2)} hours in all{gpus}; peak memory {number(peak, 2)} GB.{each}"
+
+
 def conclusions(results: Results) -> list[Statement]:
-    """What the tables say, most important first. Every word follows from the primary method's verdicts."""
+    """What else the tables say, most important first. Every word follows from the primary method's verdicts."""
     return [
         *_fairness(results),
-        *_headline(results),
+        *_headline(results)[1:],
         *_nulls(results),
         *_components(results),
         *_baselines(results),
@@ -143,7 +178,7 @@ def _headline(results: Results) -> list[Statement]:
         "worse": f"{arm} is worse than {control}.",
         "undecided": f"{arm} is not shown to beat {control}.",
     }.get(main.verdict, f"{arm} against {control} is not tested.")
-    text = f"{_both(results, PRIMARY.name)} {PRIMARY.label}: {difference(main)}."
+    text = f"{_both(results, PRIMARY.name)} {PRIMARY.label}: {difference(main, f'{level(results)} interval ')}."
     if main.verdict == "undecided":
         chance = f"with {100 * results.config.stats.power:g}% probability"
         text += f" The interval includes 1; a true ratio of {number(main.mde_ratio, 2)} would be found {chance}."

@@ -206,6 +206,7 @@ def write_cell(
         "padding_share": 1 - counters.tokens / max(1, counters.padded_tokens),
         "restarts": counters.restarts,
         "processes": trained.processes,
+        **({} if trained.router is None else {"router": trained.router}),
         "precision": cell.config.precision,
         "model": saved,
         "settings": inputs.steps["train"].depends(arm=cell.name),

@@ -12,7 +12,8 @@ from torch import nn
 
 from kvpipe.cache.capture import Recorder
 from kvpipe.config.arms import CROSS_ENTROPY
-from kvpipe.data.batches import IGNORE, Batch, collate
+from kvpipe.data.batches import IGNORE, Batch, collate, spread
+from kvpipe.distill.fusion import mean_weights
 from kvpipe.distill.losses import check_finite
 from kvpipe.distill.objective import Loss, Objective, OtherTexts
 from kvpipe.distill.terms import Row, Said, Student
@@ -21,6 +22,9 @@ from kvpipe.train.cell import Cell
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+ROUTED = 24
+"""Training examples whose fusion weights are noted at the end."""
 
 
 @dataclass
@@ -165,6 +169,22 @@ class BatchLoss:
         names = dict.fromkeys(name for part in parts for name in part)
         totals = {name: np.sum([part[name] for part in parts if name in part], axis=0).tolist() for name in names}
         return {name: above / below for name, (above, below) in totals.items() if below}
+
+    @torch.no_grad()
+    def router(self, recorder: Recorder | None) -> dict[str, Any] | None:
+        """Mean weight of each teacher in each layer, `(example, layer, teacher)`, on training examples from all over the
+        split; None where there are not several teachers' caches. All processes compute the same."""
+        targets = self.objective.targets
+        if targets is None or len(targets.targets) == 1:
+            return None
+        examples, weights = self.cell.examples[spread(len(self.cell.examples), ROUTED)], []
+        for example in examples:
+            part = self._part(np.array([example]), np.zeros(1, dtype=bool))
+            student = self._forward(part.batch, recorder) if self.objective.reads_student else None
+            target = self.objective.resolve(part.batch, part.said, student).target
+            shown = mean_weights(target.fused.weights, [""], part.batch.mask & target.mask)[""]
+            weights.append([[round(weight, 4) for weight in layer] for layer in shown.tolist()])
+        return {"examples": examples.tolist(), "teachers": [t.name for t in targets.targets], "weights": weights}
 
     def _forward(self, batch: Batch, recorder: Recorder | None) -> Student:
         """The student's forward, without logits."""

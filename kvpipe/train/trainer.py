@@ -131,6 +131,8 @@ class Trained:
     """Without the wrappers of devices and precision."""
     history: list[dict[str, Any]]
     counters: Counters
+    router: dict[str, Any] | None
+    """How much each teacher weighs in each layer of some training examples, where there are several."""
     device: torch.device
     processes: int
     main: bool
@@ -161,6 +163,7 @@ def train(cell: Cell, checkpoints: Path, attempt: Attempt, stop: Stop, log=print
         model=loop.accelerator.unwrap_model(loop.model, keep_fp32_wrapper=False),
         history=loop.history,
         counters=loop.counters,
+        router=loop.router,
         device=loop.accelerator.device,
         processes=loop.accelerator.num_processes,
         main=loop.accelerator.is_main_process,
@@ -197,6 +200,7 @@ class Loop:
         ]
         self.counters = Counters()
         self.history: list[dict[str, Any]] = []
+        self.router: dict[str, Any] | None = None
         torch.manual_seed(cell.drawn)  # dropout, whatever was drawn before
 
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -245,6 +249,8 @@ class Loop:
                 stop.to_save = True
                 self.counters.seconds += time.perf_counter() - begun
                 last = step == self.config.steps
+                if last:
+                    self.router = self.loss.router(recorder)
                 progress.add(1, ", ".join(f"{name} {line[name]:.3f}" for name in self.objective.terms))
                 if step % self.config.log_every == 0 or last:
                     self._note(line)

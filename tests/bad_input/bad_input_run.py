@@ -5,18 +5,19 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import shlex
 import shutil
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import tiny
+import typer.main
 import yaml
 
 from kvpipe.cli import app
@@ -36,7 +37,15 @@ ARMS = {
         "set": {"teachers": ["alpha"], "loss": {"keys": {}, "values": {}}, "layer": {"kind": "cka", "k": 2}},
     },
 }
-SETTINGS: dict[str, Any] = {"seeds": [0], "arms": ARMS, "train.steps": 2, "train.checkpoint_every": 1}
+SETTINGS: dict[str, Any] = {
+    "seeds": [0],
+    "arms": ARMS,
+    "train.steps": 2,
+    "train.checkpoint_every": 1,
+    "store.shards": 2,
+}
+COMMANDS = typer.main.get_command(app.app)
+"""Made once: typer reads all signatures anew for every call."""
 LOST = ("made/", "logs/")
 """Below results/, what a command may write anew or remove."""
 
@@ -58,6 +67,8 @@ class Case:
     environment: dict[str, str] = field(default_factory=dict)
     makes: tuple[str, ...] = ()
     """Below results/, what the command is to make anew, and so may replace."""
+    goes_on: bool = False
+    """It ends well, and says on standard output what it does about it."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +83,15 @@ class Outcome:
 
 
 def build(folder: Path) -> None:
-    """The experiment: data, models, stores, a layer map, projectors, two cells, their scores and tables. Its paths are
-    relative to its folder."""
+    """The experiment: data, models, stores, a layer map, projectors, two cells with their checkpoints, scores and tables.
+    Its paths are relative to its folder."""
     with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
         work = tiny.build(Path(), SETTINGS)
         values = work.config.model_dump(mode="json", exclude_unset=True)
         Path("config.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
         for arm in ("control", "one"):
-            make_cell(work, arm, 0, log=lambda line: None)
+            with mock.patch.object(shutil, "rmtree"):  # which a finished cell's checkpoints end by
+                make_cell(work, arm, 0, log=lambda line: None)
             score_folder(work, work.paths.student(arm, 0), "test", work.paths.items(arm, 0))
             write_arm_table(work.dag, work.paths, arm)
         score_untrained(work, work.paths.untrained)
@@ -87,27 +99,48 @@ def build(folder: Path) -> None:
         audit(work.config, work.paths, work.paths.audit)
 
 
-def contents(folder: Path) -> dict[str, str]:
-    """File below a folder → hash of its content."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): sha256(path.read_bytes()).hexdigest() for path in files}
+def state(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Path below a folder → what tells that a file there is another one: its mode, size and time; of a folder nothing."""
+    found = {}
+    for path in folder.rglob("*"):
+        is_folder = path.is_dir() and not path.is_symlink()
+        entry = path.lstat()
+        found[path.relative_to(folder).as_posix()] = (
+            (0, 0, 0) if is_folder else (entry.st_mode, entry.st_size, entry.st_mtime_ns)
+        )
+    return found
+
+
+def restore(base: Path, folder: Path) -> None:
+    """Make `folder` the copy of `base` that it was: only what differs is copied, hundreds of cases share one folder."""
+    folder.mkdir(exist_ok=True)
+    wanted, found = state(base), state(folder)
+    for name in sorted(found, reverse=True):
+        if found[name] != wanted.get(name):
+            path = folder / name
+            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+            del found[name]
+    for name in sorted(wanted.keys() - found.keys()):
+        (folder / name).mkdir() if wanted[name] == (0, 0, 0) else shutil.copy2(base / name, folder / name)
 
 
 def outcome(case: Case, base: Path, folder: Path) -> Outcome:
-    """Run a case in `folder`, a copy of `base` that goes afterwards."""
-    shutil.copytree(base, folder, symlinks=True)
+    """Run a case in `folder`, which becomes a copy of `base` before."""
+    restore(base, folder)
     said, printed = io.StringIO(), io.StringIO()
     environment = {"KVPIPE_TRACEBACK": "", "KVPIPE_CONFIG": "config.yaml", **case.environment}
     arguments = ["kvpipe", *shlex.split(case.command)]
     with contextlib.chdir(folder):
         changed(case)
-        before = contents(Path("results"))
+        before, original = state(Path("results")), state(base / "results")
+        content = {name: _content(Path("results", name)) for name in before if before[name] != original.get(name)}
         with (
             contextlib.redirect_stderr(said),
             contextlib.redirect_stdout(printed),
             mock.patch.dict(os.environ, environment),
             mock.patch.object(sys, "argv", arguments),
             mock.patch.object(patterns, "LIMIT_SECONDS", 0.2),
+            mock.patch.object(typer.main, "get_command", lambda _: COMMANDS),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")
@@ -116,25 +149,41 @@ def outcome(case: Case, base: Path, folder: Path) -> Outcome:
                 status = 0
             except SystemExit as end:
                 status = end.code if isinstance(end.code, int) else 1
-        after = contents(Path("results"))
-    shutil.rmtree(folder)
-    lost = sorted(name for name, content in before.items() if after.get(name) != content)
+        after = state(Path("results"))
+        lost = sorted(
+            name
+            for name, found in before.items()
+            if after.get(name) != found
+            and not name.endswith(".partial")
+            and (
+                name not in after
+                or _content(Path("results", name)) != content.get(name, _content(base / "results" / name))
+            )
+        )
     kept = (*LOST, *case.makes)
     line = message(said.getvalue(), folder)
     if case.command == "doctor" and not line:  # which prints its findings
         line = "\n".join(text.strip() for text in printed.getvalue().splitlines() if "would fail  " in text)
+    if case.goes_on:
+        line = "\n".join(text for text in printed.getvalue().splitlines() if re.search(case.says, text))
     return Outcome(status, line, printed.getvalue(), tuple(name for name in lost if not name.startswith(kept)))
+
+
+def _content(path: Path) -> bytes:
+    return path.read_bytes() if path.is_file() else b""
 
 
 def changed(case: Case) -> None:
     """Bring what is wrong about."""
     path = Path("config.yaml")
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    for dotted, value in case.set.items():
-        assign(values, dotted, value)
-    if case.arm is not None:
-        values["arms"]["x"] = {"base": "one", "set": case.arm}
-    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    if case.set or case.arm is not None:
+        values = yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        for dotted, value in case.set.items():
+            assign(values, dotted, value)
+        if case.arm is not None:
+            values["arms"]["x"] = {"base": "one", "set": case.arm}
+        dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+        path.write_text(yaml.dump(values, Dumper=dumper, sort_keys=False, allow_unicode=True), encoding="utf-8")
     if case.do is not None:
         case.do()
 

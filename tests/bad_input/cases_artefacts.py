@@ -114,6 +114,7 @@ FOLDERS = [
     Case("code of its own", r"results/models/alpha: it is code of its own \(config\.json: auto_map\)", "prepare --arm one", do=config(model_type="mine", auto_map={"AutoModelForCausalLM": "modeling.Mine"}), makes=BUILT),
     Case("an adapter without its model", r"models\.alpha: .*(adapter|merge)|is not a model folder", MODELS, do=lambda: ((ALPHA / "config.json").unlink(), (ALPHA / "adapter_config.json").write_text("{}")), makes=BUILT),
     Case("a teacher whose positions end too early", r"max_position_embeddings|positions", "prepare --arm one", {"data.context": "strict"}, do=config(max_position_embeddings=9), makes=("models/", "encoding/", "layer_map/", "teacher_kv/", "projector/")),
+    Case("a student without the weights of a layer", r"models\.student: .*layers\.2\.", "models --name student", {"models.student": {"source": "local", "path": "teachers/beta"}}, do=tensors(Path("teachers/beta/model.safetensors"), without("layers.2.")), makes=("models/student/",)),
     Case("evaluate a folder without a layer's weights", r"layers\.2\.", "evaluate --model teachers/alpha --out x.parquet", do=tensors(WEIGHTS, without("layers.2."))),
     Case("evaluate a folder with other names", r"foo\.", "evaluate --model teachers/alpha --out x.parquet", do=tensors(WEIGHTS, renamed)),
     Case("evaluate what is no folder", r"none.*(config\.json|not a model folder|does not exist)", "evaluate --model none --out x.parquet"),
@@ -121,6 +122,22 @@ FOLDERS = [
     Case("an architecture without a type", r"architecture: .*model_type", "models --name student", {"models.student.architecture": {"hidden_size": 24}}, makes=("models/student/",)),
     Case("an architecture with a wrong key", r"architecture.*hiden_size", "models --name student", {"models.student.architecture.hiden_size": 24}, makes=("models/student/",)),
 ]  # fmt: skip
+
+
+def exchange(sizes: bool) -> Callable[[], None]:
+    """Two shards under each other's name."""
+
+    def do() -> None:
+        first, second = (STORE / f"shard-0000{n}.safetensors" for n in (0, 1))
+        first.rename(STORE / "x")
+        second.rename(first)
+        (STORE / "x").rename(second)
+        if sizes:
+            edited(STORE / "index.json", lambda d: d["shards"].reverse())()
+
+    return do
+
+
 SHARD = "teacher_kv/alpha/student/shard-00000.safetensors"
 MANIFEST = RESULTS / "models/alpha/MANIFEST.json"
 ARTEFACTS = [
@@ -128,6 +145,7 @@ ARTEFACTS = [
     Case("a manifest without files", r"models/alpha/MANIFEST\.json is damaged|MANIFEST\.json.*files", "report", do=edited(MANIFEST, lambda d: d.pop("files") and None)),
     Case("a manifest without files, read by a pass", r"models/alpha/MANIFEST\.json is damaged \(no files\)", "layer-map --teacher alpha", do=edited(MANIFEST, lambda d: d.pop("files") and None)),
     Case("weights replaced after the manifest", r"model\.safetensors is damaged or was replaced", "layer-map --teacher alpha", do=lambda: flip(RESULTS / "models/alpha/model.safetensors")),
+    Case("the student's tokenizer replaced after the manifest", r"models/student/tokenizer\.json is damaged or was replaced", "encode --model student", do=lambda: flip(RESULTS / "models/student/tokenizer.json"), makes=("encoding/",)),
     Case("the tokenizer replaced after the manifest", r"tokenizer\.json is damaged or was replaced", "encode --model alpha", do=lambda: flip(RESULTS / "models/alpha/tokenizer.json")),
     Case("a file of the manifest is gone", r"models/alpha: \*\.safetensors is missing", "layer-map --teacher alpha", do=(RESULTS / "models/alpha/model.safetensors").unlink),
     Case("a split is gone", r"data/train\.parquet", "encode --model alpha", do=(RESULTS / "data/train.parquet").unlink),
@@ -138,6 +156,8 @@ ARTEFACTS = [
     Case("a shard with flipped bytes", r"shard-00000\.safetensors is damaged or was replaced", TRAIN, do=one(SHARD, flip)),
     Case("a shard cut off", r"shard-00000\.safetensors is (missing or truncated|damaged)", TRAIN, do=one(SHARD, cut)),
     Case("a shard that is gone", r"shard-00000\.safetensors is missing", TRAIN, do=one(SHARD, Path.unlink)),
+    Case("two shards exchanged", r"shard-0000\d\.safetensors .*(damaged|another|truncated)", TRAIN, do=exchange(sizes=False)),
+    Case("two shards exchanged, in the index too", r"shard-0000\d\.safetensors .*(damaged|another|truncated)", TRAIN, do=exchange(sizes=True)),
     Case("an index of nothing", r"index\.json is damaged .*kvpipe teacher-kv --teacher alpha", TRAIN, do=one("teacher_kv/alpha/student/index.json", empty)),
     Case("an index without its key", r"index\.json is damaged", TRAIN, do=edited(STORE / "index.json", lambda d: d.pop("key") and None)),
     Case("a store of another model", r"shard-00000\.safetensors is another store's shard", TRAIN, do=edited(STORE / "index.json", lambda d: d["key"].update(model="0" * 64))),
@@ -196,4 +216,3 @@ FINISHED = [
     Case("a seed that was not evaluated", r"not fair: seeds: arms without all seeds", "audit", do=ITEMS.unlink, makes=("audit.json",)),
     Case("the card of a cell that is not trained", r"train/one/seed7/cost\.json is missing", "card --arm one --seed 7"),
 ]  # fmt: skip
-CHECKPOINTS = "results/checkpoints/one/seed0"

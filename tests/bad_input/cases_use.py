@@ -1,11 +1,14 @@
 """Bad input: checkpoints, full disks, the command line, the environment, and what the doctor says before anything runs."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from bad_input_run import Case
-from cases_artefacts import RESULTS, WEIGHTS, config, renamed, tensors, without
+from cases_artefacts import RESULTS, WEIGHTS, config, cut, edited, flip, renamed, tensors, without
 from cases_data import GOOD, lines
+
+from kvpipe.experiment.files import lock_file
 
 NEXT = "train --arm one --seed 0 --made --out results/train/one/seed0 --checkpoints results/checkpoints/one/seed0"
 CHECKPOINTS = RESULTS / "checkpoints/one/seed0"
@@ -22,8 +25,24 @@ def full(name: str) -> Callable[[], None]:
     return do
 
 
+HELD = []
+
+
+def held(path: Path) -> None:
+    """Another run's lock."""
+    HELD.append(path.open("ab"))
+    assert lock_file(HELD[-1].fileno())
+
+
+def state(**values) -> Callable[[], None]:
+    """The newest checkpoint's state with something else in it."""
+    return edited(CHECKPOINTS / "step-00000001/state.json", lambda found: found.update(values))
+
+
 FAULTS = [
-    Case("checkpoints where a file is", r"checkpoints/one/seed0", NEXT, do=lambda: ((RESULTS / "checkpoints/one").mkdir(parents=True, exist_ok=True), CHECKPOINTS.write_text(""))),
+    Case("checkpoints where a file is", r"checkpoints/one/seed0", NEXT, do=lambda: (shutil.rmtree(CHECKPOINTS), CHECKPOINTS.write_text("")), makes=("checkpoints/",)),
+    Case("two runs of one cell", r"another process is training one, seed 0 \(.*is locked\): wait for it, or stop it", NEXT, do=lambda: held(CHECKPOINTS.with_name("seed0.lock"))),
+    Case("a checkpoint of other settings", r"step-00000001 was made with another configuration: .*learning_rate.* there, .* now .*put the settings back, or delete", NEXT, {"train.learning_rate": 0.5}),
     Case("no room for the splits", r"results/data/train\.parquet could not be written: .*No space left", "data", do=full("data/train.parquet")),
     Case("no room for the sources", r"results/data/sources\.json could not be written: .*No space left", "data", do=full("data/sources.json")),
     Case("no room for a layer map", r"layer_map/alpha\.json could not be written: .*No space left", "layer-map --teacher alpha", do=full("layer_map/alpha.json")),
@@ -46,15 +65,16 @@ COMMANDS = [
     Case("an unknown model", r"'gamma'.*alpha", "models --name gamma"),
     Case("an unknown reading", r"--reading.*'nonsense'.*student.*own", "teacher-kv --teacher alpha --reading nonsense"),
     Case("a reading outside of the folder", r"--reading.*'\.\./\.\./x'", "teacher-kv --teacher alpha --reading ../../x"),
-    Case("a shard of none", r"shard 7 of 1: count from 0", "teacher-kv --teacher alpha --shard 7"),
+    Case("a shard of none", r"shard 7 of 2: count from 0", "teacher-kv --teacher alpha --shard 7"),
     Case("a shard that is no number", r"--shard': .*integer", "teacher-kv --teacher alpha --shard x"),
     Case("pretrain of an unknown model", r"--only nix: no such model with a recipe and a path", "pretrain --only nix"),
     Case("pretrain without a recipe", r"no model of the configuration has a recipe and a path", "pretrain"),
     Case("a negative seed of a cell", r"--seed': .*greater than or equal to 0", "train --arm one --seed -1"),
+    Case("a seed of a cell of 70 bits", r"--seed': .*(range|less than)", f"train --arm one --seed {2**70}"),
     Case("a seed of words", r"--seed': .*integer", "train --arm one --seed one"),
     Case("an arm's name with a path", r"no arm '\.\./x'", "arm --arm ../x"),
     Case("neither an arm nor a teacher", r"give either --arm, or --teacher", "train"),
-    Case("a teacher without a student", r"--teacher goes with --student, --data and --out", "train --teacher teachers/alpha"),
+    Case("a teacher without a student", r"--teacher goes with --student and --data", "train --teacher teachers/alpha"),
     Case("a teacher that is no folder", r"teachers/none is neither a model folder nor a hub id", "train --teacher ./teachers/none --student teachers/beta --data r.jsonl --out o", do=lambda: Path("r.jsonl").write_text(lines(GOOD))),
     Case("rows that are too few", r"r\.jsonl has 3 rows; .*give 20 or more", "train --teacher teachers/alpha --student teachers/beta --data r.jsonl --out o", do=lambda: Path("r.jsonl").write_text('{"prompt": "q", "answer": "a"}\n' * 3)),
     Case("rows without an answer", r"r\.jsonl: no column answer \(has prompt, reply\)", "train --teacher teachers/alpha --student teachers/beta --data r.jsonl --out o", do=lambda: Path("r.jsonl").write_text('{"prompt": "q", "reply": "a"}\n' * 30)),
@@ -74,6 +94,14 @@ ENVIRONMENT = [
 ]  # fmt: skip
 
 
+PROGRAMS = {
+    "data.sources": [
+        {"kind": "files", "task": "math", **dict.fromkeys(("train", "validation", "test"), "r.jsonl")}
+        | {"columns": {"prompt": "prompt", "answer": "answer", "tests": "why"}}
+    ]
+}
+
+
 def doctor(what: str, says: str, **case) -> Case:
     return Case(what, says, "doctor", **case)
 
@@ -87,4 +115,22 @@ DOCTOR = [
     doctor("an arm with a list beyond the teacher's layers", r"layer\.layers: 9 is not in the teacher alpha", arm={"layer": {"kind": "list", "layers": [0, 1, 9]}}),
     doctor("data that are not there", r"none\.jsonl", set={"data.sources": [{"kind": "files", "task": "math", "train": "none.jsonl", "validation": "none.jsonl", "test": "none.jsonl"}]}, do=(RESULTS / "data/train.parquet").unlink),
     doctor("a teacher's folder that is not there", r"teachers/none", set={"models.alpha.path": "teachers/none"}),
+    doctor("walls that no program passes", r"memory_mb 1 enough", set={**PROGRAMS, "evaluate.tasks": {"math": {"scorer": "code"}}, "evaluate.sandbox": {"run_code": True, "memory_mb": 1}}, do=lambda: Path("r.jsonl").write_text(lines(GOOD))),
+]  # fmt: skip
+AGAIN = ("encoding/", "models/", "data/", "teacher_kv/", "layer_map/", "projector/", "checkpoints/", "train/")
+
+
+def mended(what: str, says: str, command: str = "prepare --arm one", **case) -> Case:
+    return Case(what, says, command, makes=AGAIN, goes_on=True, **case)
+
+
+MENDED = [
+    mended("data of other settings", r"^data … \(again: changed since it was made: settings", set={"data.seed": 5}),
+    mended("a model of another path", r"^model alpha … \(again: changed", set={"models.alpha.path": "teachers/again"}, do=lambda: shutil.copytree("teachers/alpha", "teachers/again")),
+    mended("a student of other settings", r"^model student … \(again: changed since it was made: settings", set={"models.student.architecture.intermediate_size": 44}),
+    mended("a checkpoint's step edited", r"step-00000001 is damaged \(checksum differs\); trying the one before", NEXT, do=state(step=100_000)),
+    mended("a checkpoint without its settings", r"step-00000001 is damaged \(checksum differs\); trying the one before", NEXT, do=state(spec=None)),
+    mended("a checkpoint with flipped bytes", r"step-00000001 is damaged \(checksum differs\); trying the one before", NEXT, do=lambda: flip(CHECKPOINTS / "step-00000001/tensors.safetensors")),
+    mended("a checkpoint that is cut off", r"step-00000001 cannot be read .*; trying the one before", NEXT, do=lambda: cut(CHECKPOINTS / "step-00000001/state.json")),
+    mended("scores of weights that were trained again", r"one seed 0 +│ trained", "status", do=edited(RESULTS / "train/one/seed0/cost.json", lambda d: d["model"].update(digest="0" * 16))),
 ]  # fmt: skip

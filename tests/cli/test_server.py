@@ -216,9 +216,10 @@ def test_libraries_that_start_threads_are_not_forked(tmp_path):
         ),
     ],
 )
-def test_none_on_a_cluster_unless_asked(monkeypatch, capsys, setting, job, elsewhere, begun, said):
+def test_none_on_a_cluster_unless_asked(monkeypatch, capsys, tmp_path, setting, job, elsewhere, begun, said):
     started = []
     monkeypatch.setattr(server.subprocess, "Popen", lambda *args, **_: started.append(args))
+    monkeypatch.setattr(server.tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("KVPIPE_SERVER", setting)
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     if job:

@@ -57,6 +57,12 @@ def test_a_copy_is_found_however_and_wherever_it_is_written(copy):
     assert [leak.test for leak in leaks([copy], [record(0, QUESTION)], 13)] == ["r0"]
 
 
+def test_a_fraction_without_its_stroke_is_found():
+    question = "Jack had 100. Sophia gave him 1/5 of hers. How many does he have now?"
+    for copy in (question, question.replace("/", "").replace(".", ""), question.replace("1/5", "1 / 5")):
+        assert reasons([record(1, f"So: {copy}", "9")], [record(0, question)], 13) == [("r1", "shared 13-gram")]
+
+
 def test_a_short_question_is_found_inside_a_longer_prompt():
     test = [record(0, "How many legs have 3 cats?"), record(2, "Name a cat")]
     assert reasons([record(1, "First: how many legs have 3 cats? Then add 5.", "17")], test, 13) == [

@@ -194,6 +194,10 @@ def test_terms_are_the_loss_by_hand(work, scale):
         )
     watched = divided(found.loss)
     assert watched["masked_share"] == pytest.approx(1 - (mask.sum() / found.batch.mask.sum()).item())
+    for name in ("keys", "values"):
+        layers = [watched[f"layer/{name}/{layer}"] for layer in range(len(found.kv.keys))]
+        assert len(layers) == len(set(layers)) > 1
+        assert sum(layers) / len(layers) == pytest.approx(found.loss.values[name].item(), rel=1e-4)
     for task in TABLE:
         shares = [watched[f"weight/{task}/{name}"] for name in ("alpha", "beta")]
         assert sum(shares) == pytest.approx(1, abs=1e-5)

@@ -37,8 +37,9 @@ from kvpipe_cluster.probing import ProbeError, probe
 from kvpipe_cluster.slurm import check_slurm
 
 DOCUMENT = PACKAGE.parent / "docs" / "troubleshooting.md"
-# provoked on a real cluster (tests/cluster/test_cluster.py), and where an image is asked for (tests/workflow/test_submission.py)
-OTHERS = {"DOS line ends", "The image is not there"}
+# provoked on a real cluster (tests/cluster/test_cluster.py), where an image is asked for (tests/workflow/test_submission.py),
+# and by the server of steps (tests/cli/test_server.py)
+OTHERS = {"DOS line ends", "The image is not there", "Steps import for themselves"}
 
 
 def entries() -> dict[str, str]:

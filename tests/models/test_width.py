@@ -1,14 +1,18 @@
 """Narrower models: what is left computes what the whole does without the rest, and what says most is left."""
 
+import numpy as np
 import pytest
 import torch
 from tiny import ALPHA, BETA, build
 from torch import nn
 
+from kvpipe.config import EvaluateConfig
 from kvpipe.data.batches import Batch
+from kvpipe.evaluate.score import evaluate
 from kvpipe.models.folders import load_model
 from kvpipe.models.quantized import GROUP, quantize
 from kvpipe.models.width import narrow
+from kvpipe.stats.metrics import METRICS
 from kvpipe.steps.make import make
 
 
@@ -97,3 +101,15 @@ def test_int4_names_a_layer_that_does_not_divide(work):
         ValueError, match=r"int4 takes 32 weights at a time, and model\.layers\.0.* 36 inputs; use int8"
     ):
         quantize(load_model(work.paths.model("alpha")), "int4")
+
+
+def test_scores_say_what_fewer_bits_cost(work):
+    """Beside those of the student as it is; the metrics are their sums over bytes."""
+    config = EvaluateConfig(variants=["int8"], scorer="none", batch_size=3)
+    table = evaluate(work.paths.model("alpha"), work.records("test"), work.config.data.template, config, "cpu")
+    cost = (table.nll_int8.sum() - table.nll.sum()) / np.log(2) / table.bytes.sum()
+    assert 0 < abs(cost) < 0.05 * table.nll.sum() / table.bytes.sum()
+    assert METRICS["loss_int8"].measure(table).mean() == pytest.approx(cost)
+    size, small = (METRICS[name].measure(table).mean() for name in ("model_bytes", "model_bytes_int8"))
+    assert size == sum(p.numel() * 4 for p in load_model(work.paths.model("alpha")).parameters()) and small < 0.7 * size
+    assert "nll_int4" not in table

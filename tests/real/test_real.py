@@ -162,8 +162,7 @@ def test_copies_of_test_questions_are_found(how, where):
     found = {leak.train for leak in leaks(copied, test, 13)}
     missed = [record.prompt for n, record in enumerate(test) if f"c{n}" not in found]
     print(f"{how} in the {where}: {len(found)} of {len(test)}")
-    # by design a text of fewer words than `leakage.SHORTEST` is no evidence
-    assert len(missed) <= 4, missed[:3]
+    assert not missed, (len(missed), missed[:3])
 
 
 # ---------------------------------------------------------------- programs

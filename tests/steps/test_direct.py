@@ -1,6 +1,7 @@
 """Training without a configuration file: folders and a file of records in, a student out."""
 
 import json
+import re
 import shutil
 
 import pandas as pd
@@ -14,7 +15,11 @@ from kvpipe.cli import app as cli
 from kvpipe.config import DataConfig
 from kvpipe.data.build import build
 from kvpipe.data.corpus import generate
+from kvpipe.experiment.sizes import count_parameters
 from kvpipe.steps.direct import ARM, experiment
+from kvpipe.steps.forecast import forecast
+from kvpipe.steps.inputs import Inputs
+from kvpipe.steps.make import make
 
 
 @pytest.fixture(scope="module")
@@ -179,9 +184,9 @@ def test_mistakes_are_named(place, tmp_path, change, message):
         experiment(**arguments)
 
 
-@pytest.mark.parametrize("left_out", ["--student", "--data", "--out"])
+@pytest.mark.parametrize("left_out", ["--student", "--data"])
 def test_options_that_go_together(place, tmp_path, left_out):
-    given = {"--student": place / "student", "--data": place / "records.jsonl", "--out": tmp_path}
+    given = {"--student": place / "student", "--data": place / "records.jsonl"}
     rest = [str(part) for name, value in given.items() if name != left_out for part in (name, value)]
     done = CliRunner().invoke(cli.app, ["train", "--teacher", str(place / "a" / "expert"), *rest])
     assert done.exit_code == 2 and "--teacher goes with" in done.output
@@ -192,3 +197,52 @@ def test_neither_an_arm_nor_a_teacher(tmp_path, monkeypatch, more):
     monkeypatch.chdir(tmp_path)  # usage comes first, whether there is a configuration or not
     done = CliRunner().invoke(cli.app, ["train", *more])
     assert done.exit_code == 2 and "give either --arm, or" in done.output
+
+
+def test_a_comparison_says_what_it_will_cost_and_ends_with_a_table_and_a_report(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    out = tmp_path / "run"
+    done = command(place, out, "--compare", "--set", "seeds=[4, 7]", "--set", "train.batch_size=8")
+    assert done.exit_code == 0, done.output + repr(done.exception)
+    said = done.output
+    plan, rest = said.split("About what it will cost")
+    for words in ("teachers expert → student", "keys × 1, values × 1;", "4 cells (arm, seed)", "4 steps of 8 examples"):
+        assert words in plan, words
+    before, after = rest.split("Test split: 2 items, 2 seeds")
+    assert "expert reads" in before and "4 × 4 steps" in before and "step 4/4" in before
+    assert re.search(r"bits per byte.*(better|worse|undecided)", after), after
+    assert "</html>" in (out / "report.html").read_text() and f"report: {out / 'report.html'}" in said
+    AutoModelForCausalLM.from_pretrained(re.findall(r"student: (\S+)", said)[-1])
+
+
+def test_a_preset_is_named_instead_of_a_file(place, tmp_path):
+    given = [place / "a" / "expert"], place / "student"
+    config, paths = experiment(*given, "gsm8k[:2000]", tmp_path)
+    (source,) = config.data.sources
+    assert (source.preset, source.train, source.validation, source.test) == (
+        "gsm8k", "train[:2000]", "train[95%:]", "test"
+    )  # fmt: skip
+    assert config.evaluate.of("gsm8k").scorer == "number"
+    assert experiment(*given, "gsm8k", tmp_path)[1].root != paths.root
+    assert experiment(*given, "mbpp", tmp_path)[0].evaluate.of("mbpp").scorer == "none", "runs no programs"
+    with pytest.raises(ValueError, match=r"--data gsmk8: neither a file nor a preset; did you mean 'gsm8k'\?"):
+        experiment(*given, "gsmk8", tmp_path)
+
+
+def test_the_forecast_counts_what_is_trained_and_read(place, tmp_path):
+    """Operations against a count by hand; a store that is there is not read again."""
+    config, paths = experiment([place / "a" / "expert"], place / "student", place / "records.jsonl", tmp_path)
+    inputs = Inputs(config, paths)
+    make(inputs, [path for step in ("data", "model") for path in inputs.steps[step].files()], log=lambda *_: None)
+    table = forecast(inputs, [("distil", 0), ("control", 0)], scored=False)
+    cells = {
+        name: list(column.cells) for name, column in zip(("step", "how", "operations"), table.columns, strict=False)
+    }
+    assert cells["step"] == ["expert reads", "training", "all"]
+    parameters = count_parameters(paths.model("student"))
+    tokens = float(cells["how"][1].split(", ", 1)[1].removesuffix(" tokens").replace(",", ""))
+    assert float(cells["operations"][1]) == pytest.approx(6 * parameters * tokens, rel=0.06)
+    lengths = inputs.student_tokenizer(pd.read_parquet(paths.data("train")).prompt.tolist())["input_ids"]
+    assert tokens > 2 * config.train.steps * config.train.batch_size * min(map(len, lengths))
+    alone = forecast(inputs, [("control", 0)], scored=False)
+    assert list(alone.columns[0].cells) == ["training", "all"], "control reads no teacher"

@@ -7,7 +7,10 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from functools import cache
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -17,6 +20,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from kvpipe.experiment.paths import Paths
 from kvpipe.steps import train as step
 from kvpipe.steps.inputs import Inputs
+
+FORKED = str(Path(__file__).with_name("forked.py"))
 
 
 def cells(folder: Path, out: Path, overrides: dict[str, Any], arms: list[str], double: bool) -> None:
@@ -53,19 +58,32 @@ def _train(work: Inputs, out: Path, arms: list[str]) -> None:
             torch.save(steps, out / arm / "gradients.pt")
 
 
-def together(number: int, script: str, *arguments: Any, **environment: str) -> list[subprocess.CompletedProcess]:
+@cache
+def environment() -> dict[str, str]:
+    """Of the processes: the zoos of the tests are found, and the server that forks them, which ends with this process."""
+    address = str(Path(mkdtemp(prefix="kvpipe-")) / "socket")
+    found = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "KVPIPE_SERVER": address}
+    lives, _ = os.pipe()
+    quiet = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
+    command = [sys.executable, FORKED, "serve", address]
+    subprocess.Popen(command, stdin=lives, env=found | quiet, start_new_session=True)
+    os.close(lives)
+    while not Path(address).exists():
+        time.sleep(0.01)
+    return found
+
+
+def together(number: int, script: str, *arguments: Any, **variables: str) -> list[subprocess.CompletedProcess]:
     """Run a script in so many processes that know of each other; one is no group."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(number)}
-    found = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # the zoos of the tests too
     started = [
         subprocess.Popen(
-            [sys.executable, script, *map(str, arguments)],
-            env=os.environ
-            | found
-            | environment
+            [sys.executable, FORKED, script, *map(str, arguments)],
+            env=environment()
+            | variables
             | (group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if number > 1 else {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -92,6 +92,20 @@ def test_golden_curve_of_thirty_steps(cell):
             assert found[arm][key] == pytest.approx(curve, rel=1e-4), f"{arm}: {key}"
 
 
+# ---------------------------------------------------------------- what is logged
+@pytest.mark.parametrize("arm", ["attention", "one"])
+def test_a_cell_says_how_teachers_were_weighed_example_by_example(cell, arm):
+    made = cell(arm, {"train.steps": 2, "train.eval_every": 2})
+    assert ("router" in made.cost) == (arm == "attention")
+    if arm == "attention":
+        router = made.cost["router"]
+        weights = np.array(router["weights"])  # example layer teacher
+        layers = sum(key.startswith("layer/values/") for key in made.history[-2])
+        assert weights.shape == (len(router["examples"]), layers, 2) and router["teachers"] == ["alpha", "beta"]
+        assert weights.sum(-1) == pytest.approx(np.ones(weights.shape[:2]), abs=2e-4)
+        assert weights[..., 0].std(0).min() > 1e-3, "examples differ"
+
+
 # ---------------------------------------------------------------- determinism
 @pytest.mark.parametrize("arm", ["control", "joint"])
 def test_the_same_seed_gives_the_same_bits(cell, arm):
@@ -312,14 +326,14 @@ def test_lora_trains_adapters_and_merges_them(cell, arm):
 
 # ---------------------------------------------------------------- what must not be trained on
 def test_nan_in_a_term_stops_with_step_and_term(cell, monkeypatch, tmp_path):
-    real, calls = distill.kv_loss, iter(range(1000))
+    real, calls = distill.layer_kv_losses, iter(range(1000))
 
     def poisoned(*args, **kwargs):
         # one call for keys and one for values in every step (those whose gradients are watched apart have more): the
         # seventh is the values' of step 4
         return real(*args, **kwargs) * (float("nan") if next(calls) == 7 else 1.0)
 
-    monkeypatch.setattr(distill, "kv_loss", poisoned)
+    monkeypatch.setattr(distill, "layer_kv_losses", poisoned)
     with pytest.raises(NonFiniteLossError, match=r"step 4: loss term 'values' is NaN"):
         cell("two", {"train.checkpoint_every": 3, "train.eval_every": 6})
     assert sorted(p.name for p in tmp_path.glob("*/checkpoints/*")) == ["step-00000001", "step-00000003"]

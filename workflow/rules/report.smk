@@ -37,11 +37,24 @@ rule stats:
         "python -m kvpipe stats --untrained {params.untrained} > {log} 2>&1"
 
 
+def captioned(step):
+    """What the page's job writes; what `snakemake --report` shows of it has its caption in workflow/report."""
+    files = makes(step)
+    shown = {"page": report(files.pop("page"), caption="../report/report.rst", category="Report")}
+    for name, path in files.items():
+        kind, stem = name.partition("_")[0], name.rpartition("_")[0]
+        if path.suffix in (".svg", ".csv"):
+            category, labels = f"{kind.capitalize()}s", {kind: path.stem.replace("_", " ")}
+            path = report(path, caption=f"../report/{stem}.rst", category=category, labels=labels)
+        shown[name] = path
+    return shown
+
+
 rule report:
     input:
         needs("report"),
     output:
-        report(PATHS.report, caption="../report/report.rst", category="Report"),
+        **captioned("report"),
     log:
         PATHS.log("report"),
     benchmark:
@@ -53,4 +66,4 @@ rule report:
         settings=settings("report"),
         code=code("report"),
     shell:
-        "python -m kvpipe report --out {output} > {log} 2>&1"
+        "python -m kvpipe report --out {output.page} > {log} 2>&1"

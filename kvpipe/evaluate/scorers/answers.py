@@ -7,45 +7,65 @@ from __future__ import annotations
 
 import logging
 import re
+import textwrap
+import unicodedata
 from collections.abc import Callable
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal, InvalidOperation, localcontext
 from fractions import Fraction
 from importlib.metadata import version
 
 from kvpipe.config import ScoringConfig
-from kvpipe.data.patterns import time_limit
+from kvpipe.data.patterns import processor_time, time_limit
 
 LONGEST = 400
 """Numbers with more digits stay as they are written: `1e999999` need not be written out."""
-SECONDS = 3
+SECONDS = 3.0
 """Longest time that math-verify gets for reading an answer, and for comparing two."""
 # ---------------------------------------------------------------- numbers in prose and LaTeX
 _MINUS = "[\u2212\u2012\u2013\ufe63\uff0d]"
+_SPACE = "[\u00a0\u2000-\u200a\u202f\u205f]"
+_POWERS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
+_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_LETTERS = {"k": " thousand", "m": " million", "b": " billion"}
 _PLAIN: list[tuple[str, str | Callable[[re.Match], str]]] = [
+    ("[\u200b\u2060\ufeff]|<<[^<>]*>>", ""),  # nothing to be seen; GSM8K's calculations
+    (r"\\([$%])", r"\1"),
     (r"\{,\}|,\\!", ","),  # 70{,}000  70,\!000
-    (r"(?<=\d)\\,(?=\d{3})", "\u2009"),  # 70\,000
+    (r"(?<=\d)\\[,;: ](?=\d{3})", "\u2009"),  # 70\,000
     (r"\\[!,;: ]|~", " "),
     (r"\\(?:text|textbf|mathbf|mathrm|mbox)\s*\{([^{}]*)\}", r" \1 "),
     (r"(?<=\d)\s*(?=\\[dtc]?frac)", " "),  # 1\frac{1}{2}
     (r"\\[dtc]?frac\s*(?:\{([^{}]+)\}\s*\{([^{}]+)\}|(\d)\s*(\d))", lambda m: f"{m[1] or m[3]}/{m[2] or m[4]}"),
-    # a dash between digits is a range, 5–6; before a number it is a minus
-    (rf"(?<![\d.]){_MINUS}(?=[ \u00a0]?[$.\d])", "-"),
-    (r"(?<=\d)[\u00a0\u2009\u200a\u202f](?=\d{3}(?!\d))", ","),
-    (r"(?<=\d)\s*(?:\\times|\\cdot|[×·*])\s*10\s*\^\s*\{?\s*([-+]?\d{1,2})\s*\}?", r"e\1"),
-    (r"(?<=[a-zA-Z])\s*\^\s*\{?-?\d+\}?|[\u00b2\u00b3]", ""),  # cm^2
+    ("[¼½¾⅐-⅞]", lambda m: " " + unicodedata.normalize("NFKC", m[0]).replace("\u2044", "/")),
+    (r"(?<=\d) and (?=\d+/\d)", " "),
+    (r"(?<=\d) and a half\b", " 1/2"),
+    # a dash between digits is a range, 5–6, and between spaces a difference; before a number it is a minus
+    (rf"(?<![\d.]){_MINUS}\u00a0?(?=[$.\d])|(?<=[=:]) *(?:-|{_MINUS}) (?=[$.\d])|(?<![^\s$(])\u2014(?=[$.\d])", "-"),
+    (r"(?i)\bnegative (?=[$.\d])|(?:(?<=\bis )|(?<=[=:] )|\A)minus (?=[$.\d])", "-"),
+    (rf"(?<=\d)(?:{_SPACE}|['’_])(?=\d{{3}}(?!\d))", ","),
+    (r"(?<![\d.,])\d{1,3}(?:(?: \d{3}){2,}| 000)(?! ?[\d/])", lambda m: m[0].replace(" ", ",")),
+    (r"(?<=\b10)[⁺⁻⁰¹²³⁴-⁹]+", lambda m: "^" + m[0].translate(_POWERS)),
+    (r"(?<=\d)\s*(?:\\times|\\cdot|[x×·*])\s*10(?:\s*\^\s*|\*\*)\{?\s*([-+]?\d{1,2})\s*\}?", r"e\1"),
+    (r"(?<![\w.])10(?:\s*\^\s*|\*\*)\{?(-\d{1,2})\}?", r"1e\1"),
+    (r"(?<![\w.])(\d{1,4})(?:\s*\^\s*|\*\*)\{?(\d{1,2})\}?(?![\d*])", lambda m: str(int(m[1]) ** int(m[2]))),
+    (
+        r"(?<=[a-zA-Z])(?:\s*\^\s*\{?-?\d+\}?|\*\*\d(?![\d*]))|[²³]|(?:(?<=[\d ][cdkm]m)|(?<=[\d ]m)|(?<=[\d ]ft))[23]\b",
+        "",
+    ),  # cm^2
+    (r"(?i)([$€£]\s?\d[\d.,]*)\s?(k|mn?|bn?)\b", lambda m: m[1] + _LETTERS[m[2][0].lower()]),
+    (r"(\d)\s?((?i:mn|bn)|(?<! )[kKM])\b", lambda m: m[1] + _LETTERS[m[2][0].lower()]),
 ]
-_SCALES = {"k": 3, "thousand": 3, "m": 6, "million": 6, "bn": 9, "billion": 9, "trillion": 12}
 _VALUE = (
     r"(?P<whole>[-+]?\d[\d,]*)[ ]+(?P<part>\d+)\s*/\s*(?P<of>\d+)"
     r"|(?P<over>[-+]?\d[\d,]*)\s*/\s*(?P<under>\d+)"
     r"|(?P<decimal>[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,2}(?!\d))?)"
 )
-_NUMBER = re.compile(rf"(?:{_VALUE})(?:\s*(?P<scale>thousand|million|billion|trillion|bn)\b|(?P<letter>k|K|M)\b)?")
+_NUMBER = re.compile(rf"(?:{_VALUE})(?:\s*(?P<scale>{'|'.join(_SCALES)})s?\b)?")
 
 
 def plain(text: str) -> str:
     """Numbers in one spelling: `70{,}000`, `70\\,000` and thin spaces as `70,000`; a typographic minus as `-`; `\\frac{1}{2}`
-    as `1/2`; `2 \\times 10^3` as `2e3`; exponents of units left out."""
+    and `½` as `1/2`; `2 \\times 10^3` as `2e3`; `$18k` as `$18 thousand`; exponents of units left out."""
     for pattern, replacement in _PLAIN:
         text = re.sub(pattern, replacement, text)
     return text
@@ -54,15 +74,21 @@ def plain(text: str) -> str:
 def number(answer: str, config: ScoringConfig) -> Fraction | None:
     """The one number in an answer, words and units around it ignored (`$1,234.50 a day`, `-3/4`, `1 1/2`, `18 million`).
 
-    Of an equation it is what stands on the right. None where there is no number or more than one.
+    Of an equation it is what stands on the right, or else a side of nothing but one number. None where there is no number or
+    more than one.
     """
-    answer = plain(answer).rpartition("=")[2]
-    answer = re.sub(r"\A(\s*[-+]?\$?\d{1,3})((?: \d{3})+)(?!\d| ?/)", lambda m: m[1] + m[2].replace(" ", ","), answer)
-    matches = list(_NUMBER.finditer(_stripped(answer, config, keep=",")))
+    right, *others = reversed(re.sub(r"(?<=\S) +\([^()]*\)\.?\s*\Z", "", plain(answer)).split("="))
+    sides = [right, *(side for side in others if not re.search("[a-zA-Z]", side))]
+    return next((value for side in sides if (value := _one_number(side, config)) is not None), None)
+
+
+def _one_number(text: str, config: ScoringConfig) -> Fraction | None:
+    text = re.sub(r"\A(\s*[-+]?\$?\d{1,3})((?: \d{3})+)(?!\d| ?/)", lambda m: m[1] + m[2].replace(" ", ","), text)
+    matches = list(_NUMBER.finditer(_stripped(text, config, keep=",")))
     if len(matches) != 1 or len(matches[0][0]) > LONGEST:
         return None
     found = {key: value and value.replace(",", "") for key, value in matches[0].groupdict().items()}
-    scale = Fraction(10) ** _SCALES.get((found["scale"] or found["letter"] or "").lower(), 0)
+    scale = Fraction(10) ** _SCALES.get(found["scale"] or "", 0)
     if found["decimal"]:
         return Fraction(found["decimal"]) * scale
     under = int(found["of"] or found["under"])
@@ -75,13 +101,33 @@ def number(answer: str, config: ScoringConfig) -> Fraction | None:
 
 
 # ---------------------------------------------------------------- extraction
+_MENTIONED = re.compile(
+    r"(?i)[\s.$*…_?]*|(?:\\\w+\s*\{?)?\s*(?:\\[lc]?dots|(?:your |the |final )*answer(?: here)?)\s*\}?"
+)
+"""What stands in a box that is only mentioned."""
+
+
+_BOX = r"\\boxed\s*\{(?:[^{}]++|\{(?:[^{}]++|\{[^{}]*+\})*+\})++\}"
+_AND = r"(?:\\quad|(?:and|or)\b|\\text\s*\{\s*(?:and|or)\s*\})"
+_BETWEEN = rf"[$.\s]*(?:[,;]|{_AND})(?:[$,\s]|{_AND})*"
+
+
+def _one_box(boxes: re.Match) -> str:
+    """`\\boxed{1} and \\boxed{2}` as `\\boxed{1, 2}`."""
+    return rf"\boxed{{{', '.join(box.partition('{')[2][:-1] for box in re.findall(_BOX, boxes[0]))}}}"
+
+
 def extract(text: str, config: ScoringConfig) -> str | None:
     """The answer in a generated text, or None: the first pattern that finds one decides, and its last match that is not empty.
 
-    An empty box (`\\boxed{}`), as a text mentions it that says where the answer belongs, is no answer. Under the scorer
-    `number`, patterns see numbers in one spelling (`plain`).
+    A box of nothing (`\\boxed{}`, `\\boxed{answer}`), as a text mentions it that says where the answer belongs, is no answer.
+    Under the scorer `number`, patterns see numbers in one spelling (`plain`), and a box without one is none either.
     """
-    found = _found(plain(text) if config.scorer == "number" else text, config)
+    if config.scorer == "number":
+        text = plain(text)
+    elif config.scorer == "math":
+        text = re.sub(rf"{_BOX}(?:{_BETWEEN}{_BOX})+", _one_box, text)
+    found = _found(text, config)
     return None if found is None else found[0]
 
 
@@ -101,10 +147,13 @@ def _found(text: str, config: ScoringConfig) -> tuple[str, int] | None:
         with time_limit(f"evaluate.answer_pattern {pattern!r}"):
             matches = list(re.finditer(pattern, text))
         for match in reversed(matches):
-            answer = next((group for group in match.groups() if group is not None), "")
+            named = match.groupdict()
+            answer = textwrap.dedent(named["program"]) if "program" in named else next(filter(None, match.groups()), "")
             while inner := re.fullmatch(r"\s*\\(?:boxed|fbox)\s*\{(.*)\}\s*", answer, re.DOTALL):
                 answer = inner[1]
-            if answer.strip(" .$*\n\t"):
+            # a box is the group of that name
+            wordless = config.scorer == "number" and "final" in named and not re.search(r"\d", answer)
+            if not wordless and not _MENTIONED.fullmatch(answer):
                 return answer, match.start()
     return None
 
@@ -154,25 +203,59 @@ def is_correct(prediction: str | None, reference: str, config: ScoringConfig) ->
 
 
 def same_expression(prediction: str, reference: str) -> bool:
-    """Whether two answers in LaTeX are the same, by math-verify.
+    """Whether two answers in LaTeX are the same, by math-verify; numbers that people write otherwise are made plain before.
 
-    It reads a number's base as nothing (`10_2` as 10) and gives up on braces that are not closed: such answers are compared
-    as they are written, without spaces. Of more than `SECONDS` the answer is no.
+    It reads a number's base as nothing (`10_2` as 10), digits apart as one number, and gives up on braces that are not closed:
+    such answers are compared as they are written, without spaces. Of an equation with more than a name on the left it takes the
+    right side for an answer: so it is asked only if both are equations. Of more than `SECONDS` of processor time the answer
+    is no.
     """
-    prediction, reference = (_without_words(text) for text in (prediction, reference))
-    written = [re.sub(r"\s+|\\[!,;: ]|\$", "", text) for text in (prediction, reference)]
+    found = [_in_latex(text) for text in (reference, prediction)]
+    written = [re.sub(r"(?<!\d)\s+|\s+(?!\d)|\\[!,;: ]|\$", "", re.sub(r"_\{(\w+)\}", r"_\1", text)) for text in found]
     if written[0] == written[1]:
         return True
-    if any(re.search(r"\d_|_\{?\d+\}?\Z", text) or text.count("{") != text.count("}") for text in written):
+    if any(re.search(r"[\dA-F]_\d|\d_|(?<!_)\d\s+\d", text) or text.count("{") != text.count("}") for text in written):
+        return False
+    left, equals, _ = written[1].replace("^{-1}", "").rpartition("=")
+    if equals and "=" not in written[0] + left and _EQUATION.search(left):
         return False
     from math_verify import parse, verify  # sympy takes a second to import
+    from math_verify.errors import TimeoutException
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    found = [parse(f"${text}$", parsing_timeout=SECONDS) for text in (reference, prediction)]
-    return bool(verify(*found, timeout_seconds=SECONDS))
+    try:
+        with processor_time(SECONDS, TimeoutException()):
+            return bool(verify(*(parse(f"${text}$", parsing_timeout=None) for text in found), timeout_seconds=None))
+    except TimeoutException:
+        return False
 
 
-def _without_words(text: str) -> str:
-    """Without math delimiters, and without plain words behind a number (`18 dollars`)."""
-    text = text.strip().rstrip(".").strip().strip("$").removeprefix(r"\(").removesuffix(r"\)").strip()
-    return re.sub(r"\A(\\?\$?[-+]?[\d.,]*\d)\s+(?!or\b|and\b)[a-zA-Z]{2,}[a-zA-Z ]*\Z", r"\1", text)
+_EQUATION = re.compile(r"[a-zA-Z].*[-+^*/]|[-+^*/].*[a-zA-Z]|\d[a-zA-Z]|\\frac")
+"""More than a name."""
+_NAMES = "pi|sqrt|theta|alpha|beta|phi|infty"
+_WORDS = rf"(?:\s+(?!(?:or|and|to|by|mod|{_NAMES}|sin|cos|tan|cot|sec|csc|ln|log|exp)\b)[a-zA-Z]{{2,}})*"
+_PLAIN_NUMBER = re.compile(
+    r"([-+]?)\$?((?:(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?(?: ?\d+/\d+|/\d+)?" + _WORDS + ")"
+)
+
+
+def _in_latex(text: str) -> str:
+    """Without math delimiters; a number as people write it (`18 dollars`, `1 1/2`, `1e3`, `18 million`) as digits or a
+    fraction, names of LaTeX with their backslash."""
+    text = text.strip().rstrip(".").strip().strip("$").strip()
+    for start, end in ((r"\(", r"\)"), (r"\[", r"\]")):
+        text = text.removeprefix(start).removesuffix(end).strip()
+    text = re.sub(_MINUS, "-", text)
+    text = re.sub(r"\A[a-zA-Z]\s*\\in\s*(?=\\left|\\mathbb|\\\{|[\[(])", "", text)
+    if (said := _PLAIN_NUMBER.fullmatch(plain(text).strip())) and (
+        value := number(said[1] + said[2], _AS_IT_IS)
+    ) is not None:
+        if "/" in said[2]:
+            return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+        with localcontext(prec=2 * LONGEST):
+            return f"{Decimal(value.numerator) / value.denominator:f}"
+    text = re.sub(r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
+    return re.sub(rf"(?<![\\a-zA-Z])({_NAMES})(?![a-zA-Z])", r"\\\1 ", text)
+
+
+_AS_IT_IS = ScoringConfig(scorer="number")
