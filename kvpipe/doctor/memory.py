@@ -136,9 +136,8 @@ def _teachers_bytes(work: Workload) -> float:
         for arm in work.dag.arms.values()
         for teacher in arm.teachers
     }
-    return max(
-        (sum(costs[teacher, arm.time.text] for teacher in arm.teachers) for arm in work.dag.arms.values()), default=0.0
-    )
+    sums = [sum(costs[teacher, arm.time.text] for teacher in arm.teachers) for arm in work.dag.arms.values()]
+    return float(max(sums, default=0))
 
 
 def _fits(work: Workload, student: Shape, process: Callable[[str], float]) -> Iterator[Need]:
