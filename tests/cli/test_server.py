@@ -78,6 +78,16 @@ class Served:
         assert self.process.wait(timeout=60) == 0
 
 
+@pytest.fixture(autouse=True, scope="module")
+def obeyed():
+    """A shell that has started the tests in the background ignores both."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGQUIT: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     served = Served(tmp_path_factory.mktemp("server"))

@@ -244,10 +244,13 @@ def test_history_lines_have_their_keys(cell):
     assert all(set(line) == STEP_KEYS for line in control if "cross_entropy" in line)
     for line in (line for line in kv if "cross_entropy" in line):
         expected = STEP_KEYS | KV_KEYS | ({"grad_ratio_keys", "grad_ratio_values"} if line["step"] % 3 == 0 else set())
-        assert expected <= set(line) <= expected | WEIGHT_KEYS
+        layers = {key for key in line if key.startswith("layer/")}
+        assert not layers or layers == {f"layer/{kind}/{i}" for kind in ("keys", "values") for i in range(3)}
+        assert expected <= set(line) - layers <= expected | WEIGHT_KEYS
         for task, weights in (("math", (0.7, 0.3)), ("code", (0.3, 0.7))):
             found = [line.get(f"weight/{task}/{teacher}") for teacher in ("alpha", "beta")]
             assert found == [None, None] or found == pytest.approx(weights, abs=0.05)
+    assert any("layer/keys/0" in line for line in kv)
 
 
 def test_tokens_and_cost_are_counted_from_the_batches(cell):
