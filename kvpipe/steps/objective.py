@@ -62,12 +62,9 @@ def top_logits(inputs: Inputs, teacher: str) -> TopLogits:
     src, dst = inputs.encoding(teacher, "train"), inputs.student_encoding("train")
     same = torch.from_numpy(same_tokens(inputs.tokenizer(teacher), inputs.student_tokenizer))
     if inputs.live:
-        model, pad_id, config = (
-            inputs.teacher_model(teacher),
-            inputs.tokenizer(teacher).pad_token_id,
-            inputs.config.store,
-        )
-        return TopLogits.live(model, src, dst, same, config.top_logits, config.batch_size, pad_id)
+        model, pad_id = inputs.teacher_model(teacher), inputs.tokenizer(teacher).pad_token_id
+        top, size = inputs.config.store.top_logits, inputs.config.store.batch_size
+        return TopLogits.live(model, src, dst, same, top, size, pad_id)
     store, pairs = inputs.store(teacher, "student"), common_prefix_positions(*shared_spans(src, dst))
     return TopLogits.on_student(store.rows("top_ids"), store.rows("top_logprobs"), pairs, same, dst.offsets)
 
