@@ -65,8 +65,8 @@ def test_the_plainest_syntax_that_is_taken(site, cluster, profile):
     cluster()
     shown, values, _ = run(site, profile)
     assert values["default-resources"] == ["slurm_partition=gpu", "mem_mb=8000", "runtime=60"]
-    cell = {"gpu": 1, "cpus_per_gpu": 1, "mem_mb": "min(2000 * attempt, 10000)", "runtime": "min(100 * attempt, 120)"}
-    assert values["set-resources"]["train"] == cell, "memory is what the doctor expects of the experiment"
+    cell = {"gpu": 1, "cpus_per_gpu": 1, "mem_mb": "min(4000 * attempt, 10000)", "runtime": "min(100 * attempt, 120)"}
+    assert values["set-resources"]["train"] == cell, "memory is what the doctor expects: CUDA alone takes 2.5 GB of the host"
     assert values["slurm-requeue"] is True
     assert "A100-SXM4-80GB, 86 GB, driver 550.54.15" in shown
     written = json.loads((site.results.root / "probe.json").read_text())
@@ -99,7 +99,7 @@ def test_limits_are_what_is_taken_not_what_is_there(site, cluster, profile):
     shown, values, _ = run(site, profile)
     assert "at most 1 CPUs, 5000 MB and 120 minutes" in shown
     assert values["default-resources"][1] == "mem_mb=5000"
-    assert values["set-resources"]["train"]["mem_mb"] == "min(2000 * attempt, 5000)"
+    assert values["set-resources"]["train"]["mem_mb"] == "min(4000 * attempt, 5000)"
 
 
 def test_a_longer_runtime_than_the_partition_allows(site, cluster, profile):
@@ -117,8 +117,8 @@ def test_the_shipped_profile_comes_out_whole(site, cluster, profile):
     asked = {"default-resources", "set-resources", "slurm-requeue"}
     assert {k: v for k, v in values.items() if k not in asked} == {k: v for k, v in before.items() if k not in asked}
     assert values["set-resources"].keys() == before["set-resources"].keys()
-    assert values["set-resources"]["fit"] == {"gpu": 1, "mem_mb": 10000, "runtime": "min(60 * attempt, 120)"}
-    cell = {"gpu": 1, "cpus_per_gpu": 1, "mem_mb": "min(2000 * attempt, 10000)", "runtime": 120}
+    assert values["set-resources"]["fit"] == {"gpu": 1, "mem_mb": "min(4000 * attempt, 10000)", "runtime": "min(60 * attempt, 120)"}
+    cell = {"gpu": 1, "cpus_per_gpu": 1, "mem_mb": "min(4000 * attempt, 10000)", "runtime": 120}
     assert values["set-resources"]["train"] == cell
     assert {line for line in text.splitlines() if line.startswith("#")} <= set(shown.splitlines()), "the reasons stay"
 
@@ -246,6 +246,6 @@ def test_the_doctor_judges_the_profile_that_the_probe_wrote(site, cluster, profi
     before = CliRunner().invoke(app, ["doctor", *options])
     assert "would fail  requests: train: asks for 99000 MB" in before.stdout
     done = CliRunner().invoke(app, ["doctor", *options, "--probe"])
-    assert yaml.safe_load(done.stdout)["set-resources"]["train"]["mem_mb"] == "min(2000 * attempt, 10000)"
+    assert yaml.safe_load(done.stdout)["set-resources"]["train"]["mem_mb"] == "min(4000 * attempt, 10000)"
     assert "ok  requests: every rule's job fits" in done.stderr
     assert "ok  GPU: NVIDIA A100-SXM4-80GB in job 41" in done.stderr
