@@ -22,8 +22,9 @@ class EmbeddedData(Section):
 
     kind: Literal["embedded"] = "embedded"
     """Records made by kvpipe."""
-    task: Literal["math", "code"]
-    """`math`: word problems of several steps; `code`: traces of small programs. Also the task's name in every table."""
+    task: Literal["math", "code", "both"]
+    """`math`: word problems of several steps; `code`: traces of small programs; `both`: begun in words, ended by a program.
+    Also the task's name in every table."""
     train: Count = 1000
     """Training examples."""
     validation: Count = 100
@@ -32,6 +33,12 @@ class EmbeddedData(Section):
     """Test examples: only what the report states is computed on these."""
     difficulty: Annotated[int, Field(ge=1, le=8), NUMBER] = 2
     """Number of chained operations in a problem."""
+
+    @model_validator(mode="after")
+    def _room_for_both(self) -> EmbeddedData:
+        if self.task == "both" and self.difficulty < 2:
+            raise ValueError("difficulty: 1 leaves no step for the program of task both; set 2 or more")
+        return self
 
     @property
     def task_names(self) -> set[str]:

@@ -19,6 +19,9 @@ class TokenizerRecipe(Section):
     """Size of the vocabulary, special tokens included."""
     split_digits: Flag = True
     """Every digit a token of its own."""
+    split_words: Flag = True
+    """`byte_bpe`: words, numbers and punctuation are cut apart before pieces are merged. Off, one token may hold the end
+    of a number, an operator and the next word."""
 
 
 class Recipe(Section):
@@ -32,9 +35,9 @@ class Recipe(Section):
     """Task → share of the pretraining examples; empty means all tasks of `data` alike."""
     examples: Count = 20000
     """Pretraining examples, disjoint from validation and test."""
-    results: Literal["true", "random"] = "true"
-    """`random` draws every computed number of the examples anew: a model that knows the language of the tasks and none
-    of their arithmetic."""
+    results: Literal["true", "random", "math", "code"] = "true"
+    """Which computed numbers of the examples are true: all, none, or those of the steps in words (`math`) or in a program
+    (`code`). The others are drawn anew: a model that knows the language of the tasks, and of their arithmetic a part."""
     own_text: Fraction = 0.5
     """Share of the examples written with the teacher's longer reasoning."""
     steps: Count = 1500

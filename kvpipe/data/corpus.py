@@ -1,4 +1,5 @@
-"""The embedded tasks: chained arithmetic as word problems (`math`) and as program traces (`code`).
+"""The embedded tasks: chained arithmetic as word problems (`math`), as program traces (`code`), or begun in words and ended
+by a program (`both`).
 
 Every problem has a numeric core (its start value and operations). The split a core belongs to is a hash of the core, so
 that train, validation, test and any teacher's pretraining examples are disjoint by content whatever their sizes, and
@@ -11,6 +12,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import accumulate, takewhile
 from typing import Literal
 
 from kvpipe.data.records import Record
@@ -21,6 +23,8 @@ THINGS = ("cards", "coins", "pens", "nuts", "cups", "eggs")
 GAINS = ("finds", "buys", "gets")
 LOSSES = ("loses", "sells", "eats")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
+Results = Literal["true", "random", "math", "code"]
+"""Which computed numbers are true: all, none, or those of the steps that are told in words or written as a program."""
 HIGHEST = 19
 """Largest value that occurs in a chain: some 300 facts of the kind 7 + 8, more than a student sees often enough."""
 
@@ -96,7 +100,45 @@ def _code(rng: random.Random, core: Core, values: list[int]) -> tuple[str, str, 
     return prompt, reasoning, " ".join(own)
 
 
-_WRITERS = {"math": _math, "code": _code}
+def _both(rng: random.Random, core: Core, values: list[int]) -> tuple[str, str, str]:
+    name, thing, told = rng.choice(PEOPLE), rng.choice(THINGS), _told("both", len(core.steps))
+    first = rng.randrange(len(LETTERS) - len(core.steps))
+    names = [thing, *LETTERS[first : first + len(core.steps)]]
+    equations = _equations(core, values)
+    deeds, own, lines = [], [f"{name} starts with {core.start} {thing}."], []
+    for i, step in enumerate(core.steps):
+        if i < told:
+            deeds.append(f"{rng.choice(GAINS if step > 0 else LOSSES)} {abs(step)}")
+            own.append(f"{name} {deeds[-1]}: {equations[i]}.")
+        else:
+            line, before = names[i - told + 1], names[i - told]
+            lines.append(f"{line}={before}{'+' if step > 0 else '-'}{abs(step)}")
+            own.append(f"{lines[-1].replace('=', ' is ')}, so {equations[i]}.")
+    prompt = "\n".join([f"{name} has {core.start} {thing}, {' and '.join(deeds)}.", *lines, f"print({line})"])
+    return prompt, _running(values), " ".join(own)
+
+
+_WRITERS = {"math": _math, "code": _code, "both": _both}
+
+
+def _told(task: str, operations: int) -> int:
+    """How many of the first steps are told in words; the others are lines of a program."""
+    return {"math": operations, "code": 0, "both": (operations + 1) // 2}[task]
+
+
+def _values(rng: random.Random, task: str, core: Core, results: Results) -> list[int]:
+    """The value after the start and after every step, with those drawn anew that `results` does not keep."""
+    out, told = [core.start], _told(task, len(core.steps))
+    kept = [results in ("true", "math" if i < told else "code") for i in range(len(core.steps))]
+    for i, step in enumerate(core.steps):
+        if kept[i]:
+            out.append(out[-1] + step)
+            continue
+        # true steps that follow start from here, and stay within the range
+        following = takewhile(lambda pair: pair[1], zip(core.steps[i + 1 :], kept[i + 1 :], strict=True))
+        ahead = [0, *accumulate(step for step, _ in following)]
+        out.append(rng.randint(-min(ahead), HIGHEST - max(ahead)))
+    return out
 
 
 def generate(
@@ -106,18 +148,19 @@ def generate(
     difficulty: int,
     seed: int,
     distinct: bool = True,
-    results: Literal["true", "random"] = "true",
+    results: Results = "true",
 ) -> list[Record]:
     """`count` records of one task and split.
 
     Args:
-        task: `math` or `code`.
+        task: `math`, `code` or `both`.
         split: `train`, `validation` or `test`.
         count: number of records.
         difficulty: number of chained operations.
         seed: seed of the draw; the split of a problem does not depend on it.
         distinct: no two records with the same prompt.
-        results: `random` draws every computed number anew: the language of the task without its arithmetic.
+        results: the computed numbers that are true. The others are drawn anew: the language of the task without its
+            arithmetic.
 
     Raises:
         ValueError: the task or split is unknown, or there are fewer distinct problems than asked for.
@@ -141,12 +184,10 @@ def generate(
 
 
 def _problems(
-    rng: random.Random, task: str, split: str, difficulty: int, results: str, limit: int
+    rng: random.Random, task: str, split: str, difficulty: int, results: Results, limit: int
 ) -> Iterator[tuple[str, ...]]:
     for _ in range(limit):
         core = _draw_core(rng, difficulty)
         if core.split() == split:
-            values = core.values()
-            if results == "random":
-                values = [core.start, *(rng.randint(0, HIGHEST) for _ in core.steps)]
+            values = _values(rng, task, core, results)
             yield (*_WRITERS[task](rng, core, values), str(values[-1]))

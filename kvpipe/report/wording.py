@@ -252,19 +252,20 @@ def _components(results: Results) -> list[Statement]:
             ("untested", "not tested against"),
             ("constant", "not tested, as seeds do not vary, against"),
         ):
-            names = [f"{c.arm} ({_short(c)})" for c in found if c.verdict == verdict]
+            names = [f"{c.arm} {_short(c)}" for c in found if c.verdict == verdict]
             if names:
                 parts.append(f"{words} {reference}: {listed(names)}")
         missing = [c.arm for c in found if c.verdict == "missing"]
         if missing:
             parts.append(f"without result: {listed(missing)}")
-        lead = f"What each {'component' if role == 'experiment' else role} adds to {reference} (bits per byte, ratio):"
+        what = "component" if role == "experiment" else role
+        lead = f"What each {what} adds to {reference} ({PRIMARY.label}, ratio with its corrected interval):"
         out.append(Statement("neutral", lead, "; ".join(parts) + "."))
     return out
 
 
 def _short(c: Contrast) -> str:
-    return f"× {number(c.ratio, 2)}" if c.tested else signed(c.estimate)
+    return f"× {ratio(c)}" if c.tested else signed(c.estimate)
 
 
 def _baselines(results: Results) -> list[Statement]:

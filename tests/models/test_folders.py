@@ -1,6 +1,7 @@
 """Model folders: tokenizers that keep every byte, weights that follow the seed, manifests that follow the files."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -68,6 +69,18 @@ def test_digits_stay_alone_where_the_recipe_says_so(trained):
     assert longest == 1 or not split
     if not split and type(tokenizer.backend_tokenizer.model).__name__ == "BPE":
         assert longest > 1
+
+
+def test_tokens_reach_across_words_where_the_recipe_says_so():
+    texts = [f"Ann has {n} cards, finds {n + 1} and loses 2. How many?\n{n}, {n + 1}.\n#### {n}\n" for n in range(40)]
+    apart, across = (
+        train_tokenizer(TokenizerRecipe(vocab_size=448, split_digits=False, split_words=split), texts)
+        for split in (True, False)
+    )
+    mixed = re.compile(rb"\w[^\w]+\w")
+    assert not any(mixed.search(raw) for raw in token_bytes(apart) if raw)
+    assert any(mixed.search(raw) for raw in token_bytes(across) if raw)
+    assert across.decode(across(texts[0])["input_ids"]) == texts[0]
 
 
 def test_a_tokenizer_is_deterministic_and_survives_saving(trained, tmp_path):
