@@ -66,7 +66,9 @@ def test_the_plainest_syntax_that_is_taken(site, cluster, profile):
     shown, values, _ = run(site, profile)
     assert values["default-resources"] == ["slurm_partition=gpu", "mem_mb=8000", "runtime=60"]
     cell = {"gpu": 1, "cpus_per_gpu": 1, "mem_mb": "min(4000 * attempt, 10000)", "runtime": "min(100 * attempt, 120)"}
-    assert values["set-resources"]["train"] == cell, "memory is what the doctor expects: CUDA alone takes 2.5 GB of the host"
+    assert values["set-resources"]["train"] == cell, (
+        "memory is what the doctor expects: CUDA alone takes 2.5 GB of the host"
+    )
     assert values["slurm-requeue"] is True
     assert "A100-SXM4-80GB, 86 GB, driver 550.54.15" in shown
     written = json.loads((site.results.root / "probe.json").read_text())
@@ -117,7 +119,11 @@ def test_the_shipped_profile_comes_out_whole(site, cluster, profile):
     asked = {"default-resources", "set-resources", "slurm-requeue"}
     assert {k: v for k, v in values.items() if k not in asked} == {k: v for k, v in before.items() if k not in asked}
     assert values["set-resources"].keys() == before["set-resources"].keys()
-    assert values["set-resources"]["fit"] == {"gpu": 1, "mem_mb": "min(4000 * attempt, 10000)", "runtime": "min(60 * attempt, 120)"}
+    assert values["set-resources"]["fit"] == {
+        "gpu": 1,
+        "mem_mb": "min(4000 * attempt, 10000)",
+        "runtime": "min(60 * attempt, 120)",
+    }
     cell = {"gpu": 1, "cpus_per_gpu": 1, "mem_mb": "min(4000 * attempt, 10000)", "runtime": 120}
     assert values["set-resources"]["train"] == cell
     assert {line for line in text.splitlines() if line.startswith("#")} <= set(shown.splitlines()), "the reasons stay"

@@ -404,3 +404,15 @@ BODY = "def add(a, b):\n    return a + b"
 def test_the_program_of_a_chat_reply_is_the_fenced_one(preset, reply):
     scoring = EvaluateConfig(sandbox={"run_code": True}, **PRESETS[preset]["evaluate"])
     assert (extract(reply, scoring) or "").strip() == BODY
+
+
+@pytest.mark.parametrize("preset", ["mbpp_chat", "humaneval_chat"])
+def test_a_helper_in_a_fence_of_its_own_belongs_to_the_program(preset):
+    scoring = EvaluateConfig(sandbox={"run_code": True}, **PRESETS[preset]["evaluate"])
+    helper, caller = "def plus(a, b):\n    return a + b", "def add(a, b):\n    return plus(a, b)"
+    reply = f"A helper:\n```python\n{helper}\n```\nAnd the function:\n```python\n{caller}\n```"
+    scope: dict = {}
+    exec(extract(reply, scoring) or "", scope)
+    assert scope["add"](1, 2) == 3
+    slow = f"First:\n```python\n{caller}\n```\nBroken:\n```python\ndef f(:\n```\nFaster:\n```python\n{BODY}\n```"
+    assert (extract(slow, scoring) or "").strip() == BODY, "an earlier version of the same function is none of it"

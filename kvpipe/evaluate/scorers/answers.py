@@ -5,10 +5,12 @@ The extraction and numbers are here. Expressions in LaTeX are judged by math-ver
 
 from __future__ import annotations
 
+import ast
 import logging
 import re
 import textwrap
 import unicodedata
+import warnings
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation, localcontext
 from fractions import Fraction
@@ -148,7 +150,11 @@ def _found(text: str, config: ScoringConfig) -> tuple[str, int] | None:
             matches = list(re.finditer(pattern, text))
         for match in reversed(matches):
             named = match.groupdict()
-            answer = textwrap.dedent(named["program"]) if "program" in named else next(filter(None, match.groups()), "")
+            answer = next(filter(None, match.groups()), "")
+            if "program" in named:
+                answer = _with_helpers(
+                    [textwrap.dedent(part["program"]) for part in matches[: matches.index(match) + 1]]
+                )
             while inner := re.fullmatch(r"\s*\\(?:boxed|fbox)\s*\{(.*)\}\s*", answer, re.DOTALL):
                 answer = inner[1]
             # a box is the group of that name
@@ -156,6 +162,24 @@ def _found(text: str, config: ScoringConfig) -> tuple[str, int] | None:
             if not wordless and not _MENTIONED.fullmatch(answer):
                 return answer, match.start()
     return None
+
+
+def _with_helpers(programs: list[str]) -> str:
+    """The last program of a reply, below what earlier ones define and it does not: helpers in a fence of their own. An earlier
+    version of the same function is left out."""
+    *earlier, last = programs
+    helpers = [part for part in earlier if (names := _defined(part)) and not names & _defined(last)]
+    return "\n".join([*helpers, last])
+
+
+def _defined(program: str) -> set[str]:
+    """Functions and classes at a program's top level; none of one that cannot be read."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            body = ast.parse(program).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return set()
+    return {node.name for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
 
 
 def normalise(answer: str, config: ScoringConfig) -> str:
