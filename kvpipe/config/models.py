@@ -20,8 +20,8 @@ class TokenizerRecipe(Section):
     split_digits: Flag = True
     """Every digit a token of its own."""
     split_words: Flag = True
-    """`byte_bpe`: words, numbers and punctuation are cut apart before pieces are merged. Off, one token may hold the end
-    of a number, an operator and the next word."""
+    """`byte_bpe`: words, numbers and punctuation are cut apart before pieces are merged. Off, texts are cut before numbers
+    alone: one token may hold a number, the operator after it and the next words."""
 
 
 class Recipe(Section):

@@ -31,8 +31,9 @@ def train_tokenizer(recipe: TokenizerRecipe, texts: Iterable[str]) -> PreTrained
 def _byte_bpe(recipe: TokenizerRecipe, texts: Iterable[str]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     digits = [pre_tokenizers.Digits(individual_digits=True)] if recipe.split_digits else []
+    cuts = [] if recipe.split_words else [pre_tokenizers.Split(Regex(r"\s?\d+"), "merged_with_next")]
     bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=recipe.split_words)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, bytes_of])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, *cuts, bytes_of])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=recipe.vocab_size,
