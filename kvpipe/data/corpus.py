@@ -23,7 +23,7 @@ THINGS = ("cards", "coins", "pens", "nuts", "cups", "eggs")
 GAINS = ("finds", "buys", "gets")
 LOSSES = ("loses", "sells", "eats")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-Results = Literal["true", "random", "math", "code"]
+TrueResults = Literal["true", "random", "math", "code"]
 """Which computed numbers are true: all, none, or those of the steps that are told in words or written as a program."""
 HIGHEST = 19
 """Largest value that occurs in a chain: some 300 facts of the kind 7 + 8, more than a student sees often enough."""
@@ -126,7 +126,7 @@ def _told(task: str, operations: int) -> int:
     return {"math": operations, "code": 0, "both": (operations + 1) // 2}[task]
 
 
-def _values(rng: random.Random, task: str, core: Core, results: Results) -> list[int]:
+def _values(rng: random.Random, task: str, core: Core, results: TrueResults) -> list[int]:
     """The value after the start and after every step, with those drawn anew that `results` does not keep."""
     out, told = [core.start], _told(task, len(core.steps))
     kept = [results in ("true", "math" if i < told else "code") for i in range(len(core.steps))]
@@ -148,7 +148,7 @@ def generate(
     difficulty: int,
     seed: int,
     distinct: bool = True,
-    results: Results = "true",
+    results: TrueResults = "true",
 ) -> list[Record]:
     """`count` records of one task and split.
 
@@ -184,7 +184,7 @@ def generate(
 
 
 def _problems(
-    rng: random.Random, task: str, split: str, difficulty: int, results: Results, limit: int
+    rng: random.Random, task: str, split: str, difficulty: int, results: TrueResults, limit: int
 ) -> Iterator[tuple[str, ...]]:
     for _ in range(limit):
         core = _draw_core(rng, difficulty)

@@ -54,7 +54,7 @@ def test_prompts_are_distinct_and_running_out_is_an_error():
     prompts = [r.prompt for r in generate("code", "train", 500, 2, 0)]
     assert len(set(prompts)) == len(prompts)
     with pytest.raises(ValueError, match="raise the difficulty"):
-        generate("math", "test", 20_000, 1, 0)
+        generate("code", "test", 600, 1, 0)
 
 
 @pytest.mark.parametrize("task", TASKS)
