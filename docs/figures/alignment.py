@@ -2,7 +2,7 @@
 
     python docs/figures/alignment.py
 
-Tokens and links are real: the shipped `math` teacher, the student's tokenizer as config/config.yaml trains it, and
+Tokens and links are real: the shipped `math` teacher, the shipped student, and
 `kvpipe.tokens.matrix.overlap` in its causal mode.
 """
 
@@ -15,26 +15,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from kvpipe.config import load
-from kvpipe.data.corpus import generate
 from kvpipe.models.folders import load_tokenizer
-from kvpipe.models.pretrain import tokenizer_texts
-from kvpipe.models.tokenizers import train_tokenizer
 from kvpipe.tokens.matrix import encode
 from kvpipe.tokens.show import alignment_rows, visible
 
 ROOT = Path(__file__).parents[2]
-TEXT = "Nia has 17 red pens, buys 250."
+TEXT = "Ann has 17 pens, buys 12."
 TEACHER, STUDENT, TARGET, INK, SOFT = "#b4532a", "#2a6fb4", "#6b4fa0", "#222222", "#777777"
 CELL = 0.42
 
 
 def main() -> None:
     """Writes docs/figures/alignment.svg."""
-    config = load(ROOT / "config" / "config.yaml")
-    teacher = load_tokenizer(ROOT / "config" / "embedded" / "math")
-    records = [r for task in ("math", "code") for r in generate(task, "train", 1000, 2, config.data.seed)]
-    student = train_tokenizer(config.models["student"].tokenizer, tokenizer_texts(records, config.data))
+    teacher, student = (load_tokenizer(ROOT / "config" / "embedded" / name) for name in ("math", "student"))
     rows = [row for row in alignment_rows(teacher, student, TEXT, "causal") if row["stop"] > row["start"]]
     src = [(a, b) for a, b in encode(teacher, TEXT).spans.tolist() if b > a]
     dst = [(row["start"], row["stop"]) for row in rows]
@@ -54,7 +47,7 @@ def main() -> None:
         "keys turned back by its rotary\nembedding: K = R(position)⁻¹ · cached",
         "4 layers, 4 heads × 16",
     )
-    label(axes, -2.2, "its tokens", "", "vocabulary of 448")
+    label(axes, -2.2, "its tokens", "", f"vocabulary of {len(teacher)}")
     for row in rows:
         for source in row["sources"]:
             x = (source["start"] + source["stop"]) / 2, (row["start"] + row["stop"]) / 2
@@ -86,7 +79,7 @@ def main() -> None:
         "recorded in its own forward,\nwith gradient, before rotation",
         "3 layers, 2 heads × 16",
     )
-    label(axes, -16.3, "its tokens", "", "vocabulary of 384, single digits")
+    label(axes, -16.3, "its tokens", "", "vocabulary of 384")
     axes.text(-10.2, -17.75, "Columns are tokens over one byte axis, small squares are layers.", color=SOFT)
 
     path = Path(__file__).with_suffix(".svg")
