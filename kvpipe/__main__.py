@@ -16,8 +16,17 @@ def main() -> None:
             from kvpipe.cli.server import delegate
 
             delegate(server)
-        from kvpipe.cli.app import main as run
-
+        try:
+            from kvpipe.cli.app import main as run
+        except ModuleNotFoundError as error:  # the system's Python, most often
+            if (error.name or "").startswith("kvpipe"):
+                raise
+            print(
+                f"{sys.executable} has no package {error.name}: activate the environment that kvpipe is installed in "
+                "(`. .venv/bin/activate`, which `make install` makes)",
+                file=sys.stderr,
+            )
+            sys.exit(1)
         run()
     except KeyboardInterrupt:
         pass

@@ -30,6 +30,8 @@ from transformers.cache_utils import DynamicCache
 
 from kvpipe.align.rope import Rope
 from kvpipe.cache.capture import Recorder, capture, kv_geometry
+from kvpipe.report.pair import TALLIED, tally_cells
+from kvpipe.tokens.compare import Tallied
 from kvpipe.tokens.matrix import encode
 
 METHOD = Path(__file__).parents[1] / "docs" / "method" / "compatibility.md"
@@ -195,35 +197,17 @@ def texts() -> list[str]:
 
 def tokenizer_row(name: str) -> list[str]:
     """One family of tests/tokenizer_zoo.py."""
-    family, tokenizer = FAMILIES[name], build(name)
-    tried = total = covered = empty = 0
+    family, tallied = FAMILIES[name], Tallied(build(name))
     for text in texts():
-        tried += 1
-        total += len(text.encode())
-        try:
-            tokens = encode(tokenizer, text, lossy="error" if family.exact else "nearest")
-        except ValueError as error:
-            if family.exact or "yields no token" not in str(error):
-                raise
-            empty += 1  # nothing of the text is left, so nothing can stand for its bytes
-            total -= len(text.encode())
-            continue
-        assert_covers(tokens, text)
-        covered += int((tokens.spans[:, 1] - tokens.spans[:, 0]).sum())
-    special = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
-    ends = [label for label, end in (("BOS", 0), ("EOS", -1)) if special[end]]
-    return [
-        f"`{name}`",
-        family.kind,
-        "exact" if family.exact else "nearest",
-        str(tried),
-        f"{covered:,} of {total:,}",
-        str(empty),
-        " + ".join(ends) or "none",
-    ]
+        tokens = tallied.encode(text, lossy="error" if family.exact else "nearest")
+        if tokens is not None:
+            assert_covers(tokens, text)
+        elif family.exact:
+            raise AssertionError(f"{name} keeps nothing of {text!r}")
+    return [f"`{name}`", family.kind, "exact" if family.exact else "nearest", *tally_cells(tallied.tally)]
 
 
-TOKENIZER_HEAD = ["tokenizer", "kind", "spans", "texts", "bytes covered", "texts without a token", "template adds"]
+TOKENIZER_HEAD = ["tokenizer", "kind", "spans", *TALLIED]
 
 
 # -------------------------------------------------------------------------------------------- refused

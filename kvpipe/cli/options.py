@@ -16,6 +16,7 @@ from kvpipe.config import Config, load
 from kvpipe.config.errors import printable
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.plan import Dag
+from kvpipe.experiment.steps import Job, Step
 
 CONFIG = [Path("config/config.yaml")]
 RESULTS = Path("results")
@@ -55,17 +56,59 @@ class Experiment:
 
         return Inputs(*experiment)
 
-    def run(self, step: str, **job: str) -> None:
-        """Run one job of a step."""
-        from kvpipe.steps.make import run
+    def run(self, step: str, light: bool = False, **job: str) -> None:
+        """Run one job of a step; `light` without torch, which takes seconds to import.
 
-        run(self.inputs(), step, **job)
+        Raises:
+            FileNotFoundError: an earlier step has not run; the message has the commands, in order.
+        """
+        from kvpipe.steps.make import Work, run
+
+        work = Work(*self.load())
+        check_needs(work.steps, step, job)
+        if not light:
+            from kvpipe.steps.inputs import Inputs
+
+            work = Inputs(work.config, work.paths)
+        run(work, step, **job)
 
     def of(self, cell: Path | None) -> tuple[Config, Paths]:
         """The experiment that a cell belongs to: one of `kvpipe train --teacher` has it in its folder."""
         from kvpipe.steps.direct import kept
 
         return (kept(cell, self.overrides) if cell else None) or self.load()
+
+
+def check_needs(steps: dict[str, Step], step: str, job: Job) -> None:
+    """Refuse a job whose inputs are not there.
+
+    Raises:
+        FileNotFoundError: the message has the commands that make them, in order.
+    """
+    makers = {path: (name, one) for name, s in steps.items() for one in s.jobs() for path in s.makes(**one).values()}
+    missing: list[Path] = []
+    commands: dict[str, None] = {}
+
+    def look(name: str, job: Job) -> None:
+        for path in steps[name].needs(**job):
+            maker, one = makers.get(path, ("", {}))
+            # a command without a shard makes all of them itself
+            if path.exists() or not maker or maker.endswith("_shard"):
+                continue
+            look(maker, one)
+            missing.append(path)
+            commands[_command(maker, one)] = None
+
+    look(step, job)
+    if missing:
+        more = " (`kvpipe prepare --arm ARM` makes all that an arm reads)" if len(commands) > 1 else ""
+        raise FileNotFoundError(f"{missing[0]} is missing: run {', '.join(f'`{c}`' for c in commands)} first{more}")
+
+
+def _command(step: str, job: Job) -> str:
+    if step == "model":
+        return f"kvpipe models --name {job['model']}"
+    return " ".join([f"kvpipe {step.replace('_', '-')}", *(f"--{name} {value}" for name, value in job.items())])
 
 
 SHARED = {"config": (ConfigFile, CONFIG), "results": (ResultsFolder, RESULTS), "overrides": (Overrides, None)}

@@ -24,9 +24,7 @@ Items = Annotated[Path, typer.Option(help="Parquet file, one row per item.", cal
 @with_experiment
 def data(given: Experiment) -> None:
     """Write the train, validation and test splits."""
-    from kvpipe.steps.make import Work, run
-
-    run(Work(*given.load()), "data")
+    given.run("data", light=True)
 
 
 @with_experiment
@@ -37,13 +35,13 @@ def models(
     ] = None,
 ) -> None:
     """Bring a model into its folder, with a manifest: on a login node, which reaches the hub."""
-    from kvpipe.steps.make import Work, run
-    from kvpipe.steps.models import make_hub_models
-
     if name is None:
+        from kvpipe.steps.make import Work
+        from kvpipe.steps.models import make_hub_models
+
         make_hub_models(Work(*given.load()))
     else:
-        run(Work(*given.load()), "model", model=given.known_model(name))
+        given.run("model", light=True, model=given.known_model(name))
 
 
 @with_experiment

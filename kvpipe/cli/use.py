@@ -195,22 +195,48 @@ def status(given: Experiment) -> None:
 
 
 def align(
-    src_tokenizer: Annotated[str, typer.Option(help="Folder of the teacher's tokenizer.")],
-    dst_tokenizer: Annotated[str, typer.Option(help="Folder of the student's tokenizer.")],
-    text: Annotated[str, typer.Option(help="Text to align.")],
-    mode: Annotated[Literal["iou", "causal", "position"], typer.Option(help="Weights of the overlap.")] = "iou",
+    texts: Annotated[
+        Path | None, typer.Argument(help="With --report: a text in each line of .txt, each row of .jsonl or .parquet.")
+    ] = None,
+    src_tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id of the teacher's tokenizer.")] = None,
+    dst_tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id of the student's tokenizer.")] = None,
+    tokenizer: Annotated[list[str] | None, typer.Option(help="Instead of both, twice: the teacher's first.")] = None,
+    text: Annotated[str | None, typer.Option(help="Text to align.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="HTML file: how the two line up over TEXTS.", callback=writable_file)
+    ] = None,
+    mode: Annotated[
+        Literal["iou", "causal", "position"] | None,
+        typer.Option(help="Weights of the overlap; iou for --text, and causal, as arms do, for --report."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show how two tokenizers' tokens line up on a text."""
-    if not text:
+    """Show how two tokenizers' tokens line up: on a text, or as a page over a file of texts."""
+    pair = [name for name in (src_tokenizer, dst_tokenizer, *(tokenizer or ())) if name]
+    if len(pair) != 2:
+        raise typer.BadParameter("give two tokenizers, the teacher's first: --tokenizer A --tokenizer B")
+    if text == "":
         raise typer.BadParameter("--text is empty: there is nothing to align")
+    if (text is None) == (report is None) or (report is None) != (texts is None):
+        raise typer.BadParameter("give either --text TEXT, or --report OUT.html and a file of texts")
     import rich
 
     from kvpipe.models.folders import load_tokenizer
-    from kvpipe.tokens.show import show_alignment
+    from kvpipe.models.hub import tokenizer_folder
 
-    src, dst = load_tokenizer(Path(src_tokenizer)), load_tokenizer(Path(dst_tokenizer))
-    (say if as_json else rich.print)(show_alignment(src, dst, text, mode, as_json))
+    src, dst = (load_tokenizer(tokenizer_folder(name)) for name in pair)
+    if text is not None:
+        from kvpipe.tokens.show import show_alignment
+
+        (say if as_json else rich.print)(show_alignment(src, dst, text, mode or "iou", as_json))
+        return
+    from kvpipe.data.texts import read_texts
+    from kvpipe.experiment.progress import track
+    from kvpipe.report.pair import write_pair
+
+    found = track(read_texts(Path(texts or "")), "align", "texts")
+    say(write_pair((pair[0], pair[1]), (src, dst), found, Path(report or ""), mode or "causal"))
+    say(f"page: {report}")
 
 
 @with_experiment

@@ -29,6 +29,14 @@ CODE_FILES = "*.py"
 """Downloaded too where `trust_remote_code` says so."""
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 """One of them must be there: transformers makes a fast tokenizer of any."""
+TOKENIZER_SETTINGS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "config.json",
+)
+"""Read beside it."""
 NETWORK = "on a machine that reaches the hub (a login node), without HF_HUB_OFFLINE"
 
 
@@ -365,3 +373,19 @@ def _download(what: str, repo: str, pinned: LockedRepo, out: Path, log) -> None:
         f"{what}: {repo} at {pinned.commit} comes damaged, twice: {_listed(wrong)}. Try again later, or run `kvpipe "
         "lock` again if the repository was rewritten"
     )
+
+
+def tokenizer_folder(given: str) -> Path:
+    """A folder as it is; of a hub id the tokenizer alone, downloaded into the machine's cache where it is not there.
+
+    Raises:
+        HubError: neither a folder nor a hub id, or not to be had.
+    """
+    if Path(given).is_dir():
+        return Path(given)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", given):
+        raise HubError(f"{given} is neither a folder with tokenizer.json nor a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    with hub_errors("no folder of this name, so a hub id", given, "main"):
+        return Path(snapshot_download(given, allow_patterns=[*TOKENIZERS, *TOKENIZER_SETTINGS], token=token()))

@@ -46,8 +46,12 @@ def token_alignment(results: Results) -> Figure | None:
         return None
     teacher, record = found
     teacher_tokenizer, student_tokenizer = (results.tokenizer(name) for name in (teacher, results.config.student))
-    mode = time_mode(results)
     text = render(record, results.config.data.template).text
+    return draw_alignment(teacher_tokenizer, student_tokenizer, text, time_mode(results))
+
+
+def draw_alignment(teacher_tokenizer: Any, student_tokenizer: Any, text: str, mode: Mode) -> Figure:
+    """The beginning of a text: the teacher's tokens above, the student's below, and the weights that join them."""
     rows = alignment_rows(teacher_tokenizer, student_tokenizer, text, mode)
     spans = encode(teacher_tokenizer, text).spans.tolist()
     pieces = [(start, stop) for start, stop in spans if stop > start]

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
-from kvpipe import __version__
 from kvpipe.config import Config
 from kvpipe.data.records import render
 from kvpipe.experiment.files import write_text
@@ -19,6 +16,7 @@ from kvpipe.report import style, tables, wording
 from kvpipe.report.alignment import shown_example, time_mode
 from kvpipe.report.collect import ROLES, Results
 from kvpipe.report.figures import DRAWERS
+from kvpipe.report.html import filled
 from kvpipe.report.readings import read_example
 from kvpipe.stats.metrics import METRICS, PRIMARY
 
@@ -56,9 +54,7 @@ def write_report(config: Config, paths: Paths, out: Path) -> None:
 def page(results: Results, built: dict[str, tables.Table], figures: dict[str, Figure]) -> str:
     """The HTML, with those figures that there are."""
     shown = content(results, built) | {"figures": _inlined(figures)}
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    source = resources.files("kvpipe.report").joinpath("template.html").read_text(encoding="utf-8")
-    return environment.from_string(source).render(**shown)
+    return filled("template.html", shown)
 
 
 def _inlined(figures: dict[str, Figure]) -> dict[str, Any]:
@@ -73,9 +69,7 @@ def content(results: Results, filed: dict[str, tables.Table]) -> dict[str, Any]:
     example, read = shown_example(results), read_example(results)
     metrics = [name for name in tables.shown_metrics(results) if tables.contrasts(results, name).rows]
     return {
-        "version": __version__,
         "config": results.config,
-        "colours": {"light": style.LIGHT, "dark": style.DARK},
         "roles": [role for role in ROLES if results.of_role(role)],
         "question": wording.question(results),
         "answer": wording.answer(results),

@@ -110,51 +110,56 @@ def _cell(arm: str, seed: int, state: str, detail: str, log: Path | None, spent:
 
 # ---------------------------------------------------------------- shown
 def overview(dag: Dag, paths: Paths) -> Group:
-    """The grid, the cost of every cell that has begun, and of failed ones the last line of the log."""
+    """The grid of cells, what they cost together, and of failed and stopped ones why, and where the log is."""
     cells = {(arm, seed): cell(paths, arm, seed) for arm, seed in dag.cells}
-    return Group(
-        grid(dag, cells), *([costs(cells)] if any(c.attempts for c in cells.values()) else []), *failures(cells)
-    )
+    return Group(grid(dag, cells), *totals(cells), *failures(cells))
 
 
 def grid(dag: Dag, cells: dict[tuple[str, int], Cell]) -> Table:
-    """Arms × seeds."""
+    """Arms × seeds, each cell with its state and what all its attempts cost."""
     table = Table(title=f"{sum(c.state == 'done' for c in cells.values())} of {len(cells)} cells done")
     table.add_column("arm")
     for seed in dag.config.seeds:
         table.add_column(f"seed {seed}")
     for arm in dag.arms:
         row = [cells[arm, seed] for seed in dag.config.seeds]
-        table.add_row(arm, *(Text.assemble((c.state, COLOURS[c.state]), f" {c.detail[:60]}") for c in row))
+        table.add_row(arm, *(Text.assemble((c.state, COLOURS[c.state]), f" {_in_grid(c)}") for c in row))
     return table
 
 
-def costs(cells: dict[tuple[str, int], Cell]) -> Table:
-    """The cost sheet: all attempts of a cell together, those that were killed too."""
+def _in_grid(c: Cell) -> str:
+    """Of a failed or stopped cell the reason stands below the grid."""
+    finished = c.state in ("done", "trained")
+    said = "" if c.state in ("failed", "stopped") else c.detail[:60]
+    spent = "" if finished or not c.attempts else f"{_duration(c.wall_seconds)}, {c.peak_memory / 1e9:.2f} GB"
+    return ", ".join(filter(None, (said, spent, _count(c.attempts - 1, "restart") if c.attempts > 1 else "")))
+
+
+def totals(cells: dict[tuple[str, int], Cell]) -> list[Text]:
+    """One line: the cost of all attempts of all cells, those that were killed too; none while nothing has begun."""
     begun = [c for c in cells.values() if c.attempts]
-    table = Table(title="cost of training, over all attempts", show_footer=True)
-    gpus = any(c.gpu_seconds for c in begun)
-    columns = {
-        "cell": (lambda c: f"{c.arm} seed {c.seed}", "all"),
-        "state": (lambda c: c.state, ""),
-        "hours": (lambda c: f"{c.wall_seconds / 3600:.3f}", f"{sum(c.wall_seconds for c in begun) / 3600:.3f}"),
-        "GPU hours": (lambda c: f"{c.gpu_seconds / 3600:.3f}", f"{sum(c.gpu_seconds for c in begun) / 3600:.3f}"),
-        "peak memory": (
-            lambda c: f"{c.peak_memory / 1e9:.2f} GB",
-            f"{max((c.peak_memory for c in begun), default=0.0) / 1e9:.2f} GB",
-        ),
-        "restarts": (lambda c: str(c.attempts - 1), str(sum(c.attempts - 1 for c in begun))),
-    }
-    shown = {name: column for name, column in columns.items() if gpus or name != "GPU hours"}
-    for name, (_, footer) in shown.items():
-        table.add_column(name, footer=footer, justify="left" if name in ("cell", "state") else "right")
-    for each in begun:
-        table.add_row(*(text(each) for text, _ in shown.values()))
-    return table
+    if not begun:
+        return []
+    gpu_seconds = sum(c.gpu_seconds for c in begun)
+    parts = [
+        _duration(sum(c.wall_seconds for c in begun)),
+        f"{gpu_seconds / 3600:.2f} GPU hours" if gpu_seconds else "",
+        f"at most {max(c.peak_memory for c in begun) / 1e9:.2f} GB",
+        _count(sum(c.attempts - 1 for c in begun), "restart"),
+    ]
+    return [Text(f"training so far, all attempts of {_count(len(begun), 'cell')}: {', '.join(filter(None, parts))}")]
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 3600:.2f} h"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def failures(cells: dict[tuple[str, int], Cell]) -> list[Text]:
-    """One paragraph for each failed or stopped cell: where its log is and how it ends."""
+    """One paragraph for each failed or stopped cell: how its log ends, and where it is."""
     return [
         Text(f"{c.state}: {c.arm} seed {c.seed}: {c.detail or 'no output'}\n        {c.log or 'no log'}")
         for c in cells.values()

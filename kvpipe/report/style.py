@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
@@ -79,7 +80,8 @@ def save_figure(figure: Figure, stem: Path) -> None:
 def inline(figure: Figure, alt: str) -> Markup:
     """The figure as an `<svg>` element whose colours and fonts are the page's."""
     buffer = StringIO()
-    with styled(), matplotlib.rc_context({"svg.fonttype": "none"}):
+    with styled(), matplotlib.rc_context({"svg.fonttype": "none"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # text stays text: the reader's fonts have it
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :].strip()

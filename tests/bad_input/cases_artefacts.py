@@ -148,6 +148,8 @@ ARTEFACTS = [
     Case("the student's tokenizer replaced after the manifest", r"models/student/tokenizer\.json is damaged or was replaced", "encode --model student", do=lambda: flip(RESULTS / "models/student/tokenizer.json"), makes=("encoding/",)),
     Case("the tokenizer replaced after the manifest", r"tokenizer\.json is damaged or was replaced", "encode --model alpha", do=lambda: flip(RESULTS / "models/alpha/tokenizer.json")),
     Case("a file of the manifest is gone", r"models/alpha: \*\.safetensors is missing", "layer-map --teacher alpha", do=(RESULTS / "models/alpha/model.safetensors").unlink),
+    Case("a model that was not made", r"models/alpha/MANIFEST\.json is missing: run `kvpipe models --name alpha` first", "teacher-kv --teacher alpha", do=MANIFEST.unlink),
+    Case("a model and its tokens that were not made", r"MANIFEST\.json is missing: run `kvpipe models --name alpha`, `kvpipe encode --model alpha --reading student` first", "layer-map --teacher alpha", do=lambda: (MANIFEST.unlink(), shutil.rmtree(RESULTS / "encoding/alpha"))),
     Case("a split is gone", r"data/train\.parquet", "encode --model alpha", do=(RESULTS / "data/train.parquet").unlink),
     Case("a split cut off", r"data/train\.parquet.*(damaged|Parquet)", "encode --model alpha", do=lambda: cut(RESULTS / "data/train.parquet")),
     Case("a split of other columns", r"data/test\.parquet: column\(s\) .*missing", "evaluate --model results/models/alpha --out x.parquet", do=lambda: shutil.copy("results/evaluate/one/seed0.parquet", "results/data/test.parquet")),

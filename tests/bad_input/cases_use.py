@@ -83,6 +83,10 @@ COMMANDS = [
     Case("an output below a file", r"config\.yaml is a file, not a folder", "report --out config.yaml/x.html"),
     Case("an output that is a folder", r"--out.*results is a folder; name a file in it", "report --out results"),
     Case("a text of nothing to align", r"--text is empty", "align --src-tokenizer teachers/alpha --dst-tokenizer teachers/beta --text ''"),
+    Case("one tokenizer to align", r"give two tokenizers, the teacher's first", "align --tokenizer teachers/alpha --text x"),
+    Case("a page without texts", r"give either --text TEXT, or --report OUT\.html and a file of texts", "align --tokenizer teachers/alpha --tokenizer teachers/beta --report x.html"),
+    Case("texts that are not there", r"texts\.txt: no such file of texts", "align --tokenizer teachers/alpha --tokenizer teachers/beta --report x.html texts.txt"),
+    Case("a tokenizer that is no folder", r"no folder of this name, so a hub id: teachers/none: no connection", "align --tokenizer teachers/none --tokenizer teachers/beta --text x"),
     Case("publish without a network", r"HF_HUB_OFFLINE is set", "publish --arm one --repo a/b"),
     Case("lm-eval without tasks", r"evaluate\.lm_eval_tasks", "lm-eval --model teachers/alpha --out x.json"),
 ]  # fmt: skip

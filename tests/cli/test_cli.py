@@ -125,6 +125,27 @@ def test_an_unknown_model_is_named_with_the_known_ones(files, capsys, monkeypatc
     assert "alpha" in said
 
 
+def test_a_step_whose_inputs_are_not_there_says_what_to_run_before_it(files, capsys, monkeypatch, tmp_path):
+    """In order; torch is not imported for it."""
+    said = fails(capsys, monkeypatch, "teacher-kv", *files, "--teacher", "alpha")
+    order = ["kvpipe models --name alpha", "kvpipe models --name student", "kvpipe data", "kvpipe encode --model alpha"]
+    first, *_ = said.splitlines()
+    assert (
+        first.startswith("FileNotFoundError: ")
+        and "is missing: run `kvpipe " in first
+        and "kvpipe prepare --arm" in first
+    )
+    assert all(command in first for command in order), first
+    assert first.index("`kvpipe data`") < first.index("`kvpipe models --name student`"), (
+        "a student from scratch reads texts"
+    )
+    build(tmp_path)
+    assert invoke("teacher-kv", *files, "--teacher", "alpha").exit_code == 0
+    (tmp_path / "results/models/alpha/MANIFEST.json").unlink()
+    said = fails(capsys, monkeypatch, "layer-map", *files, "--teacher", "alpha")
+    assert "results/models/alpha/MANIFEST.json is missing: run `kvpipe models --name alpha` first\n" in said
+
+
 def test_several_configurations_are_laid_over_each_other(files, tmp_path):
     path = tmp_path / "over.yaml"
     path.write_text(

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from test_pair import TEXTS
 from test_report import fake_results, two_arms, workspace
+from tokenizer_zoo import build
 
+from kvpipe.report.pair import write_pair
 from kvpipe.report.render import write_report
 
 pytest.importorskip("playwright", reason="playwright is not installed: make test-browser installs it")
@@ -89,6 +92,18 @@ def test_nothing_hangs_over_and_all_text_has_contrast(started, page, width, dark
     assert tab.evaluate(unreached) == [], "what scrolls is reached by the keyboard"
     paper = tab.evaluate("getComputedStyle(document.body).backgroundColor")
     assert paper == ("rgb(20, 23, 27)" if dark else "rgb(255, 255, 255)")
+    tab.close()
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_page_of_two_tokenizers_reads_as_well(started, tmp_path, width, dark):
+    write_pair(
+        ("a/teacher-of-a-long-name", "b/student"), (build("bert_cased"), build("llama3")), TEXTS, tmp_path / "p.html"
+    )
+    tab = screenshot.opened(started, tmp_path / "p.html", width, dark)
+    assert tab.evaluate("document.documentElement.scrollWidth") == width
+    assert tab.evaluate(CONTRAST) == []
     tab.close()
 
 
