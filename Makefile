@@ -18,7 +18,7 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install login image wheelhouse image-offline lock report test coverage test-slow test-browser screenshot test-lm-eval test-real test-cluster test-cluster-long torture study real real-weights real-check teachers bench compat messages log validate-stats robustness lint format config clean
+.PHONY: help install login image wheelhouse image-offline lock report test test-modes coverage test-slow test-browser screenshot test-lm-eval test-real test-cluster test-cluster-long torture study real real-weights real-check teachers bench compat messages log validate-stats robustness lint format config clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 24
@@ -59,6 +59,14 @@ report: $(STAMP)  ## the embedded experiment, to results/report.html
 # `gpu` needs an accelerator (pytest -m gpu on a machine that has one).
 test: $(STAMP)  ## the quick tests
 	$(WITHIN) python -m pytest -n 2 --dist loadfile -m "not slow and not cluster and not gpu and not real and not browser"
+
+# A result that is there counts as done: what changed runs again.
+test-modes: $(STAMP)  ## the small configuration of every mode (.test/), to .test/results/<mode>/report.html
+	@for mode in $(or $(MODE),stored live pruned written); do \
+		echo "== $$mode"; \
+		KVPIPE_RESULTS=.test/results/$$mode $(WITHIN) snakemake --configfile .test/$$mode.yaml -- .test/results/$$mode/report.html \
+			|| exit 1; \
+	done
 
 test-browser: $(STAMP)  ## the page in headless Chromium: two widths, dark, print; apt-get install -y chromium, or CHROMIUM=
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet "$$(grep -o 'playwright>=[0-9.]*' pyproject.toml)"
