@@ -18,7 +18,7 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install login image wheelhouse image-offline lock report test test-modes coverage test-slow test-browser screenshot test-lm-eval test-real test-cluster test-cluster-long torture study real real-weights real-check teachers bench compat messages log validate-stats robustness lint format config clean
+.PHONY: help install login image wheelhouse image-offline lock report test test-modes coverage test-slow test-browser screenshot test-lm-eval test-real test-cluster test-cluster-long torture study real real-weights real-check teachers bench bench-gpu bench-costs compat messages log validate-stats robustness lint format config clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 24
@@ -139,6 +139,13 @@ teachers: $(STAMP)  ## train the embedded teachers again, into config/embedded
 
 bench: $(STAMP)  ## measure docs/benchmarks.md again
 	$(TOOL) tools/benchmarks/run.py
+
+bench-gpu: $(STAMP)  ## on a GPU: teacher pass and training at the sizes of real models, to docs/figures/gpu.csv
+	$(TOOL) tools/benchmarks/bench_gpu.py
+
+bench-costs: $(STAMP)  ## cost curves and announced memory, what docs/figures/costs.csv and peaks.csv lack; a quarter of an hour
+	$(TOOL) tools/benchmarks/costs.py
+	$(TOOL) tools/benchmarks/peaks.py
 
 validate-stats: $(STAMP)  ## the tables of docs/statistics.md: coverage, error, power by simulation; ten minutes of one core
 	$(TOOL) tools/validate_stats.py --out docs/statistics.md

@@ -48,6 +48,34 @@ def doctor(
 
 
 @with_experiment
+def preflight(
+    given: Experiment,
+    arm: Annotated[list[str] | None, typer.Option(help="Arms that are measured and counted; all otherwise.")] = None,
+    batches: Annotated[int, typer.Option(help="Training batches of each arm.", min=1)] = 3,
+    out: Annotated[Path | None, typer.Option(help="Write what is found here as JSON.", callback=writable_file)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what the whole grid will cost, from a few batches of each arm, and how hard each term pulls."""
+    import json
+
+    import rich
+
+    config, paths = given.load()
+    for name in arm or ():
+        Dag(config).arm(name)
+    from kvpipe.experiment.files import write_json
+    from kvpipe.steps.preflight import as_tables, preflight
+
+    found = preflight(config, paths, arm or (), batches, log=lambda line: say(line, err=True))
+    if out is not None:
+        write_json(out, found.as_dict(), indent=1)
+    if as_json:
+        say(json.dumps(found.as_dict(), indent=1))
+    else:
+        rich.print(as_tables(found))
+
+
+@with_experiment
 def lock(
     given: Experiment,
     update: Annotated[bool, typer.Option("--update", help="Resolve also what is locked already.")] = False,
@@ -315,5 +343,20 @@ def copy_recipe(
 
 COMMANDS = {
     f.__name__: f
-    for f in (init, doctor, lock, prepare, train, evaluate, answers, cells, status, align, report, card, publish)
+    for f in (
+        init,
+        doctor,
+        preflight,
+        lock,
+        prepare,
+        train,
+        evaluate,
+        answers,
+        cells,
+        status,
+        align,
+        report,
+        card,
+        publish,
+    )
 }

@@ -180,6 +180,9 @@ class TrainConfig(Section):
     """Parts of names of weights that are not trained, such as `embed_tokens`: a large vocabulary's, on little text."""
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of all weights."""
+    shard: Flag = False
+    """Where a cell has several processes, each holds a part of the student's weights, gradients and moments (FSDP), for
+    students that do not fit one device. Not together with `lora`, fp16, or arms that learn from the student's own texts."""
     device: str = "auto"
     """`auto` (the GPU where there is one), `cpu`, `cuda`, or one GPU of several, as `cuda:1`."""
     threads: Annotated[int, Field(ge=1, le=1024), NUMBER] = 1
@@ -201,6 +204,9 @@ class TrainConfig(Section):
             )
         if self.frozen and self.lora is not None:
             raise ValueError("frozen: under lora all weights are frozen but the adapters; leave one of the two out")
+        if self.shard and (self.lora is not None or self.precision == "fp16"):
+            other = "precision: fp16 (bf16 does)" if self.lora is None else "lora, whose student fits one device"
+            raise ValueError(f"shard: does not go together with {other}; leave one of the two out")
         if self.precision == "fp16" and self.device == "cpu":
             raise ValueError("precision: fp16 is not computed on a CPU; set fp32 or bf16, or another device")
         return self

@@ -177,7 +177,7 @@ class Objective(nn.Module):
         progress: tuple[int, int] = (0, 1),
         only: str | None = None,
     ) -> Loss:
-        """A part's share of a batch's loss; with `only`, the total is that term's alone.
+        """A part's share of a batch's loss; with `only`, the total is that term alone, at weight 1.
 
         Args:
             batch: the part.
@@ -189,7 +189,7 @@ class Objective(nn.Module):
         """
         student.progress = progress[0] / max(progress[1], 1)
         weights: dict[str, float] = {name: term.weight(*progress) for name, term in self.terms.items()}
-        counts = {name: weight if only in (None, name) else 0.0 for name, weight in weights.items()}
+        counts = weights if only is None else {name: float(name == only) for name in weights}
         heads = {name: term for name, term in self.terms.items() if isinstance(term, HeadTerm)}
         total, values = self._of_head(batch, said, whole, student, heads, counts)
         for name, term in self.terms.items():

@@ -21,6 +21,7 @@ from kvpipe.experiment.sizes import (
     scoring_bytes,
     teacher_pass_bytes,
     training_bytes,
+    writing_bytes,
 )
 
 
@@ -93,6 +94,7 @@ def needs(work: Workload, gpus: Callable[[str], int]) -> Iterator[Need]:
         about = f"the largest, {'/'.join(largest)}"
         fix = f"models.{at[0]}.load: {{dtype: bf16}} or {{quantize: int8}}, or a lower store.batch_size"
         yield Need(rule, "teacher KV", about, process(rule) + host[largest], whole.get(at), fix)
+    yield from _texts(work, process)
     yield from _fits(work, student, process)
     new = max(scoring.max_new_tokens for scoring in (work.config.evaluate, *work.config.evaluate.tasks.values()))
     at_once = work.config.evaluate.batch_size * (work.longest(work.config.student) + new)
@@ -109,13 +111,30 @@ def needs(work: Workload, gpus: Callable[[str], int]) -> Iterator[Need]:
         )
 
 
+def _texts(work: Workload, process: Callable[[str], float]) -> Iterator[Need]:
+    """Teachers that write texts of their own."""
+    config, found = work.config.teacher_text, {}
+    for name in {teacher for arm in work.dag.arms.values() if arm.time.text == "written" for teacher in arm.teachers}:
+        if (shape := work.shape(name)) is not None and work.examples:
+            each = work.longest(name) + config.max_new_tokens
+            rows = min(max(1, config.batch_tokens // each), work.examples)
+            width = 4.0 if work.loading(name).dtype == "fp32" else 2.0
+            found[name] = (writing_bytes(shape, rows * each, rows, width), rows)
+    if found:
+        name = max(found, key=lambda name: found[name][0])
+        rule = "teacher_text_shard" if config.shards > 1 else "teacher_text"
+        need, rows = found[name]
+        about = f"the largest, {name}, {rows} texts side by side"
+        yield Need(rule, "teachers' texts", about, process(rule) + need, need, "a lower teacher_text.batch_tokens")
+
+
 def _training(work: Workload, student: Shape, gpus: int, base: float) -> Need:
     config = work.config.train
     micro = math.ceil(config.batch_size / config.accumulate / max(1, gpus))
     tokens = micro * work.longest(work.config.student)
     arms = work.dag.arms.values()
     matched = student.layers * max((sum(f"{kind}" in arm.loss for kind in _KINDS) for arm in arms), default=0)
-    training = training_bytes(student, config, tokens, matched, gpus > 0)
+    training = training_bytes(student, config, tokens, matched, gpus > 0, gpus)
     live = _teachers_bytes(work) if work.config.store.mode == "live" else 0.0
     host = base + _targets_bytes(work, student) + (4 * student.parameters if gpus else training + live)
     size = f"{student.parameters / 1e6:.3g} million parameters"
@@ -173,8 +192,12 @@ def mem_mb(need: Need) -> int:
 
 
 def job_memory(work: Workload, gpus: Callable[[str], int] = lambda rule: 0) -> dict[str, int]:
-    """Rule → MB of its largest job, of the rules that can be estimated yet."""
+    """Rule → MB of its largest job, of the rules that can be estimated yet; that of shards for what puts them together, too."""
     try:
-        return {need.rule: mem_mb(need) for need in needs(work, gpus)}
+        found = {need.rule: mem_mb(need) for need in needs(work, gpus)}
     except (OSError, ValueError):  # a damaged file: the step that reads it says so
         return {}
+    for rule in ("teacher_kv", "teacher_text"):
+        if rule not in found and (shard := found.get(f"{rule}_shard")):
+            found[rule] = shard
+    return found

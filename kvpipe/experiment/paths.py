@@ -188,6 +188,11 @@ class Paths:
         """What a probing job has seen on a node; its own files are in a folder of that name."""
         return self.root / "probe.json"
 
+    @property
+    def preflight(self) -> Path:
+        """The small copy that `kvpipe preflight` measures, while it does."""
+        return self.root / "preflight"
+
     def configuration(self, digest: str) -> Path:
         """The configuration that the jobs of a run read."""
         return self.root / "configs" / f"{digest}.json"

@@ -150,7 +150,9 @@ def mixed(config: TrainConfig, gpu: bool = False) -> bool:
     return config.precision in ("bf16", "fp16") or (config.precision == "auto" and (gpu or cpu_has_bf16()))
 
 
-def training_bytes(student: Shape, config: TrainConfig, tokens: int, matched: int = 0, gpu: bool = False) -> float:
+def training_bytes(
+    student: Shape, config: TrainConfig, tokens: int, matched: int = 0, gpu: bool = False, processes: int = 1
+) -> float:
     """Memory of training, the process itself aside, for one micro-batch of `tokens`.
 
     Weights and AdamW's two moments are in float32. At the end of the forward the activations stand beside them, and under
@@ -162,6 +164,8 @@ def training_bytes(student: Shape, config: TrainConfig, tokens: int, matched: in
         tokens: of a micro-batch, padding counted.
         matched: layers whose keys or values are matched: recorded, with the fused target of all layers and the gradients.
         gpu: where it trains.
+        processes: of the cell; under `shard` each holds its part of weights, gradients and moments, and beside them a
+            layer and the embeddings in one piece.
     """
     embedding = student.vocab * student.hidden
     trained = student.parameters - (embedding if any("embed" in name for name in config.frozen) else 0)
@@ -177,7 +181,14 @@ def training_bytes(student: Shape, config: TrainConfig, tokens: int, matched: in
     rows = max(PIECE, LEAST * student.vocab if whole else 0)
     forward = activations + caches + head + PIECE_BYTES * min(rows, tokens * student.vocab)
     forward += 2 * (student.parameters - embedding) if narrow else 0
-    return SLACK * (4 * student.parameters + 8 * trained + max(forward, 4 * trained + layer))
+    backward = 4 * trained + layer
+    held = 4 * student.parameters + 8 * trained
+    if config.shard and processes > 1:
+        ends = student.parameters - (student.parameters - embedding) * (student.layers - 1) / student.layers
+        held = held / processes + 4 * ends
+        # micro-batches before the last add up whole gradients
+        backward = (4 * trained / processes + 4 * ends if config.accumulate == 1 else 4 * trained) + layer
+    return SLACK * (held + max(forward, backward))
 
 
 def _activations(model: Shape, narrow: bool) -> int:
@@ -199,6 +210,19 @@ def scoring_bytes(model: Shape, tokens: int, width: float = 4.0, cached: bool = 
     alive = min(tokens, SCORED) * width * 3 * (model.hidden + model.intermediate)
     cache = 2 * tokens * width * 2 * model.layers * model.kv_heads * model.head_dim if cached else 0.0
     return SLACK * (width * model.parameters + alive + cache + 10.0 * min(PIECE, tokens * model.vocab))
+
+
+DRAWN_BYTES = 56.0
+"""Of each logit that a text's next token is drawn by: in float32 and scaled, sorted with its place, and as probabilities in
+float64, added up."""
+
+
+def writing_bytes(model: Shape, tokens: int, rows: int, width: float = 4.0) -> float:
+    """Memory of drawing texts, the process itself aside: weights, the cache of so many `tokens` in `rows` texts side by side
+    twice, since it is grown by copying, a layer's activations of the prompts, and the logits of the texts' last tokens."""
+    cache = 2 * tokens * width * 2 * model.layers * model.kv_heads * model.head_dim
+    prompts = tokens * width * 3 * (model.hidden + model.intermediate) / 2
+    return SLACK * (width * model.parameters + cache + prompts + DRAWN_BYTES * rows * model.vocab)
 
 
 def batch_numbers(teacher: Shape, layers: int) -> int:

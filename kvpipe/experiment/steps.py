@@ -369,7 +369,7 @@ class Train(Cell):
 
     def settings(self, arm, seed=""):
         found = self.dag.arm(arm)
-        unread = {"device", "threads", "checkpoint_every", "hold_targets_gb", "report_to"}
+        unread = {"device", "threads", "shard", "checkpoint_every", "hold_targets_gb", "report_to"}
         return {
             "arm": found.model_dump(exclude={"role", "label"}),
             "train": self.config.train.model_dump(exclude=unread),

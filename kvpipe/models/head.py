@@ -47,7 +47,6 @@ class Head:
             return cls()
         factors = [turn(value) for name, turn in SCALES.items() if (value := getattr(config, name, None)) is not None]
         softcap = getattr(config, "final_logit_softcapping", None)
-        head = cls(layer.weight, layer.bias, factors[0] if factors else 1.0, softcap)
         seen: list[Tensor] = []
 
         def enlarged(_layer: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
@@ -60,6 +59,8 @@ class Head:
             logits = whole(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
         finally:
             handle.remove()
+        # a sharded weight is whole from the forward on
+        head = cls(layer.weight, layer.bias, factors[0] if factors else 1.0, softcap)
         found = head.cast(seen[0].dtype).logits(seen[0]).float()
         tolerance = 1e-4 if seen[0].dtype == torch.float32 else 2e-2
         return head if (found - logits).abs().max() <= tolerance * logits.abs().max() else cls()

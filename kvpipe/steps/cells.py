@@ -67,7 +67,9 @@ class KeptCells:
         config = inputs.config
         settings = {
             "arm": _said(found, {"role", "label"}),
-            "train": _said(config.train, {"device", "threads", "checkpoint_every", "hold_targets_gb", "report_to"}),
+            "train": _said(
+                config.train, {"device", "threads", "shard", "checkpoint_every", "hold_targets_gb", "report_to"}
+            ),
             "template": _said(config.data.template),
             "evaluate": _said(config.evaluate, {"batch_size"}) if scored else None,
             "store": [config.store.mode, config.store.dtype] if found.teachers else None,

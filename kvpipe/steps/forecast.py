@@ -11,7 +11,7 @@ from rich.table import Table
 
 from kvpipe.data.records import render
 from kvpipe.doctor.workload import Workload
-from kvpipe.experiment.device import resolve_device
+from kvpipe.experiment.device import resolve_device, resolve_precision
 from kvpipe.experiment.files import GB, read_json, read_table
 from kvpipe.experiment.paths import ARMS, CONTRASTS, COST, HISTORY, PAIRS
 from kvpipe.experiment.sizes import training_bytes
@@ -82,8 +82,9 @@ def measured_rate(inputs: Inputs, width: int, inner: int) -> float:
     """Operations a second of a matrix product of the student's size, in the precision of training."""
     train = inputs.config.train
     torch.set_num_threads(train.threads)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[train.precision]
     device = resolve_device(train.device)
+    precision = resolve_precision(train.precision, device)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     x, y = (torch.ones(shape, dtype=dtype, device=device) for shape in ((ROWS, width), (width, inner)))
 
     def once() -> float:

@@ -16,6 +16,7 @@ from kvpipe.distill.losses import masked_mean
 from kvpipe.experiment.device import resolve_device
 from kvpipe.experiment.progress import track
 from kvpipe.models.folders import has_weights
+from kvpipe.models.head import Head, final_states
 from kvpipe.models.likelihood import token_nll
 from kvpipe.steps.inputs import Inputs
 
@@ -33,7 +34,7 @@ def make_layer_map(inputs: Inputs, teacher: str) -> None:
     dst = inputs.student_encoding("validation")
     time = build_time_map(TimeConfig(), src, dst)
     reference = _reference_student(inputs)
-    device = next(reference.parameters()).device
+    device, head = next(reference.parameters()).device, Head.of(reference)
     size = inputs.config.store.batch_size
     layers = tuple(range(kv_geometry(model.config).layers))
     aligned_teacher = AlignedTeacher(teacher, LiveRows(model, src, layers, pad_id, size, layers), src, dst, time)
@@ -45,7 +46,8 @@ def make_layer_map(inputs: Inputs, teacher: str) -> None:
         batch = collate(dst, chunk, inputs.student_tokenizer.pad_token_id)
         with torch.no_grad(), Recorder(reference, hidden=True) as recorder:
             moved = batch.to(device)
-            reference(input_ids=moved.input_ids, attention_mask=moved.attention_mask, use_cache=False)
+            given = {"input_ids": moved.input_ids, "attention_mask": moved.attention_mask, "use_cache": False}
+            final_states(reference, head, **given)  # of logits none
         kv, hidden = recorder.kv().to("cpu"), recorder.hidden_states().cpu()
         theirs = aligned_teacher.aligned(chunk, batch.input_ids.shape[1], layermap.MEASURED)
         mask = batch.mask & theirs.mask

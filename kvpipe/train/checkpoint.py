@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kvpipe.experiment.files import save_tensors
+from kvpipe.train.shard import gathered, placed
 
 STATE, TENSORS = "state.json", "tensors.safetensors"
 KEPT = 2
@@ -46,6 +47,7 @@ def save(
     history: list[dict[str, Any]],
     counters: dict[str, Any],
     spec: dict[str, Any],
+    main: bool = True,
 ) -> Path:
     """Write `folder/step-<n>`; it appears whole or not at all, and the older ones stay until it does.
 
@@ -57,17 +59,25 @@ def save(
         history: lines of the history so far.
         counters: JSON numbers (tokens, seconds, restarts …).
         spec: what must agree when the run continues.
+        main: whether this process writes; all processes of a sharded student gather it.
 
     Raises:
         CheckpointNotWritten: the disk is full or refuses; names the folder and what is still there.
     """
-    tensors: dict[str, Tensor] = {f"model.{k}": v.detach().cpu() for k, v in _changing(modules).items()}
+    partial, final = folder / f"partial-{os.getpid()}", folder / f"step-{step:08d}"
+    parts = {f"model.{k}": v for k, v in _changing(modules).items()}
     for number, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{number}.{k}": torch.as_tensor(v).detach().cpu() for k, v in state.items()}
+        parts |= {f"optimizer.{number}.{k}": torch.as_tensor(v) for k, v in state.items()}
+    tensors: dict[str, Tensor] = {}
+    for name, part in parts.items():
+        whole = gathered(part.detach())
+        if main:
+            tensors[name] = whole.cpu()
+    if not main:
+        return final
     tensors["rng.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    partial, final = folder / f"partial-{os.getpid()}", folder / f"step-{step:08d}"
     for left_over in folder.glob("partial-*"):  # of a process that was killed here
         shutil.rmtree(left_over)
     try:
@@ -118,7 +128,8 @@ def resume(folder: Path, modules: nn.Module, optimizer: torch.optim.Optimizer, s
                 f"{path}: tensors {sorted(differing)[:5]} are in one of checkpoint and run only; "
                 f"delete {folder} to start again"
             )
-        modules.load_state_dict(weights, strict=False)
+        own_parts = modules.state_dict()
+        modules.load_state_dict({k: placed(v, own_parts[k]) for k, v in weights.items()}, strict=False)
         loaded = optimizer.state_dict()
         loaded["state"] = {}
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -127,7 +138,7 @@ def resume(folder: Path, modules: nn.Module, optimizer: torch.optim.Optimizer, s
                 _, number, key = name.split(".", 2)
                 like = parameters[int(number)]
                 # fused optimizers walk through memory: the state must lie in it as its parameter does
-                own = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor) if tensor.ndim else tensor
+                own = torch.empty_like(like, dtype=tensor.dtype).copy_(placed(tensor, like)) if tensor.ndim else tensor
                 loaded["state"].setdefault(int(number), {})[key] = own
         optimizer.load_state_dict(loaded)
         torch.set_rng_state(tensors["rng.cpu"])
@@ -187,7 +198,11 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 def _unshared(modules: nn.Module) -> dict[str, Tensor]:
     seen: set[int] = set()
     out = {}
+    names = dict(modules.named_parameters())
     for name, tensor in modules.state_dict().items():
+        if hasattr(tensor, "full_tensor"):  # a part, which may be empty here: names say the same to all processes
+            out |= {name: tensor} if name in names else {}
+            continue
         if tensor.data_ptr() in seen and tensor.numel():
             continue
         seen.add(tensor.data_ptr())

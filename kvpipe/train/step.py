@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from kvpipe.distill.objective import Loss, Objective, OtherTexts
 from kvpipe.distill.terms import Row, Said, Student
 from kvpipe.models.head import Head, final_states
 from kvpipe.train.cell import Cell
+from kvpipe.train.shard import gathered, is_sharded, unreduced
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -45,6 +46,14 @@ class StepBatch:
     whole: dict[str, Row] | None
 
 
+class Pull(NamedTuple):
+    """A term of a batch's loss before its weight: its value, its weight λ, the norm of its gradient on the student."""
+
+    value: float
+    weight: float
+    norm: float
+
+
 class BatchLoss:
     """The loss of the batches of one cell.
 
@@ -58,7 +67,7 @@ class BatchLoss:
     def __init__(self, cell: Cell, model: nn.Module, objective: Objective, accelerator: Accelerator):
         self.cell, self.config, self.encoding = cell, cell.config, cell.train
         self.model, self.objective, self.accelerator = model, objective, accelerator
-        self.device = accelerator.device
+        self.device, self.sharded = accelerator.device, is_sharded(model)
         self.head = Head.of(accelerator.unwrap_model(model))
 
     def begin(self, step: int, examples: np.ndarray, recorder: Recorder | None, logged: bool) -> StepBatch:
@@ -126,7 +135,7 @@ class BatchLoss:
     ) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
         """Gradients of a batch's loss; gives the terms, their weights λ and what is watched, all of the whole batch.
 
-        With `only`, gradients of that weighted term alone.
+        With `only`, gradients of that term alone, at weight 1.
         """
         self._draw(batch.step)
         processes = self.accelerator.num_processes
@@ -135,7 +144,8 @@ class BatchLoss:
         weights: dict[str, float] = {}
         for number, part in enumerate(batch.parts):
             last = number == len(batch.parts) - 1
-            with nullcontext() if last and only is None else self.accelerator.no_sync(self.model):
+            reduced = last and (only is None or self.sharded)
+            with nullcontext() if reduced else unreduced(self.model, self.accelerator):
                 loss = self._loss(batch, part, recorder, only)
                 for name, value in loss.values.items():
                     sums[name] = sums.get(name, 0.0) + value
@@ -200,19 +210,24 @@ class BatchLoss:
             whole = self._whole([self.objective.measure(part.batch, said)])
         return self.objective.loss(part.batch, said, whole, student, (batch.step, self.config.steps), only)
 
+    def pulls(self, batch: StepBatch, recorder: Recorder | None) -> dict[str, Pull]:
+        """How hard each term pulls at the student."""
+        found = {}
+        for name in self.objective.terms:
+            values, weights, _ = self.gradients(batch, recorder, name)
+            if not self.sharded:
+                self._average_gradients(self.model)
+            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+            squares = sum((g.float().square().sum() for g in grads), torch.zeros(()))
+            norm = float(gathered(squares)) ** 0.5
+            found[name] = Pull(values[name], weights[name], norm)
+            self.zero_grad()
+        return found
+
     def gradient_ratios(self, batch: StepBatch, recorder: Recorder | None) -> dict[str, float]:
         """Norm of each weighted term's gradient on the student, relative to that of the cross-entropy."""
         names = [name for name in self.objective.terms if name != CROSS_ENTROPY]
-        if len(names) == len(self.objective.terms):
+        if len(names) == len(self.objective.terms) or not names:
             return {}
-
-        def norm(name: str) -> float:
-            self.gradients(batch, recorder, name)
-            self._average_gradients(self.model)
-            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-            found = float(sum(g.float().square().sum() for g in grads)) ** 0.5
-            self.zero_grad()
-            return found
-
-        base = norm(CROSS_ENTROPY) if names else 0.0
-        return {f"grad_ratio_{name}": norm(name) / max(base, 1e-12) for name in names}
+        weighted = {name: pull.weight * pull.norm for name, pull in self.pulls(batch, recorder).items()}
+        return {f"grad_ratio_{name}": weighted[name] / max(weighted[CROSS_ENTROPY], 1e-12) for name in names}

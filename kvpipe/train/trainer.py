@@ -21,7 +21,7 @@ from torch import nn
 
 from kvpipe.cache.capture import Recorder
 from kvpipe.config import ConfigError, TrainConfig
-from kvpipe.data.batches import schedule
+from kvpipe.data.batches import schedule, spread
 from kvpipe.distill.losses import NonFiniteLossError, check_finite
 from kvpipe.experiment import launch
 from kvpipe.experiment.attempts import Attempt
@@ -31,8 +31,9 @@ from kvpipe.experiment.outofmemory import explained
 from kvpipe.experiment.progress import Progress
 from kvpipe.models.likelihood import score, scoring_batches
 from kvpipe.train import checkpoint, tracking
+from kvpipe.train import shard as sharding
 from kvpipe.train.cell import Cell
-from kvpipe.train.step import BatchLoss
+from kvpipe.train.step import BatchLoss, Pull
 
 EXIT_INTERRUPTED = 75
 """Exit status after a signal: a checkpoint was saved and the same command goes on from it."""
@@ -141,6 +142,17 @@ class Trained:
     """For all processes."""
 
 
+@dataclass(frozen=True)
+class Rehearsal:
+    """What the first steps of a cell have cost and shown."""
+
+    step_seconds: float
+    """Mean, over batches of all lengths."""
+    validation_seconds: float
+    terms: dict[str, Pull]
+    """Before the first step."""
+
+
 def train(cell: Cell, checkpoints: Path, attempt: Attempt, stop: Stop, log=print) -> Trained:
     """Train from the newest checkpoint, or from the start, to the last step.
 
@@ -160,7 +172,7 @@ def train(cell: Cell, checkpoints: Path, attempt: Attempt, stop: Stop, log=print
     with explained("training", cell.config, loop.accelerator.num_processes):
         loop.run(stop)
     return Trained(
-        model=loop.accelerator.unwrap_model(loop.model, keep_fp32_wrapper=False),
+        model=loop.trained(),
         history=loop.history,
         counters=loop.counters,
         router=loop.router,
@@ -185,7 +197,18 @@ class Loop:
         self.log = log if self.accelerator.is_main_process else lambda *_: None
         device = self.accelerator.device
         self.objective = cell.objective.to(device)
-        self.model, self.optimizer = self.accelerator.prepare(cell.student, self._optimizer())
+        self.twin = None
+        if self.config.shard and self.accelerator.num_processes > 1:
+            if cell.online is not None:
+                raise ConfigError(
+                    f"train.shard: arm {cell.name} learns from texts that the student writes (on_policy), which processes "
+                    "write apart, while a sharded student is run by all of them together: leave one of the two out"
+                )
+            self.twin = sharding.empty_twin(cell.student)
+            sharding.shard(cell.student, self.accelerator)
+            self.model, self.optimizer = cell.student, self.accelerator.prepare(self._optimizer())
+        else:
+            self.model, self.optimizer = self.accelerator.prepare(cell.student, self._optimizer())
         self.loss = BatchLoss(cell, self.model, self.objective, self.accelerator)
         self.validation_batches = scoring_batches(cell.validation, cell.pad_id, cell.scoring.batch_size)
         self.batches = [
@@ -217,6 +240,13 @@ class Loop:
             groups += [{"params": extra, "weight_decay": 0.0, "peak": rate}] if extra else []
         return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.99), fused=True)
 
+    def trained(self) -> nn.Module:
+        """The student without wrappers, in one piece; all processes call it."""
+        if self.twin is not None:
+            whole = sharding.whole_student(self.cell.student, self.twin, self.accelerator.is_main_process)
+            return whole.to(self.accelerator.device) if self.accelerator.is_main_process else whole
+        return self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+
     # ------------------------------------------------------------ the loop
     def run(self, stop: Stop) -> None:
         """All steps that are left."""
@@ -235,11 +265,7 @@ class Loop:
         step = first
         if step == 0:
             self._evaluate(0)
-        # an arm that looks at no cache is not recorded: control pays for nothing it does not use
-        recorder = None
-        if self.objective.records:
-            unwrapped = self.accelerator.unwrap_model(self.model)
-            recorder = Recorder(unwrapped, self.objective.records_hidden, queries=self.objective.records_queries)
+        recorder = self._recorder()
         label = f"training {self.cell.name}, seed {self.cell.seed}"
         with recorder or nullcontext(), Progress(label, self.config.steps, "steps", step) as progress:
             while step < self.config.steps:
@@ -265,6 +291,31 @@ class Loop:
                         self.log(f"stopped by signal {stop} after step {step}; run the same command to go on")
                         raise Interrupted(EXIT_INTERRUPTED)
 
+    def _recorder(self) -> Recorder | None:
+        """An arm that looks at no cache is not recorded: control pays for nothing it does not use."""
+        if not self.objective.records:
+            return None
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        return Recorder(unwrapped, self.objective.records_hidden, queries=self.objective.records_queries)
+
+    def rehearse(self, number: int) -> Rehearsal:
+        """So many first steps, after as many batches from all over the run have been looked at; nothing is saved."""
+        recorder = self._recorder()
+        with recorder or nullcontext():
+            shown, chosen = [], spread(self.config.steps, number)
+            self._write(0, recorder)
+            for step in chosen if self.cell.online is None else chosen[:1]:
+                batch = self.loss.begin(int(step), self.batches[step], recorder, False)
+                shown.append(self.loss.pulls(batch, recorder))
+            begun = time.perf_counter()
+            for step in range(number := min(number, self.config.steps)):
+                self._step(step, recorder)
+            step_seconds = (time.perf_counter() - begun) / number
+        begun = time.perf_counter()
+        self._evaluate(number)
+        terms = {name: Pull(*np.mean([one[name] for one in shown], axis=0).tolist()) for name in shown[0]}
+        return Rehearsal(step_seconds, time.perf_counter() - begun, terms)
+
     def _step(self, step: int, recorder: Recorder | None) -> dict[str, Any]:
         """One optimizer step; gives its line of the history."""
         rate, online = learning_rate(self.config, step), self.cell.online
@@ -278,7 +329,7 @@ class Loop:
         watch_gradients = logged and (step + 1) % self.config.eval_every == 0
         ratios = self.loss.gradient_ratios(batch, recorder) if watch_gradients else {}
         values, weights, watched = self.loss.gradients(batch, recorder)
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        norm = sharding.gathered(self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm))
         gradients = {"gradient": norm}
         learned = [p.grad for p in self.objective.parameters() if p.grad is not None]
         gradients |= {"gradient of what the objective trains": nn.utils.get_total_norm(learned)} if learned else {}
@@ -360,12 +411,13 @@ class Loop:
         return {**self.cell.made_from, "processes": self.accelerator.num_processes}
 
     def _save(self, step: int) -> None:
-        if self.accelerator.is_main_process:
+        main = self.accelerator.is_main_process
+        if main or self.twin is not None:
             scaler = self.accelerator.scaler  # fp16's, whose scale follows from all steps so far
             counted = vars(self.counters) | ({} if scaler is None else {"scaling": scaler.state_dict()})
             counted |= {} if self.cell.online is None else {"written": list(self.cell.online.texts.items())}
             optimizer, folder = self.optimizer, self.checkpoints
-            checkpoint.save(folder, step, self._modules, optimizer, self.history, counted, self._made_from)
+            checkpoint.save(folder, step, self._modules, optimizer, self.history, counted, self._made_from, main)
         # a launcher that sees one process end kills the others, the one that writes among them
         self.accelerator.wait_for_everyone()
 

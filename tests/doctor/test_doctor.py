@@ -20,7 +20,7 @@ from kvpipe.doctor import Workload, gpu, look, memory, settings, storage
 from kvpipe.evaluate.sandbox.run import SandboxError
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.provenance import PACKAGE
-from kvpipe.experiment.sizes import Shape, training_bytes
+from kvpipe.experiment.sizes import Shape, training_bytes, writing_bytes
 from kvpipe_cluster import jobs
 from kvpipe_cluster.profile import Request, read_profile
 
@@ -469,6 +469,34 @@ def test_jobs_ask_for_what_the_sizes_say(saved, tmp_path):
     assert {"train", "teacher_kv", "fit", "evaluate", "untrained"} <= set(small)
     assert large["train"] >= 16 * 1.1e9 / 1e6 > small["train"], "16 bytes for each of 1.1 billion parameters"
     assert max(small.values()) <= 2000, "a tiny model takes what Python and torch take"
+
+
+def test_jobs_that_write_texts_ask_for_what_the_sizes_say(saved, tmp_path):
+    written = {"base": "two", "set": {"time": {"kind": "segment", "reasoning": "written"}}}
+
+    def asked(**settings):
+        changed = {f"teacher_text.{name}": value for name, value in settings.items()}
+        return memory.job_memory(Workload(config(saved, {"arms.written": written} | changed), Paths(tmp_path)))
+
+    assert "teacher_text" not in memory.job_memory(Workload(config(saved), Paths(tmp_path)))
+    assert asked()["teacher_text"] <= 2000
+    both = asked(shards=3)
+    assert both["teacher_text"] == both["teacher_text_shard"] <= 2000
+    model = Shape(32, 4096, 8, 128, 14336, 128256, 8_030_261_248)
+    need = {tokens: writing_bytes(model, tokens, tokens // 1000, 2.0) for tokens in (16_000, 64_000)}
+    assert 16e9 < need[16_000] < 24e9, "weights in bf16, and 2.1 GB of cache twice"
+    cache = 2 * 48_000 * 2 * 2 * 32 * 8 * 128
+    assert need[64_000] - need[16_000] == pytest.approx(1.1 * cache, rel=0.3)
+
+
+def test_a_sharded_student_takes_a_part_of_the_memory():
+    student = Shape(22, 2048, 4, 64, 5632, 32000, 1_100_000_000)
+    settings = TrainConfig(shard=True, gradient_checkpointing=True)
+    one, four = (training_bytes(student, settings, 1024, gpu=True, processes=n) for n in (1, 4))
+    assert one == training_bytes(student, TrainConfig(gradient_checkpointing=True), 1024, gpu=True)
+    assert one / 4 < four < one / 2, "weights, gradients and moments in four parts, beside embeddings in one piece"
+    apart = training_bytes(student, settings.model_copy(update={"accumulate": 2}), 1024, gpu=True, processes=4)
+    assert apart > four, "micro-batches add up whole gradients"
 
 
 def test_what_the_estimate_says_of_the_advice():

@@ -16,9 +16,10 @@ from kvpipe.cache.capture import Recorder
 from kvpipe.cache.store import StoreKey, build_shard
 from kvpipe.config import StoreConfig
 from kvpipe.data.encoding import Encoding
+from kvpipe.evaluate.generate import Drawn, Sampling
 from kvpipe.experiment.attempts import Attempt
 from kvpipe.experiment.device import resolve_device
-from kvpipe.experiment.sizes import scoring_bytes, shape, teacher_pass_bytes, training_bytes
+from kvpipe.experiment.sizes import scoring_bytes, shape, teacher_pass_bytes, training_bytes, writing_bytes
 from kvpipe.models.likelihood import score, scoring_batches
 from kvpipe.steps.train import load_cell, prepare
 from kvpipe.train.trainer import Loop, peak_memory
@@ -66,6 +67,16 @@ def reading(store):
     build_shard(model, encoding, key, StoreConfig(top_logits=8), 0, folder / "shard.safetensors", 0)
     return peak() - base, teacher_pass_bytes(found, 4, LENGTH)
 
+def writing(rows):
+    base, prompt, new = began(), 60, 40
+    model = transformers.AutoModelForCausalLM.from_config(TEACHER).eval()
+    ids, drawn = torch.randint(3, 32000, (rows, prompt)), Sampling(0.7, 0.95, range(rows))
+    with torch.no_grad():
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
+                       pad_token_id=0, eos_token_id=None, logits_processor=[Drawn(drawn, range(rows), new, prompt)])
+    found = shape(TEACHER.to_dict(), parameters=model.num_parameters())
+    return peak() - base, writing_bytes(found, rows * (prompt + new), rows)
+
 def alone(name, measure, argument):
     # a fresh heap: what another measurement has freed would be taken again unseen
     read, write = os.pipe()
@@ -80,7 +91,7 @@ torch.set_num_threads(1)
 resolve_device("cpu")
 folder = Path(sys.argv[1])
 asked = {"control": (training, "control"), "keys and values": (training, "one"), "teacher pass": (reading, True),
-         "scoring": (reading, False)}
+         "scoring": (reading, False), "texts": (writing, 24)}
 print(json.dumps({name: alone(name, *what) for name, what in asked.items()}))
 """
 

@@ -47,7 +47,8 @@ def _train(work: Inputs, out: Path, arms: list[str]) -> None:
 
         def keep(optimizer, *_, steps=steps):
             found = [p.grad for group in optimizer.param_groups for p in group["params"]]
-            steps.append([g.clone() for g in found if g is not None])
+            # of a sharded student there are parts only
+            steps.append([g.clone() for g in found if g is not None and not hasattr(g, "full_tensor")])
 
         hook = register_optimizer_step_pre_hook(keep)
         try:

@@ -51,6 +51,16 @@ def texts(tokens: int, vocabulary: int, seed: int = 0) -> Encoding:
     lengths: list[int] = []
     while sum(lengths) < tokens:
         lengths.append(int(np.clip(rng.lognormal(5.17, 0.38), 60, 600)))
+    return of_lengths(lengths, vocabulary, rng)
+
+
+def equal_texts(count: int, length: int, vocabulary: int) -> Encoding:
+    """Random ids in so many texts of one length."""
+    return of_lengths([length] * count, vocabulary, np.random.default_rng(0))
+
+
+def of_lengths(lengths: list[int], vocabulary: int, rng: np.random.Generator) -> Encoding:
+    """Random ids in texts of given lengths."""
     count, total = len(lengths), sum(lengths)
     return Encoding(
         ids=rng.integers(3, vocabulary, total),
@@ -62,13 +72,15 @@ def texts(tokens: int, vocabulary: int, seed: int = 0) -> Encoding:
     )
 
 
-def store_of(model, encoding: Encoding, folder: Path, layers: tuple[int, ...], top: int, nll: bool) -> Path:
+def store_of(
+    model, encoding: Encoding, folder: Path, layers: tuple[int, ...], top: int, nll: bool, dtype: str = "bf16"
+) -> Path:
     """One shard and its index."""
-    key = StoreKey("m", "d", layers, "student", "bf16", top, 1, nll)
+    key = StoreKey("m", "d", layers, "student", dtype, top, 1, nll)
     path = folder / "shard-00000.safetensors"
     path.unlink(missing_ok=True)
     with contextlib.redirect_stdout(io.StringIO()):
-        build_shard(model, encoding, key, StoreConfig(top_logits=top), 0, path, 0)
+        build_shard(model, encoding, key, StoreConfig.model_validate({"dtype": dtype, "top_logits": top}), 0, path, 0)
     write_index(folder, key, [path])
     return path
 
@@ -78,7 +90,7 @@ def bare(model, encoding: Encoding, head: bool) -> None:
     """The decoder alone over the same batches; with `head`, every token's logits too, as the model makes them."""
     size = batch_tokens(model, Head.of(model), model.config.num_hidden_layers)
     for members in groups(encoding.lengths, 64, size, longest_first=True):
-        batch = collate(encoding, members, 0)
+        batch = collate(encoding, members, 0).to(model.device)
         part = model if head else model.get_decoder()
         part(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import statistics
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -37,3 +41,29 @@ def median(function: Callable[[], object], repeats: int) -> float:
 def high_water() -> int:
     """Peak resident bytes of this process since it began, or since /proc/self/clear_refs was written."""
     return peak_memory(torch.device("cpu"))
+
+
+def alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result, as JSON has it, of a call in a process that is forked for it: a fresh heap, and nothing imported again.
+
+    Raises:
+        RuntimeError: the call ended with an error, which is printed, or was killed.
+    """
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        status = 1
+        try:
+            os.close(read)
+            with os.fdopen(write, "w") as out:
+                json.dump(function(*arguments), out)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    os.close(write)
+    with os.fdopen(read) as said:
+        text = said.read()
+    if os.waitpid(child, 0)[1] != 0:
+        raise RuntimeError(f"{function.__name__} {arguments} ended with an error, which stands above, or was killed")
+    return json.loads(text)

@@ -22,6 +22,7 @@ import torch
 import transformers
 from bench_teacher import losses_in_pieces, memory, pass_against_decoder
 from bench_training import CONFIG, ROOT, against_trainer, full_against_control, mixed_lengths, recorder_overhead
+from costs import section
 from measure import Row, median
 from torch import Tensor
 
@@ -147,7 +148,7 @@ def render_table(rows: list[Row], note: str) -> str:
         f"torch {torch.__version__}, transformers {transformers.__version__}; commit "
         f"{str(provenance['git_commit'])[:12]}.{' ' + note if note else ''}\n\n"
         f"| what | measured | bar | met |\n| --- | --- | --- | --- |\n{lines}\n"
-        f"{NOTES}\n"
+        f"{NOTES}\n{section()}"
         "Measured elsewhere: the whole experiment's time and its effect sizes in the report (`make report`), "
         "architectures, rotary embeddings and tokenizers in [compatibility](method/compatibility.md) (`make compat`), "
         "coverage of the intervals by `make validate-stats`, interrupted runs by `make torture` ([log](log/README.md)).\n"

@@ -8,7 +8,7 @@ rule teacher_text_shard:
     benchmark:
         PATHS.benchmark("teacher_text/{teacher}-{shard}")
     resources:
-        mem_mb=16000,
+        mem_mb=memory("teacher_text_shard", 16000),
         runtime=240,
     params:
         settings=settings("teacher_text_shard"),
@@ -27,7 +27,7 @@ rule teacher_text:
     benchmark:
         PATHS.benchmark("teacher_text/{teacher}")
     resources:
-        mem_mb=16000,
+        mem_mb=memory("teacher_text", 16000),
         runtime=240,
     params:
         settings=settings("teacher_text"),
