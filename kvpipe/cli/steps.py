@@ -100,11 +100,11 @@ def teacher_kv(
     shard: Annotated[int | None, typer.Option(help="One shard; all of them and the index otherwise.")] = None,
 ) -> None:
     """Compute and store a teacher's KV on the training split; finished shards are kept."""
-    job = {"teacher": given.known_model(teacher), "reading": reading}
+    known = given.known_model(teacher)
     if shard is None:
-        given.run("teacher_kv", **job)
+        given.run("teacher_kv", teacher=known, reading=reading)
     else:
-        given.run("teacher_kv_shard", **job, shard=str(shard))
+        given.run("teacher_kv_shard", teacher=known, reading=reading, shard=str(shard))
 
 
 @with_experiment

@@ -181,8 +181,7 @@ def training_bytes(
     rows = max(PIECE, LEAST * student.vocab if whole else 0)
     forward = activations + caches + head + PIECE_BYTES * min(rows, tokens * student.vocab)
     forward += 2 * (student.parameters - embedding) if narrow else 0
-    backward = 4 * trained + layer
-    held = 4 * student.parameters + 8 * trained
+    backward, held = 4.0 * trained + layer, 4.0 * student.parameters + 8 * trained
     if config.shard and processes > 1:
         ends = student.parameters - (student.parameters - embedding) * (student.layers - 1) / student.layers
         held = held / processes + 4 * ends

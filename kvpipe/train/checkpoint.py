@@ -197,7 +197,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def _unshared(modules: nn.Module) -> dict[str, Tensor]:
     seen: set[int] = set()
-    out = {}
+    out: dict[str, Tensor] = {}
     names = dict(modules.named_parameters())
     for name, tensor in modules.state_dict().items():
         if hasattr(tensor, "full_tensor"):  # a part, which may be empty here: names say the same to all processes
