@@ -186,6 +186,16 @@ def test_an_interruption_is_one_line(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
+def test_the_systems_python_says_to_activate_the_environment(tmp_path):
+    """Without packages: no traceback, but what to do."""
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "kvpipe", "status"], capture_output=True, text=True, timeout=120, check=False,
+        env={"PYTHONPATH": str(HERE), "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stdout == ""
+    assert re.fullmatch(r".* has no package \w+: activate the environment .*make install.*\n", done.stderr), done.stderr
+
+
 def test_a_reader_that_goes_away_ends_training_quietly(tmp_path):
     config = tmp_path / "c.json"
     config.write_text(json.dumps(values(tmp_path)))
