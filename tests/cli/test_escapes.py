@@ -3,16 +3,20 @@
 import io
 import json
 import os
+import pty
 import re
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from rich.console import Console
-from tiny import values
+from tiny import build, values
 
 from kvpipe.cli.app import main
 from kvpipe.config import ConfigError, ScoringConfig, load, parse, with_lock
@@ -184,6 +188,64 @@ def test_an_interruption_is_one_line(tmp_path):
         env=os.environ | {"PYTHONPATH": f"{tmp_path}:{HERE}"},
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize("terminal", [False, True], ids=["log", "terminal"])
+@pytest.mark.parametrize(
+    ("after", "status", "ends"),
+    [
+        ("data …", 130, "interrupted"),
+        ("step 2/", 75, r"stopped by signal 2 after step \d+; run the same command to go on"),
+    ],
+    ids=["preparing", "training"],
+)
+def test_ctrl_c_ends_in_one_line(tmp_path, after, status, ends, terminal):
+    """Of a process of its own, which obeys SIGINT even where this one was started in the background."""
+    config = tmp_path / "c.json"
+    settings = values(tmp_path)
+    settings["train"] |= {"steps": 100_000, "eval_every": 2, "checkpoint_every": 100_000}
+    config.write_text(json.dumps(settings))
+    if after == "step 2/":
+        build(tmp_path)
+    command = [sys.executable, "-m", "kvpipe", "train", "--config", str(config), "--results", str(tmp_path / "results")]
+    environment = {k: v for k, v in os.environ.items() if k != "KVPIPE_TRACEBACK"}
+    environment |= {"PYTHONUNBUFFERED": "1", "TERM": "xterm", "COLUMNS": "120"}
+    ours, theirs = pty.openpty() if terminal else os.pipe()
+    with subprocess.Popen(
+        [*command, "--arm", "control"], stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:  # fmt: skip
+        os.close(theirs)
+        timer = threading.Timer(300, process.kill)
+        timer.start()
+        said, sent = b"", False
+        with suppress(OSError):  # of a terminal whose other end is closed
+            while more := os.read(ours, 4096):
+                said += more
+                if after.encode() in said and not sent:
+                    sent = True
+                    process.send_signal(signal.SIGINT)
+    timer.cancel()
+    os.close(ours)
+    assert sent and process.returncode == status, said.decode()
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said.decode()).replace("\r", "\n")
+    lines = [line.strip() for line in plain.splitlines() if line.strip()]
+    assert len([line for line in lines if re.fullmatch(ends, line)]) == 1, lines[-5:]
+    assert "Traceback" not in plain and "KeyboardInterrupt" not in plain
+    if terminal:
+        assert said.rfind(b"\x1b[?25h") >= said.rfind(b"\x1b[?25l"), "the cursor is shown again"
+    else:
+        assert re.fullmatch(ends, lines[-1]), "nothing is said after it"
+
+
+def test_the_systems_python_says_to_activate_the_environment(tmp_path):
+    """Without packages: no traceback, but what to do."""
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "kvpipe", "status"], capture_output=True, text=True, timeout=120, check=False,
+        env={"PYTHONPATH": str(HERE), "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stdout == ""
+    assert re.fullmatch(r".* has no package \w+: activate the environment .*make install.*\n", done.stderr), done.stderr
 
 
 def test_a_reader_that_goes_away_ends_training_quietly(tmp_path):
