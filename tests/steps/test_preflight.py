@@ -2,6 +2,7 @@
 
 import json
 import os
+from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
@@ -86,8 +87,8 @@ def test_the_stores_take_what_was_announced(found):
     pairs = [("alpha", "student"), ("beta", "student")]
     real = sum(path.stat().st_size for pair in pairs for path in found.work.paths.store(*pair).glob("*.safetensors"))
     announced = next(cost["disk"] for cost in found.rules if cost["rule"] == "teacher_kv")
-    # the copy's index and header weigh more in it, and the stores of written texts are two more like these
-    assert announced == pytest.approx(2 * real, rel=0.3)
+    # those of written texts are two more, of longer texts
+    assert 1.8 * real < announced < 4 * real
 
 
 def test_with_the_suggested_weights_every_term_pulls_alike(found):
@@ -95,7 +96,7 @@ def test_with_the_suggested_weights_every_term_pulls_alike(found):
     suggested = {one["term"]: one["suggested"] for one in found.terms if one["arm"] == "one"}
     weights = {f"arms.one.set.loss.{term}.weight": suggested[term] for term in ("keys", "values")}
     root = found.work.paths.root
-    again = preflight(config(root.parent, SETTINGS | weights), Paths(root), ["one"], 2, log=quiet)
+    again = preflight(config(root.parent, deepcopy(SETTINGS) | weights), Paths(root), ["one"], 2, log=quiet)
     pulls = {one.term: one.gradient for one in again.terms}
     assert pulls == {term: pytest.approx(share, rel=1e-3) for term, share in
                      {"cross_entropy": 1, "keys": 0.5, "values": 0.5}.items()}  # fmt: skip
