@@ -165,7 +165,7 @@ def test_terms_add_up(work):
     expected = sum(weights[name] * value for name, value in found.loss.values.items())
     torch.testing.assert_close(found.loss.total.detach(), expected)
     whole = torch.autograd.grad(found.loss.total, found.states, retain_graph=True)[0]
-    alone = [gradient(found, objective, name, found.states) for name in ("cross_entropy", "logits")]
+    alone = [weights[name] * gradient(found, objective, name, found.states) for name in ("cross_entropy", "logits")]
     torch.testing.assert_close(whole, sum(alone), atol=1e-6, rtol=1e-4)
     later = run(work, objective, progress=(5, 10)).loss
     assert later.weights["values"] == 0 and later.values["values"] > 0

@@ -210,7 +210,7 @@ def test_a_comparison_says_what_it_will_cost_and_ends_with_a_table_and_a_report(
         assert words in plan, words
     before, after = rest.split("Test split: 2 items, 2 seeds")
     assert "expert reads" in before and "4 × 4 steps" in before and "step 4/4" in before
-    assert re.search(r"bits per byte.*(better|worse|undecided)", after), after
+    assert re.search(r"(?s)bits per byte.*?(better|worse|undecided)", after), after
     assert "</html>" in (out / "report.html").read_text() and f"report: {out / 'report.html'}" in said
     AutoModelForCausalLM.from_pretrained(re.findall(r"student: (\S+)", said)[-1])
 

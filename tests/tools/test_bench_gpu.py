@@ -22,7 +22,6 @@ def test_the_rehearsal_gives_every_figure(tmp_path):
     expected |= {("student, full", n, "full against control, time") for n in REHEARSAL.lengths}
     assert found == expected
     assert all(math.isfinite(line["value"]) and line["value"] > 0 for line in lines)
-    assert all(line["value"] < 1 for line in lines if line["what"] == "utilisation")
     with (tmp_path / "gpu.csv").open(newline="", encoding="utf-8") as file:
         assert len(list(csv.DictReader(file))) == len(lines)
 

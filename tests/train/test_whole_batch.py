@@ -20,6 +20,7 @@ from kvpipe.steps import train as cell_step
 from kvpipe.steps.inputs import Inputs
 from kvpipe.steps.train import prepare, train_cell
 from kvpipe.train import trainer as training
+from kvpipe.train.step import ROUTED
 
 SETTINGS = {
     "train.steps": 2,
@@ -150,7 +151,10 @@ def test_a_live_teacher_reads_every_micro_batch_once(tmp_path, monkeypatch):
     )
     for accumulate in (1, 3):
         cells(tmp_path, tmp_path / str(accumulate), live | {"train.accumulate": accumulate}, ["learnable"], False)
-        assert sum(asked) == 2 * 2 * 7, "two teachers, two steps of 7 examples"
+        # after training the router's weights are read, one example at a time
+        of_router = 2 * ROUTED
+        assert asked[-of_router:] == [1] * of_router
+        assert sum(asked[:-of_router]) == 2 * 2 * 7, "two teachers, two steps of 7 examples"
         asked.clear()
     agree(tmp_path / "1", tmp_path / "3", "learnable", 1e-5)
 
