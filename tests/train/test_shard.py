@@ -57,6 +57,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "model" / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_two_processes_with_half_of_the_student_each_train_as_one(folder, tmp_path):
     """Losses, gradients of every term and weights, over micro-batches, in float64: nothing is left to rounding."""
     trained(1, folder, tmp_path / "one", CHANGED, ARMS, True)
@@ -75,6 +76,7 @@ def test_two_processes_with_half_of_the_student_each_train_as_one(folder, tmp_pa
             torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_sharded_student_goes_on_where_it_was_stopped(folder, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
 
