@@ -18,7 +18,7 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install login image wheelhouse image-offline lock report test test-modes coverage test-slow test-browser screenshot test-lm-eval test-real test-cluster test-cluster-long torture study real real-weights real-check teachers bench bench-gpu bench-costs compat messages log validate-stats robustness lint format config clean
+.PHONY: help install login image wheelhouse image-offline lock report test test-long test-modes coverage test-slow test-browser screenshot test-lm-eval test-real test-cluster test-cluster-long torture study real real-weights real-check teachers bench bench-gpu bench-costs compat messages log validate-stats robustness lint format config clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 24
@@ -55,10 +55,14 @@ lock: $(STAMP)  ## rewrite requirements.lock and containers/image.lock from what
 report: $(STAMP)  ## the embedded experiment, to results/report.html
 	$(WITHIN) snakemake results/report.html
 
-# Left out: `slow` takes minutes (make test-slow), `cluster` builds a SLURM cluster as root (make test-cluster),
+# Left out of both: `slow` takes minutes (make test-slow), `cluster` builds a SLURM cluster as root (make test-cluster),
 # `gpu` needs an accelerator (pytest -m gpu on a machine that has one).
+QUICK := not slow and not cluster and not gpu and not real and not browser
 test: $(STAMP)  ## the quick tests
-	$(WITHIN) python -m pytest -n 2 --dist loadfile -m "not slow and not cluster and not gpu and not real and not browser"
+	$(WITHIN) python -m pytest -n 2 --dist loadfile -m "not long and $(QUICK)"
+
+test-long: $(STAMP)  ## the tests that train cells, draw pages or start many processes: a quarter of an hour
+	$(WITHIN) python -m pytest -n 2 --dist loadfile -m "long and $(QUICK)"
 
 # A result that is there counts as done: what changed runs again.
 test-modes: $(STAMP)  ## the small configuration of every mode (.test/), to .test/results/<mode>/report.html
@@ -77,7 +81,7 @@ screenshot:  ## docs/report.png from results/report.html, after make report and 
 
 # In two processes, as `make test`; what runs in processes that the tests start is not counted.
 coverage: $(STAMP)  ## the lines of kvpipe/ that the quick tests run; WHERE=tests/align for some of them
-	$(WITHIN) python -m pytest -n 2 --dist loadfile -m "not slow and not cluster and not gpu and not real and not browser" --cov=kvpipe --cov-report=term $(WHERE)
+	$(WITHIN) python -m pytest -n 2 --dist loadfile -m "$(QUICK)" --cov=kvpipe --cov-report=term $(WHERE)
 
 test-slow: $(STAMP)  ## the tests that take minutes
 	$(WITHIN) python -m pytest -m "slow and not cluster and not gpu and not real and not browser"

@@ -1,6 +1,7 @@
-"""Shapes in signatures are executed under test; threads and seeds are fixed for every test."""
+"""Shapes in signatures are executed under test; threads and seeds are fixed for every test; which files take long."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -14,6 +15,29 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+LONG = {
+    "cli": "escapes server",
+    "config": "extension",
+    "experiment": "memory",
+    "models": "hub",
+    "report": "report",
+    "stats": "tables",
+    "steps": "cells direct preflight swap",
+    "train": "checkpoint export online shard three_teachers trainer whole_batch",
+    "workflow": "submission workflow",
+}
+"""Folder → files that train whole cells, draw whole pages or start many processes: `make test-long`. They take two thirds of
+the time of all tests."""
+
+
+def pytest_collection_modifyitems(items):
+    here = Path(__file__).parent
+    files = {here / folder / f"test_{name}.py" for folder, names in LONG.items() for name in names.split()}
+    for item in items:
+        if item.path in files:
+            item.add_marker(pytest.mark.long)
 
 
 @pytest.fixture(autouse=True)
