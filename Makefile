@@ -57,12 +57,12 @@ report: $(STAMP)  ## the embedded experiment, to results/report.html
 
 # Left out of both: `slow` takes minutes (make test-slow), `cluster` builds a SLURM cluster as root (make test-cluster),
 # `gpu` needs an accelerator (pytest -m gpu on a machine that has one).
-QUICK := not slow and not cluster and not gpu and not real and not browser
+ANYWHERE := not cluster and not gpu and not real and not browser
 test: $(STAMP)  ## the quick tests
-	$(WITHIN) python -m pytest -n 2 --dist loadfile -m "not long and $(QUICK)"
+	$(WITHIN) python -m pytest -n 2 --dist loadfile -m "not long and not slow and $(ANYWHERE)"
 
 test-long: $(STAMP)  ## the tests that train cells, draw pages or start many processes: a quarter of an hour
-	$(WITHIN) python -m pytest -n 2 --dist loadfile -m "long and $(QUICK)"
+	$(WITHIN) python -m pytest -n 2 --dist loadfile -m "long and not slow and $(ANYWHERE)"
 
 # A result that is there counts as done: what changed runs again.
 test-modes: $(STAMP)  ## the small configuration of every mode (.test/), to .test/results/<mode>/report.html
@@ -81,10 +81,10 @@ screenshot:  ## docs/report.png from results/report.html, after make report and 
 
 # In two processes, as `make test`; what runs in processes that the tests start is not counted.
 coverage: $(STAMP)  ## the lines of kvpipe/ that the quick tests run; WHERE=tests/align for some of them
-	$(WITHIN) python -m pytest -n 2 --dist loadfile -m "$(QUICK)" --cov=kvpipe --cov-report=term $(WHERE)
+	$(WITHIN) python -m pytest -n 2 --dist loadfile -m "not slow and $(ANYWHERE)" --cov=kvpipe --cov-report=term $(WHERE)
 
 test-slow: $(STAMP)  ## the tests that take minutes
-	$(WITHIN) python -m pytest -m "slow and not cluster and not gpu and not real and not browser"
+	$(WITHIN) python -m pytest -m "slow and $(ANYWHERE)"
 
 # The extra lowers a locked package (python-dateutil), so it gets an environment of its own, laid over .venv by a .pth file.
 LM_EVAL := build/lm-eval

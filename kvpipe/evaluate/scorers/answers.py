@@ -168,7 +168,8 @@ def _with_helpers(programs: list[str]) -> str:
     """The last program of a reply, below what earlier ones define and it does not: helpers in a fence of their own. An earlier
     version of the same function is left out."""
     *earlier, last = programs
-    helpers = [part for part in earlier if (names := _defined(part)) and not names & _defined(last)]
+    own = _defined(last)
+    helpers = [part for part in earlier if (names := _defined(part)) and not names & own]
     return "\n".join([*helpers, last])
 
 
