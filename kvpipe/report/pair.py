@@ -50,14 +50,14 @@ def write_pair(
         ValueError: no text, or none that both tokenizers can be followed on.
     """
     found = compare_tokenizers(*tokenizers, texts)
-    worst = found.worst(WORST)
+    worst, answer = found.worst(WORST), first_sentence(found, mode)
     shown = {
         "title": f"{names[0]} and {names[1]}",
         "sections": {"answer": "The answer", "targets": "Targets", "tokenizers": "Tokenizers", "worst": "Worst texts"},
         "roles": [],
         "names": names,
         "mode": mode,
-        "answer": first_sentence(found, mode),
+        "answer": answer,
         "example": worst[0],
         "figures": {"alignment": inline(draw_alignment(*tokenizers, worst[0].text, mode), "Tokens of one text")},
         "tables": {
@@ -69,7 +69,7 @@ def write_pair(
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, filled("pair.html", shown))
-    return first_sentence(found, mode)
+    return answer
 
 
 def first_sentence(found: Compared, mode: Mode) -> str:

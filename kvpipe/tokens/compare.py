@@ -186,7 +186,8 @@ def _aligned(place: str, text: str, src: Tokens, dst: Tokens) -> AlignedText:
     has_bytes = dst_spans[:, 1] > dst_spans[:, 0]
     tokens = int(has_bytes.sum())
     src_text = src_spans[src_spans[:, 1] > src_spans[:, 0]]
-    row, col, _ = _entries(src, dst, "iou")
+    entries = {mode: _entries(src, dst, mode) for mode in MODES}
+    row, col, _ = entries["iou"]
     common = np.minimum(src_spans[col, 1], dst_spans[row, 1]) - np.maximum(src_spans[col, 0], dst_spans[row, 0])
     union = np.maximum(src_spans[col, 1], dst_spans[row, 1]) - np.minimum(src_spans[col, 0], dst_spans[row, 0])
     iou = common / union  # equal quotients of integers are equal in double precision
@@ -201,22 +202,25 @@ def _aligned(place: str, text: str, src: Tokens, dst: Tokens) -> AlignedText:
         same=int((best[has_bytes] == 1).sum()),
         ties=int((winners > 1).sum()),
         iou=float(best[has_bytes].mean()) if tokens else 1.0,
-        modes={mode: _counted(src, dst, mode, tokens) for mode in MODES},
+        modes={mode: _counted(src, dst, entries[mode], tokens) for mode in MODES},
     )
 
 
-def _entries(src: Tokens, dst: Tokens, mode: Mode) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+_Entries = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def _entries(src: Tokens, dst: Tokens, mode: Mode) -> _Entries:
     """(student token, teacher token, weight) of every entry of the overlap, by student token."""
     matrix = overlap(src.spans, dst.spans, mode)
     row = np.repeat(np.arange(len(dst.ids)), np.diff(matrix.crow_indices().numpy()))
     return row, matrix.col_indices().numpy(), matrix.values().numpy()
 
 
-def _counted(src: Tokens, dst: Tokens, mode: Mode, tokens: int) -> Alignment:
-    row, col, weight = _entries(src, dst, mode)
+def _counted(src: Tokens, dst: Tokens, entries: _Entries, tokens: int) -> Alignment:
+    row, col, weight = entries
     src_stop, dst_stop = src.spans[:, 1].numpy(), dst.spans[:, 1].numpy()
-    entries = zip(row.tolist(), col.tolist(), weight.round(6).tolist(), strict=True)
-    targets = Counter(tuple(entry[1:] for entry in group) for _, group in groupby(entries, key=itemgetter(0)))
+    listed = zip(row.tolist(), col.tolist(), weight.round(6).tolist(), strict=True)
+    targets = Counter(tuple(entry[1:] for entry in group) for _, group in groupby(listed, key=itemgetter(0)))
     return Alignment(
         tokens=tokens,
         targets=targets.total(),
