@@ -30,6 +30,7 @@ from kvpipe.experiment.files import GB, content_digest, read_json, verify, write
 from kvpipe.experiment.paths import INDEX
 from kvpipe.experiment.progress import Progress
 from kvpipe.experiment.sizes import estimate_bytes as estimate_bytes
+from kvpipe.experiment.sizes import shape
 
 VERSION = 3
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
@@ -131,6 +132,14 @@ def check_budget(config: StoreConfig, teacher: str, need: int, folder: Path) -> 
         )
 
 
+def size(key: StoreKey, config: StoreConfig, model_config: Any, rows: int, layers: int | None = None) -> int:
+    """Estimated bytes of a store for `rows` tokens, with so many layers instead of the key's."""
+    found = shape(model_config.to_dict())
+    states = found.hidden * (key.states + len(key.hidden)) if found is not None else 0
+    layers = len(key.layers) if layers is None else layers
+    return estimate_bytes(config, kv_geometry(model_config), layers, rows, key.top_logits, states)
+
+
 def shard_bounds(examples: int, shards: int, shard: int) -> tuple[int, int]:
     """First and last-plus-one example of a shard: near-equal consecutive parts."""
     if not 0 <= shard < shards:
@@ -160,10 +169,9 @@ def build_shard(
         slice(0, FIDELITY_ROWS),
         1.0,
     )
-    geometry = kv_geometry(model.config)
     said = [
-        f"{estimate_bytes(config, geometry, layers, int(offsets[-1]), key.top_logits) / GB:.3f} GB for {layers} layers"
-        for layers in sorted({len(key.layers), geometry.layers})
+        f"{size(key, config, model.config, int(offsets[-1]), layers) / GB:.3f} GB for {layers} layers"
+        for layers in sorted({len(key.layers), kv_geometry(model.config).layers})
     ]
     print(f"{path}: {offsets[-1]:,} tokens, layers {list(key.layers)}; {', '.join(said)}", flush=True)
     try:

@@ -32,6 +32,10 @@ class ScheduleConfig(Section):
         return self
 
 
+NATS = frozenset({"nll", "teacher_losses", "span_losses"})
+"""Needs that are the teacher's nats of every token."""
+
+
 class TermSettings(Section):
     """What every term has."""
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import psutil
 
+from kvpipe.config import GENERATED
 from kvpipe.doctor.finding import FAIL, OK, WARNING, Finding
 from kvpipe.doctor.look import nvidia
 from kvpipe.doctor.workload import Workload
@@ -98,13 +99,15 @@ def needs(work: Workload, gpus: Callable[[str], int]) -> Iterator[Need]:
     yield from _fits(work, student, process)
     new = max(scoring.max_new_tokens for scoring in (work.config.evaluate, *work.config.evaluate.tasks.values()))
     at_once = work.config.evaluate.batch_size * (work.longest(work.config.student) + new)
-    scored = scoring_bytes(student, at_once)
+    tasks = {task for source in work.config.data.sources for task in source.task_names}
+    grown = any(work.config.evaluate.of(task).scorer in GENERATED for task in tasks)
+    scored = scoring_bytes(student, at_once, cached=grown)
     for rule in ("evaluate", "untrained", "lm_eval"):
         about = f"{work.config.evaluate.batch_size} texts side by side"
         yield Need(rule, f"scoring ({rule})", about, process(rule) + scored, scored, "a lower evaluate.batch_size")
     judged = [shape for name in work.dag.judged_teachers if (shape := work.shape(name))]
     if judged:
-        scored = max(scoring_bytes(shape, at_once) for shape in judged)
+        scored = max(scoring_bytes(shape, at_once, cached=grown) for shape in judged)
         rule, whole_host = "teacher_quality", process("teacher_quality") + scored
         yield Need(
             rule, "scoring (teacher_quality)", "the largest teacher", whole_host, scored, "a lower evaluate.batch_size"

@@ -23,6 +23,7 @@ from kvpipe.config import (
     Reading,
     ScratchModel,
 )
+from kvpipe.config.terms import NATS
 from kvpipe.experiment.paths import SPLITS, Paths
 from kvpipe.experiment.plan import Dag
 from kvpipe.experiment.sizes import Shape, count_parameters, estimate_bytes, shape, teacher_pass_bytes
@@ -176,8 +177,9 @@ class Workload:
         found = self.shape(teacher)
         if found is None or not self.examples:
             return None
-        rows, config = self.tokens(teacher, reading), self.config.store
-        return estimate_bytes(config, found.geometry, self.stored_layers(teacher), rows, config.top_logits)
+        rows, config, needs = self.tokens(teacher, reading), self.config.store, self.dag.store_needs(teacher, reading)
+        states, top = found.hidden * len(needs & {"states", "hidden"}), config.top_logits * ("top_logits" in needs)
+        return estimate_bytes(config, found.geometry, self.stored_layers(teacher), rows, top, states)
 
     def loading(self, name: str) -> Loading:
         """How a model's weights are loaded."""
@@ -194,8 +196,9 @@ class Workload:
         load = self.loading(teacher)
         # weights arrive in the host's memory before they are quantized
         width = QUANTIZED.get(load.quantize if on_gpu else "none", 4.0 if load.dtype == "fp32" else 2.0)
-        need = teacher_pass_bytes(found, self.stored_layers(teacher), self.longest(teacher, reading), width, on_gpu)
-        return round(need)
+        head = bool(self.dag.store_needs(teacher, reading) & (NATS | {"top_logits"}))
+        layers, longest = self.stored_layers(teacher), self.longest(teacher, reading)
+        return round(teacher_pass_bytes(found, layers, longest, width, on_gpu, head=head))
 
 
 def data_files(source: FileData) -> dict[str, Path]:

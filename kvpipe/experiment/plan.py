@@ -52,6 +52,11 @@ class Dag:
         """Arms that learn from a model."""
         return [name for name, arm in self.arms.items() if teacher in arm.teachers]
 
+    def store_needs(self, teacher: str, reading: str) -> frozenset[str]:
+        """What arms need of a teacher that reads the student's text or another."""
+        arms = [self.arms[name] for name in self.arms_of(teacher)]
+        return frozenset().union(*(arm.needs for arm in arms if arm.time.text == reading))
+
     def arm(self, name: str) -> Arm:
         """A resolved arm.
 

@@ -15,11 +15,14 @@ from kvpipe.config import StoreConfig, TrainConfig
 BYTES = {"bf16": 2, "fp16": 2, "int8": 1}
 
 
-def estimate_bytes(config: StoreConfig, geometry: tuple[int, int, int], layers: int, rows: int, top: int) -> int:
-    """Bytes of a store: keys and values of `layers` layers for `rows` tokens, int8 scales, spans and top logits."""
+def estimate_bytes(
+    config: StoreConfig, geometry: tuple[int, int, int], layers: int, rows: int, top: int, states: int = 0
+) -> int:
+    """Bytes of a store: keys and values of `layers` layers for `rows` tokens, int8 scales, spans, top logits, and so many
+    numbers of hidden and final states a token."""
     _, heads, dim = geometry
     per_head = dim * BYTES[config.dtype] + (2 if config.dtype == "int8" else 0)
-    return rows * (2 * layers * heads * per_head + 16 + top * 6)
+    return rows * (2 * layers * heads * per_head + 16 + top * 6 + 2 * states)
 
 
 CPU_INFO = Path("/proc/cpuinfo")
@@ -230,7 +233,13 @@ def batch_numbers(teacher: Shape, layers: int) -> int:
 
 
 def teacher_pass_bytes(
-    teacher: Shape, layers: int, longest: int, width: float = 4.0, gpu: bool = False, read: float = 0.0
+    teacher: Shape,
+    layers: int,
+    longest: int,
+    width: float = 4.0,
+    gpu: bool = False,
+    read: float = 0.0,
+    head: bool = True,
 ) -> float:
     """Memory of building a shard of any size, the process itself aside: the teacher in `width` bytes a weight, one batch and
     a piece of its logits.
@@ -242,10 +251,12 @@ def teacher_pass_bytes(
         width: bytes of a weight, and of an activation where it is 2 or more.
         gpu: where the teacher is.
         read: bytes of a weight in its files, which are mapped while they are read.
+        head: whether anything of the logits is kept.
     """
     kind, each = ("cuda" if gpu else "cpu"), max(2.0, width) * batch_numbers(teacher, layers)
     batch = max(min(ROOM[kind], MOST[kind] * each), longest * each)
-    return SLACK * ((width + read) * teacher.parameters + batch + PIECE_BYTES * min(PIECE, longest * teacher.vocab))
+    piece = PIECE_BYTES * min(PIECE, longest * teacher.vocab) if head else 0.0
+    return SLACK * ((width + read) * teacher.parameters + batch + piece)
 
 
 def rows_bytes(teachers: list[tuple[Shape, int]], student: Shape, rows: int) -> float:

@@ -18,7 +18,7 @@ from kvpipe.cache.capture import kv_geometry
 from kvpipe.cache.store import Store, StoreKey
 from kvpipe.cache.teacher import AlignedTeacher, LiveRows, StoredRows
 from kvpipe.config import Arm, Config, ConfigError, Reading, ScratchModel
-from kvpipe.config.terms import HiddenConfig
+from kvpipe.config.terms import NATS, HiddenConfig
 from kvpipe.data.encoding import Encoding, load_encoding
 from kvpipe.data.records import Record, read_as, read_records
 from kvpipe.distill.terms import teacher_layers
@@ -183,7 +183,7 @@ class Inputs(Work):
 
     def store_key(self, teacher: str, reading: str) -> StoreKey:
         """What a store's content depends on."""
-        needs = frozenset().union(*(arm.needs for arm in self._arms_of(teacher, reading)))
+        needs = self.dag.store_needs(teacher, reading)
         return StoreKey(
             model=manifest_hash(self.paths.model(teacher)),
             data=content_digest(self.paths.encoding(teacher, "train", reading)),
@@ -192,7 +192,7 @@ class Inputs(Work):
             dtype=self.config.store.dtype,
             top_logits=self.config.store.top_logits if "top_logits" in needs else 0,
             shards=self.config.store.shards,
-            nll=bool(needs & {"nll", "teacher_losses", "span_losses"}),
+            nll=bool(needs & NATS),
             states="states" in needs,
             hidden=self.stored_hidden(teacher, reading),
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from kvpipe.cache import store
-from kvpipe.cache.capture import kv_geometry
 from kvpipe.experiment.outofmemory import explained
 from kvpipe.steps.inputs import Inputs
 
@@ -16,9 +15,7 @@ def make_shard(inputs: Inputs, teacher: str, reading: str, shard: str) -> None:
     key = inputs.store_key(teacher, reading)
     path = inputs.paths.shard(teacher, reading, shard)
     path.parent.mkdir(parents=True, exist_ok=True)
-    need = store.estimate_bytes(
-        config, kv_geometry(inputs.model_config(teacher)), len(key.layers), len(encoding.ids), key.top_logits
-    )
+    need = store.size(key, config, inputs.model_config(teacher), len(encoding.ids))
     store.check_budget(config, teacher, need, path.parent)
     with explained(f"running {teacher}", config):
         model, pad_id = inputs.teacher_model(teacher), inputs.tokenizer(teacher).pad_token_id

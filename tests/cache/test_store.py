@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny import encoded
 
 from kvpipe.cache import forward, store
-from kvpipe.cache.capture import capture, kv_geometry
+from kvpipe.cache.capture import capture
 from kvpipe.cache.forward import Keep, forward_rows, next_tokens
 from kvpipe.cache.rowfile import RowFile
 from kvpipe.cache.store import Store, StoreKey, attention_cosine, pack, shard_bounds, unpack, write_index
@@ -103,12 +103,10 @@ def test_attention_cosine_is_one_for_the_same_cache_and_less_for_another():
 
 
 def test_the_estimate_covers_what_is_written(teacher, tmp_path):
-    for dtype in ERROR:
-        key = key_of(dtype)
-        (path,) = build(teacher, tmp_path / dtype, key)
-        geometry = kv_geometry(teacher[0].config)
-        config = StoreConfig(dtype=dtype)
-        need = store.estimate_bytes(config, geometry, len(key.layers), len(teacher[1].ids), TOP)
+    keys = [key_of(dtype) for dtype in ERROR] + [key_of("int8", states=True, hidden=(1, 3), top_logits=0)]
+    for number, key in enumerate(keys):
+        (path,) = build(teacher, tmp_path / str(number), key)
+        need = store.size(key, StoreConfig(dtype=key.dtype), teacher[0].config, len(teacher[1].ids))
         assert 0.8 * need < path.stat().st_size < need + 10_000
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 
 from kvpipe.train.trainer import peak_memory
 
@@ -53,6 +54,8 @@ def alone(function: Callable[..., Any], *arguments: Any) -> Any:
     if (child := os.fork()) == 0:
         status = 1
         try:
+            # what the parent trained, in whatever precision, holds for nothing here
+            AcceleratorState._reset_state(reset_partial_state=True)
             os.close(read)
             with os.fdopen(write, "w") as out:
                 json.dump(function(*arguments), out)

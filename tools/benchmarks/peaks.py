@@ -22,6 +22,7 @@ from kvpipe.doctor.memory import needs
 from kvpipe.doctor.workload import Workload
 from kvpipe.experiment.device import resolve_device
 from kvpipe.experiment.files import GB
+from kvpipe.experiment.sizes import SCORED
 from kvpipe.steps.evaluate import score_untrained
 from kvpipe.steps.make import make, run
 
@@ -49,7 +50,7 @@ def announced(root: Path) -> dict[str, float]:
 def build(root: Path, student: Architecture, teacher: Architecture) -> None:
     """Models, texts and tokens."""
     settings = {"train.batch_size": 8, "train.hold_targets_gb": 0, "train.precision": "auto"}
-    work = made(root, Sizes(student, [teacher], 144, 24, {"matched": ARM}, settings))
+    work = made(root, Sizes(student, [teacher], 144, 24, {"matched": ARM}, settings, test=SCORED // 144))
     files = [path for name in ("data", "model", "encode") for path in work.steps[name].files()]
     make(work, files, log=lambda *_: None)
 

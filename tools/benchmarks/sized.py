@@ -65,6 +65,8 @@ class Sizes:
     arms: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     """Dotted keys of the configuration."""
+    test: int | None = None
+    """Texts of the test split; none takes a tenth of `texts`."""
 
 
 def save(folder: Path, architecture: Architecture, seed: int) -> None:
@@ -99,8 +101,7 @@ def values(root: Path, sizes: Sizes) -> dict[str, Any]:
     }  # fmt: skip
 
 
-PARTS = {"train": 1.0, "validation": 0.1, "test": 0.1}
-"""Split → share of the texts."""
+PARTS = ("train", "validation", "test")
 
 
 def made(root: Path, sizes: Sizes) -> Inputs:
@@ -111,9 +112,10 @@ def made(root: Path, sizes: Sizes) -> Inputs:
     ):
         save(root / name, architecture, seed)
     rng = np.random.default_rng(0)
-    for part, share in PARTS.items():
+    few = max(2, sizes.texts // 10)
+    for part, texts in zip(PARTS, (sizes.texts, few, sizes.test or few), strict=True):
         lines = []
-        for _ in range(max(2, round(share * sizes.texts))):
+        for _ in range(texts):
             letters = "".join(rng.choice(list(string.ascii_lowercase), sizes.tokens))
             cut = sizes.tokens // 8
             lines.append({"prompt": letters[:cut], "reasoning": letters[cut:-cut], "answer": letters[-cut:]})
