@@ -1,4 +1,4 @@
-"""The whole path at real shapes: `python tools/real_shapes.py FOLDER` prints the transcript of docs/models.md.
+"""The whole path at real shapes: `python tools/real_shapes.py FOLDER` prints its transcript and times.
 
 A hub on the loopback serves models with random weights in the geometry of Qwen2-7B, Llama-3-8B and TinyLlama-1.1B, one
 layer deep (two for the student), and GSM8K and MBPP in their schemas with invented rows. `config/hpc.yaml` runs against it
