@@ -111,7 +111,7 @@ def code_hash(module: str) -> str:
     """
     seen = sha256()
     for name in sorted(reachable(module)):
-        seen.update(f"{name}\n{_normalised(_source(name))}\n".encode())
+        seen.update(f"{name}\n{_read(_source(name))[1]}\n".encode())
         for path in sorted(_path(name).parent.glob("*.html")) if name.startswith("kvpipe.report") else ():
             seen.update(path.read_bytes())
     return seen.hexdigest()[:16]
@@ -131,18 +131,9 @@ def reachable(module: str) -> frozenset[str]:
     return frozenset(found)
 
 
-@cache
 def imports(module: str) -> frozenset[str]:
     """Modules of kvpipe that a module imports, at its top or inside functions."""
-    out: set[str] = set()
-    for node in ast.walk(ast.parse(_source(module))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kvpipe"):
-            for alias in node.names:
-                child = f"{node.module}.{alias.name}"
-                out.add(child if _exists(child) else str(node.module))
-        elif isinstance(node, ast.Import):
-            out.update(alias.name for alias in node.names if alias.name.startswith("kvpipe"))
-    return frozenset(out)
+    return _read(_source(module))[0]
 
 
 def modules() -> list[str]:
@@ -168,13 +159,23 @@ def _source(module: str) -> str:
 
 
 @cache  # most modules are reachable from several steps
-def _normalised(source: str) -> str:
-    tree = ast.parse(source)
+def _read(source: str) -> tuple[frozenset[str], str]:
+    """Modules of kvpipe that a source imports, and the source without comments and docstrings.
+
+    Parsed and walked once for both: of a call of Snakemake that finds nothing to do this is the longest part.
+    """
+    tree, found = ast.parse(source), set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kvpipe"):
+            for alias in node.names:
+                child = f"{node.module}.{alias.name}"
+                found.add(child if _exists(child) else str(node.module))
+        elif isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names if alias.name.startswith("kvpipe"))
+        elif isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             # strings that stand alone are documentation, of the whole or of the line above
             node.body = [s for s in node.body if not _is_string(s)] or [ast.Pass()]
-    return ast.unparse(tree)
+    return frozenset(found), ast.unparse(tree)
 
 
 def _is_string(node: ast.stmt) -> bool:
