@@ -96,7 +96,7 @@ def read_table(path: Path, fix: str, columns: Iterable[str] = ()) -> pd.DataFram
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file; an older file stays until the new one is complete.
+    """Write a safetensors file; an older file stays until the new one is complete. The same content gives the same bytes.
 
     Raises:
         OSError: the disk is full or refuses; names the file.
@@ -109,7 +109,21 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
         except SafetensorError as error:  # the library's own for a full disk
             raise OSError(str(error)) from error
+        _sort_metadata(partial)
         set_mode(partial)
+
+
+def _sort_metadata(path: Path) -> None:
+    """The library writes metadata in an order that differs from process to process."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        if len(header.get("__metadata__", {})) > 1:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+            if len(text) <= length:  # a character that the library escapes otherwise may take more
+                file.seek(8)
+                file.write(text.ljust(length))
 
 
 def set_mode(*paths: Path) -> None:

@@ -36,6 +36,13 @@ def _record(step: Step, job: dict[str, str]) -> Path:
     return step.paths.made(next(iter(step.makes(**job).values())))
 
 
+def _name(path: Path, root: Path) -> str:
+    """Of a file below the results as seen from there: they may be moved, and be given by a path of another form."""
+    whole, above = path.resolve(), root.resolve()
+    return str(whole.relative_to(above) if whole.is_relative_to(above) else path)
+
+
 def _origin(step: Step, job: dict[str, str]) -> dict[str, Any]:
-    inputs = {str(path): content_digest(path) for path in (*step.needs(**job), *step.sources(**job))}
+    files = (*step.needs(**job), *step.sources(**job))
+    inputs = {_name(path, step.paths.root): content_digest(path) for path in files}
     return {"settings": json.loads(step.depends(**job)), "code": code_hash(step.hashed), **inputs}

@@ -1,5 +1,6 @@
 """Files appear whole or not at all, with the mode of the umask."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from kvpipe.data.records import Record, write_records
@@ -44,6 +46,18 @@ def test_a_file_that_cannot_be_written_is_named_and_the_older_one_stays(tmp_path
     with pytest.raises(OSError, match=r"x\.safetensors"):
         save_tensors({"a": torch.ones(3)}, path)
     assert torch.equal(load_file(path)["a"], torch.zeros(3))
+
+
+def test_the_metadata_of_tensors_is_sorted(tmp_path):
+    """The library's own order differs from call to call."""
+    path, words = tmp_path / "x.safetensors", dict.fromkeys("gbfcaed", 'é\n"\t' * 3)
+    save_tensors({"b": torch.arange(3), "a": torch.ones(2, 2)}, path, words)
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == words
+    assert torch.equal(load_file(path)["b"], torch.arange(3))
+    with path.open("rb") as raw:
+        header = json.loads(raw.read(int.from_bytes(raw.read(8), "little")))
+    assert list(header["__metadata__"]) == sorted(words)
 
 
 def test_json_that_cannot_be_written_leaves_the_older_file_and_nothing_beside_it(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -13,6 +14,7 @@ from kvpipe.align.layermap import layer_plan
 from kvpipe.cache.store import Store
 from kvpipe.config import Config, LayerConfig
 from kvpipe.experiment.files import content_digest
+from kvpipe.experiment.paths import Paths
 from kvpipe.models.folders import load_model, load_tokenizer
 from kvpipe.report.status import cell as cell_of
 from kvpipe.steps.inputs import Inputs
@@ -75,6 +77,16 @@ def retrained(folder):
 
 def test_nothing_changed_makes_nothing(work):
     assert again(work) == set()
+
+
+def test_results_that_are_named_otherwise_or_moved_are_as_they_were(work, monkeypatch):
+    root = work.paths.root
+    monkeypatch.chdir(root.parent)
+    said: list[str] = []
+    prepare(Inputs(work.config, Paths(Path(root.name))), "mine", log=said.append)
+    shutil.copytree(root, root.parent / "moved")
+    prepare(Inputs(work.config, Paths(root.parent / "moved")), "mine", log=said.append)
+    assert said == []
 
 
 def test_other_data_make_all_that_reads_them(work):

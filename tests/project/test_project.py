@@ -135,7 +135,8 @@ def installed(tmp_path_factory):
     (wheel,) = (folder / "dist").glob("*.whl")
     run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], folder)
     (site,) = (folder / "venv/lib").glob("python3*/site-packages")
-    (site / "here.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    # that environment lists the cluster's doctor, whose own .pth file counts there alone
+    (site / "here.pth").write_text(f"{sysconfig.get_path('purelib')}\n{ROOT / 'plugins/cluster'}\n")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", folder / "venv/bin/python"]
     pip += ["install", "--no-index", "--constraint", ROOT / "requirements.lock"]
     # without --no-deps: every requirement must be met by what the lock names

@@ -24,6 +24,7 @@ from kvpipe.experiment.device import resolve_device
 from kvpipe.experiment.files import GB
 from kvpipe.experiment.sizes import SCORED
 from kvpipe.steps.evaluate import score_untrained
+from kvpipe.steps.inputs import Inputs
 from kvpipe.steps.make import make, run
 
 OUT = Path(__file__).parents[2] / "docs" / "figures"
@@ -47,10 +48,15 @@ def announced(root: Path) -> dict[str, float]:
     return {need.rule: need.host for need in needs(Workload(work.config, work.paths), lambda rule: 0)}
 
 
-def build(root: Path, student: Architecture, teacher: Architecture) -> None:
-    """Models, texts and tokens."""
+def experiment(root: Path, student: Architecture, teacher: Architecture) -> Inputs:
+    """Models and texts: enough of them to score that a batch is full."""
     settings = {"train.batch_size": 8, "train.hold_targets_gb": 0, "train.precision": "auto"}
-    work = made(root, Sizes(student, [teacher], 144, 24, {"matched": ARM}, settings, test=SCORED // 144))
+    return made(root, Sizes(student, [teacher], 144, 24, {"matched": ARM}, settings, test=SCORED // 144))
+
+
+def build(root: Path, student: Architecture, teacher: Architecture) -> None:
+    """The experiment, and its tokens."""
+    work = experiment(root, student, teacher)
     files = [path for name in ("data", "model", "encode") for path in work.steps[name].files()]
     make(work, files, log=lambda *_: None)
 
