@@ -26,10 +26,14 @@ def record_of(checkpoints: Path) -> Path:
 class Attempt:
     """This process's part of the record."""
 
+    first = True
+    """Of the cells that this process trains, one after the other."""
+
     def __init__(self, checkpoints: Path, device: str, processes: int):
         self.file = record_of(checkpoints)
         # from the beginning of the process: loading models occupies a GPU as well
-        self.start = psutil.Process().create_time()
+        self.start = psutil.Process().create_time() if Attempt.first else time.time()
+        Attempt.first = False
         self.fixed = {"attempt": f"{os.getpid()}@{self.start:.2f}", "device": device, "processes": processes}
 
     def note(self, peak_memory: int) -> None:

@@ -27,7 +27,7 @@ from kvpipe.train.card import write_card
 from kvpipe.train.cell import Cell, budget, freeze
 from kvpipe.train.export import export
 from kvpipe.train.lora import adapted, check_lora
-from kvpipe.train.trainer import Trained, check_settings, peak_memory, set_up, stoppable, train
+from kvpipe.train.trainer import Trained, check_settings, forget_peak, peak_memory, set_up, stoppable, train
 
 
 def make_cell(
@@ -103,6 +103,7 @@ def train_cell(inputs: Inputs, arm: str, seed: int, out: Path, checkpoints: Path
 
 def _train_cell(inputs: Inputs, arm: str, seed: int, out: Path, checkpoints: Path, log) -> None:
     attempt = attempts.Attempt(checkpoints, resolve_device(inputs.config.train.device), group_size(os.environ))
+    forget_peak(torch.device(resolve_device(inputs.config.train.device)))
     with stoppable(log) as stop:
         cell = load_cell(inputs, arm, seed, log)
         trained = train(cell, checkpoints, attempt, stop, log)

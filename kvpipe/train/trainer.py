@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -438,8 +438,16 @@ class Loop:
         return found.step
 
 
+def forget_peak(device: torch.device) -> None:
+    """Let `peak_memory` count from now: of what this process did before, another cell perhaps, nothing."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):  # not on Linux, or a kernel that refuses
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the accelerator's peak allocation, or the process's peak resident set on a CPU.
+    """Bytes: the accelerator's peak allocation, or the process's peak resident set on a CPU, since `forget_peak`.
 
     On Linux from the kernel's own high-water mark: `ru_maxrss` also remembers what a larger parent held before exec.
     """

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from copy import deepcopy
 from pathlib import Path
 
@@ -26,7 +27,9 @@ def done(tmp_path_factory):
     """All cells of two arms, made and kept; and every line that was said."""
     folder = tmp_path_factory.mktemp("cells")
     kept, said = KeptCells(build(folder, deepcopy(SMALL)), folder / "kept"), []
+    begun = time.monotonic()
     assert run_cells(kept, CELLS, True, None, said.append) == 0
+    (folder / "seconds").write_text(str(time.monotonic() - begun))
     return kept, said, folder
 
 
@@ -45,6 +48,14 @@ def test_a_kept_cell_is_text_and_small(done):
         files = sorted(kept.folder_of(*cell).iterdir())
         assert [path.name for path in files] == ["cost.json", "history.jsonl", ITEMS, MADE]
         assert sum(path.stat().st_size for path in files) < LIMIT and all(path.read_text("utf-8") for path in files)
+
+
+def test_a_cell_costs_what_it_took_itself(done):
+    """Not what its process did before it."""
+    kept, _, folder = done
+    later = [json.loads((kept.folder_of(*cell) / "cost.json").read_text("utf-8")) for cell in CELLS[1:]]
+    assert 0 < sum(cost["wall_seconds"] for cost in later) < float((folder / "seconds").read_text())
+    assert all(cost["wall_seconds"] >= cost["train_seconds"] for cost in later)
 
 
 def test_statistics_without_weights_are_those_with_them(done, tmp_path):
