@@ -289,8 +289,12 @@ class Store:
         try:
             self.layers: tuple[int, ...] = tuple(self.index["key"]["layers"])
             listed = [(folder / entry["file"], entry["bytes"], entry["sha256"]) for entry in self.index["shards"]]
-        except (KeyError, TypeError) as error:
+        except KeyError as error:
             raise ValueError(f"{index_path} is damaged (no {error}): {fix}") from None
+        except TypeError:
+            listed = []
+        if not listed:
+            raise ValueError(f"{index_path} is damaged (no list of shards): {fix}")
         for path, size, _ in listed:  # said at once, before gigabytes are read
             if not path.is_file() or path.stat().st_size != size:
                 raise ValueError(f"{path} is missing or truncated: {fix}")

@@ -92,6 +92,16 @@ class _OneOfEach(yaml.SafeLoader):
         _bounded(node)
         return node
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """The value of a node; what PyYAML says of one that is no date, number or truth value names no line."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, AttributeError) as error:
+            kind, value = node.tag.rpartition(":")[2], str(node.value)
+            value = value if len(value) <= 60 else f"{value[:57]}…"
+            problem = f"{value!r} is no {kind}" + (f": {error}" if isinstance(error, ValueError) else "")
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from None
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         """The mapping; what `<<` brings in may be given anew."""
         seen: dict[Any, yaml.Node] = {}
@@ -116,6 +126,10 @@ def _yaml(text: str, origin: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         said = getattr(error, "problem", None) or " ".join(str(error).split())
+        if isinstance(error, yaml.reader.ReaderError):
+            where = f", line {text.count(chr(10), 0, error.position) + 1}"
+            code = ord(error.character) if isinstance(error.character, str) else error.character
+            said = f"the character U+{code:04X} may not stand in it"
         raise ConfigError(f"{origin}{where}: not valid YAML: {said}") from None
 
 
@@ -179,5 +193,5 @@ def overridden(overrides: Sequence[str] | None) -> dict[str, Any]:
         key, equals, value = item.partition("=")
         if not equals:
             raise ConfigError(f"--set {item!r}: expected dotted.key=value")
-        pairs[key] = _yaml(value, f"--set {item!r}")
+        pairs[key] = _yaml(value, f"--set {item if len(item) <= 80 else item[:77] + '…'!r}")
     return pairs

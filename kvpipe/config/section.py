@@ -37,7 +37,7 @@ def expression(text: str) -> re.Pattern[str]:
 
 NUMBER = BeforeValidator(_number)
 Expression = Annotated[str, AfterValidator(lambda text: expression(text).pattern)]
-NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"
 Name = Annotated[str, Field(pattern=NAME)]
 Flag = Annotated[bool, BeforeValidator(_truth)]
 Fraction = Annotated[float, Field(ge=0, le=1), NUMBER]

@@ -225,7 +225,7 @@ class ScoringConfig(Section):
     """Generation of an example ends after this many tokens at the latest."""
     stop: list[Annotated[str, Field(min_length=1)]] = Field(default=[])
     """Generation of an example ends after any of these strings (and at the end-of-text token)."""
-    answer_pattern: str | list[str] = r"####\s*(.+)"
+    answer_pattern: str | Annotated[list[str], Field(min_length=1)] = r"####\s*(.+)"
     """Regular expression whose first group, last match, is the answer. Of several, the first one that matches."""
     strip: list[str] = Field(default=[",", "$", "%"])
     """Strings removed from both answers before they are compared (`exact` and `number`)."""
@@ -247,6 +247,13 @@ class ScoringConfig(Section):
             if not expression(pattern).groups:
                 raise ValueError(f"{pattern!r} has no group: put the answer's part in parentheses")
         return patterns
+
+    @field_validator("program")
+    @classmethod
+    def _has_the_answer(cls, program: str) -> str:
+        if "{answer}" not in program:
+            raise ValueError(f"{program!r} must have {{answer}} in it: what the model wrote would not be run")
+        return program
 
     @model_validator(mode="after")
     def _windows(self):

@@ -12,7 +12,7 @@ import pandas as pd
 from kvpipe.config import DataConfig, EmbeddedData, FileData, HubData
 from kvpipe.data.corpus import generate
 from kvpipe.data.leakage import duplicates, leaks
-from kvpipe.data.mapping import to_record
+from kvpipe.data.mapping import lookup, to_record
 from kvpipe.data.patterns import time_limit
 from kvpipe.data.records import Record, write_records
 from kvpipe.data.rows import read_rows
@@ -95,11 +95,20 @@ def _records(
     for number, (row, place) in enumerate(zip(found.rows, found.places, strict=True)):
         try:
             with time_limit(f"leave_out: {', '.join(source.leave_out)}"):
-                leave = any(re.search(rule, str(row.get(column, ""))) for column, rule in source.leave_out.items())
+                values = {column: lookup(row, column, "leave_out") for column in source.leave_out}
+                leave = any(
+                    re.search(rule, "" if values[column] is None else str(values[column]))
+                    for column, rule in source.leave_out.items()
+                )
             if leave:
                 left_out.append(place)
                 continue
             records.append(to_record(row, source, f"{source.task}-{split}-{number:05d}"))
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
+    if left_out and not records:
+        raise ValueError(
+            f"data.sources ({source.task}): leave_out leaves none of {len(left_out)} rows of {split} ({left_out[0]} is the "
+            "first that it takes); make its expressions narrower"
+        )
     return records, found.origin | ({"left_out": len(left_out), "rows_left_out": left_out} if left_out else {})

@@ -13,6 +13,12 @@ SHORTEST = 5
 """Words of a question that is searched as a whole; one of fewer words is only compared with whole questions."""
 
 
+_UNSEEN = "[\u00ad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]"
+"""Soft hyphens, joiners, marks of direction: nothing that a reader sees."""
+_SIGN = "[\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+"""Chinese and Japanese: written without spaces, so that every character counts as a word."""
+
+
 class Leak(NamedTuple):
     """One pair of records and why it was found."""
 
@@ -22,10 +28,11 @@ class Leak(NamedTuple):
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, whatever its case, punctuation, white space and Unicode form; signs of arithmetic are words."""
-    plain = unicodedata.normalize("NFKC", text).casefold().replace("\u2212", "-")
+    """The words of a text, whatever its case, punctuation, white space and Unicode form; signs of arithmetic are words, and
+    Chinese and Japanese characters."""
+    plain = re.sub(_UNSEEN, "", unicodedata.normalize("NFKC", text)).casefold().replace("\u2212", "-")
     joined = re.sub(r"(?<=\w)['’.,](?=\w)|(?<=[^\W\d])[-/](?=[^\W\d])", "", plain)  # it's, 1.5, baby-sitting
-    return re.findall(r"[^\W_]+|[+*=<>^&|]|(?<=\s)[-/](?=\s)|(?<=[\w)])[-/](?=\d)", joined)
+    return re.findall(rf"{_SIGN}|(?:(?!{_SIGN})[^\W_])+|[+*=<>^&|]|(?<=\s)[-/](?=\s)|(?<=[\w)])[-/](?=\d)", joined)
 
 
 def ngrams(sequence: list[str], n: int) -> set[int]:

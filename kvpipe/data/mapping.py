@@ -57,14 +57,16 @@ def to_record(row: Mapping[str, Any], source: RowData, name: str) -> Record:
                 fields[field] = re.sub(expression, "", fields[field])
     if "choice" in fields:
         fields["answer"] = _chosen(fields)
-    empty = [f for f, value in fields.items() if f not in MAY_BE_EMPTY and isinstance(value, str) and not value.strip()]
+    empty = [f for f, value in fields.items() if f not in MAY_BE_EMPTY and isinstance(value, str) and _is_blank(value)]
     if empty:
         raise ValueError(f"{empty[0]} is empty")
-    if not any(fields.get(field, "").strip() for field in ("prompt", "reasoning", "answer")):
+    if all(_is_blank(fields.get(field, "")) for field in ("prompt", "reasoning", "answer")):
         raise ValueError("prompt, reasoning and answer are all empty")
     choices = fields.get("choices")
-    if choices is not None and not all(choice.strip() for choice in choices):
-        raise ValueError(f"choice {[bool(choice.strip()) for choice in choices].index(False)} of {choices} is empty")
+    if choices is not None and any(map(_is_blank, choices)):
+        raise ValueError(f"choice {[_is_blank(choice) for choice in choices].index(True)} of {choices} is empty")
+    if choices is not None and len(set(choices)) < len(choices):
+        raise ValueError(f"choice {max(choices, key=choices.count)!r} stands twice in {choices}")
     if choices is not None and fields.get("answer") not in choices:
         raise ValueError(f"answer {fields.get('answer')!r} is none of the choices {choices}")
     return Record(
@@ -78,6 +80,11 @@ def to_record(row: Mapping[str, Any], source: RowData, name: str) -> Record:
         choices=None if choices is None else tuple(choices),
         messages=messages or None,
     )
+
+
+def _is_blank(text: str) -> bool:
+    """Whether there is nothing to be seen: white space, and characters without width."""
+    return not re.sub("[\u00ad\u200b-\u200f\u2060\ufeff]", "", text).strip()
 
 
 def lookup(columns: Mapping[str, Any], path: str, field: str) -> Any:

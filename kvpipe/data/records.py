@@ -117,7 +117,7 @@ def read_records(path: Path) -> list[Record]:
         table = pq.read_table(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: run `kvpipe data`") from None
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}): run `kvpipe data`") from None
     missing = [name for name in SCHEMA.names if name not in (*table.column_names, *OPTIONAL)]
     if missing:

@@ -18,6 +18,8 @@ from kvpipe.config import FileData, HubData
 COMMIT = re.compile(r"[0-9a-f]{40}")
 EXACT = 2.0**53
 """Integers from here on are not exact in double precision."""
+COMPRESSED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ", b"PK\x03\x04")
+"""How files of gzip, zstd, bzip2, xz and zip begin."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,12 @@ def _file(source: FileData, split: str, spec: str) -> SourceRows:
 
 def _table(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     try:
+        names = pq.read_schema(path).names
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"the column {twice[0]!r} stands there twice")
         rows = pq.read_table(path).to_pylist()
-    except pa.ArrowException as error:
+    # of a damaged page, as of a disk, an OSError; dates beyond what Python has are an OverflowError
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: cannot be read as Parquet: {error}") from None
     return rows, [f"{path}, row {number}" for number in range(1, len(rows) + 1)]
 
@@ -90,6 +96,8 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 row = json.loads(text, object_pairs_hook=_once) if text else None
             except UnicodeDecodeError as error:
+                if line.startswith(COMPRESSED) and number == 1:
+                    raise ValueError(f"{path} is compressed; unpack it, and name what is in it") from None
                 raise ValueError(f"{place}: not UTF-8: {error}; save the file as UTF-8") from None
             except json.JSONDecodeError as error:
                 raise ValueError(f"{place}: not valid JSON: {error.msg} at character {error.colno}") from None

@@ -221,6 +221,11 @@ def end_tokens(model, tokenizer) -> list[int] | None:
     """Every token that ends a text: the tokenizer's, and those of the model's generation settings (chat models have more)."""
     own = model.generation_config.eos_token_id
     found = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    if wrong := [token for token in found if not isinstance(token, int)]:
+        raise ValueError(
+            f"{model.name_or_path}: generation_config.json: eos_token_id is {wrong[0]!r}, expected the number of a token, or a "
+            "list of them"
+        )
     return sorted(found) or None
 
 

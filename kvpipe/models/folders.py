@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
@@ -69,6 +72,18 @@ def verify_files(folder: Path, weights: bool = True) -> None:
             verify(folder / name, expected, folder / MANIFEST, fix)
 
 
+@contextmanager
+def _readable(folder: Path, files: str) -> Iterator[None]:
+    """Say of what transformers makes of a value of another type, or a name that it does not know, where that stands."""
+    try:
+        yield
+    except (TypeError, AttributeError, KeyError, ArithmeticError, StrictDataclassError) as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"{folder}: {files} holds a value that transformers cannot use ({said}): use the file that the model was saved with"
+        ) from error
+
+
 def load_tokenizer(folder: Path, trust: bool = False) -> Any:
     """The tokenizer of a model folder; it must be a fast one, since spans come from it.
 
@@ -95,7 +110,9 @@ def load_tokenizer(folder: Path, trust: bool = False) -> Any:
         )
     kind = PreTrainedTokenizerFast if from_file else AutoTokenizer
     try:
-        tokenizer = kind.from_pretrained(folder, trust_remote_code=trust)
+        with _readable(folder, "tokenizer_config.json"):
+            tokenizer = kind.from_pretrained(folder, trust_remote_code=trust)
+            tokenizer("")  # looks at model_max_length
     except (OSError, ValueError):
         if (folder / "tokenizer.json").is_file():
             raise
@@ -132,7 +149,8 @@ def load_config(folder: Path, trust: bool = False) -> Any:
     if problem := no_language_model(read_config(folder)):
         raise ValueError(f"{folder}: {problem}")
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+        with _readable(folder, "config.json"):
+            return AutoConfig.from_pretrained(folder, trust_remote_code=trust)
     except ValueError as error:
         if trust or "auto_map" not in read_config(folder):
             raise
@@ -167,14 +185,15 @@ def load_model(
         options["quantization_config"] = _quantization(folder, load)
     if load.sharded or load.quantize != "none":
         options["device_map"] = "auto" if load.sharded else {"": device}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype or DTYPES[load.dtype],
-        use_safetensors=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # and named below, with all the rest
-        **options,
-    )
+    with _readable(folder, "config.json or generation_config.json"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype or DTYPES[load.dtype],
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # and named below, with all the rest
+            **options,
+        )
     model, found = loaded
     unexpected = [name for name in found["unexpected_keys"] if not UNUSED.search(name)]
     if problem := tensor_problems(found["missing_keys"], unexpected, found["mismatched_keys"]):

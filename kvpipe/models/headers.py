@@ -55,6 +55,8 @@ def no_language_model(values: dict[str, Any]) -> str | None:
     text = values.get("text_config")
     method = (values.get("quantization_config") or {}).get("quant_method")
     causal = causal_types()
+    if not isinstance(kind, str) and "auto_map" not in values:
+        return "config.json names no model_type: use the file that the model was saved with"
     if method is not None and method not in HELD:
         return (
             f"its weights are quantised by {method} (config.json: quantization_config), which is not read here: use the "
@@ -66,7 +68,7 @@ def no_language_model(values: dict[str, Any]) -> str | None:
         return f"model type '{kind}' is an encoder and a decoder. {SUPPORTED}"
     if other is not None:
         return f"it holds a {other} (config.json: architectures), without a language model's head. {SUPPORTED}"
-    if causal is None or kind in causal or "auto_map" in values or kind is None:
+    if causal is None or kind in causal or "auto_map" in values:
         return None
     if isinstance(text, dict) or any(part in values for part in ("vision_config", "audio_config")):
         inner = text.get("model_type") if isinstance(text, dict) else None

@@ -1,5 +1,6 @@
 """Bad input: files of rows and data sets."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -85,13 +86,20 @@ FILES = [
     rows("a slice beyond the end", r"rows\.jsonl\[90:\].*(has no rows|beyond)", GOOD[:3], part="[90:]"),
     rows("CSV as a file", r"rows\.csv: only \.jsonl .* and \.parquet are read", "prompt,answer\nq,1\n", "rows.csv"),
     rows("compressed", r"rows\.jsonl\.gz: only \.jsonl", b"\x1f\x8b\x08", "rows.jsonl.gz"),
+    rows("compressed, under another name", r"rows\.jsonl is compressed; unpack it", gzip.compress(lines(GOOD[:3]).encode())),
     rows("Parquet that is none", r"rows\.parquet: cannot be read as Parquet", b"no table", "rows.parquet"),
     rows("Parquet that is cut off", r"rows\.parquet: cannot be read as Parquet", parquet(pa.table({"prompt": ["q"] * 99}))[:200], "rows.parquet"),
+    rows("Parquet with a damaged page", r"rows\.parquet: cannot be read as Parquet: .*(Corrupt|snappy|page)", (lambda b: b[:40] + bytes(x ^ 255 for x in b[40:60]) + b[60:])(parquet(pa.table({"prompt": [f"q{n}" for n in range(99)]}))), "rows.parquet"),
+    rows("Parquet with a column twice", r"rows\.parquet: cannot be read as Parquet: the column 'prompt' stands there twice", parquet(pa.table([["q"], ["r"], ["1"]], names=["prompt", "prompt", "answer"])), "rows.parquet"),
+    rows("Parquet with a date beyond the year 9999", r"rows\.parquet: cannot be read as Parquet: .*out of range", parquet(pa.table({"prompt": ["q"], "answer": pa.array([2**62], pa.timestamp("us"))})), "rows.parquet"),
     rows("Parquet with bytes", r"rows\.parquet, row 1: column 'prompt' holds bytes", parquet(pa.table({"prompt": [b"q"], "answer": ["1"]})), "rows.parquet"),
     rows("a file that is not there", r"file none\.jsonl does not exist", "", train="none.jsonl"),
     rows("a folder in its place", r"train file \. does not exist|is a folder", "", train="."),
     rows("no column for the answer", r"rows\.jsonl, line 1: no column 'answer' for answer \(has \['solution'\]\)|no column 'prompt'", [{"solution": "x"}]),
     rows("an empty prompt", r"rows\.jsonl, line 1: prompt is empty", [{"prompt": " ", "answer": "1"}]),
+    rows("a prompt without width", r"rows\.jsonl, line 1: prompt is empty", [{"prompt": "\u200b\ufeff", "answer": "1"}]),
+    rows("leave_out of a column that is not there", r"rows\.jsonl, line 1: no column 'answr' for leave_out", GOOD[:3], leave_out={"answr": "x"}),
+    rows("leave_out of all rows", r"leave_out leaves none of 3 rows of train .*make its expressions narrower", GOOD[:3], leave_out={"answer": "."}),
     rows("an answer of null", r"rows\.jsonl, line 2: answer is empty", [GOOD[0], {"prompt": "q", "answer": None}]),
     rows("an object as an answer", r"rows\.jsonl, line 1: column 'answer' holds keys \['b'\]; name one as `answer\.b|key`", [{"prompt": "q", "answer": {"b": 1}}]),
     rows("a column in open braces", r"columns: prompt: '\{prompt'", GOOD[:3], columns={"prompt": "{prompt", "answer": "answer"}),
@@ -103,6 +111,7 @@ FILES = [
     rows("an expression that finds no end", r"line 1: split: answer: .*no end within", [{"prompt": "q", "answer": "a" * 60}], split={"answer": "^(?P<x>(a+)+)$b"}),
     rows("one choice", r"choices is no list of at least two", [{"prompt": "q", "answer": "1", "c": ["1"]}], columns={"prompt": "prompt", "answer": "answer", "choices": "c"}),
     rows("an empty choice", r"choice 1 of \['1', ''\] is empty", [{"prompt": "q", "answer": "1", "c": ["1", ""]}], columns={"prompt": "prompt", "answer": "answer", "choices": "c"}),
+    rows("a choice twice", r"choice '1' stands twice in \['1', '1'\]", [{"prompt": "q", "answer": "1", "c": ["1", "1"]}], columns={"prompt": "prompt", "answer": "answer", "choices": "c"}),
     rows("an answer that is no choice", r"answer '3' is none of the choices", [{"prompt": "q", "answer": "3", "c": ["1", "2"]}], columns={"prompt": "prompt", "answer": "answer", "choices": "c"}),
     rows("a label that names no choice", r"choice 'C' is none of \['A', 'B'\]", [{"prompt": "q", "k": "C", "l": ["A", "B"], "c": ["1", "2"]}], columns={"prompt": "prompt", "choice": "k", "labels": "l", "choices": "c"}),
     rows("messages without an assistant", r"no message of 'assistant'", [{"messages": [{"role": "user", "content": "q"}]}], chat={}, columns={"prompt": "prompt", "answer": "answer"}),

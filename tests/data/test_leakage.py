@@ -50,8 +50,18 @@ QUESTION = "Weng earns $12 an hour for baby-sitting. Yesterday, she did 50 minut
         record(1, "Another one", "9", reasoning=f"I remember: “{QUESTION}”"),
         Record("r1", "math", "Another one", "", "9", teacher_reasoning=QUESTION),
         record(1, "Another one", QUESTION),
+        record(1, QUESTION.replace("earn", "ea\u00adrn").replace("e", "e\u200d"), "9"),
     ],
-    ids=["lower case", "punctuation", "white space", "full width", "reasoning", "teacher's reasoning", "answer"],
+    ids=[
+        "lower case",
+        "punctuation",
+        "white space",
+        "full width",
+        "reasoning",
+        "teacher's reasoning",
+        "answer",
+        "characters that nobody sees",
+    ],
 )
 def test_a_copy_is_found_however_and_wherever_it_is_written(copy):
     assert [leak.test for leak in leaks([copy], [record(0, QUESTION)], 13)] == ["r0"]
@@ -69,6 +79,15 @@ def test_a_short_question_is_found_inside_a_longer_prompt():
         ("r1", "shared 6-gram")
     ]
     assert leaks([record(1, "Name a cat and a dog", "Tom and Rex")], test, 13) == []
+
+
+def test_a_question_in_writing_without_spaces_is_found_inside_a_longer_prompt():
+    for question, copy in (
+        ("小明有三个苹果，又买了五个，他一共有多少个？", "题目：小明有三个苹果, 又买了五个 他一共有多少个"),
+        ("太郎は三個のりんごを持っています。いくつありますか。", "問題: 太郎は三個のりんごを持っています いくつ"),
+    ):
+        assert reasons([record(1, copy, "9")], [record(0, question)], 13) == [("r1", "shared 13-gram")]
+    assert words("GPT4模型 2个") == ["gpt4", "模", "型", "2", "个"]
 
 
 def test_signs_of_arithmetic_are_words():

@@ -261,6 +261,15 @@ GSM8K, MATH = (EvaluateConfig(**PRESETS[name]["evaluate"]) for name in ("gsm8k",
         ("5 times as many is 15", "15"),
         ("She has 5 because she got 2. In the end it is 7.", "7"),
         ("So she has 5 apples, because she gave away 3.", "5"),
+        ("#### Rs.500", "500"),
+        ("3⁄4", "0.75"),
+        ("2 ¾ cups", "2.75"),
+        ("#### - 5", "-5"),
+        ("The answer is about $18.50 per day for 3 days.", "18.5"),
+        ("The answer is exactly 18, for the 2 of them.", "18"),
+        ("So 18 is the answer to question 2.", "18"),
+        ("<think>maybe #### 20</think>The answer is 18.", "18"),
+        ("<think>It is 18.</think>", "18"),
     ],
 )
 def test_a_number_is_found_however_it_is_said(text, reference):
@@ -293,6 +302,17 @@ def test_a_number_is_found_however_it_is_said(text, reference):
         ("Final Answer: The largest $n$ is 34.", "34"),
         (r"Thus $x \ge 5$ is all.", r"x \geq 5"),
         ("1 000", "1000"),
+        (r"Write \boxed{\_\_}. It is $7$.", "7"),
+        (r"Write \boxed{\square}. It is $7$.", "7"),
+        (r"Write \boxed{your answer here}, so it is $7$", "7"),
+        (r"Write \boxed{<answer>}, so it is $7$", "7"),
+        (r"Write \boxed{\hspace{1cm}}, so it is $7$", "7"),
+        (r"so \boxed{\{\}}", r"\emptyset"),
+        (r"\framebox{6}", "6"),
+        ("The correct option is (C).", r"\text{(C)}"),
+        (r"<think>\boxed{3}</think> The answer is 4.", "4"),
+        (r"\boxed{\text{(B) } 5}", "(B)"),
+        ("`5`", "5"),
     ],
 )
 def test_an_expression_is_found_however_it_is_said(text, reference):
@@ -324,6 +344,16 @@ SAME = [
     ["x=3, x=4", "3, 4", r"x=3\text{ or }x=4"],
     [r"\log_2 8", "3"],
     [r"\frac{1}{12}", "0.0833333333333333"],
+    [r"\text{June 20}", "June 20"],
+    [r"\text{B, D}", "B,D"],
+    [r"12:00 \text{ p.m.}", "12:00 p.m."],
+    [r"2\text{ hours }30\text{ minutes}", "2 hours 30 minutes"],
+    [r"\emptyset", r"\varnothing"],
+    [r"2\sqrt{3}", "2√3", "√12"],
+    [r"\frac{2}{3}", r"0.\overline{6}", r"0.\bar6"],
+    [r"\frac{1}{6}", r"0.1\overline{6}", "1/6"],
+    [r"-\frac{137}{99}", r"-1.\overline{38}"],
+    ["18", "18 km/h", "18 miles/hour"],
 ]  # fmt: skip
 
 
@@ -366,6 +396,8 @@ def test_of_a_chain_of_equations_the_last_side_is_the_answer():
         ("1, 234", "1234"),
         (r"5.5\text{ and }7", "5.57"),
         (r"\text{July 20}", "20"),
+        (r"0.\overline{6}", "0.6"),
+        (r"\text{(A)}", "B) 5"),
     ],
 )
 def test_different_expressions_differ(first, second):
@@ -398,6 +430,16 @@ BODY = "def add(a, b):\n    return a + b"
         f"```python\n{BODY}\n```\nAnd tests:\n```python\ndef test_add():\n    assert add(1, 2) == 3\n```",
         f"Here is the function.\n\n{BODY}\n\nIt adds two numbers.",
         BODY,
+        f"```bash\npip install x\n```\nThen:\n```python\n{BODY}\n```",
+        f"The input is\n```json\n{{}}\n```\n```\n{BODY}\n```\nIt prints\n```text\n3\n```",
+        f"```python\n{BODY}\n```\nIn Java:\n```java\nclass A {{ int add(int a, int b) {{ return a + b; }} }}\n```",
+        f"- ```python\n{textwrap.indent(BODY, '  ')}\n  ```\n- Done.",
+        f"1. ```python\n{textwrap.indent(BODY, '   ')}\n   ```\n2. Done.",
+        f"````python\n{BODY}\n````",
+        f"```python3.11\n{BODY}\n```",
+        f"```{{.python .numberLines}}\n{BODY}\n```",
+        f"<think>\n```python\ndef add(a, b):\n    return a - b\n```\n</think>\n{BODY}",
+        textwrap.indent(BODY, "    "),
     ],
 )
 @pytest.mark.parametrize("preset", ["mbpp_chat", "humaneval_chat"])
@@ -414,5 +456,13 @@ def test_a_helper_in_a_fence_of_its_own_belongs_to_the_program(preset):
     scope: dict = {}
     exec(extract(reply, scoring) or "", scope)
     assert scope["add"](1, 2) == 3
+    apart = f"```python\nimport math\nK = 0\n```\n```python\n{BODY.replace('a +', 'math.floor(K) + a +')}\n```"
+    exec(extract(apart, scoring) or "", scope := {})
+    assert scope["add"](1, 2) == 3, "imports and constants too"
+    last = f"```python\ndef test_even(n):\n    return n % 2 == 0\n```\nHere:\n```python\n{BODY}\n```"
+    exec(extract(last, scoring) or "", scope := {})
+    assert scope["add"](1, 2) == 3 and scope["test_even"](2)
+    named = "```python\nadd = lambda a, b: a + b\n```\nUse it:\n```python\nprint(add(1, 2))\n```"
+    assert extract(named, scoring) == "add = lambda a, b: a + b"
     slow = f"First:\n```python\n{caller}\n```\nBroken:\n```python\ndef f(:\n```\nFaster:\n```python\n{BODY}\n```"
     assert (extract(slow, scoring) or "").strip() == BODY, "an earlier version of the same function is none of it"

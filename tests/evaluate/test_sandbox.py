@@ -76,6 +76,8 @@ class Test(unittest.TestCase):
 assert unittest.main(exit=False, argv=['x']).result.testsRun == 1""",
     "pickle": "import pickle\nclass A:\n    pass\npickle.loads(pickle.dumps(A()))",
     "inspect": "import inspect\ndef f():\n    return 1\nassert 'return 1' in inspect.getsource(f)",
+    "inspect a class": "import inspect\nclass A:\n    x = 1\nassert 'x = 1' in inspect.getsource(A)",
+    "its file's folder": "from pathlib import Path\nassert Path(__file__).resolve().parent == Path.cwd()",
     "no main part": "if __name__ == '__main__':\n    raise SystemExit(1)",
 }
 

@@ -138,6 +138,7 @@ def run(program: str) -> tuple[str, str]:
     """Execute the program; `passed` only if it comes to its end."""
     # dataclasses, pickle, doctest, unittest and inspect look a program up where an imported or started one would be
     module = types.ModuleType("solution")
+    module.__file__ = "<program>"
     sys.modules["solution"] = sys.modules["__main__"] = module
     linecache.cache["<program>"] = (len(program), None, program.splitlines(keepends=True), "<program>")
     try:

@@ -29,20 +29,22 @@ _SPACE = "[\u00a0\u2000-\u200a\u202f\u205f]"
 _POWERS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _LETTERS = {"k": " thousand", "m": " million", "b": " billion"}
+_TEXT = r"\\(?:text|textbf|mathbf|mathrm|mbox)\s*\{([^{}]*)\}"
 _PLAIN: list[tuple[str, str | Callable[[re.Match], str]]] = [
     ("[\u200b\u2060\ufeff]|<<[^<>]*>>", ""),  # nothing to be seen; GSM8K's calculations
     (r"\\([$%])", r"\1"),
     (r"\{,\}|,\\!", ","),  # 70{,}000  70,\!000
     (r"(?<=\d)\\[,;: ](?=\d{3})", "\u2009"),  # 70\,000
     (r"\\[!,;: ]|~", " "),
-    (r"\\(?:text|textbf|mathbf|mathrm|mbox)\s*\{([^{}]*)\}", r" \1 "),
+    (_TEXT, r" \1 "),
     (r"(?<=\d)\s*(?=\\[dtc]?frac)", " "),  # 1\frac{1}{2}
     (r"\\[dtc]?frac\s*(?:\{([^{}]+)\}\s*\{([^{}]+)\}|(\d)\s*(\d))", lambda m: f"{m[1] or m[3]}/{m[2] or m[4]}"),
-    ("[¼½¾⅐-⅞]", lambda m: " " + unicodedata.normalize("NFKC", m[0]).replace("\u2044", "/")),
+    ("(?<=\\d)\u2044(?=\\d)", "/"),
+    ("\\s*[¼½¾⅐-⅞]", lambda m: " " + unicodedata.normalize("NFKC", m[0]).strip().replace("\u2044", "/")),
     (r"(?<=\d) and (?=\d+/\d)", " "),
     (r"(?<=\d) and a half\b", " 1/2"),
     # a dash between digits is a range, 5–6, and between spaces a difference; before a number it is a minus
-    (rf"(?<![\d.]){_MINUS}\u00a0?(?=[$.\d])|(?<=[=:]) *(?:-|{_MINUS}) (?=[$.\d])|(?<![^\s$(])\u2014(?=[$.\d])", "-"),
+    (rf"(?<![\d.]){_MINUS}\u00a0?(?=[$.\d])|(?<=[=:#]) *(?:-|{_MINUS}) (?=[$.\d])|(?<![^\s$(])\u2014(?=[$.\d])", "-"),
     (r"(?i)\bnegative (?=[$.\d])|(?:(?<=\bis )|(?<=[=:] )|\A)minus (?=[$.\d])", "-"),
     (rf"(?<=\d)(?:{_SPACE}|['’_])(?=\d{{3}}(?!\d))", ","),
     (r"(?<![\d.,])\d{1,3}(?:(?: \d{3}){2,}| 000)(?! ?[\d/])", lambda m: m[0].replace(" ", ",")),
@@ -60,7 +62,7 @@ _PLAIN: list[tuple[str, str | Callable[[re.Match], str]]] = [
 _VALUE = (
     r"(?P<whole>[-+]?\d[\d,]*)[ ]+(?P<part>\d+)\s*/\s*(?P<of>\d+)"
     r"|(?P<over>[-+]?\d[\d,]*)\s*/\s*(?P<under>\d+)"
-    r"|(?P<decimal>[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,2}(?!\d))?)"
+    r"|(?P<decimal>[-+]?(?:\d[\d,]*(?:\.\d+)?|(?<![a-zA-Z])\.\d+)(?:[eE][-+]?\d{1,2}(?!\d))?)"
 )
 _NUMBER = re.compile(rf"(?:{_VALUE})(?:\s*(?P<scale>{'|'.join(_SCALES)})s?\b)?")
 
@@ -103,10 +105,14 @@ def _one_number(text: str, config: ScoringConfig) -> Fraction | None:
 
 
 # ---------------------------------------------------------------- extraction
-_MENTIONED = re.compile(
-    r"(?i)[\s.$*…_?]*|(?:\\\w+\s*\{?)?\s*(?:\\[lc]?dots|(?:your |the |final )*answer(?: here)?)\s*\}?"
+_NOTHING = (
+    r"(?:[\s.$*…?~_\-\u2013\u2014()\[\]{}]|\\[_,;:! ]|\\(?:q?quad|square|Box|[lc]?dots|cdot|text\w*|math\w+|mbox)\b"
+    r"|\\[vh]?phantom\s*\{[^{}]*\}|\\[hv]space\*?\s*\{[^{}]*\}|<(?:[\w ]+ )?answer>"
+    r"|\b(?:your|the|final|correct|numerical|answer|result|number|value|solution|here|goes)\b)*"
 )
-"""What stands in a box that is only mentioned."""
+"""What stands in a box that is only mentioned: blanks, punctuation, `your answer here`."""
+_MENTIONED = re.compile(rf"(?i){_NOTHING}")
+_EMPTY_BOX = re.compile(rf"(?i)(\\(?:boxed|fbox|framebox)\s*\{{)({_NOTHING})(?=\}})")
 
 
 _BOX = r"\\boxed\s*\{(?:[^{}]++|\{(?:[^{}]++|\{[^{}]*+\})*+\})++\}"
@@ -144,7 +150,12 @@ def worked(text: str, config: ScoringConfig) -> str:
 
 
 def _found(text: str, config: ScoringConfig) -> tuple[str, int] | None:
-    """The answer in a text, and where what states it begins."""
+    """The answer in a text, and where what states it begins. What a chat model thinks (`</think>` ends it) is only asked where
+    it says nothing after it."""
+    thought, mark, said = text.rpartition("</think>")
+    if mark and (found := _found(said, config)) is not None:
+        return found[0], found[1] + len(thought) + len(mark)
+    text = _EMPTY_BOX.sub(lambda box: box[1] + " " * len(box[2]), text)
     for pattern in [config.answer_pattern] if isinstance(config.answer_pattern, str) else config.answer_pattern:
         with time_limit(f"evaluate.answer_pattern {pattern!r}"):
             matches = list(re.finditer(pattern, text))
@@ -152,10 +163,8 @@ def _found(text: str, config: ScoringConfig) -> tuple[str, int] | None:
             named = match.groupdict()
             answer = next(filter(None, match.groups()), "")
             if "program" in named:
-                answer = _with_helpers(
-                    [textwrap.dedent(part["program"]) for part in matches[: matches.index(match) + 1]]
-                )
-            while inner := re.fullmatch(r"\s*\\(?:boxed|fbox)\s*\{(.*)\}\s*", answer, re.DOTALL):
+                answer = _with_helpers(matches[: matches.index(match) + 1]) if named["program"] else ""
+            while inner := re.fullmatch(r"\s*\\(?:boxed|fbox|framebox)\s*\{(.*)\}\s*", answer, re.DOTALL):
                 answer = inner[1]
             # a box is the group of that name
             wordless = config.scorer == "number" and "final" in named and not re.search(r"\d", answer)
@@ -164,23 +173,32 @@ def _found(text: str, config: ScoringConfig) -> tuple[str, int] | None:
     return None
 
 
-def _with_helpers(programs: list[str]) -> str:
-    """The last program of a reply, below what earlier ones define and it does not: helpers in a fence of their own. An earlier
-    version of the same function is left out."""
-    *earlier, last = programs
+def _with_helpers(matches: list[re.Match]) -> str:
+    """The last program of a reply, below what earlier fences define and it does not: helpers, imports and constants in a fence
+    of their own. An earlier version of the same function is left out."""
+    *earlier, last = (textwrap.dedent(found["program"] or found.groupdict().get("beside") or "") for found in matches)
     own = _defined(last)
     helpers = [part for part in earlier if (names := _defined(part)) and not names & own]
     return "\n".join([*helpers, last])
 
 
 def _defined(program: str) -> set[str]:
-    """Functions and classes at a program's top level; none of one that cannot be read."""
+    """The functions and classes of a program's top level, and what one of nothing but imports and constants names; nothing of
+    one that cannot be read."""
     try:
         with warnings.catch_warnings(action="ignore"):
             body = ast.parse(program).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return set()
-    return {node.name for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
+    names = {node.name for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
+    if all(isinstance(node, ast.Import | ast.ImportFrom) or _is_constant(node) for node in body):
+        names |= {node.id for node in ast.walk(ast.Module(body, [])) if isinstance(node, ast.Name)}
+        names |= {alias.asname or alias.name for node in body for alias in getattr(node, "names", ())}
+    return names
+
+
+def _is_constant(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
 
 
 def normalise(answer: str, config: ScoringConfig) -> str:
@@ -237,7 +255,9 @@ def same_expression(prediction: str, reference: str) -> bool:
     """
     found = [_in_latex(text) for text in (reference, prediction)]
     written = [re.sub(r"(?<!\d)\s+|\s+(?!\d)|\\[!,;: ]|\$", "", re.sub(r"_\{(\w+)\}", r"_\1", text)) for text in found]
-    if written[0] == written[1]:
+    in_words = [re.sub(_TEXT, r"\1", text).rstrip(".") for text in written]  # \text{June 20} and June 20
+    choice, chosen = re.fullmatch(_CHOICE, in_words[0]), re.match(_CHOSEN, in_words[1])
+    if in_words[0] == in_words[1] or (choice and chosen and choice[1] == chosen[1]):
         return True
     if any(re.search(r"[\dA-F]_\d|\d_|(?<!_)\d\s+\d", text) or text.count("{") != text.count("}") for text in written):
         return False
@@ -255,10 +275,12 @@ def same_expression(prediction: str, reference: str) -> bool:
         return False
 
 
+_CHOICE, _CHOSEN = r"\(?([A-J])\)?", r"\(?([A-J])[).:]"
+"""A letter among choices, and an answer that begins with one: `C) 5`."""
 _EQUATION = re.compile(r"[a-zA-Z].*[-+^*/]|[-+^*/].*[a-zA-Z]|\d[a-zA-Z]|\\frac")
 """More than a name."""
 _NAMES = "pi|sqrt|theta|alpha|beta|phi|infty"
-_WORDS = rf"(?:\s+(?!(?:or|and|to|by|mod|{_NAMES}|sin|cos|tan|cot|sec|csc|ln|log|exp)\b)[a-zA-Z]{{2,}})*"
+_WORDS = rf"(?:\s+(?!(?:or|and|to|by|mod|{_NAMES}|sin|cos|tan|cot|sec|csc|ln|log|exp)\b)[a-zA-Z]{{2,}}(?:/[a-zA-Z]+)?)*"
 _PLAIN_NUMBER = re.compile(
     r"([-+]?)\$?((?:(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?(?: ?\d+/\d+|/\d+)?" + _WORDS + ")"
 )
@@ -267,10 +289,13 @@ _PLAIN_NUMBER = re.compile(
 def _in_latex(text: str) -> str:
     """Without math delimiters; a number as people write it (`18 dollars`, `1 1/2`, `1e3`, `18 million`) as digits or a
     fraction, names of LaTeX with their backslash."""
-    text = text.strip().rstrip(".").strip().strip("$").strip()
+    text = text.strip().strip("`").rstrip(".").strip().strip("$").strip()
     for start, end in ((r"\(", r"\)"), (r"\[", r"\]")):
         text = text.removeprefix(start).removesuffix(end).strip()
-    text = re.sub(_MINUS, "-", text)
+    text = re.sub(_MINUS, "-", text).replace(r"\varnothing", r"\emptyset")
+    text = re.sub(r"√\s*(?:\(([^()]*)\)|(\d+|[a-zA-Z]))", lambda root: rf"\sqrt{{{root[1] or root[2]}}}", text)
+    if repeating := re.fullmatch(r"(-?)(\d*)\.(\d*)\\(?:overline|bar)\s*(?:\{(\d+)\}|(\d))", text):
+        return _repeating(*repeating.groups(""))
     text = re.sub(r"\A[a-zA-Z]\s*\\in\s*(?=\\left|\\mathbb|\\\{|[\[(])", "", text)
     if (said := _PLAIN_NUMBER.fullmatch(plain(text).strip())) and (
         value := number(said[1] + said[2], _AS_IT_IS)
@@ -281,6 +306,14 @@ def _in_latex(text: str) -> str:
             return f"{Decimal(value.numerator) / value.denominator:f}"
     text = re.sub(r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
     return re.sub(rf"(?<![\\a-zA-Z])({_NAMES})(?![a-zA-Z])", r"\\\1 ", text)
+
+
+def _repeating(minus: str, whole: str, once: str, period: str, digit: str) -> str:
+    r"""`0.1\overline{6}` as a fraction, of which math-verify makes none."""
+    again = period or digit
+    digits = Fraction(int(once + again) - int(once or "0"), 10 ** len(once) * (10 ** len(again) - 1))
+    value = int(whole or "0") + digits
+    return rf"{minus}\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
 _AS_IT_IS = ScoringConfig(scorer="number")
