@@ -10,11 +10,12 @@ import torch
 from rich.table import Table
 
 from kvpipe.data.records import render
+from kvpipe.doctor.memory import needs
 from kvpipe.doctor.workload import Workload
 from kvpipe.experiment.device import resolve_device, resolve_precision
 from kvpipe.experiment.files import GB, read_json, read_table
 from kvpipe.experiment.paths import ARMS, CONTRASTS, COST, HISTORY, PAIRS
-from kvpipe.experiment.sizes import training_bytes
+from kvpipe.experiment.sizes import BASE
 from kvpipe.stats.metrics import METRICS, PRIMARY
 from kvpipe.stats.scores import ALL
 from kvpipe.steps.inputs import Inputs
@@ -30,25 +31,26 @@ def forecast(inputs: Inputs, cells: list[tuple[str, int]], scored: bool) -> Tabl
 
     A token costs 2 operations a parameter when it is read, 6 when it is trained on, 8 with recomputed activations
     (Kaplan et al., arXiv:2001.08361). The time is that of so many operations in matrix products of the student's size,
-    measured now, at `EFFICIENCY`.
+    measured now, at `EFFICIENCY`. Memory is the process's, or the GPU's where there is one, as the doctor announces it.
     """
     config, dag, work = inputs.config, inputs.dag, Workload(inputs.config, inputs.paths)
     student = work.shape(config.student)
     assert student is not None
     train, examples = config.train, work.examples
     each = work.tokens(config.student) / max(1, examples)
+    gpu = resolve_device(train.device) == "cuda"
+    needed = {need.rule: (need.gpu if gpu else need.host) or 0.0 for need in needs(work, lambda rule: int(gpu))}
     parts: list[tuple[str, str, float, float, float]] = []
     for teacher, reading in work.missing_stores if any(dag.arms[arm].teachers for arm, _ in cells) else ():
         shape, tokens, disk = work.shape(teacher), work.tokens(teacher, reading), work.store_bytes(teacher, reading)
-        memory = work.pass_bytes(teacher, reading)
+        memory = (work.pass_bytes(teacher, reading, on_gpu=gpu) or 0) + (0 if gpu else BASE)
         assert shape is not None
-        parts.append((f"{teacher} reads", f"{tokens:,} tokens", 2 * shape.parameters * tokens, disk or 0, memory or 0))
+        parts.append((f"{teacher} reads", f"{tokens:,} tokens", 2 * shape.parameters * tokens, disk or 0, memory))
     seen = len(cells) * train.steps * train.batch_size * each
     backward = 8 if train.gradient_checkpointing else 6
-    micro = round(each * train.batch_size / train.accumulate)
-    held, saved = training_bytes(student, train, micro), len(cells) * 4 * student.parameters
+    saved = len(cells) * 4 * student.parameters
     what = f"{len(cells)} × {train.steps} steps, {seen:,.0f} tokens"
-    parts.append(("training", what, backward * student.parameters * seen, saved, held))
+    parts.append(("training", what, backward * student.parameters * seen, saved, needed["train"]))
     if scored:
         records = inputs.records("test")
         texts = [render(record, config.data.template).text for record in records]
@@ -57,7 +59,7 @@ def forecast(inputs: Inputs, cells: list[tuple[str, int]], scored: bool) -> Tabl
         )
         read = sum(len(text.encode()) for text in texts) / 3.5 + answers
         what = f"{len(cells)} × {len(records)} items, at most {len(cells) * read:,.0f} tokens"
-        parts.append(("scoring", what, 2 * student.parameters * len(cells) * read, 0, 0))
+        parts.append(("scoring", what, 2 * student.parameters * len(cells) * read, 0, needed["evaluate"]))
     rate = EFFICIENCY * measured_rate(inputs, student.hidden, student.intermediate)
     table = Table(title="About what it will cost", title_justify="left")
     for name in ("step", "how much", "operations", "time", "disk", "memory"):

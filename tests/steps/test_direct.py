@@ -239,6 +239,7 @@ def test_the_forecast_counts_what_is_trained_and_read(place, tmp_path):
         name: list(column.cells) for name, column in zip(("step", "how", "operations"), table.columns, strict=False)
     }
     assert cells["step"] == ["expert reads", "training", "all"]
+    assert all(float(cell.removesuffix(" GB")) > 0.5 for cell in table.columns[5].cells), "of the process as a whole"
     parameters = count_parameters(paths.model("student"))
     tokens = float(cells["how"][1].split(", ", 1)[1].removesuffix(" tokens").replace(",", ""))
     assert float(cells["operations"][1]) == pytest.approx(6 * parameters * tokens, rel=0.06)
