@@ -199,7 +199,8 @@ def _primary(
 
     # what all of a family share: its reference, or the arm that is compared with several
     side = 1 if len({reference for _, reference in pairs}) == 1 else 0
-    found = welch_dunnett(scaled[0, side], scaled[:, 1 - side], items(1 / slopes))
+    of_items = items(1 / slopes)
+    found = welch_dunnett(scaled[0, side], scaled[:, 1 - side], of_items)
     shift, alpha = found.estimate * (2 * side - 1), 1 - config.confidence
     p, tested = found.p(), np.isfinite(found.df)
     better = (shift > 0) == metric.higher_is_better
@@ -217,11 +218,13 @@ def _primary(
             columns[f"difference_{name}{end}"] = np.clip(bound, -metric.largest, metric.largest)
             if metric.is_ratio:
                 columns[f"ratio_{name}{end}"] = np.exp(shift + sign * critical * found.error)
-    least = minimum_detectable(spread, seeds, max(found.size, 1), alpha, config.power)
+    # of two sides, each with half of what the items add; none where seeds do not vary
+    each = spread + seeds * of_items / 2 if spread > 0 else np.full(len(pairs), np.nan)
+    least = minimum_detectable(1.0, seeds, max(found.size, 1), alpha, config.power) * np.sqrt(each)
     least *= 1 if metric.higher_is_better else -1
     columns["mde"] = np.abs(metric.back(metric.transform(means[:, 1]) + least) - means[:, 1])
     if metric.is_ratio:
-        columns |= {"ratio": np.exp(shift), "mde_ratio": np.exp(np.full(len(pairs), least))}
+        columns |= {"ratio": np.exp(shift), "mde_ratio": np.exp(least)}
     return columns
 
 

@@ -372,7 +372,8 @@ def test_the_primary_columns_are_welch_dunnett_on_the_metrics_scale(finished):
 
         added = [items(arm, 1 / slope(m[arm]), 1 / slope(m[reference])) for arm in family.arm]
         found = welch_dunnett(y[reference], [y[arm] for arm in family.arm], added)
-        least = minimum_detectable(np.mean([y[arm].var(ddof=1) for arm in ARMS]), 3, count)
+        pooled = np.mean([y[arm].var(ddof=1) for arm in ARMS])
+        detectable = [minimum_detectable(pooled + 3 * more / 2, 3, count) for more in added]
         assert set(family.scale) == {metric.scale}
         for i, (_, row) in enumerate(family.iterrows()):
             shift = y[row.arm].mean() - y[reference].mean()
@@ -390,6 +391,7 @@ def test_the_primary_columns_are_welch_dunnett_on_the_metrics_scale(finished):
                 if metric.scale != "arcsine":
                     ratios = np.exp(shift + bounds * found.error[i])
                     assert (row[f"ratio_low{end}"], row[f"ratio_high{end}"]) == pytest.approx(tuple(ratios))
+            least = detectable[i]
             if metric.scale == "arcsine":
                 top = scale(m[reference])
                 expected = np.sin(top + least) ** 2 - m[reference] if top + least <= np.pi / 2 else math.nan
