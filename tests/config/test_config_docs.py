@@ -433,7 +433,10 @@ def test_files_that_are_no_configuration(tmp_path):
     for text, said in [
         ("- 1\n", "expected a mapping"),
         ("a: [1\n", "not valid YAML"),
-        ("title: 2026-13-45\n", "line 1, column 8: not valid YAML: '2026-13-45' is no timestamp: month must be in 1..12"),
+        (
+            "title: 2026-13-45\n",
+            "line 1, column 8: not valid YAML: '2026-13-45' is no timestamp: month must be in 1..12",
+        ),
         ("title: Gr\u00f6\u00dfe\n".encode("latin-1"), "byte 9 is not UTF-8 text"),
         ("title: x\n".encode("utf-16"), "byte 0 is not UTF-8 text"),
         (bytes(range(128, 256)), "byte 0 is not UTF-8 text"),
