@@ -109,7 +109,8 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
         except SafetensorError as error:  # the library's own for a full disk
             raise OSError(str(error)) from error
-        _sort_metadata(partial)
+        if metadata and len(metadata) > 1:
+            _sort_metadata(partial)
         set_mode(partial)
 
 
@@ -118,12 +119,11 @@ def _sort_metadata(path: Path) -> None:
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-        if len(header.get("__metadata__", {})) > 1:
-            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-            if len(text) <= length:  # a character that the library escapes otherwise may take more
-                file.seek(8)
-                file.write(text.ljust(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:  # a character that the library escapes otherwise may take more
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def set_mode(*paths: Path) -> None:

@@ -52,10 +52,13 @@ class Dag:
         """Arms that learn from a model."""
         return [name for name, arm in self.arms.items() if teacher in arm.teachers]
 
+    def readers(self, teacher: str, reading: str) -> list[Arm]:
+        """Arms that read one store of a teacher, which has read the student's text or another."""
+        return [arm for arm in map(self.arms.__getitem__, self.arms_of(teacher)) if arm.time.text == reading]
+
     def store_needs(self, teacher: str, reading: str) -> frozenset[str]:
-        """What arms need of a teacher that reads the student's text or another."""
-        arms = [self.arms[name] for name in self.arms_of(teacher)]
-        return frozenset().union(*(arm.needs for arm in arms if arm.time.text == reading))
+        """What these arms need of it."""
+        return frozenset().union(*(arm.needs for arm in self.readers(teacher, reading)))
 
     def arm(self, name: str) -> Arm:
         """A resolved arm.

@@ -151,13 +151,9 @@ class Inputs(Work):
         """Whether teachers run beside the student."""
         return self.config.store.mode == "live"
 
-    def _arms_of(self, teacher: str, reading: str) -> list[Arm]:
-        arms = (self.dag.arms[name] for name in self.dag.arms_of(teacher))
-        return [arm for arm in arms if arm.time.text == reading]
-
     def stored_layers(self, teacher: str, reading: str) -> tuple[int, ...]:
         """Layers that a store of this teacher keeps: all, or those that some arm needs."""
-        arms = [arm for arm in self._arms_of(teacher, reading) if arm.needs & CACHED]
+        arms = [arm for arm in self.dag.readers(teacher, reading) if arm.needs & CACHED]
         if self.config.store.layers == "all" and arms:
             return tuple(range(kv_geometry(self.model_config(teacher)).layers))
         return tuple(sorted({layer for arm in arms for layer in self.needed_layers(arm, teacher)}))
@@ -178,7 +174,7 @@ class Inputs(Work):
 
     def stored_hidden(self, teacher: str, reading: str) -> tuple[int, ...]:
         """Layers whose inputs a store of this teacher keeps."""
-        arms = self._arms_of(teacher, reading)
+        arms = self.dag.readers(teacher, reading)
         return tuple(sorted({layer for arm in arms for layer in self.hidden_layers(arm, teacher)}))
 
     def store_key(self, teacher: str, reading: str) -> StoreKey:

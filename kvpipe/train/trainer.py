@@ -440,7 +440,7 @@ class Loop:
 
 def forget_peak(device: torch.device) -> None:
     """Let `peak_memory` count from now: of what this process did before, another cell perhaps, nothing."""
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.cuda.is_initialized():  # else a process of many would wake the first GPU too
         torch.cuda.reset_peak_memory_stats(device)
     with suppress(OSError):  # not on Linux, or a kernel that refuses
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
