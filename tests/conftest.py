@@ -22,9 +22,10 @@ LONG = {
     "config": "extension",
     "experiment": "memory",
     "models": "hub",
+    "preflight": "preflight",
     "report": "report",
     "stats": "tables",
-    "steps": "cells direct preflight swap",
+    "steps": "cells direct swap",
     "train": "checkpoint export online shard three_teachers trainer whole_batch",
     "workflow": "submission workflow",
 }

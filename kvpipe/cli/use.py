@@ -64,7 +64,8 @@ def preflight(
     for name in arm or ():
         Dag(config).arm(name)
     from kvpipe.experiment.files import write_json
-    from kvpipe.steps.preflight import as_tables, preflight
+    from kvpipe.preflight.rehearse import preflight
+    from kvpipe.preflight.tables import as_tables
 
     found = preflight(config, paths, arm or (), batches, log=lambda line: say(line, err=True))
     if out is not None:

@@ -7,14 +7,11 @@ import unicodedata
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from kvpipe.data.patterns import UNSEEN
 from kvpipe.data.records import Record
 
 SHORTEST = 5
 """Words of a question that is searched as a whole; one of fewer words is only compared with whole questions."""
-
-
-_UNSEEN = "[\u00ad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]"
-"""Soft hyphens, joiners, marks of direction: nothing that a reader sees."""
 _SIGN = "[\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 """Chinese and Japanese: written without spaces, so that every character counts as a word."""
 
@@ -30,7 +27,7 @@ class Leak(NamedTuple):
 def words(text: str) -> list[str]:
     """The words of a text, whatever its case, punctuation, white space and Unicode form; signs of arithmetic are words, and
     Chinese and Japanese characters."""
-    plain = re.sub(_UNSEEN, "", unicodedata.normalize("NFKC", text)).casefold().replace("\u2212", "-")
+    plain = re.sub(UNSEEN, "", unicodedata.normalize("NFKC", text)).casefold().replace("\u2212", "-")
     joined = re.sub(r"(?<=\w)['’.,](?=\w)|(?<=[^\W\d])[-/](?=[^\W\d])", "", plain)  # it's, 1.5, baby-sitting
     return re.findall(rf"{_SIGN}|(?:(?!{_SIGN})[^\W_])+|[+*=<>^&|]|(?<=\s)[-/](?=\s)|(?<=[\w)])[-/](?=\d)", joined)
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvpipe.config import Chat, RowData
-from kvpipe.data.patterns import time_limit
+from kvpipe.data.patterns import UNSEEN, time_limit
 from kvpipe.data.records import Record
 
 LISTS = ("choices", "labels")
@@ -84,7 +84,7 @@ def to_record(row: Mapping[str, Any], source: RowData, name: str) -> Record:
 
 def _is_blank(text: str) -> bool:
     """Whether there is nothing to be seen: white space, and characters without width."""
-    return not re.sub("[\u00ad\u200b-\u200f\u2060\ufeff]", "", text).strip()
+    return not re.sub(UNSEEN, "", text).strip()
 
 
 def lookup(columns: Mapping[str, Any], path: str, field: str) -> Any:

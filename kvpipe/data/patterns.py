@@ -1,4 +1,4 @@
-"""Regular expressions of the configuration on data and generated text: within a time_limit of processor time."""
+"""Regular expressions: those of the configuration, within a limit of processor time, and what nobody sees of a text."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+UNSEEN = "[\u00ad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]"
+"""Soft hyphens, joiners, marks of direction: nothing that a reader sees."""
 LIMIT_SECONDS = 10.0
 """Processor time for one expression on one text; what is meant to match takes milliseconds."""
 

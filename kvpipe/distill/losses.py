@@ -200,14 +200,14 @@ def logit_kd_loss(
 ) -> Float[Tensor, "*row"]:
     """KL(teacher ‖ student) over the teacher's top tokens that the student has too, and one bucket for all the rest.
 
-    `top_ids` are *student* ids, −1 where the teacher's token has no student twin; `top_logprobs` are the teacher's
+    `top_ids` are *student* ids, −1 where the student has no such token; `top_logprobs` are the teacher's
     log-probabilities at temperature 1. Logits and teacher entries at one position predict the same next token. What
     is not matched, on either side, is in the rest bucket, so both sides are proper distributions over k + 1 outcomes.
-    Teacher tokens with the same twin add up. The temperature acts on these k + 1 outcomes of both sides, and the loss
+    Teacher tokens with one student id add up. The temperature acts on these k + 1 outcomes of both sides, and the loss
     is multiplied by its square so that gradients keep their size (Hinton et al. 2015).
     """
     shown = mask != 0
-    ids, teacher = _merged_twins(top_ids.long(), wide(top_logprobs))
+    ids, teacher = _merged(top_ids.long(), wide(top_logprobs))
     matched = ids >= 0
     log_student = wide(student_logits).log_softmax(-1).gather(-1, ids.clamp(min=0))
     sides = []
@@ -222,7 +222,7 @@ def logit_kd_loss(
     return divergence.masked_fill(~shown, 0)
 
 
-def _merged_twins(
+def _merged(
     ids: Integer[Tensor, "*row k"], log_probs: Float[Tensor, "*row k"]
 ) -> tuple[Integer[Tensor, "*row k"], Float[Tensor, "*row k"]]:
     """Entries with the same id added into the first of them; the later ones become −1."""

@@ -76,21 +76,21 @@ def placed(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(like.device), mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
 
 
-def empty_twin(student: nn.Module) -> nn.Module:
+def without_weights(student: nn.Module) -> nn.Module:
     """The same module without memory for its weights, made before it is sharded."""
     parameters = student.parameters()
     empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in parameters}
     return copy.deepcopy(student, dict(empty))
 
 
-def whole_student(student: nn.Module, twin: nn.Module, main: bool) -> nn.Module:
-    """The trained student in one piece on the main process's host; all processes call it, the others get the empty twin."""
+def whole_student(student: nn.Module, empty: nn.Module, main: bool) -> nn.Module:
+    """The trained student in one piece on the main process's host; all processes call it, the others get `empty` back."""
     found: dict[str, Tensor] = {}
-    twins: dict[int, str] = {}  # tied weights are gathered once
+    gathered_as: dict[int, str] = {}  # tied weights are gathered once
     shared = dict(student.named_parameters(remove_duplicate=False))
     for name, tensor in student.state_dict().items():
-        first = twins.setdefault(id(shared.get(name, tensor)), name)
+        first = gathered_as.setdefault(id(shared.get(name, tensor)), name)
         found[name] = found[first] if first in found else gathered(tensor.detach()).cpu()
     if main:
-        twin.load_state_dict(found, assign=True)
-    return twin
+        empty.load_state_dict(found, assign=True)
+    return empty

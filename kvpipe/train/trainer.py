@@ -197,14 +197,14 @@ class Loop:
         self.log = log if self.accelerator.is_main_process else lambda *_: None
         device = self.accelerator.device
         self.objective = cell.objective.to(device)
-        self.twin = None
+        self.empty = None
         if self.config.shard and self.accelerator.num_processes > 1:
             if cell.online is not None:
                 raise ConfigError(
                     f"train.shard: arm {cell.name} learns from texts that the student writes (on_policy), which processes "
                     "write apart, while a sharded student is run by all of them together: leave one of the two out"
                 )
-            self.twin = sharding.empty_twin(cell.student)
+            self.empty = sharding.without_weights(cell.student)
             sharding.shard(cell.student, self.accelerator)
             self.model, self.optimizer = cell.student, self.accelerator.prepare(self._optimizer())
         else:
@@ -242,8 +242,8 @@ class Loop:
 
     def trained(self) -> nn.Module:
         """The student without wrappers, in one piece; all processes call it."""
-        if self.twin is not None:
-            whole = sharding.whole_student(self.cell.student, self.twin, self.accelerator.is_main_process)
+        if self.empty is not None:
+            whole = sharding.whole_student(self.cell.student, self.empty, self.accelerator.is_main_process)
             return whole.to(self.accelerator.device) if self.accelerator.is_main_process else whole
         return self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
 
@@ -412,7 +412,7 @@ class Loop:
 
     def _save(self, step: int) -> None:
         main = self.accelerator.is_main_process
-        if main or self.twin is not None:
+        if main or self.empty is not None:
             scaler = self.accelerator.scaler  # fp16's, whose scale follows from all steps so far
             counted = vars(self.counters) | ({} if scaler is None else {"scaling": scaler.state_dict()})
             counted |= {} if self.cell.online is None else {"written": list(self.cell.online.texts.items())}

@@ -17,7 +17,7 @@ from fractions import Fraction
 from importlib.metadata import version
 
 from kvpipe.config import ScoringConfig
-from kvpipe.data.patterns import processor_time, time_limit
+from kvpipe.data.patterns import UNSEEN, processor_time, time_limit
 
 LONGEST = 400
 """Numbers with more digits stay as they are written: `1e999999` need not be written out."""
@@ -31,7 +31,7 @@ _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 
 _LETTERS = {"k": " thousand", "m": " million", "b": " billion"}
 _TEXT = r"\\(?:text|textbf|mathbf|mathrm|mbox)\s*\{([^{}]*)\}"
 _PLAIN: list[tuple[str, str | Callable[[re.Match], str]]] = [
-    ("[\u200b\u2060\ufeff]|<<[^<>]*>>", ""),  # nothing to be seen; GSM8K's calculations
+    (f"{UNSEEN}|<<[^<>]*>>", ""),  # nothing to be seen; GSM8K's calculations
     (r"\\([$%])", r"\1"),
     (r"\{,\}|,\\!", ","),  # 70{,}000  70,\!000
     (r"(?<=\d)\\[,;: ](?=\d{3})", "\u2009"),  # 70\,000

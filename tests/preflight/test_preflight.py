@@ -12,8 +12,11 @@ from typer.testing import CliRunner
 
 from kvpipe.cli import app
 from kvpipe.experiment.paths import Paths
+from kvpipe.preflight.copy import Size
+from kvpipe.preflight.costs import Scaling, term_pulls
+from kvpipe.preflight.measure import Measured, RehearsedCell, apart
+from kvpipe.preflight.rehearse import preflight
 from kvpipe.steps.inputs import Inputs
-from kvpipe.steps.preflight import Measured, RehearsedCell, Scaling, Size, apart, preflight, term_pulls
 from kvpipe.steps.train import prepare
 from kvpipe.train.step import Pull
 from kvpipe.train.trainer import Rehearsal
