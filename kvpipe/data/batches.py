@@ -93,11 +93,6 @@ def labelled(encoding: Encoding, example: SupportsIndex, loss_on: LossOn) -> Boo
     return np.ones(encoding.lengths[example], dtype=bool) if loss_on == "all" else encoding.completion(example)
 
 
-def count_predicted(encoding: Encoding, examples: Int64[np.ndarray, "batch"], loss_on: LossOn) -> int:
-    """Tokens of the examples that carry cross-entropy: those that `Batch.predicted` marks."""
-    return sum(int(labelled(encoding, example, loss_on)[1:].sum()) for example in examples)
-
-
 def collate(encoding: Encoding, examples: Int64[np.ndarray, "batch"], pad_id: int, loss_on: LossOn = "all") -> Batch:
     """Pad the examples on the right. With `loss_on: completion` the tokens of prompts have no label."""
     longest = int(encoding.lengths[examples].max())

@@ -97,11 +97,6 @@ class Objective(nn.Module):
         """Whether the target depends on the student's forward."""
         return self.targets is not None and self.targets.reads_student
 
-    @property
-    def asks_teachers(self) -> bool:
-        """Whether there is anything to learn from."""
-        return bool(self.teachers or self.top)
-
     def columns(self, teacher: int) -> tuple[str, ...]:
         """What is read of a teacher."""
         wanted = {name for term in self.terms.values() for name in getattr(term.settings, "needs", ())}

@@ -153,7 +153,7 @@ def test_cross_entropy_is_the_models_own(work, name):
 
 def test_control_asks_nobody_and_records_nothing(work):
     objective = load_objective(work, work.dag.arm("control"), 0)
-    assert list(objective.terms) == ["cross_entropy"] and not objective.asks_teachers and not objective.records
+    assert list(objective.terms) == ["cross_entropy"] and not objective.teachers and not objective.records
 
 
 def test_terms_add_up(work):
