@@ -61,7 +61,9 @@ def apart(config: Config, function: Callable[..., _T], *arguments: Any) -> _T:
     """
     # what CUDA has begun cannot be forked, and nothing of a torch without CUDA has begun
     kind = "fork" if torch.version.cuda is None and hasattr(os, "fork") else "spawn"
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context(kind)) as pool:
+    context, threads = multiprocessing.get_context(kind), (config.train.threads,)
+    # said first and once: threads that load weights would find torch's pool of the parent half replaced
+    with ProcessPoolExecutor(1, context, initializer=torch.set_num_threads, initargs=threads) as pool:
         try:
             return pool.submit(function, *arguments).result()
         except BrokenProcessPool:
@@ -74,7 +76,6 @@ def apart(config: Config, function: Callable[..., _T], *arguments: Any) -> _T:
 
 def measure_job(config: Config, paths: Paths, name: str, job: dict[str, str]) -> Measured:
     """Run a job of the copy."""
-    torch.set_num_threads(config.train.threads)
     device = torch.device(resolve_device(config.train.device))
     if name == "teacher_text":
         prompts = len(read_records(paths.data("train")))

@@ -56,6 +56,7 @@ def alone(function: Callable[..., Any], *arguments: Any) -> Any:
         try:
             # what the parent trained, in whatever precision, holds for nothing here
             AcceleratorState._reset_state(reset_partial_state=True)
+            torch.set_num_threads(torch.get_num_threads())  # before threads, which would find the pool half replaced
             os.close(read)
             with os.fdopen(write, "w") as out:
                 json.dump(function(*arguments), out)

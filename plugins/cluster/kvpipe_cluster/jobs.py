@@ -16,7 +16,7 @@ from kvpipe.experiment.files import GB
 from kvpipe.experiment.launch import in_job, missing_lines
 from kvpipe_cluster.profile import Request, profile_of
 
-LOGIN = {"snakemake", "pydantic", "pyyaml", "typer", "rich", "huggingface_hub"}
+LOGIN = {"snakemake", "pydantic", "pyyaml", "typer", "rich", "huggingface_hub", "pyarrow", "safetensors"}
 """Packages of a login node whose jobs run in the image: the others are in there."""
 MIB = float(2**20)
 NV = "apptainer-args: --nv in the profile"
