@@ -10,7 +10,7 @@ from kvpipe.experiment.files import write_text
 from kvpipe.report.alignment import draw_alignment
 from kvpipe.report.html import filled
 from kvpipe.report.style import inline
-from kvpipe.report.tables import Cell, Column, Table
+from kvpipe.report.table import Cell, Column, Table
 from kvpipe.tokens.compare import MODES, AlignedText, Compared, Tally, compare_tokenizers
 from kvpipe.tokens.matrix import Mode
 from kvpipe.tokens.show import visible

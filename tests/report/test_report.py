@@ -21,6 +21,7 @@ from kvpipe.experiment.paths import FIGURES, TABLES, Paths
 from kvpipe.experiment.plan import digest
 from kvpipe.report import collect, figures, render, style, tables, wording
 from kvpipe.report.render import SAMPLES_PER_TASK, samples
+from kvpipe.report.table import Column, Table
 from kvpipe.stats.metrics import METRICS as ENTRIES
 from kvpipe.stats.metrics import Metric
 from kvpipe.stats.scores import ITEM_METRICS
@@ -321,7 +322,7 @@ def test_figures_and_tables_are_files_with_their_fonts(finished, whole):
 
 
 def test_special_characters_of_tex_are_escaped(tmp_path):
-    table = tables.Table("50% of _x_ & y", "arm", [tables.Column("a_b", "%")])
+    table = Table("50% of _x_ & y", "arm", [Column("a_b", "%")])
     table.add("x_1 & $2", "3% #4")
     table.add("x", "× −3")
     table.write(tmp_path / "t")
