@@ -205,11 +205,12 @@ def _plan(config: Config, paths: Paths, data: str, cells: list[tuple[str, int]],
     terms = ", ".join(f"{name} × {term.weight:g}" for name, term in arm.loss.items())
     fused = f", fused by {arm.fuse.kind}" if len(arm.teachers) > 1 else ""
     count = f"{len(cells)} cells (arm, seed): " if len(cells) > 1 else ""
+    threads = f"{train.threads} thread{'' if train.threads == 1 else 's'}"
     return [
         f"teachers {', '.join(arm.teachers)} → student{size}",
         f"data     {data}, split into train, validation and test",
         f"arm      {ARM}: {terms}{fused}; projectors fitted by {arm.fit.method}, then frozen",
-        f"training {count}{train.steps} steps of {train.batch_size} examples, {train.precision}, {train.threads} threads",
+        f"training {count}{train.steps} steps of {train.batch_size} examples, {train.precision}, {threads}",
         f"output   {out}",
     ]
 
