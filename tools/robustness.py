@@ -68,7 +68,9 @@ def read(folder: Path, name: str) -> tuple[pd.DataFrame, dict[tuple[str, str], s
     """The tested contrasts over all tasks, and the digest of every student."""
     place = folder / re.sub(r"\W+", "-", name).lower()
     table = pd.read_csv(place / "results" / "stats" / "contrasts.csv")
-    table = table[(table.task == "all") & table.metric.isin(METRICS) & table.arm.isin(ARMS) & table.reference.isin(ARMS)]
+    table = table[
+        (table.task == "all") & table.metric.isin(METRICS) & table.arm.isin(ARMS) & table.reference.isin(ARMS)
+    ]
     students = {
         (cost.parts[-3], cost.parts[-2]): read_json(cost, "make the cell again")["model"]["digest"]
         for cost in sorted((place / "cells").glob(f"*/*/{COST}"))

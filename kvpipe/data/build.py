@@ -69,7 +69,7 @@ def _without(split: str, records: list[Record], found: list[tuple[str, str]], ke
     shown = ", ".join(f"{name} ({why})" for name, why in found[:3])
     if found and what == "error":
         raise ValueError(
-            f"data.{key}: {len(found)} of {len(records)} records in split {split}, e.g. {shown}; mend the sources or "
+            f"data.{key}: {len(found)} of {len(records)} records in split {split}, e.g. {shown}; correct the sources or "
             f"set data.{key}: drop"
         )
     if what != "drop":

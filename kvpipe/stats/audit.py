@@ -51,7 +51,7 @@ def audit(config: Config, paths: Paths, out: Path) -> list[Check]:
         lines = "\n".join(f"  {check.name}: {check.detail}" for check in breaches)
         raise AuditFailure(
             f"the comparison between arms is not fair:\n{lines}\n"
-            "mend it, or name the check in audit.allow to report it and go on"
+            "correct it, or name the check in audit.allow to report it and go on"
         )
     return checks
 

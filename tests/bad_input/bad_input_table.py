@@ -21,14 +21,14 @@ TABLE: dict[str, list[Case]] = {
     "The command line": cases_use.COMMANDS,
     "The environment": cases_use.ENVIRONMENT,
     "The doctor": cases_use.DOCTOR,
-    "What is mended": cases_use.MENDED,
+    "What repairs itself": cases_use.REPAIRED,
 }
 HEAD = """# What is said of bad input
 
 Written by `make messages` from the cases of `tests/bad_input/`, which `make test` runs: each ends with a
 status that is not 0 and with these words, without a traceback, and leaves what was computed as it was.
 `KVPIPE_TRACEBACK=1` shows the traceback too. What is made again, or read from the checkpoint before, ends well and
-says so; those rows stand last, under *What is mended*. What needs a process of its own (Ctrl-C, `ulimit -v`, a reader
+says so; those rows stand last, under *What repairs itself*. What needs a process of its own (Ctrl-C, `ulimit -v`, a reader
 that goes away, `PYTHONOPTIMIZE`) is in `tests/cli/test_escapes.py`.
 """
 

@@ -124,17 +124,17 @@ DOCTOR = [
 AGAIN = ("encoding/", "models/", "data/", "teacher_kv/", "layer_map/", "projector/", "checkpoints/", "train/")
 
 
-def mended(what: str, says: str, command: str = "prepare --arm one", **case) -> Case:
+def repaired(what: str, says: str, command: str = "prepare --arm one", **case) -> Case:
     return Case(what, says, command, makes=AGAIN, goes_on=True, **case)
 
 
-MENDED = [
-    mended("data of other settings", r"^data … \(again: changed since it was made: settings", set={"data.seed": 5}),
-    mended("a model of another path", r"^model alpha … \(again: changed", set={"models.alpha.path": "teachers/again"}, do=lambda: shutil.copytree("teachers/alpha", "teachers/again")),
-    mended("a student of other settings", r"^model student … \(again: changed since it was made: settings", set={"models.student.architecture.intermediate_size": 44}),
-    mended("a checkpoint's step edited", r"step-00000001 is damaged \(checksum differs\); trying the one before", NEXT, do=state(step=100_000)),
-    mended("a checkpoint without its settings", r"step-00000001 is damaged \(checksum differs\); trying the one before", NEXT, do=state(spec=None)),
-    mended("a checkpoint with flipped bytes", r"step-00000001 is damaged \(checksum differs\); trying the one before", NEXT, do=lambda: flip(CHECKPOINTS / "step-00000001/tensors.safetensors")),
-    mended("a checkpoint that is cut off", r"step-00000001 cannot be read .*; trying the one before", NEXT, do=lambda: cut(CHECKPOINTS / "step-00000001/state.json")),
-    mended("scores of weights that were trained again", r"│ one +│ trained", "status", do=edited(RESULTS / "train/one/seed0/cost.json", lambda d: d["model"].update(digest="0" * 16))),
+REPAIRED = [
+    repaired("data of other settings", r"^data … \(again: changed since it was made: settings", set={"data.seed": 5}),
+    repaired("a model of another path", r"^model alpha … \(again: changed", set={"models.alpha.path": "teachers/again"}, do=lambda: shutil.copytree("teachers/alpha", "teachers/again")),
+    repaired("a student of other settings", r"^model student … \(again: changed since it was made: settings", set={"models.student.architecture.intermediate_size": 44}),
+    repaired("a checkpoint's step edited", r"step-00000001 is damaged \(checksum differs\); trying the one before", NEXT, do=state(step=100_000)),
+    repaired("a checkpoint without its settings", r"step-00000001 is damaged \(checksum differs\); trying the one before", NEXT, do=state(spec=None)),
+    repaired("a checkpoint with flipped bytes", r"step-00000001 is damaged \(checksum differs\); trying the one before", NEXT, do=lambda: flip(CHECKPOINTS / "step-00000001/tensors.safetensors")),
+    repaired("a checkpoint that is cut off", r"step-00000001 cannot be read .*; trying the one before", NEXT, do=lambda: cut(CHECKPOINTS / "step-00000001/state.json")),
+    repaired("scores of weights that were trained again", r"│ one +│ trained", "status", do=edited(RESULTS / "train/one/seed0/cost.json", lambda d: d["model"].update(digest="0" * 16))),
 ]  # fmt: skip
