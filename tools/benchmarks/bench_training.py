@@ -1,4 +1,4 @@
-"""Training steps: `full` against `control`, control against the Trainer of transformers, the recorder (spec 9).
+"""Training steps: `full` against `control` and a plain logit loop, control against `Trainer`, the recorder (spec 9).
 
 Parts of `run.py`. By itself, `bench_training.py RESULTS ARM STEPS` prints the peak memory of a fresh process that takes some
 steps of an arm: with its setup, and of the steps alone.
@@ -14,19 +14,24 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from measure import Row, high_water, spent
-from sized import Cell
-from torch import Tensor
+from sized import SMOLLM2, Cell, Sizes, made, measured
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvpipe.cache.capture import Recorder
 from kvpipe.config import load
 from kvpipe.data.corpus import generate
 from kvpipe.data.records import write_records
+from kvpipe.experiment.files import GB
 from kvpipe.experiment.paths import Paths
+from kvpipe.experiment.sizes import cpu_has_bf16
 from kvpipe.steps.inputs import Inputs
 from kvpipe.steps.train import prepare
 
@@ -37,23 +42,11 @@ CONFIG = ROOT / "config" / "config.yaml"
 def full_against_control(work: Inputs, repeats: int, block: int) -> tuple[list[Row], float, float]:
     """Rows, and control's seconds and tokens per step."""
     cells = {arm: Cell(work, arm) for arm in ("control", "full")}
-    times: dict[str, list[float]] = {arm: [] for arm in cells}
-    for cell in cells.values():
-        cell.steps(block)  # warm-up
-    for _ in range(repeats):
-        for arm, cell in cells.items():
-            times[arm].append(spent(lambda c=cell: c.steps(block)) / block)
-    ratio = statistics.median(f / c for f, c in zip(times["full"], times["control"], strict=True))
-    control, full = (statistics.median(times[arm]) for arm in ("control", "full"))
+    times = in_turn(cells, repeats, block)
     memory = {arm: memory_of(work, arm, 2 * block) for arm in cells}
     (control_all, control_steps), (full_all, full_steps) = memory["control"], memory["full"]
     rows = [
-        Row(
-            "`full` training step, stored KV, against `control`: time",
-            f"{ratio:.2f}× ({full * 1e3:.0f} ms against {control * 1e3:.0f} ms)",
-            "≤ 1.25×",
-            ratio <= 1.25,
-        ),
+        compared("`full` training step, stored KV, against `control`: time", times, "full", "control", 1.20),
         Row(
             "… peak resident memory while it trains (the process: Python and torch are some 470 MiB of it)",
             f"{full_steps / control_steps:.2f}× ({full_steps / 2**20:,.0f} MiB against {control_steps / 2**20:,.0f} MiB)",
@@ -65,7 +58,87 @@ def full_against_control(work: Inputs, repeats: int, block: int) -> tuple[list[R
             f"{full_all / control_all:.2f}× ({full_all / 2**20:,.0f} MiB against {control_all / 2**20:,.0f} MiB)",
         ),
     ]
-    return rows, control, cells["control"].tokens[1] / cells["control"].step
+    return rows, statistics.median(times["control"]), cells["control"].tokens[1] / cells["control"].step
+
+
+class LogitLoop:
+    """What one would write without kvpipe: a teacher with the student's tokenizer reads every batch too, and the student
+    matches all of its next tokens beside the text's."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, ids: Tensor, bf16: bool):
+        self.student, self.teacher, self.ids, self.bf16 = student.train(), teacher.eval(), ids, bf16
+        self.optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=True)
+
+    def steps(self, number: int) -> None:
+        """Takes the next steps."""
+        torch.use_deterministic_algorithms(False)
+        for _ in range(number):
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+                with torch.no_grad():
+                    theirs = self.teacher(input_ids=self.ids, use_cache=False).logits.float().log_softmax(-1)
+                found = self.student(input_ids=self.ids, labels=self.ids, use_cache=False)
+            ours = found.logits.float().log_softmax(-1)
+            divergence = F.kl_div(ours, theirs, log_target=True, reduction="sum") / self.ids.numel()
+            (found.loss + divergence).backward()
+            nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
+def in_turn(loops: dict[str, Any], repeats: int, block: int) -> dict[str, list[float]]:
+    """Seconds a step of each, measured one after the other, so often."""
+    times: dict[str, list[float]] = {name: [] for name in loops}
+    for loop in loops.values():
+        loop.steps(block)  # warm-up
+    for _ in range(repeats):
+        for name, loop in loops.items():
+            times[name].append(spent(lambda x=loop: x.steps(block)) / block)
+    return times
+
+
+def compared(what: str, times: dict[str, list[float]], one: str, other: str, bar: float | None = None) -> Row:
+    """A row of two loops' steps."""
+    ratio = statistics.median(a / b for a, b in zip(times[one], times[other], strict=True))
+    ours, theirs = (statistics.median(times[name]) * 1e3 for name in (one, other))
+    said = f"{ratio:.2f}× ({ours:,.0f} ms against {theirs:,.0f} ms)"
+    return Row(what, said, f"≤ {bar:.2f}×" if bar else "–", ratio <= bar if bar else None)
+
+
+def against_logits(work: Inputs, repeats: int, block: int) -> list[Row]:
+    """`full` with two stored teachers against a plain loop with one live teacher, of the size of `code`."""
+    lengths, student = work.student_encoding("train").lengths, work.student(0)
+    size = AutoConfig.from_pretrained(work.paths.model("code"), vocab_size=student.config.vocab_size)
+    ids = torch.randint(3, size.vocab_size, (work.config.train.batch_size, round(float(lengths.mean()))))
+    loop = LogitLoop(student, AutoModelForCausalLM.from_config(size), ids, bf16=False)
+    times = in_turn({"full": Cell(work, "full"), "logits": loop}, repeats, block)
+    what = "`full` training step, two stored teachers, against a plain loop with the logits of one live teacher: time"
+    return [compared(what, times, "full", "logits")]
+
+
+def at_smollm2_size(root: Path, repeats: int) -> list[Row]:
+    """Half of SmolLM2-135M's layers learn the stored keys and values of the whole, in batches of 8 × 144 tokens."""
+    arm = {"base": "control", "role": "experiment", "set": {"teachers": ["t0"], "loss": {"keys": {}, "values": {}}}}
+    half = {**SMOLLM2, "num_hidden_layers": SMOLLM2["num_hidden_layers"] // 2}
+    work = made(root, Sizes(half, [SMOLLM2], texts=80, arms={"matched": arm}))
+    for name in ("control", "matched"):
+        prepare(work, name, log=lambda _: None)
+    teacher, ids = AutoModelForCausalLM.from_pretrained(root / "t0"), torch.randint(3, 250, (8, 144))
+    loop = LogitLoop(work.student(0), teacher.float(), ids, bf16=cpu_has_bf16())
+    cells = {name: Cell(work, name) for name in ("control", "matched")}
+    times = in_turn({**cells, "logits": loop}, repeats, 1)
+    memory = {name: measured(root, name, 2)["peak"] for name in cells}
+    of = "training step at SmolLM2's size, stored keys and values,"
+    return [
+        compared(f"{of} against `control`: time", times, "matched", "control", 1.10),
+        Row(
+            "… peak resident memory while it trains",
+            f"{memory['matched'] / memory['control']:.2f}× ({memory['matched'] / GB:.2f} GB against "
+            f"{memory['control'] / GB:.2f} GB)",
+            "≤ 1.15×",
+            memory["matched"] <= 1.15 * memory["control"],
+        ),
+        compared(f"{of} against a plain loop with the logits of the live teacher: time", times, "matched", "logits"),
+    ]
 
 
 def print_memory(work: Inputs, arm: str, steps: int) -> None:

@@ -21,7 +21,16 @@ import numpy as np
 import torch
 import transformers
 from bench_teacher import losses_in_pieces, memory, pass_against_decoder
-from bench_training import CONFIG, ROOT, against_trainer, full_against_control, mixed_lengths, recorder_overhead
+from bench_training import (
+    CONFIG,
+    ROOT,
+    against_logits,
+    against_trainer,
+    at_smollm2_size,
+    full_against_control,
+    mixed_lengths,
+    recorder_overhead,
+)
 from costs import section
 from measure import Row, median
 from torch import Tensor
@@ -43,7 +52,7 @@ NOTES = """What to know when reading it:
 - The embedded texts are nearly of one length, so no batching can save padding there; `mixed length` (problems of 1 to 6
   operations) shows what batching by length saves. The Trainer batches by length too when asked.
 - The student is tiny: a step takes some 20 ms, so the costs per step (recorder, gathering targets, two more losses) weigh
-  more than they should in a larger model, which is not measured here. `full` holds its projected targets in
+  more than in a larger model: see the lines at the size of SmolLM2. `full` holds its projected targets in
   memory (`train.hold_targets_gb`); with 0 they are made batch by batch, which is slower.
 """
 
@@ -189,6 +198,8 @@ def main() -> None:
             prepare(work, arm)
         training, seconds, tokens = full_against_control(work, repeats, block)
         show(training)
+        show(against_logits(work, repeats, block))
+        show(at_smollm2_size(Path(temporary) / "smollm2", min(repeats, 5)))
         show(against_trainer(work, "the embedded experiment", repeats, block))
         show(against_trainer(mixed_lengths(Path(temporary) / "mixed"), "mixed length", repeats, block))
         show(recorder_overhead(work, repeats, block))
