@@ -23,7 +23,7 @@ rule fails:
 rule threads:
     output: "reports/threads.txt"
     threads: 2
-    resources: mem_mb=500, runtime=5
+    resources: mem_mb=500, runtime=5, slurm_partition="shared"
     shell: "echo {threads} $SLURM_CPUS_PER_TASK > {output}"
 
 rule cell:
@@ -80,7 +80,7 @@ def test_snakemake_in_a_job_starts_jobs_with_more_threads_than_its_own(small):
     site, _ = small
     command = f"python3 -m snakemake {PROFILE} --snakefile reports.smk -- reports/threads.txt"
     job = site.cluster.run(
-        f"sbatch --parsable --ntasks 1 --mem 500 --output outer.log --wrap '{command}'", folder=site.inside
+        f"sbatch --parsable --partition shared --ntasks 1 --mem 500 --output outer.log --wrap '{command}'", folder=site.inside
     ).strip()
     state = site.wait_state(job, "COMPLETED", "FAILED", seconds=900)
     assert state == "COMPLETED", (site.outside / "outer.log").read_text(encoding="utf-8")
