@@ -15,6 +15,7 @@ from hashlib import sha256
 from itertools import accumulate, takewhile
 from typing import Literal
 
+from kvpipe.config import DataConfig, EmbeddedData, Recipe
 from kvpipe.data.records import Record
 from kvpipe.experiment.paths import SPLITS
 
@@ -191,3 +192,39 @@ def _problems(
         if core.split() == split:
             values = _values(rng, task, core, results)
             yield (*_WRITERS[task](rng, core, values), str(values[-1]))
+
+
+def embedded_sources(data: DataConfig) -> dict[str, EmbeddedData]:
+    """The embedded tasks of a config by name.
+
+    Raises:
+        ValueError: there is none, so there is nothing to pretrain on.
+    """
+    sources: dict[str, EmbeddedData] = {s.task: s for s in data.sources if isinstance(s, EmbeddedData)}
+    if not sources:
+        raise ValueError("source: pretrain needs embedded data to train on; use source: local or hub")
+    return sources
+
+
+def pretraining_records(recipe: Recipe, data: DataConfig) -> tuple[list[Record], list[Record]]:
+    """The recipe's examples: those with the student's reasoning and those with the teacher's own.
+
+    All come from the training split's problems, so that none of them can be in validation or test.
+    """
+    sources = embedded_sources(data)
+    shares = recipe.mixture or {task: 1 / len(sources) for task in sources}
+    short, own = [], []
+    for task, share in shares.items():
+        records = generate(
+            task,
+            "train",
+            round(recipe.examples * share),
+            sources[task].difficulty,
+            recipe.seed + 10_000,
+            distinct=False,
+            results=recipe.results,
+        )
+        cut = round(len(records) * recipe.own_text)
+        own += records[:cut]
+        short += records[cut:]
+    return short, own

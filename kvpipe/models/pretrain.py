@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from kvpipe.config import Config, DataConfig, EmbeddedData, LocalModel, PretrainModel, Recipe, TokenizerRecipe
+from kvpipe.config import Config, DataConfig, LocalModel, PretrainModel, Recipe, TokenizerRecipe
 from kvpipe.data.batches import collate, schedule
-from kvpipe.data.corpus import generate
+from kvpipe.data.corpus import pretraining_records
 from kvpipe.data.encoding import encode_records
 from kvpipe.data.records import Record, read_as, render
 from kvpipe.experiment.files import set_mode
@@ -23,42 +23,6 @@ from kvpipe.models.manifest import write_manifest
 from kvpipe.models.tokenizers import train_tokenizer
 
 WARMUP = 50
-
-
-def embedded_sources(data: DataConfig) -> dict[str, EmbeddedData]:
-    """The embedded tasks of a config by name.
-
-    Raises:
-        ValueError: there is none, so there is nothing to pretrain on.
-    """
-    sources: dict[str, EmbeddedData] = {s.task: s for s in data.sources if isinstance(s, EmbeddedData)}
-    if not sources:
-        raise ValueError("source: pretrain needs embedded data to train on; use source: local or hub")
-    return sources
-
-
-def pretraining_records(recipe: Recipe, data: DataConfig) -> tuple[list[Record], list[Record]]:
-    """The recipe's examples: those with the student's reasoning and those with the teacher's own.
-
-    All come from the training split's problems, so that none of them can be in validation or test.
-    """
-    sources = embedded_sources(data)
-    shares = recipe.mixture or {task: 1 / len(sources) for task in sources}
-    short, own = [], []
-    for task, share in shares.items():
-        records = generate(
-            task,
-            "train",
-            round(recipe.examples * share),
-            sources[task].difficulty,
-            recipe.seed + 10_000,
-            distinct=False,
-            results=recipe.results,
-        )
-        cut = round(len(records) * recipe.own_text)
-        own += records[:cut]
-        short += records[cut:]
-    return short, own
 
 
 def interleaved(records: list[Record]) -> list[Record]:

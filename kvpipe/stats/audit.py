@@ -10,12 +10,12 @@ from pathlib import Path
 import pandas as pd
 
 from kvpipe.config import Config, LocalModel, PretrainModel
+from kvpipe.data.corpus import pretraining_records
 from kvpipe.data.leakage import leaks
 from kvpipe.data.records import read_records
 from kvpipe.experiment.files import write_json
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.plan import Dag
-from kvpipe.models.pretrain import pretraining_records
 
 
 class AuditFailure(RuntimeError):

@@ -80,7 +80,8 @@ def test_snakemake_in_a_job_starts_jobs_with_more_threads_than_its_own(small):
     site, _ = small
     command = f"python3 -m snakemake {PROFILE} --snakefile reports.smk -- reports/threads.txt"
     job = site.cluster.run(
-        f"sbatch --parsable --partition shared --ntasks 1 --mem 500 --output outer.log --wrap '{command}'", folder=site.inside
+        f"sbatch --parsable --partition shared --ntasks 1 --mem 500 --output outer.log --wrap '{command}'",
+        folder=site.inside,
     ).strip()
     state = site.wait_state(job, "COMPLETED", "FAILED", seconds=900)
     assert state == "COMPLETED", (site.outside / "outer.log").read_text(encoding="utf-8")

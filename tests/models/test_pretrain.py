@@ -7,10 +7,10 @@ import torch
 from tiny import DATA, STUDENT
 
 from kvpipe.config import DataConfig, FileData, Recipe, TokenizerRecipe
-from kvpipe.data.corpus import generate
+from kvpipe.data.corpus import embedded_sources, generate, pretraining_records
 from kvpipe.data.records import Record, render
 from kvpipe.models.folders import load_model, load_tokenizer
-from kvpipe.models.pretrain import embedded_sources, pretrain, pretraining_records, student_tokenizer, tokenizer_texts
+from kvpipe.models.pretrain import pretrain, student_tokenizer, tokenizer_texts
 
 SPLITS = DataConfig.model_validate(DATA)
 

@@ -6,9 +6,9 @@ import pandas as pd
 import pytest
 from tiny import build, config
 
+from kvpipe.data.corpus import pretraining_records
 from kvpipe.data.records import Record, read_records, write_records
 from kvpipe.experiment.paths import Paths
-from kvpipe.models.pretrain import pretraining_records
 from kvpipe.stats.audit import AuditFailure, audit
 
 ARMS = {
