@@ -50,9 +50,14 @@ def tried() -> list[str]:
     return [name for name in ARITHMETIC if not (own and name.upper().endswith("=AVX2"))]
 
 
+def folder_of(folder: Path, name: str) -> Path:
+    """Where the cells of one arithmetic are."""
+    return folder / re.sub(r"\W+", "-", name).lower()
+
+
 def run(folder: Path, name: str) -> None:
     """Cells, statistics and page of one arithmetic, in processes of its own."""
-    place = folder / re.sub(r"\W+", "-", name).lower()
+    place = folder_of(folder, name)
     place.mkdir(parents=True, exist_ok=True)
     # the other arms have no seeds here
     settings = ["--set", "audit.allow=[seeds]", *(["--set", "train.threads=2"] if name == "two threads" else [])]
@@ -66,7 +71,7 @@ def run(folder: Path, name: str) -> None:
 
 def read(folder: Path, name: str) -> tuple[pd.DataFrame, dict[tuple[str, str], str]]:
     """The tested contrasts over all tasks, and the digest of every student."""
-    place = folder / re.sub(r"\W+", "-", name).lower()
+    place = folder_of(folder, name)
     table = pd.read_csv(place / "results" / "stats" / "contrasts.csv")
     table = table[
         (table.task == "all") & table.metric.isin(METRICS) & table.arm.isin(ARMS) & table.reference.isin(ARMS)
