@@ -75,7 +75,17 @@ def check_settings(config: TrainConfig, log=print) -> None:
 def set_up(config: TrainConfig) -> None:
     """Threads and determinism of this process: before anything is computed for a cell."""
     torch.set_num_threads(config.threads)
+    be_deterministic()
+
+
+def be_deterministic() -> None:
+    """Have torch choose algorithms that give the same bytes on every run.
+
+    It would also fill all new memory, so that what is read before it is written is at least the same: 5% of a step, for
+    nothing where no operation reads such memory.
+    """
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 @dataclass

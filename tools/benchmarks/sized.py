@@ -27,7 +27,7 @@ from kvpipe.experiment.paths import Paths
 from kvpipe.models.tokenizers import train_tokenizer
 from kvpipe.steps.inputs import Inputs
 from kvpipe.steps.train import load_cell
-from kvpipe.train.trainer import Loop
+from kvpipe.train.trainer import Loop, be_deterministic
 
 Architecture = dict[str, Any]
 
@@ -146,7 +146,7 @@ class Cell:
 
     def steps(self, number: int) -> None:
         """Takes the next steps."""
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        be_deterministic()
         if self.recorder is not None:
             self.recorder.__enter__()
         for _ in range(number):
