@@ -52,3 +52,13 @@ def tiny(tmp_path_factory):
     from tiny import build
 
     return build(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def own_accelerator():
+    """accelerate keeps device and precision of a process's first training; this test has its own."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

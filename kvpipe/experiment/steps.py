@@ -7,7 +7,7 @@ is said in `paths`, what the arms imply in `plan`. No torch: this is imported wh
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -559,6 +559,41 @@ STEPS: dict[str, type[Step]] = {
     "report": Page,
 }
 """Every step by the name of its rule, in the order of the chain."""
+
+
+def in_order(steps: Mapping[str, Step], files: Iterable[Path], given: Container[Path] = ()) -> list[tuple[str, Job]]:
+    """The jobs that make files and all that these are made from, each after those that it needs.
+
+    Args:
+        steps: the table.
+        files: artefacts of steps that are `remade`.
+        given: files that are there already, whatever makes them.
+
+    Raises:
+        KeyError: no such step makes a file.
+    """
+    makers = {
+        path: (name, job)
+        for name, step in steps.items()
+        if step.remade
+        for job in step.jobs()
+        for path in step.makes(**job).values()
+    }
+    found: dict[tuple[str, ...], tuple[str, Job]] = {}
+
+    def bring(path: Path) -> None:
+        if path in given:
+            return
+        name, job = makers[path]
+        key = (name, *job.values())
+        if key not in found:
+            for need in steps[name].needs(**job):
+                bring(need)
+            found[key] = (name, job)
+
+    for path in files:
+        bring(path)
+    return list(found.values())
 
 
 def table(dag: Dag, paths: Paths) -> dict[str, Step]:

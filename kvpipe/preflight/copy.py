@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +12,7 @@ from kvpipe.data.records import read_as, read_records, write_records
 from kvpipe.doctor.workload import Workload
 from kvpipe.experiment.paths import SPLITS, Paths
 from kvpipe.experiment.plan import Dag
-from kvpipe.experiment.steps import table
+from kvpipe.experiment.steps import in_order, table
 from kvpipe.steps.inputs import Inputs
 from kvpipe.steps.make import make
 
@@ -104,26 +103,9 @@ class Copied:
         self.arms = arms
         given = {paths.manifest(name) for name in config.models} | {paths.data(split) for split in SPLITS}
         given |= {paths.teacher_text(job["teacher"]) for job in self.steps["teacher_text"].jobs()}
-        self._makers = {
-            path: (name, job)
-            for name, step in self.steps.items()
-            if step.remade
-            for job in step.jobs()
-            for path in step.makes(**job).values()
-            if path not in given
-        }
-        self.jobs: list[tuple[str, dict[str, str]]] = []
-        for arm in arms:
-            for need in self.steps["train"].needs(arm=arm, seed="0"):
-                self._bring(need)
+        needs = [need for arm in arms for need in self.steps["train"].needs(arm=arm, seed="0")]
+        self.jobs = in_order(self.steps, needs, given)
         taught = {teacher for arm in arms for teacher in self.dag.arms[arm].teachers}
         texts = [job for job in self.steps["teacher_text"].jobs() if job["teacher"] in taught]
         self.jobs += [("teacher_text", job) for job in texts]
         self.judged = [name for name in self.dag.judged_teachers if name in taught]
-
-    def _bring(self, path: Path) -> None:
-        if path in self._makers and self._makers[path] not in self.jobs:
-            name, job = self._makers[path]
-            for need in self.steps[name].needs(**job):
-                self._bring(need)
-            self.jobs.append((name, job))

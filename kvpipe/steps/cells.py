@@ -148,7 +148,6 @@ def run_cells(kept: KeptCells, cells: Iterable[tuple[str, int]], scored: bool, h
     """
     inputs, begun, left = kept.inputs, time.monotonic(), 0
     make(inputs, [path for name in ("data", "model") for path in inputs.steps[name].files()], log)
-    remade = {path for step in inputs.steps.values() if step.remade for path in step.files()}
     for arm, seed in cells:
         differs = kept.differs(arm, seed)
         there = differs == [] and (not scored or (kept.folder_of(arm, seed) / ITEMS).is_file())
@@ -161,15 +160,19 @@ def run_cells(kept: KeptCells, cells: Iterable[tuple[str, int]], scored: bool, h
         log(f"{arm}, seed {seed} …" + (f" (again: changed since it was made: {', '.join(differs)})" if differs else ""))
         if not inputs.paths.student(arm, seed).is_dir() or differs != []:
             make_cell(inputs, arm, seed, log=log)
-        if scored:
-            make(
-                inputs,
-                [path for path in inputs.steps["evaluate"].needs(arm=arm, seed=str(seed)) if path in remade],
-                log,
-            )
-            log(score_folder(inputs, inputs.paths.student(arm, seed), "test", inputs.paths.items(arm, seed)))
-        kept.keep(arm, seed)
+        keep_cell(kept, arm, seed, scored, log)
     return left
+
+
+def keep_cell(kept: KeptCells, arm: str, seed: int, scored: bool, log=print) -> None:
+    """Keep a trained cell, with `scored` after its test split is scored."""
+    inputs = kept.inputs
+    if scored:
+        remade = {path for step in inputs.steps.values() if step.remade for path in step.files()}
+        needs = inputs.steps["evaluate"].needs(arm=arm, seed=str(seed))
+        make(inputs, [path for path in needs if path in remade], log)
+        log(score_folder(inputs, inputs.paths.student(arm, seed), "test", inputs.paths.items(arm, seed)))
+    kept.keep(arm, seed)
 
 
 def report_cells(kept: KeptCells, out: Path, log=print) -> None:

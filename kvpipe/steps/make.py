@@ -13,7 +13,7 @@ from kvpipe.experiment.files import alone
 from kvpipe.experiment.launch import group_size
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.plan import Dag
-from kvpipe.experiment.steps import table
+from kvpipe.experiment.steps import in_order, table
 
 
 class Work:
@@ -45,36 +45,18 @@ def make(inputs: Work, files: Iterable[Path], log=print) -> None:
     Raises:
         ConfigError: something is to be made, and this is one of several processes.
     """
-    makers = {
-        path: (name, job)
-        for name, step in inputs.steps.items()
-        if step.remade
-        for job in step.jobs()
-        for path in step.makes(**job).values()
-    }
-    seen = set()
-
-    def bring(path: Path) -> None:
-        name, job = makers[path]
-        if (name, *job.values()) in seen:
-            return
-        seen.add((name, *job.values()))
+    for name, job in in_order(inputs.steps, files):
         step = inputs.steps[name]
-        for need in step.needs(**job):
-            bring(need)
         differs = made.changed(step, **job)
-        if differs is None or differs:
-            again = f" (again: changed since it was made: {', '.join(differs)})" if differs else ""
-            if group_size(os.environ) > 1:
-                raise ConfigError(
-                    f"{' '.join([name, *job.values()])} is missing or was made from something else, and the processes of a "
-                    "group would all make it: run `kvpipe prepare` with this arm in one process first"
-                )
-            log(f"{' '.join([name, *job.values()])} …{again}")
-            with alone(inputs.paths.made_lock, "another process makes artefacts here", log):
-                if made.changed(step, **job) == []:  # by that one
-                    return
+        if differs == []:
+            continue
+        again = f" (again: changed since it was made: {', '.join(differs)})" if differs else ""
+        if group_size(os.environ) > 1:
+            raise ConfigError(
+                f"{' '.join([name, *job.values()])} is missing or was made from something else, and the processes of a "
+                "group would all make it: run `kvpipe prepare` with this arm in one process first"
+            )
+        log(f"{' '.join([name, *job.values()])} …{again}")
+        with alone(inputs.paths.made_lock, "another process makes artefacts here", log):
+            if made.changed(step, **job) != []:  # else that one has made it
                 run(inputs, name, **job)
-
-    for path in files:
-        bring(path)

@@ -15,6 +15,8 @@ from cluster import HERE, Cluster, cache_folder, unavailable
 from installed import write_metadata
 
 VARIANT = "cpu"
+FOREIGN = ("SNAKEMAKE", "KVPIPE", "SLURM", "OPENBLAS", "MKL", "OMP", "ATEN")
+"""Variables that a job on the cluster does not inherit; the last four choose instructions or threads, and so the last bits."""
 UNAVAILABLE = 69
 """build.sh's exit status where packages cannot be fetched: a reason to skip. Any other failure is one."""
 
@@ -100,7 +102,7 @@ def expected(tmp_path_factory):
     """What the same reduced experiment gives on this machine without SLURM and without a container."""
     folder = tmp_path_factory.mktemp("local")
     check_out(folder)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SNAKEMAKE", "KVPIPE", "SLURM"))}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN)}
     path = f"{Path(sys.executable).parent}:{environment['PATH']}"
     done = subprocess.run(
         [sys.executable, "-m", "snakemake", "--cores", "2", "--", REPORT],

@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
-from checkout import PROFILE, REPORT, thaw
-from cluster import ROOT, TimeUp, wait_for
+from checkout import PROFILE, REPORT, RUN_SECONDS, thaw
+from cluster import ROOT, wait_for
 
 pytestmark = pytest.mark.cluster
 
@@ -138,6 +138,7 @@ def test_slurmctld_restarted(site):
         site.drop(*CELL)
         run = site.start()
         cell = site.freeze(*CELL)
+        job = site.job(*CELL)
         site.cluster.stop_daemon("slurmctld")
         # long enough for Snakemake to ask in vain
         with pytest.raises(AssertionError):
@@ -146,17 +147,24 @@ def test_slurmctld_restarted(site):
             )
         site.cluster.start_daemon("slurmctld")
         thaw(cell)
-        try:
-            status = site.finish(run, 240)
-            row.happened = "the cell went on, Snakemake asked until it was answered"
-        except TimeUp:
-            # The plugin looks at MinJobAge before each round of questions; where that falls into the outage, it asks the sacct
-            # on the PATH for the whole round, which knows nothing here, and then for no job any more.
-            assert "Falling back to 'sacct'" in site.log.read_text(encoding="utf-8"), site.tell()
+        # The plugin looks at MinJobAge before each round of questions; where that falls into the outage, it asks the sacct
+        # on the PATH for the whole round, which knows nothing here, and then for no job any more.
+        misled = "Falling back to 'sacct'"
+        wait_for(
+            "Snakemake to end, or to ask sacct",
+            lambda: run.poll() is not None or misled in site.log.read_text(encoding="utf-8"),
+            RUN_SECONDS,
+            tell=site.tell,
+        )
+        if run.poll() is None:
+            site.wait_state(job, "COMPLETED")
             site.kill(run)
             site.unlock()
             status = site.finish(site.start())
             row.happened = "the cell went on, Snakemake turned to sacct in vain; killed, the same command again"
+        else:
+            status = run.returncode
+            row.happened = "the cell went on, Snakemake asked until it was answered"
         assert status == 0, site.tell()
         row.restarts = site.cost(*CELL)["restarts"]
     assert row.restarts == 0

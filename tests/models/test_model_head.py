@@ -76,11 +76,9 @@ def test_states_carry_their_graph_and_autocast_its_dtype():
     assert torch.equal(found.cast(states.dtype).logits(states), expected)
 
 
-def test_a_model_that_accelerate_wraps_in_autocast_is_known():
+def test_a_model_that_accelerate_wraps_in_autocast_is_known(own_accelerator):
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state(True)
     model = architecture("gemma2")
     wrapped = Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
     found = Head.of(wrapped)
@@ -89,7 +87,6 @@ def test_a_model_that_accelerate_wraps_in_autocast_is_known():
         states, _ = final_states(wrapped, found, **INPUTS)
         assert states.dtype == torch.bfloat16
         torch.testing.assert_close(found.cast(states.dtype).logits(states).float(), wrapped(**INPUTS).logits)
-    AcceleratorState._reset_state(True)
 
 
 def test_pieces_cover_the_rows_once(monkeypatch):

@@ -5,20 +5,11 @@ import math
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from bench_gpu import LLAMA3, QWEN2, REAL, REHEARSAL, TINYLLAMA, forward_flops, run_bench
 from transformers import AutoConfig, AutoModelForCausalLM
 
 
-@pytest.fixture
-def precision_of_its_own():
-    """accelerate keeps a precision for a whole process, and `auto` is bf16 where the processor has it."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def test_the_rehearsal_gives_every_figure(tmp_path, precision_of_its_own):
+def test_the_rehearsal_gives_every_figure(tmp_path, own_accelerator):
     lines = run_bench(REHEARSAL, torch.device("cpu"), tmp_path / "gpu.csv")
     of_teacher = {"bare forward", "utilisation", "teacher pass", "teacher pass against bare forward"}
     of_teacher |= {"store written", "store against disk", "peak memory"}

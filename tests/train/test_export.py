@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import ALPHA, DATA, STUDENT, TOKENIZERS, build
@@ -117,16 +116,8 @@ def test_an_older_student_leaves_nothing(tmp_path):
 
 
 # ---------------------------------------------------------------- what is saved is what was scored
-@pytest.fixture
-def anew():
-    """accelerate keeps the precision of a process's first training."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_saved_folder_is_scored_again(anew, tmp_path, precision):
+def test_the_saved_folder_is_scored_again(own_accelerator, tmp_path, precision):
     work = experiment(tmp_path, **{"train.precision": precision})
     cost = json.loads((run(work, tmp_path) / "cost.json").read_text())
     assert cost["model"]["nats_saved"] == pytest.approx(cost["model"]["nats_in_memory"], abs=1e-6)

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from bench_teacher import bare, equal_texts, store_of
-from sized import TINY, Architecture, Cell, Sizes, made, opened
+from sized import QWEN2, TINY, Architecture, Cell, Sizes, made, opened
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvpipe.experiment.device import resolve_device
@@ -30,10 +30,6 @@ from kvpipe.train.trainer import peak_memory
 
 OUT = Path(__file__).parents[2] / "docs" / "figures"
 FIELDS = ("model", "tokens", "what", "value", "unit")
-QWEN2: Architecture = {
-    "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
-    "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 32768,
-}  # fmt: skip
 LLAMA3: Architecture = {
     "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32768, "rope_theta": 500000.0,

@@ -26,6 +26,7 @@ from kvpipe.config import Config, load
 from kvpipe.experiment.device import resolve_device
 from kvpipe.experiment.files import GB, read_json
 from kvpipe.experiment.paths import Paths
+from kvpipe.experiment.steps import in_order
 from kvpipe.steps.inputs import Inputs
 from kvpipe.steps.make import run
 from kvpipe.steps.train import make_cell
@@ -90,29 +91,6 @@ def one(work: Inputs, step: str, job: dict[str, str]) -> dict[str, float]:
     return spent | {"peak": high_water()}
 
 
-def jobs(work: Inputs, arm: str) -> list[tuple[str, dict[str, str]]]:
-    """What a cell needs, in order, and the cell."""
-    found: list[tuple[str, dict[str, str]]] = []
-    makers = {
-        path: (name, job)
-        for name, step in work.steps.items()
-        if step.remade
-        for job in step.jobs()
-        for path in step.makes(**job).values()
-    }
-
-    def bring(path: Path) -> None:
-        if path in makers and makers[path] not in found:
-            name, job = makers[path]
-            for need in work.steps[name].needs(**job):
-                bring(need)
-            found.append((name, job))
-
-    for path in work.steps["train"].needs(arm=arm, seed="0"):
-        bring(path)
-    return [*found, ("train", {"arm": arm, "seed": "0"})]
-
-
 def main() -> None:
     """Runs the steps that are missing, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -130,7 +108,8 @@ def main() -> None:
     work = Inputs(config(given.folder, given.mode, given.tokens), Paths(given.folder / given.mode))
     done = given.folder / f"{given.mode}.jsonl"
     lines = [json.loads(line) for line in done.read_text(encoding="utf-8").splitlines()] if done.exists() else []
-    for name, job in jobs(work, given.arm):
+    cell = {"arm": given.arm, "seed": "0"}
+    for name, job in [*in_order(work.steps, work.steps["train"].needs(**cell)), ("train", cell)]:
         if any((line["step"], line["job"]) == (name, job) for line in lines):
             continue
         line = {"step": name, "job": job, **alone(one, work, name, job)}

@@ -41,16 +41,17 @@ GEMMA3: Architecture = {
     "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "sliding_window": 512,
     "max_position_embeddings": 32768,
 }  # fmt: skip
-QWEN2_WIDE: Architecture = {
-    "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 2,
+QWEN2: Architecture = {
+    "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
     "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 32768,
 }  # fmt: skip
+QWEN2_WIDE: Architecture = {**QWEN2, "num_hidden_layers": 2}
 TINY: Architecture = {
     "model_type": "llama", "vocab_size": 384, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True,
     "max_position_embeddings": 65536,
 }  # fmt: skip
-"""SmolLM2-135M, Gemma 3 270M, two layers of Qwen2-7B, and the embedded student."""
+"""SmolLM2-135M, Gemma 3 270M, Qwen2-7B and two layers of it, and the embedded student."""
 
 
 @dataclass
