@@ -37,6 +37,12 @@ def test_another_sign_or_verdict_of_full_fails():
         assert not tables({AS_SHIPPED: one("a", full=0.4, exp1=0.8), "other": one("b", full=ratio, exp1=0.8)})[1]
 
 
+def test_a_setting_that_changes_no_byte_shows_it():
+    same = {AS_SHIPPED: one("a", full=0.4, exp1=0.8), "none": one("a", full=0.4, exp1=0.8)}
+    lines, decided = tables(same | {"other": one("b", full=0.45, exp1=0.8)})
+    assert decided and [line.split("|")[2].split()[0] for line in lines[2:5]] == ["0", "0", "2"]
+
+
 def test_the_same_bytes_prove_nothing():
     with pytest.raises(SystemExit, match="nothing was tried"):
         tables({AS_SHIPPED: one("a", full=0.4, exp1=0.8), "other": one("a", full=0.4, exp1=0.8)})
@@ -48,3 +54,7 @@ def test_the_probability_of_a_flip_is_that_of_simulated_runs():
     row = pd.Series(contrast("exp1", 0.8))
     assert flip_probability(row) == pytest.approx(found, abs=0.005)
     assert flip_probability(pd.Series(contrast("full", 0.5))) < 0.001
+    points = {"ratio": np.nan, "estimate": 0.2, "difference_low": -0.1, "difference_high": 0.5, "df": 6.0}
+    points["difference_high_plain"] = 0.2 + 0.1 * stats.t.ppf(0.975, 6.0)
+    found = np.mean(np.random.default_rng(0).normal(0.2, 0.1, 200_000) > 0.3)
+    assert flip_probability(pd.Series(points)) == pytest.approx(found, abs=0.005)
