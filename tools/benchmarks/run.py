@@ -37,6 +37,7 @@ from torch import Tensor
 
 from kvpipe.config import load
 from kvpipe.data.records import render
+from kvpipe.experiment.device import resolve_device
 from kvpipe.experiment.paths import Paths
 from kvpipe.experiment.provenance import describe
 from kvpipe.models.folders import load_tokenizer
@@ -183,6 +184,7 @@ def main() -> None:
     parser.add_argument("--note", default="", help="a remark on the machine for the document")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    resolve_device("cpu")  # as the steps do first
     os.chdir(ROOT)  # the configuration's paths are relative to it
     with tempfile.TemporaryDirectory() as temporary:
         work = Inputs(load(CONFIG), Paths(arguments.results or Path(temporary)))
