@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from accelerate.state import AcceleratorState
 from measure import Row, high_water, spent
 from sized import SMOLLM2, Cell, Sizes, made, measured
 from torch import Tensor, nn
@@ -124,8 +125,10 @@ def at_smollm2_size(root: Path, repeats: int) -> list[Row]:
         prepare(work, name, log=lambda _: None)
     teacher, ids = AutoModelForCausalLM.from_pretrained(root / "t0"), torch.randint(3, 250, (8, 144))
     loop = LogitLoop(work.student(0), teacher.float(), ids, bf16=cpu_has_bf16())
+    AcceleratorState._reset_state(reset_partial_state=True)  # these cells have a precision of their own
     cells = {name: Cell(work, name) for name in ("control", "matched")}
     times = in_turn({**cells, "logits": loop}, repeats, 1)
+    AcceleratorState._reset_state(reset_partial_state=True)
     memory = {name: measured(root, name, 2)["peak"] for name in cells}
     of = "training step at SmolLM2's size, stored keys and values,"
     return [
