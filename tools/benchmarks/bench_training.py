@@ -6,7 +6,7 @@ steps of an arm: with its setup, and of the steps alone.
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import os
 import statistics
 import subprocess
@@ -29,9 +29,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kvpipe.cache.capture import Recorder
 from kvpipe.config import load
 from kvpipe.data.corpus import generate
-from kvpipe.data.records import write_records
 from kvpipe.experiment.files import GB
-from kvpipe.experiment.paths import Paths
+from kvpipe.experiment.paths import SPLITS, Paths
 from kvpipe.experiment.sizes import cpu_has_bf16
 from kvpipe.steps.inputs import Inputs
 from kvpipe.steps.train import prepare
@@ -165,14 +164,15 @@ def memory_of(work: Inputs, arm: str, steps: int) -> tuple[int, int]:
 
 def mixed_lengths(root: Path) -> Inputs:
     """Control's experiment on problems of 1 to 6 operations, so that texts differ in length as those of GSM8K do."""
-    work = Inputs(load(CONFIG), Paths(root))
-    for split, count in (("train", 300), ("validation", 10), ("test", 10)):
-        records = []
-        for difficulty in range(1, 7):
-            drawn = generate("math", split, count, difficulty, 0)
-            records += [dataclasses.replace(r, id=f"{r.id}-{difficulty}") for r in drawn]
-        work.paths.data(split).parent.mkdir(parents=True, exist_ok=True)
-        write_records(work.paths.data(split), records)
+    files = {split: str(root / f"{split}.jsonl") for split in SPLITS}
+    source = {"kind": "files", "task": "math", **files}
+    alone = ["arms={control: {role: control}}", "stats={}", f"data.sources={json.dumps([source])}"]
+    work = Inputs(load(CONFIG, alone), Paths(root / "results"))
+    root.mkdir(parents=True)
+    for split, count in zip(SPLITS, (300, 10, 10), strict=True):
+        records = [r for difficulty in range(1, 7) for r in generate("math", split, count, difficulty, 0)]
+        lines = [{"prompt": r.prompt, "reasoning": r.reasoning, "answer": r.answer} for r in records]
+        Path(files[split]).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     prepare(work, "control", log=lambda _: None)
     return work
 
