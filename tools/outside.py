@@ -73,12 +73,14 @@ def train(inputs: Inputs, arm: str, seed: int, log=print) -> None:
     begun = time.perf_counter()
     trainer.train()
     loop.counters.seconds = time.perf_counter() - begun
-    lengths = np.cumsum([cell.train.lengths[batch].sum() for batch in loop.batches])
-    loop.counters.tokens = loop.counters.padded_tokens = int(lengths[-1])
+    lengths = [cell.train.lengths[batch] for batch in loop.batches]
+    tokens = np.cumsum([of_batch.sum() for of_batch in lengths])
+    loop.counters.tokens = int(tokens[-1])
+    loop.counters.padded_tokens = sum(len(of_batch) * int(of_batch.max()) for of_batch in lengths)
     for line in trainer.state.log_history:
         if "loss" in line:
             step = int(line["step"])
-            said = {"step": step, "tokens": int(lengths[step - 1]), arm: line["loss"], "grad_norm": line["grad_norm"]}
+            said = {"step": step, "tokens": int(tokens[step - 1]), arm: line["loss"], "grad_norm": line["grad_norm"]}
             loop.history.append(said | {"learning_rate": line["learning_rate"]})
     loop._evaluate(config.steps)
     trained = Trained(
