@@ -1,5 +1,7 @@
 """Tables of the runs on real weights, from the cells under docs/real/cells: one row per arm, as Markdown.
 
+Seconds and gigabytes are a cell's own, on whatever machine made it and beside whatever ran there.
+
 python tools/real_tables.py docs/real/cells/tune-a docs/real/cells/a
 """
 
@@ -22,6 +24,8 @@ def cells(folder: Path) -> pd.DataFrame:
         row = {"arm": made.parents[1].name, "seed": int(made.parent.name.removeprefix("seed"))}
         row |= {"steps": lines[-1]["step"], "learning rate": max(x.get("learning_rate", 0) for x in lines)}
         row |= {"validation, nats": losses[-1]}
+        cost = json.loads((made.parent / "cost.json").read_text("utf-8"))
+        row |= {"s a step": cost["train_seconds"] / cost["steps"], "GB": cost["peak_memory_bytes"] / 1e9}
         if (made.parent / "items.csv").is_file():
             items = pd.read_csv(made.parent / "items.csv")
             nats = {name.removeprefix("nll"): items[name].sum() for name in items if name.startswith("nll")}
