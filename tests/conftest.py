@@ -57,8 +57,7 @@ def tiny(tmp_path_factory):
 @pytest.fixture
 def own_accelerator():
     """accelerate keeps device and precision of a process's first training; this test has its own."""
-    from accelerate.state import AcceleratorState
+    from tiny import own_accelerator_state
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+    with own_accelerator_state():
+        yield

@@ -22,11 +22,14 @@ overrides: `build(tmp_path, {"store.dtype": "int8", "arms.kv.set.fuse": {"kind":
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import tokenizer_zoo
 import torch
+from accelerate.state import AcceleratorState
 
 from kvpipe.config import Config, DataConfig, Reading, TokenizerRecipe, parse
 from kvpipe.data.corpus import generate
@@ -37,6 +40,15 @@ from kvpipe.models.pretrain import tokenizer_texts
 from kvpipe.models.tokenizers import train_tokenizer
 from kvpipe.steps.inputs import Inputs
 from kvpipe.steps.make import make
+
+
+@contextmanager
+def own_accelerator_state() -> Iterator[None]:
+    """accelerate keeps device and precision of a process's first training; what runs within has its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
 
 DATA: dict[str, Any] = {
     "sources": [

@@ -47,7 +47,7 @@ def train(inputs: Inputs, arm: str, seed: int, log=print) -> None:
     cell = load_cell(inputs, arm, seed, log)
     attempt = Attempt(inputs.paths.checkpoints(arm, seed), "cpu", 1)
     loop = Loop(cell, inputs.paths.checkpoints(arm, seed), attempt, log)
-    loop._evaluate(0)
+    loop.evaluate(0)
     (name,) = cell.arm.teachers
     teacher = AutoModelForCausalLM.from_pretrained(inputs.paths.model(name), dtype=cell.student.dtype)
     config = cell.config
@@ -62,7 +62,7 @@ def train(inputs: Inputs, arm: str, seed: int, log=print) -> None:
         batch = collate(cell.train, np.array([row["example"] for row in rows]), cell.pad_id, config.loss_on)
         return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
 
-    optimizer = loop._optimizer()
+    optimizer = loop.create_optimizer()
     for group in optimizer.param_groups:
         group["lr"] = group["peak"]
     trainer = InOrder(
@@ -82,7 +82,7 @@ def train(inputs: Inputs, arm: str, seed: int, log=print) -> None:
             step = int(line["step"])
             said = {"step": step, "tokens": int(tokens[step - 1]), arm: line["loss"], "grad_norm": line["grad_norm"]}
             loop.history.append(said | {"learning_rate": line["learning_rate"]})
-    loop._evaluate(config.steps)
+    loop.evaluate(config.steps)
     trained = Trained(
         model=loop.trained(), history=loop.history, counters=loop.counters, router=None, device=loop.accelerator.device,
         processes=1, main=True, wait=loop.accelerator.wait_for_everyone,

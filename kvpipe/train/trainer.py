@@ -216,9 +216,9 @@ class Loop:
                 )
             self.empty = sharding.without_weights(cell.student)
             sharding.shard(cell.student, self.accelerator)
-            self.model, self.optimizer = cell.student, self.accelerator.prepare(self._optimizer())
+            self.model, self.optimizer = cell.student, self.accelerator.prepare(self.create_optimizer())
         else:
-            self.model, self.optimizer = self.accelerator.prepare(cell.student, self._optimizer())
+            self.model, self.optimizer = self.accelerator.prepare(cell.student, self.create_optimizer())
         self.loss = BatchLoss(cell, self.model, self.objective, self.accelerator)
         self.validation_batches = scoring_batches(cell.validation, cell.pad_id, cell.scoring.batch_size)
         self.batches = [
@@ -236,7 +236,8 @@ class Loop:
         self.router: dict[str, Any] | None = None
         torch.manual_seed(cell.drawn)  # dropout, whatever was drawn before
 
-    def _optimizer(self) -> torch.optim.Optimizer:
+    def create_optimizer(self) -> torch.optim.Optimizer:
+        """AdamW, by groups: each with its highest learning rate as `peak`, no decay of vectors."""
         trained = [parameter for parameter in self.cell.student.parameters() if parameter.requires_grad]
         peak = self.config.learning_rate
         groups = [
@@ -274,7 +275,7 @@ class Loop:
     def _run(self, first: int, stop: Stop) -> None:
         step = first
         if step == 0:
-            self._evaluate(0)
+            self.evaluate(0)
         recorder = self._recorder()
         label = f"training {self.cell.name}, seed {self.cell.seed}"
         with recorder or nullcontext(), Progress(label, self.config.steps, "steps", step) as progress:
@@ -291,7 +292,7 @@ class Loop:
                 if step % self.config.log_every == 0 or last:
                     self._note(line)
                 if step % self.config.eval_every == 0 or last:
-                    self._evaluate(step)
+                    self.evaluate(step)
                 stopping = self._must_stop(stop)
                 # after this process's first step too: what saving needs is then loaded before a signal takes the image away
                 due = step == first + 1 or step % self.config.checkpoint_every == 0
@@ -322,7 +323,7 @@ class Loop:
                 self._step(step, recorder)
             step_seconds = (time.perf_counter() - begun) / number
         begun = time.perf_counter()
-        self._evaluate(number)
+        self.evaluate(number)
         terms = {name: Pull(*np.mean([one[name] for one in shown], axis=0).tolist()) for name in shown[0]}
         return Rehearsal(step_seconds, time.perf_counter() - begun, terms)
 
@@ -380,7 +381,8 @@ class Loop:
         texts = dict(gather_object(list(own.items()))) if number > 1 else own
         online.take({example: texts[example] for example in examples})
 
-    def _evaluate(self, step: int) -> None:
+    def evaluate(self, step: int) -> None:
+        """Append the validation loss at a step to the history."""
         with explained("scoring the validation split", self.cell.scoring):
             scores = score(self.accelerator.unwrap_model(self.model), self.cell.validation, self.validation_batches)
         if self.accelerator.is_main_process:

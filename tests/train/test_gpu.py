@@ -8,9 +8,8 @@ import math
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from tiny import build
+from tiny import build, own_accelerator_state
 
 from kvpipe.data.records import read_records
 from kvpipe.evaluate.score import evaluate
@@ -36,9 +35,8 @@ def device(request):
 
 def train(work, folder, log=quiet):
     """A cell of the arm `two`; accelerate keeps device and precision for a whole process, which here has several cells."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    train_cell(work, "two", 0, folder, folder.with_name(f"{folder.name}.checkpoints"), log=log)
-    AcceleratorState._reset_state(reset_partial_state=True)
+    with own_accelerator_state():
+        train_cell(work, "two", 0, folder, folder.with_name(f"{folder.name}.checkpoints"), log=log)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -72,7 +72,7 @@ def peak(root: Path, rule: str) -> int:
         run(work, "fit", **job)
     elif rule == "train":
         cell = Cell(work, "matched")
-        cell.run._evaluate(0)
+        cell.run.evaluate(0)
         cell.steps(2)
     else:
         score_untrained(work, work.paths.untrained)
