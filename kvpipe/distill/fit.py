@@ -8,15 +8,14 @@ space, which fusion needs, and every student layer's target has unit mean varian
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float, Float64
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from kvpipe.align.dim import ElasticBottleneck
 from kvpipe.align.layermap import KINDS
@@ -204,46 +203,88 @@ def fit_projectors(
         batch_size: texts that the student reads at once.
     """
     examples = spread(len(dst), config.examples)
-    length = int(dst.lengths[examples].max())
-    aligned = [teacher.aligned(examples, length) for teacher in teachers]
-    mask = torch.stack([a.mask for a in aligned]).all(0)
-    rows = [Rows(a.keys[mask], a.values[mask]) for a in aligned]
+    batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
+    parts, masks = [], []
+    for some in batches:
+        aligned = [teacher.aligned(some, int(dst.lengths[some].max())) for teacher in teachers]
+        masks.append(torch.stack([a.mask for a in aligned]).all(0))
+        parts.append([Rows(a.keys[masks[-1]], a.values[masks[-1]]) for a in aligned])
+    rows = [_joined(part) for part in zip(*parts, strict=True)]
+    del parts
     if student is None:
-        return Fitted(int(mask.sum()), fit(projectors, rows, config).explained_variance, None)
-    queries, own, ropes, positions = _student_cache(student, dst, examples, length, pad_id, batch_size)
-    both = (
-        rearrange(x, "layer batch head time dim -> batch time layer head dim")[mask] for x in (own.keys, own.values)
-    )
-    report, cosine = fit(projectors, rows, config, Rows(*both)), None
-    if queries is not None:
-        with torch.no_grad():
-            targets = [p.eval()(a.keys, a.values) for p, a in zip(projectors, aligned, strict=True)]
-        cosine = [output_cosine(queries, own, target, ropes, mask, positions) for target in targets]
-    return Fitted(int(mask.sum()), report.explained_variance, cosine)
-
-
-def _student_cache(
-    student: nn.Module, dst: Encoding, examples: np.ndarray, length: int, pad_id: int, batch_size: int
-) -> tuple[Tensor | None, KV, list[Rope], Tensor]:
-    """The student's queries (None where its family shows none) and cache on the examples, padded to `length`, its layers'
-    rotary embeddings, and the positions `(batch, time)`."""
-    parts: list[list[Tensor]] = []
-    device, training, head = next(student.parameters()).device, student.training, Head.of(student)
+        return Fitted(len(rows[0].keys), fit(projectors, rows, config).explained_variance, None)
+    training = student.training
     student.eval()
-    parted = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
-    for some in track(parted, "the student's own keys and values", "examples", len):
+    caches = _student_caches(student, dst, batches, pad_id)
+    own = _joined([_rows(cache.own, mask) for cache, mask in zip(caches, masks, strict=True)])
+    report = fit(projectors, rows, config, own)
+    cosines = _output_cosines(projectors, rows, _student_caches(student, dst, batches, pad_id), masks)
+    student.train(training)
+    return Fitted(len(rows[0].keys), report.explained_variance, cosines)
+
+
+def _joined(parts: Sequence[Rows]) -> Rows:
+    return Rows(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+class StudentCache(NamedTuple):
+    """What the student holds of a batch, `queries` None where its family shows none."""
+
+    queries: Tensor | None
+    own: KV
+    ropes: list[Rope]
+    positions: Int64[Tensor, "batch time"]
+
+
+def _student_caches(
+    student: nn.Module, dst: Encoding, batches: Sequence[np.ndarray], pad_id: int
+) -> Iterator[StudentCache]:
+    """Batch by batch, since the queries of all would take several times the memory of all else."""
+    device, head = next(student.parameters()).device, Head.of(student)
+    for some in track(batches, "the student's own keys and values", "examples", len):
         batch = collate(dst, some, pad_id).to(device)
         with torch.no_grad(), Recorder(student) as recorder:
             inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
             final_states(student, head, **inputs)
-        missing = (0, 0, 0, length - batch.input_ids.shape[1])
         kv = recorder.kv()
-        seen = [kv.keys, kv.values, *([recorder.queries()] if recorder.sees_queries else [])]
-        parts.append([pad(x.float(), missing).cpu() for x in seen])
-    student.train(training)
-    keys, values, *queries = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
-    inside = torch.arange(length) < torch.from_numpy(dst.lengths[examples])[:, None]
-    return queries[0] if queries else None, KV(keys, values), recorder.ropes, positions_from_mask(inside.long())
+        queries = recorder.queries().float().cpu() if recorder.sees_queries else None
+        inside = torch.arange(batch.input_ids.shape[1]) < torch.from_numpy(dst.lengths[some])[:, None]
+        own = KV(kv.keys.float().cpu(), kv.values.float().cpu())
+        yield StudentCache(queries, own, recorder.ropes, positions_from_mask(inside.long()))
+
+
+def _rows(kv: KV, mask: Bool[Tensor, "batch time"]) -> Rows:
+    keys, values = (
+        rearrange(x, "layer batch head time dim -> batch time layer head dim")[mask] for x in (kv.keys, kv.values)
+    )
+    return Rows(keys, values)
+
+
+def _output_cosines(
+    projectors: list[Projector],
+    rows: list[Rows],
+    caches: Iterable[StudentCache],
+    masks: Sequence[Tensor],
+) -> list[list[float]] | None:
+    """`[teacher][student layer]`, over all rows; None where the student shows no queries. A mask is `(batch, time)`."""
+    sums, begin, number = torch.zeros(len(rows), projectors[0].geometry.dst_layers), 0, len(rows[0].keys)
+    for cache, mask in zip(caches, masks, strict=True):
+        if cache.queries is None:
+            return None
+        here = slice(begin, begin := begin + int(mask.sum()))
+        if not mask.any():
+            continue
+        for teacher, (projector, found) in enumerate(zip(projectors, rows, strict=True)):
+            with torch.no_grad():
+                target = projector.eval()(found.keys[None, here], found.values[None, here])
+            other = KV(*(torch.zeros_like(x) for x in (cache.own.keys, cache.own.values)))
+            for whole, part in ((other.keys, target.keys), (other.values, target.values)):
+                rearrange(whole, "layer batch head time dim -> batch time layer head dim")[mask] = rearrange(
+                    part, "layer 1 head row dim -> row layer head dim"
+                )
+            cosines = output_cosine(cache.queries, cache.own, other, cache.ropes, mask, cache.positions)
+            sums[teacher] += torch.tensor(cosines) * (here.stop - here.start) / number
+    return sums.tolist()
 
 
 # ---------------------------------------------------------------- all layers

@@ -14,6 +14,7 @@ from kvpipe.distill.fit import (
     explained_variance,
     features,
     fit,
+    fit_projectors,
     normalised,
     principal_components,
     random_orthogonal,
@@ -334,3 +335,26 @@ def test_identity_is_the_teachers_own_cache_and_needs_the_students_shape():
     projectors, data = teachers()
     with pytest.raises(ValueError, match=r"identity needs teachers with the student's 12 numbers.*got 28, 30"):
         fit(projectors, data, FitConfig(method="identity"))
+
+
+def test_a_fit_onto_a_pretrained_student_does_not_depend_on_the_batches_it_is_read_in(tiny):
+    """Nor is the student left in another mode. Memory does: the student's queries of all texts were most of a fit's."""
+    from kvpipe.steps.projectors import unfitted
+    from kvpipe.steps.train import prepare
+
+    prepare(tiny, "two")
+    arm = tiny.dag.arm("two")
+    config = FitConfig(method="ridge", examples=17)
+    found = {}
+    for size in (1, 5, 17):
+        teachers = [tiny.aligned_teacher(arm, name) for name in arm.teachers]
+        projectors = unfitted(tiny, arm, [teacher.layers for teacher in teachers])
+        student, dst = tiny.student(0).train(), tiny.student_encoding("train", arm)
+        fitted = fit_projectors(projectors, teachers, config, student, dst, tiny.student_tokenizer.pad_token_id, size)
+        assert student.training
+        found[size] = [p for projector in projectors for p in projector.parameters()], fitted
+    for parameters, fitted in found.values():
+        torch.testing.assert_close(parameters, found[17][0], rtol=1e-4, atol=1e-4)
+        assert fitted.rows == found[17][1].rows
+        torch.testing.assert_close(fitted.attention_output_cosine, found[17][1].attention_output_cosine)
+        assert all(0.3 < cosine < 1 for teacher in fitted.attention_output_cosine for cosine in teacher)
