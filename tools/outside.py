@@ -98,13 +98,14 @@ def main() -> None:
     parser.add_argument("--kept", type=Path, required=True)
     parser.add_argument("--arm", choices=sorted(BETA), default="gkd")
     parser.add_argument("--seed", type=int, action="append", required=True)
+    parser.add_argument("--no-scored", dest="scored", action="store_false", help="leave it at validation losses")
     given = parser.parse_args()
     inputs = Inputs(load(given.config), Paths(given.results))
     kept = KeptCells(inputs, given.kept)
     for seed in given.seed:
         if kept.differs(given.arm, seed) != []:
             train(inputs, given.arm, seed)
-            keep_cell(kept, given.arm, seed, True)
+            keep_cell(kept, given.arm, seed, given.scored)
 
 
 if __name__ == "__main__":
