@@ -59,8 +59,9 @@ class Arm(Section):
     """Every example gets the teacher KV of another one."""
     seed_offset: Annotated[int, Field(gt=-(2**32), lt=2**32), NUMBER] = 0
     """Added to the seed (the false-positive check runs control again under other seeds)."""
-    init: Literal["student", "random"] = "student"
-    """Weights that a cell starts from: the student's own, or drawn by the seed (training from scratch)."""
+    init: Literal["student", "random", "fit"] = "student"
+    """Weights that a cell starts from: the student's own; `random`: drawn by the seed (training from scratch); `fit`: its own,
+    but for key and value projections, which ridge regression sets so that its own inputs give the fused target."""
     step_factor: Positive = 1.0
     """Optimizer steps as a multiple of `train.steps`; the audit compares arms of one multiple."""
     learning_rate_factor: Positive = 1.0
@@ -153,6 +154,11 @@ class Arm(Section):
             raise ValueError("shuffle_teacher: has no effect without teachers; leave it out")
         if getattr(self.fuse, "entropy", 0) and "targets" not in self.needs:
             raise ValueError("fuse.entropy is a term beside keys or values, whose weights it keeps apart; leave it out")
+        if self.init == "fit" and ("targets" not in self.needs or self.fuse.needs & {"own_queries", "own_hidden"}):
+            raise ValueError(
+                "init: fit needs a target that is there before the student reads: a term on caches, and a fusion that "
+                f"does not look at the student; got the terms {', '.join(self.terms)} and fuse.kind: {self.fuse.kind}"
+            )
         if "span_losses" in self.needs and (self.time.kind != "overlap" or self.reading != "student"):
             got = f"time.kind: {self.time.kind} and student_reasoning: {self.student_reasoning}"
             raise ValueError(f"fuse.per: span needs both to read one text; got {got}")

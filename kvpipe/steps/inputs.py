@@ -99,7 +99,7 @@ class Inputs(Work):
         """A model's transformers config."""
         return load_config(self.paths.model(name), self.config.trusts(name))
 
-    def student(self, seed: int, init: Literal["student", "random"] = "student") -> Any:
+    def student(self, seed: int, init: Literal["student", "random", "fit"] = "student") -> Any:
         """The student before training, a new one at every call: its pretrained weights, or drawn by the seed."""
         folder, trust = self.paths.model(self.config.student), self.config.trusts(self.config.student)
         source = self.config.models[self.config.student]

@@ -11,6 +11,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from kvpipe.config import Arm
+from kvpipe.data.batches import collate, spread
+from kvpipe.distill.closed_form import START_EXAMPLES, start_from
+from kvpipe.distill.objective import Objective
 from kvpipe.experiment import attempts
 from kvpipe.experiment.device import resolve_device, resolve_precision
 from kvpipe.experiment.files import alone, content_digest, write_json, write_text
@@ -134,16 +138,18 @@ def load_cell(inputs: Inputs, arm_name: str, seed: int, log=print) -> Cell:
     check_settings(training, log)
     inputs.check([arm_name])
     encoding = inputs.student_encoding("train", arm)
-    torch.manual_seed(drawn)  # adapters are drawn
+    torch.manual_seed(drawn)  # maps of terms are drawn
+    objective = load_objective(inputs, arm, drawn)
+    torch.manual_seed(drawn)  # adapters are
     student = inputs.student(drawn, arm.init).train()
+    if arm.init == "fit":
+        _start(inputs, arm, student, objective)
     if training.lora is not None:
         student = adapted(student, training.lora)
     freeze(student, training.frozen)
     if training.gradient_checkpointing:
         student.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         student.enable_input_require_grads()
-    torch.manual_seed(drawn)  # whatever the student has drawn
-    objective = load_objective(inputs, arm, drawn)
     return Cell(
         name=arm_name,
         arm=arm,
@@ -168,6 +174,14 @@ def load_cell(inputs: Inputs, arm_name: str, seed: int, log=print) -> Cell:
         seed=seed,
         trackers=inputs.paths.trackers,
     )
+
+
+def _start(inputs: Inputs, arm: Arm, student, objective: Objective) -> None:
+    """Key and value projections in closed form, from some of the texts that the cell trains on."""
+    examples = inputs.training_examples(arm)
+    examples = examples[spread(len(examples), START_EXAMPLES)]
+    batch = collate(inputs.student_encoding("train", arm), examples, inputs.student_tokenizer.pad_token_id)
+    start_from(student, batch, objective.resolve(batch, objective.read(batch)).target)
 
 
 def _digests(inputs: Inputs, arm_name: str) -> dict[str, str]:
