@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -40,7 +41,8 @@ def start_from(student: nn.Module, batch: Batch, target: FusedTarget, penalty: f
     Raises:
         ValueError: the student's attention has other projections, or its keys are normalised behind them.
     """
-    mask, given = batch.mask & target.mask, {}
+    mask = batch.mask & target.mask
+    given: dict[tuple[int, str], Tensor] = {}
     wanted = {"k_proj": target.fused.keys, "v_proj": target.fused.values}
     training, head = student.training, Head.of(student)  # which tries the model out
     student.eval()
@@ -64,7 +66,7 @@ def start_from(student: nn.Module, batch: Batch, target: FusedTarget, penalty: f
 
 def _projections(student: nn.Module, layers: int) -> list[tuple[int, str, nn.Linear]]:
     """(layer, name, module) of all key and value projections."""
-    found = [
+    found: list[Any] = [
         (module.layer_idx, name, getattr(module, name))
         for module in student.modules()
         if isinstance(getattr(module, "layer_idx", None), int)
@@ -97,9 +99,9 @@ def _setting(
         gram.diagonal().add_(penalty * gram.diagonal().mean())
         change = torch.linalg.solve(gram, rows.T @ missing / len(rows))
         if module.bias is not None:
-            module.bias += change[-1].to(module.bias)
+            module.bias.add_(change[-1].to(module.bias))
             change = change[:-1]
-        module.weight += change.T.to(module.weight)
+        module.weight.add_(change.T.to(module.weight))
         new = nn.functional.linear(inputs[0], module.weight, module.bias)
         given[place] = new[mask]
         return new
