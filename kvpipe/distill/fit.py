@@ -14,13 +14,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Float64, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
 from kvpipe.align.dim import ElasticBottleneck
 from kvpipe.align.layermap import KINDS
 from kvpipe.align.regime import positions_from_mask
-from kvpipe.align.rope import Rope
 from kvpipe.cache.attention import output_cosine
 from kvpipe.cache.capture import Recorder
 from kvpipe.cache.kv import KV
@@ -215,10 +214,12 @@ def fit_projectors(
         return Fitted(len(rows[0].keys), fit(projectors, rows, config).explained_variance, None)
     training = student.training
     student.eval()
-    caches = _student_caches(student, dst, batches, pad_id)
-    own = _joined([_rows(cache.own, mask) for cache, mask in zip(caches, masks, strict=True)])
+    read = _student_read(student, dst, batches, pad_id)
+    own = _joined(
+        [Rows(*(x.float().cpu() for x in one.rows(mask))) for (one, _), mask in zip(read, masks, strict=True)]
+    )
     report = fit(projectors, rows, config, own)
-    cosines = _output_cosines(projectors, rows, _student_caches(student, dst, batches, pad_id), masks)
+    cosines = _output_cosines(projectors, rows, _student_read(student, dst, batches, pad_id), masks)
     student.train(training)
     return Fitted(len(rows[0].keys), report.explained_variance, cosines)
 
@@ -227,62 +228,45 @@ def _joined(parts: Sequence[Rows]) -> Rows:
     return Rows(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-class StudentCache(NamedTuple):
-    """What the student holds of a batch, `queries` None where its family shows none."""
-
-    queries: Tensor | None
-    own: KV
-    ropes: list[Rope]
-    positions: Int64[Tensor, "batch time"]
-
-
-def _student_caches(
+def _student_read(
     student: nn.Module, dst: Encoding, batches: Sequence[np.ndarray], pad_id: int
-) -> Iterator[StudentCache]:
-    """Batch by batch, since the queries of all would take several times the memory of all else."""
+) -> Iterator[tuple[Recorder, Int64[Tensor, "batch time"]]]:
+    """What the student holds of a batch, and the positions: batch by batch, since the queries of all would take several times
+    the memory of all else."""
     device, head = next(student.parameters()).device, Head.of(student)
     for some in track(batches, "the student's own keys and values", "examples", len):
         batch = collate(dst, some, pad_id).to(device)
         with torch.no_grad(), Recorder(student) as recorder:
             inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
             final_states(student, head, **inputs)
-        kv = recorder.kv()
-        queries = recorder.queries().float().cpu() if recorder.sees_queries else None
-        inside = torch.arange(batch.input_ids.shape[1]) < torch.from_numpy(dst.lengths[some])[:, None]
-        own = KV(kv.keys.float().cpu(), kv.values.float().cpu())
-        yield StudentCache(queries, own, recorder.ropes, positions_from_mask(inside.long()))
-
-
-def _rows(kv: KV, mask: Bool[Tensor, "batch time"]) -> Rows:
-    keys, values = (
-        rearrange(x, "layer batch head time dim -> batch time layer head dim")[mask] for x in (kv.keys, kv.values)
-    )
-    return Rows(keys, values)
+        yield recorder, positions_from_mask(batch.attention_mask.cpu())
 
 
 def _output_cosines(
     projectors: list[Projector],
     rows: list[Rows],
-    caches: Iterable[StudentCache],
+    read: Iterable[tuple[Recorder, Tensor]],
     masks: Sequence[Tensor],
 ) -> list[list[float]] | None:
     """`[teacher][student layer]`, over all rows; None where the student shows no queries. A mask is `(batch, time)`."""
     sums, begin, number = torch.zeros(len(rows), projectors[0].geometry.dst_layers), 0, len(rows[0].keys)
-    for cache, mask in zip(caches, masks, strict=True):
-        if cache.queries is None:
+    for (recorder, positions), mask in zip(read, masks, strict=True):
+        if not recorder.sees_queries:
             return None
         here = slice(begin, begin := begin + int(mask.sum()))
         if not mask.any():
             continue
+        queries, own = recorder.queries().float().cpu(), recorder.kv()
+        own = KV(own.keys.float().cpu(), own.values.float().cpu())
         for teacher, (projector, found) in enumerate(zip(projectors, rows, strict=True)):
             with torch.no_grad():
                 target = projector.eval()(found.keys[None, here], found.values[None, here])
-            other = KV(*(torch.zeros_like(x) for x in (cache.own.keys, cache.own.values)))
+            other = KV(*(torch.zeros_like(x) for x in (own.keys, own.values)))
             for whole, part in ((other.keys, target.keys), (other.values, target.values)):
                 rearrange(whole, "layer batch head time dim -> batch time layer head dim")[mask] = rearrange(
                     part, "layer 1 head row dim -> row layer head dim"
                 )
-            cosines = output_cosine(cache.queries, cache.own, other, cache.ropes, mask, cache.positions)
+            cosines = output_cosine(queries, own, other, recorder.ropes, mask, positions)
             sums[teacher] += torch.tensor(cosines) * (here.stop - here.start) / number
     return sums.tolist()
 
