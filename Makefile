@@ -123,7 +123,7 @@ study: $(STAMP)  ## the study behind docs/method/results.md (hours), to build/st
 # docs/real/cells counts as done; HOURS= begins no cell after so many.
 SCENARIO ?= a
 REAL_RUN := $(WITHIN) KVPIPE_RESULTS=build/real/$(SCENARIO:tune-%=%) python -m kvpipe cells --kept docs/real/cells/$(SCENARIO) \
-	$(foreach overlay,local a b tune-a confirm,$(if $(filter $(overlay),local $(SCENARIO)),--config config/real/$(overlay).yaml))
+	$(foreach overlay,local a b tune-a tune-b confirm,$(if $(filter $(overlay),local $(SCENARIO)),--config config/real/$(overlay).yaml))
 
 build/real:
 	mkdir -p build/real
