@@ -63,7 +63,7 @@ class FitConfig(Section):
 
     tag: ClassVar[str] = "method"
     options: ClassVar = {
-        "basis": SPACES,
+        "basis": (*SPACES, "ridge"),
         "whiten": SPACES,
         "steps": ("reconstruct",),
         "ridge": ("joint_pca", "reconstruct", "ridge"),
@@ -73,9 +73,11 @@ class FitConfig(Section):
     """How projectors are fitted before training; `reconstruct` trains the elastic encoder from the linear fit; `identity`
     leaves the cache of a teacher with the student's heads and dimension as it is; `grouped` is the unfitted grouped
     average."""
-    basis: Literal["teacher", "student"] = "teacher"
+    basis: Literal["teacher", "student", "whole"] = "teacher"
     """Axes of the space that the teachers share: their own components, or these turned, shifted and scaled onto the
-    pretrained student's own KV (orthogonal Procrustes), so that the target is new content in familiar coordinates."""
+    pretrained student's own KV (orthogonal Procrustes), so that the target is new content in familiar coordinates. `whole`
+    goes onto the KV that a pruned student's whole model has at the kept layers. `ridge` predicts that with `whole`, else the
+    student's own."""
     examples: Count = 500
     """Training examples whose tokens are the rows of the fit."""
     whiten: Flag = False

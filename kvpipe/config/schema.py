@@ -206,6 +206,10 @@ class Config(Section):
                 raise ValueError(f"{path}.loss.{term}.skip_sink: {skipped} leaves nothing of at most {longest} tokens")
         if arm.layer.kind == "kept" and not isinstance(self.models[self.student], PrunedModel):
             raise ValueError(f"{path}.layer.kind: kept is for a student of source: pruned; {self.student} is none")
+        student = self.models[self.student]
+        if arm.fit.basis == "whole" and not (isinstance(student, PrunedModel) and student.heads is None):
+            what = "a student of source: pruned that keeps all heads"
+            raise ValueError(f"{path}.fit.basis: whole is for {what}; {self.student} is none")
         if "top_logits" in arm.needs and not self.store.top_logits:
             raise ValueError(f"store.top_logits: 0 keeps nothing for arm {name!r} (loss.logits); set 1 or more")
         if arm.fuse.kind == "task":

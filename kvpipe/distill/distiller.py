@@ -376,6 +376,8 @@ def _arm(teachers, terms, time, layers, projector, fit, fusion) -> Arm:
         raise ValueError(
             "time.kind: segment needs texts in segments, which a batch of ids has not; use kvpipe's workflow"
         )
+    if arm.fit.basis == "whole":
+        raise ValueError("fit.basis: whole is the workflow's, which knows what a student was pruned of; use student")
     if arm.layer.kind == "cka":
         raise ValueError(
             "layers: cka needs a layer map, which `kvpipe layer-map` measures; give {kind: list, layers: […]}"

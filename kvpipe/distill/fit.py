@@ -189,6 +189,7 @@ def fit_projectors(
     dst: Encoding,
     pad_id: int,
     batch_size: int,
+    whole: tuple[nn.Module, Sequence[int]] | None = None,
 ) -> Fitted:
     """Fit the projectors of all teachers in place, on aligned rows of `config.examples` texts.
 
@@ -200,6 +201,7 @@ def fit_projectors(
         dst: the student's tokens.
         pad_id: of padding.
         batch_size: texts that the student reads at once.
+        whole: model and layers whose keys and values are mapped onto (`fit.basis: whole`); None: the student's own.
     """
     examples = spread(len(dst), config.examples)
     batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
@@ -214,9 +216,13 @@ def fit_projectors(
         return Fitted(len(rows[0].keys), fit(projectors, rows, config).explained_variance, None)
     training = student.training
     student.eval()
-    read = _student_read(student, dst, batches, pad_id)
+    model, layers = whole or (student, range(projectors[0].geometry.dst_layers))
+    read = _student_read(model, dst, batches, pad_id)
     own = _joined(
-        [Rows(*(x.float().cpu() for x in one.rows(mask))) for (one, _), mask in zip(read, masks, strict=True)]
+        [
+            Rows(*(x[:, list(layers)].float().cpu() for x in one.rows(mask)))
+            for (one, _), mask in zip(read, masks, strict=True)
+        ]
     )
     report = fit(projectors, rows, config, own)
     cosines = _output_cosines(projectors, rows, _student_read(student, dst, batches, pad_id), masks)
@@ -284,7 +290,7 @@ def fit(
         projectors: one per teacher, unfitted.
         rows: the aligned rows of each teacher, the same number for all.
         config: method.
-        student: the pretrained student's own rows, for `ridge` and `basis: student`.
+        student: rows that `ridge` and `basis: student` map onto: the pretrained student's own, or its whole model's.
 
     Raises:
         ValueError: too few rows, or no student where one is needed.
@@ -292,7 +298,7 @@ def fit(
     geometry = projectors[0].geometry
     out = geometry.dst_heads * geometry.dst_dim
     report: list[dict[str, list[float]]] = [{kind: [] for kind in KINDS} for _ in projectors]
-    if (config.method == "ridge" or config.basis == "student") and student is None:
+    if (config.method == "ridge" or config.basis != "teacher") and student is None:
         raise ValueError(
             "fit.method: ridge and fit.basis: student need a student with weights of its own (they map onto its KV)"
         )

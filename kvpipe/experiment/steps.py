@@ -336,7 +336,9 @@ class Fit(Step):
         return {"projector": self.paths.projector(fit), "report": self.paths.fit_report(fit)}
 
     def needs(self, fit):
-        return self.of_arm(self.dag.fit_arm(fit))
+        arm = self.dag.fit_arm(fit)
+        student = self.config.models[self.config.student]
+        return [*self.of_arm(arm), *([self.paths.manifest(student.of)] if arm.fit.basis == "whole" else [])]
 
     def settings(self, fit):
         return self.dag.fit_spec(self.dag.fit_arm(fit)) | self.dag.extensions

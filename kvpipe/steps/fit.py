@@ -27,7 +27,8 @@ def make_fit(inputs: Inputs, fit: str) -> None:
     torch.manual_seed(arm.fit.seed)  # an elastic encoder begins with random weights
     projectors = unfitted(inputs, arm, [teacher.layers for teacher in teachers])
     pad_id, dst = inputs.student_tokenizer.pad_token_id, inputs.student_encoding("train", arm)
-    found = fit_projectors(projectors, teachers, arm.fit, student, dst, pad_id, config.store.batch_size)
+    whole = inputs.whole_model() if arm.fit.basis == "whole" else None
+    found = fit_projectors(projectors, teachers, arm.fit, student, dst, pad_id, config.store.batch_size, whole)
     document: dict[str, Any] = {
         "fit": dag.fit_spec(arm),
         "rows": found.rows,

@@ -114,6 +114,11 @@ class Inputs(Work):
         device = resolve_device(self.config.train.device)
         return load_model(self.paths.model(teacher), device=device, trust=self.config.trusts(teacher))
 
+    def whole_model(self) -> tuple[Any, list[int]]:
+        """The model that a pruned student is a part of, and which of its layers the student has."""
+        source = recorded(self.paths.model(self.config.student))["source"]
+        return self.teacher_model(source["of"]), source["layers"]
+
     def check(self, arms: Iterable[str]) -> None:
         """Refuse arms that ask for what their models or the training texts do not have, before anything is computed.
 

@@ -177,6 +177,8 @@ def test_misuse_is_told_in_a_line(models, texts, tmp_path):
         fit(time={"kind": "segment"})
     with pytest.raises(ValueError, match="cka needs a layer map"):
         fit(layers={"kind": "cka"})
+    with pytest.raises(ValueError, match="what a student was pruned of"):
+        fit(fit={"method": "ridge", "basis": "whole"})
     with pytest.raises(ValueError, match="no effect on the terms"):
         fit(terms=Logits(), projector={"kind": "heads"})
     distiller = fit(store=tmp_path)

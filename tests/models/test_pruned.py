@@ -172,9 +172,10 @@ def test_kept_layers_are_the_whole_models_own_and_of_others_those_at_their_depth
         at_kept_depth(kept, 10, {"source": "local"})
 
 
-def test_a_whole_model_teaches_what_was_cut_from_it(tmp_path):
+@pytest.mark.parametrize("fit", [{"method": "identity"}, {"method": "ridge", "basis": "whole", "ridge": 1e-6}])
+def test_a_whole_model_teaches_what_was_cut_from_it(tmp_path, fit):
     """The first layer's cache follows from the embedding alone: there the student has its target before any step."""
-    arm = {"teachers": ["beta"], "layer.kind": "kept", "fit.method": "identity", "loss": {"keys": {}, "values": {}}}
+    arm = {"teachers": ["beta"], "layer.kind": "kept", "fit": fit, "loss": {"keys": {}, "values": {}}}
     entry = {"source": "pruned", "of": "beta", "layers": [0, 3, 4]}
     work = build(tmp_path, {"models.student": entry, "arms": {"control": {}, "heal": {"base": "control", "set": arm}}})
     prepare(work, "heal", log=lambda *_: None)
@@ -184,10 +185,22 @@ def test_a_whole_model_teaches_what_was_cut_from_it(tmp_path):
     length = int(encoding.lengths[2])
     aligned = teacher.aligned(np.array([2]), length)
     target, mask = projector(aligned.keys, aligned.values), aligned.mask[0]
-    own = capture(work.student(0), torch.from_numpy(encoding.ids[encoding.rows(2)])[None])
+    tokens = torch.from_numpy(encoding.ids[encoding.rows(2)])[None]
+    own, whole = capture(work.student(0), tokens), capture(load_model(work.paths.model("beta")), tokens)
     for mine, theirs in ((own.keys, target.keys), (own.values, target.values)):
         off = (mine - theirs)[..., mask, :].square().mean((1, 2, 3, 4)) / mine[..., mask, :].square().mean((1, 2, 3, 4))
         assert off[0] < 1e-4 and off[1:].min() > 1e-2, "stored in bfloat16"
+    for theirs, targets in ((whole.keys, target.keys), (whole.values, target.values)):
+        torch.testing.assert_close(targets[..., mask, :], theirs[[0, 3, 4]][..., mask, :], rtol=0.05, atol=0.05)
+
+
+def test_the_whole_models_basis_is_for_students_with_all_its_heads(tmp_path):
+    arms = {"control": {}, "heal": {"set": {"teachers": ["beta"], "loss": {"keys": {}}, "fit.basis": "whole"}}}
+    with pytest.raises(ConfigError, match=r"fit\.basis: whole is for .* that keeps all heads; student is none"):
+        config(tmp_path, {"arms": arms})
+    entry = {"source": "pruned", "of": "beta", "heads": 1}
+    with pytest.raises(ConfigError, match="that keeps all heads; student is none"):
+        config(tmp_path, {"arms": arms, "models.student": entry})
 
 
 def test_kept_is_for_pruned_students(tmp_path):
