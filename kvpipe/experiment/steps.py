@@ -336,9 +336,10 @@ class Fit(Step):
         return {"projector": self.paths.projector(fit), "report": self.paths.fit_report(fit)}
 
     def needs(self, fit):
-        arm = self.dag.fit_arm(fit)
-        student = self.config.models[self.config.student]
-        return [*self.of_arm(arm), *([self.paths.manifest(student.of)] if arm.fit.basis == "whole" else [])]
+        arm, student = self.dag.fit_arm(fit), self.config.models[self.config.student]
+        if student.source == "pruned" and arm.fit.basis == "whole":
+            return [*self.of_arm(arm), self.paths.manifest(student.of)]
+        return self.of_arm(arm)
 
     def settings(self, fit):
         return self.dag.fit_spec(self.dag.fit_arm(fit)) | self.dag.extensions
