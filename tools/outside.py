@@ -34,6 +34,10 @@ BETA = {"gkd": 0.5, "gkd-forward": 0.0}
 """Arm → where the divergence lies between KL(teacher ‖ student), 0, and KL(student ‖ teacher), 1; TRL's default is 0.5."""
 
 
+PARTS = 2
+"""Parts of a batch, whose mean losses are averaged: TRL holds all logits of a part several times, 20 GB for 8 texts."""
+
+
 class InOrder(GKDTrainer):
     """TRL's trainer, given the rows in their order."""
 
@@ -53,7 +57,8 @@ def train(inputs: Inputs, arm: str, seed: int, log=print) -> None:
     config = cell.config
     args = GKDConfig(
         str(inputs.paths.root / "trl"), lmbda=0.0, beta=BETA[arm], max_steps=config.steps, seed=cell.drawn,
-        per_device_train_batch_size=config.batch_size, max_grad_norm=config.max_grad_norm, bf16=config.precision == "bf16",
+        per_device_train_batch_size=config.batch_size // PARTS, gradient_accumulation_steps=PARTS,
+        max_grad_norm=config.max_grad_norm, bf16=config.precision == "bf16",
         logging_steps=config.log_every, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True,
         activation_checkpointing=False,
     )  # fmt: skip
