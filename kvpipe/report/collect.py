@@ -413,12 +413,16 @@ class Results:
         planned = len(self.config.seeds)
         if planned == 1:
             return ["One seed: differences are those of these single runs; there is no p-value, interval or verdict."]
-        out: dict[str, list[str]] = {}
         # a metric that is never tested is said with the tables
-        kept = (c for c in self.contrasts.values() if c.task == ALL and METRICS[c.metric].tested)
+        kept = [c for c in self.contrasts.values() if c.task == ALL and METRICS[c.metric].tested]
+        short: dict[tuple[str, int], list[str]] = {}
         for c in (c for c in kept if c.n_seeds < planned):
-            out.setdefault(f"{c.arm} − {c.reference}, {c.n_seeds} of {planned} seeds", []).append(c.metric)
-        return [f"Not tested: {pair} ({', '.join(metrics)})." for pair, metrics in out.items()]
+            short.setdefault((f"{c.arm} − {c.reference}", c.n_seeds), []).append(METRICS[c.metric].label)
+        alike: dict[tuple[int, str], list[str]] = {}
+        every = len({c.metric for c in kept})
+        for (pair, seeds), metrics in short.items():
+            alike.setdefault((seeds, "" if len(metrics) == every else f" in {'; '.join(metrics)}"), []).append(pair)
+        return [f"Not tested{of}, {n} of {planned} seeds: {', '.join(pairs)}." for (n, of), pairs in alike.items()]
 
     @staticmethod
     def _documents(paths: dict[Any, Path]) -> dict[Any, dict[str, Any]]:
