@@ -123,7 +123,9 @@ study: $(STAMP)  ## the study behind docs/method/results.md (hours), to build/st
 # docs/real/cells counts as done; HOURS= begins no cell after so many.
 SCENARIO ?= a
 REAL_RUN := $(WITHIN) KVPIPE_RESULTS=build/real/$(lastword $(subst -, ,$(SCENARIO))) python -m kvpipe cells --kept docs/real/cells/$(SCENARIO) \
-	$(foreach overlay,local a b tune-a short-a short-b confirm,$(if $(filter $(overlay),local $(SCENARIO)),--config config/real/$(overlay).yaml))
+	--config config/real/local.yaml --config config/real/$(SCENARIO).yaml
+# of trials and short runs there are validation losses alone, and no page
+UNSCORED := $(filter tune-% short-%,$(SCENARIO))
 
 build/real:
 	mkdir -p build/real
@@ -132,8 +134,8 @@ real-weights: $(STAMP) | build/real
 	$(if $(REAL),ln -sfn $(abspath $(REAL)) build/real/weights,)
 
 real: real-weights  ## real weights: cells that are missing (REAL=folder, SCENARIO=a, HOURS=), then build/real/<scenario>.html
-	$(if $(REAL),$(REAL_RUN) $(if $(HOURS),--hours $(HOURS),) $(if $(filter tune-% short-%,$(SCENARIO)),--no-scored,),)
-	$(if $(filter tune-% short-%,$(SCENARIO)),,$(REAL_RUN) --out build/real/$(SCENARIO).html)
+	$(if $(REAL),$(REAL_RUN) $(if $(HOURS),--hours $(HOURS),) $(if $(UNSCORED),--no-scored,),)
+	$(if $(UNSCORED),,$(REAL_RUN) --out build/real/$(SCENARIO).html)
 
 real-check: real-weights  ## one committed cell of SCENARIO, drawn at random, made again and compared
 	$(REAL_RUN) --check build/real/check-$(SCENARIO)

@@ -32,8 +32,6 @@ from kvpipe.train.trainer import Loop, Trained, learning_rate
 
 BETA = {"gkd": 0.5, "gkd-forward": 0.0}
 """Arm → where the divergence lies between KL(teacher ‖ student), 0, and KL(student ‖ teacher), 1; TRL's default is 0.5."""
-
-
 PARTS = 2
 """Parts of a batch, whose mean losses are averaged: TRL holds a part's logits several times over, 20.6 GB with two."""
 
@@ -55,6 +53,8 @@ def train(inputs: Inputs, arm: str, seed: int, log=print) -> None:
     (name,) = cell.arm.teachers
     teacher = AutoModelForCausalLM.from_pretrained(inputs.paths.model(name), dtype=cell.student.dtype)
     config = cell.config
+    if config.batch_size % PARTS:
+        raise ValueError(f"train.batch_size: {config.batch_size} does not divide into {PARTS} parts; give a multiple")
     args = GKDConfig(
         str(inputs.paths.root / "trl"), lmbda=0.0, beta=BETA[arm], max_steps=config.steps, seed=cell.drawn,
         per_device_train_batch_size=config.batch_size // PARTS, gradient_accumulation_steps=PARTS,

@@ -204,9 +204,9 @@ class Config(Section):
         for term, settings in arm.loss.items():
             if (skipped := getattr(settings, "skip_sink", 0)) >= longest:
                 raise ValueError(f"{path}.loss.{term}.skip_sink: {skipped} leaves nothing of at most {longest} tokens")
-        if arm.layer.kind == "kept" and not isinstance(self.models[self.student], PrunedModel):
-            raise ValueError(f"{path}.layer.kind: kept is for a student of source: pruned; {self.student} is none")
         student = self.models[self.student]
+        if arm.layer.kind == "kept" and not isinstance(student, PrunedModel):
+            raise ValueError(f"{path}.layer.kind: kept is for a student of source: pruned; {self.student} is none")
         if arm.fit.basis == "whole" and not (isinstance(student, PrunedModel) and student.heads is None):
             what = "a student of source: pruned that keeps all heads"
             raise ValueError(f"{path}.fit.basis: whole is for {what}; {self.student} is none")

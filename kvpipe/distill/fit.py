@@ -216,13 +216,10 @@ def fit_projectors(
         return Fitted(len(rows[0].keys), fit(projectors, rows, config).explained_variance, None)
     training = student.training
     student.eval()
-    model, layers = whole or (student, range(projectors[0].geometry.dst_layers))
-    read = _student_read(model, dst, batches, pad_id)
+    model, layers = whole or (student, None)
+    read = _student_read(model, dst, batches, pad_id, layers)
     own = _joined(
-        [
-            Rows(*(x[:, list(layers)].float().cpu() for x in one.rows(mask)))
-            for (one, _), mask in zip(read, masks, strict=True)
-        ]
+        [Rows(*(x.float().cpu() for x in one.rows(mask))) for (one, _), mask in zip(read, masks, strict=True)]
     )
     report = fit(projectors, rows, config, own)
     cosines = _output_cosines(projectors, rows, _student_read(student, dst, batches, pad_id), masks)
@@ -235,14 +232,14 @@ def _joined(parts: Sequence[Rows]) -> Rows:
 
 
 def _student_read(
-    student: nn.Module, dst: Encoding, batches: Sequence[np.ndarray], pad_id: int
+    student: nn.Module, dst: Encoding, batches: Sequence[np.ndarray], pad_id: int, layers: Sequence[int] | None = None
 ) -> Iterator[tuple[Recorder, Int64[Tensor, "batch time"]]]:
     """What the student holds of a batch, and the positions: batch by batch, since the queries of all would take several times
     the memory of all else."""
     device, head = next(student.parameters()).device, Head.of(student)
     for some in track(batches, "the student's own keys and values", "examples", len):
         batch = collate(dst, some, pad_id).to(device)
-        with torch.no_grad(), Recorder(student) as recorder:
+        with torch.no_grad(), Recorder(student, layers=layers) as recorder:
             inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
             final_states(student, head, **inputs)
         yield recorder, positions_from_mask(batch.attention_mask.cpu())
